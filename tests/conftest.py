@@ -1,0 +1,42 @@
+"""Shared fixtures: one thread a process, fixed seeds, and the process pool."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported, here and in every process that a test starts: on two cores, eight processes with two threads
+# each only wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+import random
+from collections.abc import Iterator
+
+import numpy
+import pytest
+import torch
+from distributed import ProcessPool
+from hypothesis import settings
+
+torch.set_num_threads(1)
+# A first example may start processes, so no deadline; the same examples in every run, so a red build can be repeated.
+settings.register_profile("mtraining", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("mtraining")
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """The same random numbers for a test whatever ran before it."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ProcessPool]:
+    """Process groups of any size: `pool.run(fn, world=4, **kwargs)`; see tests/distributed.py."""
+    made = ProcessPool()
+    yield made
+    made.close()

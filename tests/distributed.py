@@ -1,0 +1,213 @@
+"""Real process groups for tests, cheap enough to use by the hundred.
+
+`ProcessPool.run(fn, world=4, **kwargs)` calls `fn(worker, **kwargs)` in four processes joined by gloo and returns the
+four results in rank order. The processes of each world size are started once (forked from a server that has torch
+already imported) and stay for the session, so a job costs milliseconds; `worker.mesh(...)` likewise makes each mesh once.
+
+`fn` must be importable by name (a module-level function), its arguments and results picklable. Between jobs a process keeps
+nothing on purpose: seeds are reset, and one failed job ends the processes of its world size; the next job starts new ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import random
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+PRELOAD = [
+    "pytest",
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.llama.modeling_llama",
+]
+GRACE_SECONDS = 2.0  # after the first failure, how long the other ranks have to tell theirs
+
+
+class WorkerError(RuntimeError):
+    """A job failed on some rank; the text has the rank and its traceback."""
+
+
+@dataclass
+class Worker:
+    """What a job knows of its place: rank in 0..world-1 of the default (gloo) process group of exactly `world` ranks."""
+
+    rank: int
+    world: int
+    _meshes: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    def mesh(self, shape: int | Sequence[int] | None = None, names: str | Sequence[str] = "cp") -> Any:
+        """A CPU DeviceMesh over all ranks, row-major; made once, then reused. Default: 1-D over the world, named "cp".
+
+        Collective: all ranks of the job call it alike. For a context-parallel group inside a larger world, slice:
+        `worker.mesh((2, 2), ("dp", "cp"))["cp"]`.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
+        sizes = (self.world,) if shape is None else (shape,) if isinstance(shape, int) else tuple(shape)
+        labels = (names,) if isinstance(names, str) else tuple(names)
+        key = (sizes, labels)
+        if key not in self._meshes:
+            self._meshes[key] = init_device_mesh("cpu", sizes, mesh_dim_names=labels)
+        return self._meshes[key]
+
+
+def _filters() -> list[tuple[str, str, type[Warning], str, int]]:
+    """The parent's warning filters, most important first, as arguments of `warnings.filterwarnings`."""
+
+    def text(pattern: Any) -> str:
+        return "" if pattern is None else pattern if isinstance(pattern, str) else pattern.pattern
+
+    return [(action, text(msg), kind, text(mod), line) for action, msg, kind, mod, line in warnings.filters]
+
+
+def _failure(rank: int, error: BaseException) -> bytes:
+    trace = f"rank {rank}:\n{traceback.format_exc()}"
+    try:
+        payload = pickle.dumps(("error", error, trace))
+        pickle.loads(payload)  # some exceptions pickle but do not come back
+        return payload
+    except Exception:
+        return pickle.dumps(("error", None, trace))
+
+
+def _serve(conn: Connection, rank: int, world: int, store: str) -> None:
+    """A process's whole life: join the group, then jobs until the other end of the pipe is gone."""
+    import numpy
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    worker = Worker(rank, world)
+    while True:
+        try:
+            message = conn.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(0)
+        path, filters, job = pickle.loads(message)
+        sys.path[:] = path
+        random.seed(0)
+        numpy.random.seed(0)
+        torch.manual_seed(0)
+        try:
+            with warnings.catch_warnings():
+                warnings.resetwarnings()
+                for rule in reversed(filters):
+                    warnings.filterwarnings(*rule)
+                fn, kwargs = pickle.loads(job)
+                reply = pickle.dumps(("ok", fn(worker, **kwargs), ""))
+        except BaseException as error:
+            reply = _failure(rank, error)
+        try:
+            conn.send_bytes(reply)
+        except OSError:
+            os._exit(1)
+
+
+class _Crew:
+    """The processes of one world size."""
+
+    def __init__(self, world: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.world = world
+        self.folder = tempfile.TemporaryDirectory(prefix="pool-")
+        self.connections: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, rank, world, os.path.join(self.folder.name, "store")), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, message: bytes, timeout: float) -> list[Any]:
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # a process that died at start is reported below
+                connection.send_bytes(message)
+        results: dict[int, Any] = {}
+        failures: list[tuple[BaseException | None, str]] = []
+        deadline = time.monotonic() + timeout
+        pending = dict(zip(self.connections, range(self.world), strict=True))
+        while pending:
+            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                if not failures:
+                    stuck = sorted(pending.values())
+                    failures.append((None, f"ranks {stuck} gave no result in {timeout:.0f} s"))
+                break
+            for connection in ready:
+                rank = pending.pop(connection)  # type: ignore[index]
+                try:
+                    status, value, trace = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
+                except (EOFError, OSError):
+                    process = self.processes[rank]
+                    process.join(GRACE_SECONDS)
+                    status, value, trace = "error", None, f"rank {rank} died (exit code {process.exitcode})"
+                if status == "ok":
+                    results[rank] = value
+                else:
+                    failures.append((value, trace))
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if failures:
+            error, trace = failures[0]
+            told = WorkerError("\n".join(trace for _, trace in failures))
+            if error is None:
+                raise told
+            raise error from told
+        return [results[rank] for rank in range(self.world)]
+
+    def stop(self) -> None:
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        self.folder.cleanup()
+
+
+class ProcessPool:
+    """See the module's text. One per test session: the `pool` fixture."""
+
+    def __init__(self) -> None:
+        self._crews: dict[int, _Crew] = {}
+
+    def run(self, fn: Callable[..., Any], world: int = 2, *, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+        """`fn(worker, **kwargs)` on ranks 0..world-1 of a gloo group of exactly that size; results in rank order.
+
+        Raises the exception of the rank that failed first (its cause, a WorkerError, has every rank's traceback), or
+        WorkerError when a rank died or when `timeout` seconds passed without its result.
+        """
+        message = pickle.dumps((sys.path, _filters(), pickle.dumps((fn, kwargs))))
+        if world not in self._crews:
+            self._crews[world] = _Crew(world)
+        try:
+            return self._crews[world].run(message, timeout)
+        except BaseException:
+            self._crews.pop(world).stop()
+            raise
+
+    def close(self) -> None:
+        """End every process."""
+        while self._crews:
+            self._crews.popitem()[1].stop()
