@@ -1,0 +1,1 @@
+"""Long-context evaluation: needle, RULER, InfiniteBench, perplexity."""
