@@ -1,0 +1,8 @@
+"""Attention over a given sparse index: tensors only, no process groups, no models."""
+
+from mtraining.kernel.backend import Backend, select_backend
+from mtraining.kernel.index import SparseIndex, dense_index
+from mtraining.kernel.placement import Placement
+from mtraining.kernel.reference import ReferenceBackend, merge
+
+__all__ = ["Backend", "Placement", "ReferenceBackend", "SparseIndex", "dense_index", "merge", "select_backend"]

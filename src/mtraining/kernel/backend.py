@@ -1,0 +1,121 @@
+"""The interface that every kernel backend offers, and the choice among them."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mtraining.errors import UserError
+from mtraining.kernel.index import SparseIndex
+from mtraining.kernel.placement import Placement
+
+logger = logging.getLogger(__name__)
+
+KERNELS = ("auto", "reference", "triton", "flash4")
+
+
+class Backend(Protocol):
+    """Attention over an index, in two passes (slash tiles, columns) that merge into one (out, lse).
+
+    Shapes: q, dout (batch, rows, q_heads, head_dim); k, v (batch, keys, kv_heads, head_dim); compact columns ck, cv
+    (batch, capacity, q_heads, head_dim) in the order of ``index.columns``; out like q in the accumulation dtype (fp32, or
+    fp64 for fp64 inputs); lse (batch, q_heads, rows) in the same dtype, natural log, -inf (with out = 0) for rows that
+    saw no key yet. ``out``/``lse`` given to a forward pass hold the previous partial result; the pass returns the merged
+    one and may reuse their memory. Backward passes take the *global* lse and delta = rowsum(dout * out), add to ``dq``
+    in place and return fresh key gradients in the accumulation dtype.
+    """
+
+    name: str
+
+    def tiles_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
+        out: Tensor | None, lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    def tiles_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
+        placement: Placement, scale: float, dq: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    def columns_forward(
+        self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
+        out: Tensor | None, lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    def columns_backward(
+        self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
+        q_blocks: Tensor, scale: float, dq: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    def row_delta(self, out: Tensor, dout: Tensor) -> Tensor:
+        """rowsum(dout * out): (batch, q_heads, rows), in out's dtype."""
+        ...
+
+    def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
+        """Rows of k and v at the index's columns, per query head: (2, batch, capacity, q_heads, head_dim).
+
+        ``slots`` int64 (seq_len,) maps global positions to rows of k, -1 where they are held elsewhere: such columns, and
+        the padding, are zero, so that summing over ranks completes the buffer exactly.
+        """
+        ...
+
+    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Add compact column gradients (2, batch, capacity, q_heads, head_dim) to the rows of dk and dv held here, in
+        place, summing the query heads of a group; deterministic."""
+        ...
+
+    def probe_lse(
+        self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float
+    ) -> Tensor:
+        """Log-sum-exp of probe queries (batch, probe, q_heads, head_dim) over the local keys: (batch, q_heads, probe).
+
+        Positions are global, int64; a key after the query does not count; -inf where no local key does.
+        """
+        ...
+
+    def probe_mass(
+        self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float, lse: Tensor,
+        seq_len: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Probability mass under the probe, exp(score - lse) with the *global* lse, summed over the probe.
+
+        Returns:
+            by key (batch * q_heads, local keys) and by distance (batch * q_heads, seq_len); deterministic.
+        """
+        ...
+
+    def heaviest(self, mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Tensor:
+        """Positions of the kept entries of each row, ascending, padded with n: int64 (rows, min(keep, n)).
+
+        Forced entries come first and count towards budget and mass; then the heaviest ones follow, lower positions first
+        among equals. With ``top_p``: the fewest entries whose mass reaches that share of the row's total, at most
+        ``keep``; without: exactly ``keep``. No host synchronisation.
+
+        Args:
+            mass: (rows, n), non-negative.
+            forced: bool (n,), always kept.
+        """
+        ...
+
+
+@cache
+def select_backend(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    """The backend for ``kernel``; ``auto`` takes the fastest that supports the tensors and logs what it chose and why.
+
+    Raises:
+        UserError: unknown name, or a backend that cannot serve this device, dtype or head_dim.
+    """
+    from mtraining.kernel.reference import ReferenceBackend
+
+    if kernel not in KERNELS:
+        raise UserError(f"kernel: {kernel!r} is not known; choose one of {', '.join(KERNELS)}.")
+    if kernel == "auto":
+        kernel = "reference"
+        logger.info("kernel: auto chose %r for %s, %s, head_dim %d", kernel, device.type, dtype, head_dim)
+    if kernel == "reference":
+        return ReferenceBackend()
+    raise UserError(f"kernel: {kernel!r} is not available on {device.type}; use kernel=auto.")

@@ -1,0 +1,54 @@
+"""Where the blocks of one kernel call stand in the global sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Global block numbers of the local queries and of the visiting keys.
+
+    A kernel sees local tensors; only these small tables tell it which global rows and columns they are, so that any
+    layout which keeps whole blocks together (contiguous, zigzag, striped) is served by the same kernel.
+
+    Attributes:
+        q_blocks: int64 (local query blocks,), global number of each local query block.
+        k_blocks: int64 (visiting key blocks,), global number of each visiting key block.
+        num_blocks: blocks in the whole sequence.
+    """
+
+    q_blocks: Tensor
+    k_blocks: Tensor
+    num_blocks: int
+
+    @cached_property
+    def q_slots(self) -> Tensor:
+        """int32 (num_blocks,): local place of a global query block, -1 where this call does not hold it."""
+        return _slots(self.q_blocks, self.num_blocks)
+
+    @cached_property
+    def k_slots(self) -> Tensor:
+        """int32 (num_blocks,): local place of a global key block, -1 where this call does not hold it."""
+        return _slots(self.k_blocks, self.num_blocks)
+
+    @cached_property
+    def reachable_diagonals(self) -> Tensor:
+        """bool (num_blocks,): block distances that join some query block and some key block of this call.
+
+        In a striped layout that is one residue class modulo the ring's size: the rest need not be looked at.
+        """
+        distance = (self.q_blocks[:, None] - self.k_blocks[None, :]).flatten()
+        reachable = torch.zeros(self.num_blocks + 1, dtype=torch.bool, device=distance.device)
+        reachable[torch.where(distance >= 0, distance, self.num_blocks)] = True
+        return reachable[:-1]
+
+
+def _slots(blocks: Tensor, num_blocks: int) -> Tensor:
+    slots = torch.full((num_blocks,), -1, dtype=torch.int32, device=blocks.device)
+    slots[blocks] = torch.arange(blocks.numel(), dtype=torch.int32, device=blocks.device)
+    return slots

@@ -1,0 +1,76 @@
+"""What every layout offers; a layout itself is one small file that says which rank holds which run of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mtraining.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Deals the tokens of a sequence to ranks in aligned runs of consecutive tokens.
+
+    Applied once, at the data loader, to tokens, labels and position ids; never inverted inside the model.
+
+    Attributes:
+        unit: tokens in a stripe (only the striped layout reads it).
+    """
+
+    unit: int = 128
+    name: ClassVar[str] = ""
+
+    def run_length(self, seq_len: int, world: int) -> int:
+        """Tokens in one aligned run of consecutive positions: local order is global order within it."""
+        raise NotImplementedError
+
+    def owners(self, num_runs: int, world: int) -> Tensor:
+        """int64 (num_runs,): the rank that holds each run, in global order."""
+        raise NotImplementedError
+
+    def multiple(self, world: int, block_size: int) -> int:
+        """The sequence length must be a multiple of this many tokens."""
+        raise NotImplementedError
+
+    def check(self, seq_len: int, world: int, block_size: int = 1) -> None:
+        """Refuse lengths that this layout cannot deal evenly in whole blocks.
+
+        Raises:
+            UserError: with the nearest lengths that work.
+        """
+        multiple = self.multiple(world, block_size)
+        if seq_len > 0 and seq_len % multiple == 0:
+            return
+        if 0 < seq_len < multiple and world > 1:
+            raise UserError(
+                f"seq_len: {seq_len} tokens are too few for the {self.name} layout over {world} ranks with blocks of "
+                f"{block_size}; use at least {multiple} tokens, fewer ranks or smaller blocks."
+            )
+        below, above = seq_len // multiple * multiple, -(-seq_len // multiple) * multiple
+        nearest = above if below == 0 or above - seq_len < seq_len - below else below
+        raise UserError(
+            f"seq_len: {seq_len} is not a multiple of {multiple}, which the {self.name} layout needs for {world} "
+            f"rank{'s' if world > 1 else ''} and blocks of {block_size} tokens; the nearest length that works is {nearest}."
+        )
+
+    def positions(self, seq_len: int, world: int) -> Tensor:
+        """int64 (world, seq_len // world): the global position of each rank's tokens, in local order."""
+        run = self.run_length(seq_len, world)
+        owners = self.owners(seq_len // run, world)
+        runs = torch.stack([(owners == rank).nonzero().squeeze(1) for rank in range(world)])
+        return (runs[..., None] * run + torch.arange(run)).flatten(1)
+
+    def shard(self, x: Tensor, rank: int, world: int, dim: int = 1) -> Tensor:
+        """This rank's part of ``x`` along ``dim`` (length seq_len), in local order."""
+        return x.index_select(dim, self.positions(x.shape[dim], world)[rank].to(x.device))
+
+    def unshard(self, shards: Sequence[Tensor], dim: int = 1) -> Tensor:
+        """The inverse of :meth:`shard` over all ranks: the whole tensor in global order."""
+        joined = torch.cat(list(shards), dim)
+        order = self.positions(joined.shape[dim], len(shards)).flatten().argsort()
+        return joined.index_select(dim, order.to(joined.device))

@@ -1,0 +1,28 @@
+"""The table of layouts. A new layout is one file and one entry here."""
+
+from __future__ import annotations
+
+import difflib
+
+from mtraining.errors import UserError
+from mtraining.layout.base import Layout
+from mtraining.layout.contiguous import Contiguous
+from mtraining.layout.striped import Striped
+from mtraining.layout.zigzag import Zigzag
+
+LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (Contiguous, Zigzag, Striped)}
+
+
+def build_layout(name: str, unit: int = 128) -> Layout:
+    """The layout called ``name``; ``unit`` is the stripe in tokens of the striped layout.
+
+    Raises:
+        UserError: unknown name, or a unit below one.
+    """
+    if name not in LAYOUTS:
+        near = difflib.get_close_matches(name, LAYOUTS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(f"layout: {name!r} is not known{hint}; choose one of {', '.join(LAYOUTS)}.")
+    if unit < 1:
+        raise UserError(f"layout.unit: {unit} tokens is no stripe; use a positive multiple of pattern.block_size.")
+    return LAYOUTS[name](unit=unit)

@@ -1,0 +1,141 @@
+"""What a pattern is given and what it returns."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from mtraining.errors import UserError
+from mtraining.kernel import Backend, ReferenceBackend, SparseIndex
+
+
+class Collective(Protocol):
+    """What a pattern may ask of the other context-parallel ranks; every call is collective over all of them."""
+
+    rank: int
+    world: int
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        """Elementwise sum over ranks."""
+        ...
+
+    def all_max(self, x: Tensor) -> Tensor:
+        """Elementwise maximum over ranks."""
+        ...
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """(world, ...) by destination -> (world, ...) by source."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """(...) -> (world, ...) in rank order."""
+        ...
+
+
+class Alone:
+    """The collective of a single process."""
+
+    rank, world = 0, 1
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_max(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x[None]
+
+
+@dataclass(frozen=True)
+class SequenceShard:
+    """Which part of the sequence this rank holds, and how to reach the rest.
+
+    Attributes:
+        all_positions: int64 (world, local tokens), global position of every rank's tokens, on the tensors' device.
+        comm: collectives over the context-parallel ranks.
+        backend: kernels for the estimation.
+    """
+
+    all_positions: Tensor
+    comm: Collective = field(default_factory=Alone)
+    backend: Backend = field(default_factory=ReferenceBackend)
+
+    @classmethod
+    def whole(cls, seq_len: int, device: torch.device | str = "cpu") -> SequenceShard:
+        """One process that holds all ``seq_len`` tokens."""
+        return cls(torch.arange(seq_len, device=device)[None])
+
+    @property
+    def seq_len(self) -> int:
+        return self.all_positions.numel()
+
+    @property
+    def positions(self) -> Tensor:
+        return self.all_positions[self.comm.rank]
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """int64 (seq_len,): local place of a global position, -1 where another rank holds it."""
+        slots = torch.full((self.seq_len,), -1, dtype=torch.int64, device=self.positions.device)
+        slots[self.positions] = torch.arange(self.positions.numel(), device=self.positions.device)
+        return slots
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Base of all patterns: a frozen dataclass whose fields are its options.
+
+    Attributes:
+        block_size: tokens a tile spans in either direction.
+    """
+
+    block_size: int = 128
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        require(self, "block_size", self.block_size >= 1, "use a positive number of tokens such as 128")
+
+    def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
+        """Choose what to attend. Collective over ``shard.comm``; the same index comes back on every rank.
+
+        Args:
+            q: (batch, local tokens, q_heads, head_dim), after rotary embedding.
+            k: (batch, local tokens, kv_heads, head_dim).
+            shard: which tokens these are.
+            scale: factor on q.k before the softmax.
+        """
+        raise NotImplementedError
+
+
+def require(pattern: Pattern, option: str, holds: bool, remedy: str) -> None:
+    """Raise a UserError naming the option unless ``holds``."""
+    if not holds:
+        raise UserError(f"pattern.{option}: {getattr(pattern, option)!r} does not fit {pattern.name}; {remedy}.")
+
+
+def build_from_table(table: Mapping[str, type[Pattern]], name: str, options: Mapping[str, object]) -> Pattern:
+    """Look ``name`` up in ``table`` and fill its fields; unknown names are refused with the nearest known one."""
+    if name not in table:
+        raise UserError(f"pattern: {name!r} is not known{_nearest(name, table)}; choose one of {', '.join(table)}.")
+    known = [f.name for f in fields(table[name])]
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f"pattern.{option}: {name} has no such option{_nearest(option, known)}; it takes {', '.join(known)}."
+            )
+    return table[name](**options)  # type: ignore[arg-type]
+
+
+def _nearest(word: str, known: object) -> str:
+    near = difflib.get_close_matches(word, list(known), 1)  # type: ignore[call-overload]
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,58 @@
+"""Scores of columns and distances under a few probe queries, estimated over all ranks without gathering keys.
+
+Every rank scores its own keys; the sums travel to the rank that owns the head (an all-to-all), so that selection work is
+spread over ranks by head and no rank waits for a serial step on another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtraining.pattern.base import SequenceShard
+
+
+def gather_queries(q: Tensor, positions: Tensor, shard: SequenceShard) -> Tensor:
+    """Queries at global ``positions`` on every rank: (batch, len(positions), q_heads, head_dim).
+
+    Each query has one owner; the others add zeros, so the sum is exact in any dtype.
+    """
+    slots = shard.slots[positions]
+    held = (slots >= 0)[:, None, None]
+    return shard.comm.all_sum(torch.where(held, q[:, slots.clamp(min=0)], torch.zeros((), dtype=q.dtype, device=q.device)))
+
+
+def global_lse(local: Tensor, shard: SequenceShard) -> Tensor:
+    """Log-sum-exp over every rank's keys from each rank's own, any shape."""
+    return shard.comm.all_gather(local).logsumexp(0)
+
+
+def column_and_distance_mass(
+    q: Tensor, k: Tensor, positions: Tensor, shard: SequenceShard, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Probability of each key (verticals) and of each distance (slashes) under the probe, for the rows owned here.
+
+    Rows are the flattened (batch, q_heads), padded to a multiple of the world and dealt to ranks in order.
+
+    Args:
+        positions: int64 (probe,), global positions of the probe queries.
+
+    Returns:
+        verticals, slashes: (owned rows, seq_len), fp32 (fp64 for fp64 inputs), each row summing to the probe's size.
+    """
+    world, seq_len, backend = shard.comm.world, shard.seq_len, shard.backend
+    probe = gather_queries(q, positions, shard)
+    lse = global_lse(backend.probe_lse(probe, k, positions, shard.positions, scale), shard)
+    columns, slashes = backend.probe_mass(probe, k, positions, shard.positions, scale, lse, seq_len)
+    owned = -(-columns.shape[0] // world)
+    padding = (0, 0, 0, owned * world - columns.shape[0])
+    columns = shard.comm.all_to_all(torch.nn.functional.pad(columns, padding).unflatten(0, (world, owned)))
+    slashes = shard.comm.all_to_all(torch.nn.functional.pad(slashes, padding).unflatten(0, (world, owned)))
+    verticals = columns.new_empty(owned, seq_len)
+    verticals[:, shard.all_positions.flatten()] = columns.transpose(0, 1).flatten(1)
+    return verticals, slashes.sum(0)
+
+
+def share_rows(owned: Tensor, batch: int, q_heads: int, shard: SequenceShard) -> Tensor:
+    """Owned rows (rows, n) of every rank -> (batch, q_heads, n) on every rank, the padding rows dropped."""
+    return shard.comm.all_gather(owned).flatten(0, 1)[: batch * q_heads].unflatten(0, (batch, q_heads))
