@@ -17,8 +17,9 @@ from collections.abc import Iterator
 import numpy
 import pytest
 import torch
-from distributed import ProcessPool
 from hypothesis import settings
+
+from distributed import ProcessPool
 
 torch.set_num_threads(1)
 # A first example may start processes, so no deadline; the same examples in every run, so a red build can be repeated.

@@ -133,7 +133,9 @@ class _Crew:
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, world, os.path.join(self.folder.name, "store")), daemon=True
+                target=_serve,
+                args=(theirs, rank, world, os.path.join(self.folder.name, "store")),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -192,7 +194,9 @@ class ProcessPool:
     def __init__(self) -> None:
         self._crews: dict[int, _Crew] = {}
 
-    def run(self, fn: Callable[..., Any], world: int = 2, *, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+    def run(
+        self, fn: Callable[..., Any], world: int = 2, *, timeout: float = 120.0, **kwargs: Any
+    ) -> list[Any]:
         """`fn(worker, **kwargs)` on ranks 0..world-1 of a gloo group of exactly that size; results in rank order.
 
         Raises the exception of the rank that failed first (its cause, a WorkerError, has every rank's traceback), or

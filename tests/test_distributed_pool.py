@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from distributed import ProcessPool, Worker, WorkerError
 
 
