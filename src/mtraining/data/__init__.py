@@ -1,0 +1,53 @@
+"""Text -> tokens -> full-length or packed sequences -> sharded, laid-out batches.
+
+Names are resolved on first use: the worker processes of :func:`prepare` import this package and must not pay
+for importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtraining.data.dataset import DatasetReport, SequenceDataset
+    from mtraining.data.loader import build_loader, step_windows
+    from mtraining.data.options import PrepareOptions, PrepareSummary
+    from mtraining.data.preparation import prepare
+    from mtraining.data.shards import TokenShards
+    from mtraining.data.sources import Skipped
+    from mtraining.data.tokenizer import save_byte_tokenizer
+
+_HOME = {
+    "DatasetReport": "dataset",
+    "SequenceDataset": "dataset",
+    "build_loader": "loader",
+    "step_windows": "loader",
+    "PrepareOptions": "options",
+    "PrepareSummary": "options",
+    "prepare": "preparation",
+    "TokenShards": "shards",
+    "Skipped": "sources",
+    "save_byte_tokenizer": "tokenizer",
+}
+
+__all__ = [
+    "DatasetReport",
+    "PrepareOptions",
+    "PrepareSummary",
+    "SequenceDataset",
+    "Skipped",
+    "TokenShards",
+    "build_loader",
+    "prepare",
+    "save_byte_tokenizer",
+    "step_windows",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mtraining.data' has no attribute {name!r}")
+    value = getattr(import_module(f"mtraining.data.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,122 @@
+"""Batches in an order that depends on nothing but the seed and the step number.
+
+Sample n of a run (n = step * global_batch + i) is window order(n // len)[n % len]; each dp rank takes a
+consecutive part of every global batch. So any split over dp ranks, and a resume at any step, sees the same global
+batches, and there is no loader state to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from mtraining.data.dataset import SequenceDataset
+from mtraining.errors import UserError
+
+
+class StepSampler(Sampler[list[int]]):
+    """Micro-batches of window numbers of one dp rank, from `start_step` on; see :func:`build_loader`."""
+
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        *,
+        global_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        micro_batch: int | None,
+        start_step: int = 0,
+        steps: int | None = None,
+    ) -> None:
+        if global_batch < 1 or global_batch % dp_size:
+            raise UserError(
+                f"global_batch {global_batch} cannot be divided over {dp_size} data-parallel ranks; "
+                f"the nearest that can is {max(1, round(global_batch / dp_size)) * dp_size}"
+            )
+        if not 0 <= dp_rank < dp_size:
+            raise UserError(f"dp_rank is {dp_rank}; it must lie in 0..{dp_size - 1}")
+        self.per_rank = global_batch // dp_size
+        self.micro = self.per_rank if micro_batch is None else micro_batch
+        if self.micro < 1 or self.per_rank % self.micro:
+            raise UserError(
+                f"micro_batch {self.micro} does not divide the {self.per_rank} sequences that each data-parallel rank "
+                f"has of global_batch {global_batch}; use a divisor of {self.per_rank}"
+            )
+        self.dataset, self.global_batch, self.dp_rank = dataset, global_batch, dp_rank
+        self.start_step, self.steps = start_step, steps
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def windows(self, step: int) -> list[int]:
+        """This rank's windows of one step, in order."""
+        first = step * self.global_batch + self.dp_rank * self.per_rank
+        return [self._window(n) for n in range(first, first + self.per_rank)]
+
+    def _window(self, sample: int) -> int:
+        epoch, place = divmod(sample, len(self.dataset))
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self.dataset.order(epoch))
+        return int(self._epoch[1][place])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start_step
+        while self.steps is None or step < self.steps:
+            windows = self.windows(step)
+            for first in range(0, self.per_rank, self.micro):
+                yield windows[first : first + self.micro]
+            step += 1
+
+
+def build_loader(
+    dataset: SequenceDataset,
+    *,
+    global_batch: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    micro_batch: int | None = None,
+    start_step: int = 0,
+    steps: int | None = None,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+) -> DataLoader[dict[str, torch.Tensor]]:
+    """A DataLoader of dicts of int64 (micro_batch, S_local), to be iterated once.
+
+    global_batch: sequences of one optimizer step over all dp ranks.
+    micro_batch: sequences in one yielded batch; each step yields global_batch / dp_size / micro_batch of them.
+    start_step, steps: the first step, and the step before which to end (None: never; epochs wrap, each in a new order).
+    num_workers, prefetch: reading processes, and the batches each holds ready.
+
+    Raises:
+        UserError: batch sizes that do not divide.
+    """
+    sampler = StepSampler(
+        dataset,
+        global_batch=global_batch,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        micro_batch=micro_batch,
+        start_step=start_step,
+        steps=steps,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        # a fork would copy the running communication and device threads' locks
+        multiprocessing_context="forkserver" if num_workers else None,
+        pin_memory=pin_memory,
+    )
+
+
+def step_windows(
+    dataset: SequenceDataset, step: int, *, global_batch: int, dp_rank: int = 0, dp_size: int = 1
+) -> list[int]:
+    """The windows a dp rank reads at a step, for messages that name the batch."""
+    sampler = StepSampler(
+        dataset, global_batch=global_batch, dp_rank=dp_rank, dp_size=dp_size, micro_batch=None
+    )
+    return sampler.windows(step)

@@ -1,0 +1,122 @@
+"""What `prepare` is asked to do and what it says afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtraining.data.sources import Skipped
+from mtraining.errors import UserError
+
+KINDS = ("auto", "text", "jsonl", "parquet", "code", "dataset")
+GROUPINGS = ("folder", "file")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Options of :func:`mtraining.data.prepare`.
+
+    sources: files (.txt, .jsonl, .parquet), folders, Hugging Face dataset ids, ``stdlib`` (the running Python's own
+        library) or ``package:NAME`` (an installed package); read in the order given.
+    out: the folder to write.
+    kind: what the sources are; ``auto`` looks at suffixes and folder contents.
+    tokenizer: ``byte``, a tokenizer folder, a tokenizer.json, or a hub id.
+    eos_token: the separator, for a tokenizer that does not name its own.
+    text_column, name_column: columns of .jsonl, .parquet and Hugging Face rows.
+    dataset_config, split: of a Hugging Face dataset.
+    group_by: source code: ``folder`` joins each top-level folder (package, repository) into one document, a file that
+        lies directly in the source is its own document; ``file`` makes every file a document.
+    extensions: suffixes of the source-code files to take.
+    holdout: document names (or patterns with ``*``) that go to ``out/holdout`` instead of ``out``.
+    max_documents, max_tokens: stop after the document that reaches either.
+    shard_tokens: a shard is closed by the document that reaches this size; documents are never cut.
+    workers: tokenising processes; the output does not depend on it.
+    """
+
+    sources: tuple[str, ...]
+    out: Path
+    kind: str = "auto"
+    tokenizer: str = "byte"
+    eos_token: str | None = None
+    text_column: str = "text"
+    name_column: str | None = None
+    dataset_config: str | None = None
+    split: str = "train"
+    group_by: str = "folder"
+    extensions: tuple[str, ...] | None = None
+    holdout: tuple[str, ...] = ()
+    max_documents: int | None = None
+    max_tokens: int | None = None
+    shard_tokens: int = 2**25
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sources, str):
+            raise UserError(f"sources takes a list; write ['{self.sources}'] instead of '{self.sources}'")
+        for name in ("sources", "holdout"):
+            object.__setattr__(self, name, tuple(str(item) for item in getattr(self, name)))
+        object.__setattr__(self, "out", Path(self.out))
+        if self.extensions is not None:
+            dotted = (suffix if suffix.startswith(".") else f".{suffix}" for suffix in self.extensions)
+            object.__setattr__(self, "extensions", tuple(dotted))
+        if not self.sources:
+            raise UserError("sources is empty; name at least one file, folder, dataset id or 'stdlib'")
+        _choice("kind", self.kind, KINDS)
+        _choice("group_by", self.group_by, GROUPINGS)
+        for name in ("max_documents", "max_tokens", "shard_tokens", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The options that shape the output, as JSON values; a rerun must agree on every one of them."""
+        values = dataclasses.asdict(self)
+        for name in ("out", "workers"):
+            del values[name]
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"{option} '{value}' is unknown; did you mean '{near}'? (one of {', '.join(choices)})"
+        )
+
+
+@dataclass
+class PrepareSummary:
+    """What is in a prepared folder; ``render()`` says it in a few lines."""
+
+    path: Path
+    documents: int
+    tokens: int
+    vocab_size: int
+    shards: int
+    reused_shards: int
+    holdout_documents: int
+    skipped: list[Skipped] = field(default_factory=list)
+    ignored_files: dict[str, int] = field(default_factory=dict)
+
+    def render(self, limit: int = 20) -> str:
+        """Counts, then every reason with the names it struck (``limit`` names a reason; all are in meta.json)."""
+        lines = [
+            f"{self.path}: {self.documents:,} documents, {self.tokens:,} tokens in {self.shards} shards "
+            f"({self.reused_shards} already there), vocabulary {self.vocab_size:,}"
+        ]
+        if self.holdout_documents:
+            lines.append(f"held out: {self.holdout_documents:,} documents in {self.path / 'holdout'}")
+        if self.ignored_files:
+            kinds = ", ".join(
+                f"{count} {suffix or 'without suffix'}" for suffix, count in self.ignored_files.items()
+            )
+            lines.append(f"not source code, left aside: {kinds}")
+        for reason, count in Counter(item.reason for item in self.skipped).most_common():
+            names = [item.name for item in self.skipped if item.reason == reason]
+            more = f" and {count - limit} more (meta.json names all)" if count > limit else ""
+            lines.append(f"skipped {count} ({reason}): {', '.join(names[:limit])}{more}")
+        return "\n".join(lines)

@@ -1,0 +1,118 @@
+"""Tokenizers for `prepare`: a byte-level one that needs no download, or any fast Hugging Face tokenizer.
+
+Whatever the origin, `prepare` first saves a Hugging Face tokenizer folder beside the shards; workers encode with that
+copy, and export hands it on with the model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from mtraining.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+BYTE_SPECIALS = (END_OF_TEXT, "<|pad|>", "<|im_start|>", "<|im_end|>")
+BYTE_VOCAB_SIZE = 256 + len(BYTE_SPECIALS)
+
+
+def _byte_characters() -> list[str]:
+    """The character by which the ByteLevel pre-tokenizer spells each byte: itself if printable, else one from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_ins = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Token id = byte value for 0..255, then `BYTE_SPECIALS`; any UTF-8 text round-trips."""
+    vocab = {character: byte for byte, character in enumerate(_byte_characters())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in BYTE_SPECIALS])
+    return tokenizer
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Write the byte tokenizer as a folder that `AutoTokenizer.from_pretrained` loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": "<|pad|>",
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_tokenizer(name: str, eos_token: str | None, folder: Path) -> tuple[int, int]:
+    """Save tokenizer `name` (see PrepareOptions.tokenizer) into `folder`; return (vocabulary size, eos id).
+
+    UserError if it cannot be loaded, is not a fast tokenizer, or no end-of-text token is known.
+    """
+    if name == "byte":
+        eos = eos_token or END_OF_TEXT
+        if eos not in BYTE_SPECIALS:
+            raise UserError(
+                f"eos_token '{eos}' is not in the byte tokenizer; use one of {', '.join(BYTE_SPECIALS)}"
+            )
+        save_byte_tokenizer(folder)
+        return BYTE_VOCAB_SIZE, 256 + BYTE_SPECIALS.index(eos)
+    loaded = _load_fast(name)
+    if eos_token is not None:
+        if loaded.convert_tokens_to_ids(eos_token) in (None, loaded.unk_token_id):
+            raise UserError(
+                f"eos_token '{eos_token}' is not in the vocabulary of tokenizer '{name}'; name one that is"
+            )
+        loaded.eos_token = eos_token
+    if loaded.eos_token_id is None:
+        raise UserError(
+            f"tokenizer '{name}' names no end-of-text token; set eos_token to the one it should use"
+        )
+    loaded.save_pretrained(folder)
+    return len(loaded), int(loaded.eos_token_id)
+
+
+def _load_fast(name: str) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import: only when needed
+
+    path = Path(name)
+    try:
+        if path.is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        loaded = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the hub, the file and the parser each raise their own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"tokenizer '{name}' cannot be loaded ({reason}); "
+            "give 'byte', a tokenizer folder, a tokenizer.json or a hub id"
+        ) from error
+    if not loaded.is_fast:
+        raise UserError(f"tokenizer '{name}' is not a fast tokenizer; convert it to a tokenizer.json first")
+    return loaded
+
+
+class Encoder:
+    """Text -> token ids, without special tokens; text that spells a special token is encoded as plain text."""
+
+    def __init__(self, folder: Path, *, is_byte: bool) -> None:
+        self._tokenizer: Tokenizer | None = None
+        if not is_byte:
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self._tokenizer.encode_special_tokens = True  # a document must not be able to forge a separator
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+
+    def encode(self, text: str) -> np.ndarray:
+        """uint32 ids of shape (tokens,); UnicodeEncodeError for lone surrogates."""
+        data = text.encode("utf-8")
+        if self._tokenizer is None:
+            return np.frombuffer(data, dtype=np.uint8).astype(np.uint32)
+        # The batch call without offsets needs a fraction of the memory of `encode` on a document of millions of tokens.
+        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        return np.asarray(encoding.ids, dtype=np.uint32)

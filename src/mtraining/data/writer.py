@@ -1,0 +1,106 @@
+"""Writing token shards: every file appears whole or not at all, and finished shards are the only state of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mtraining.data.shards import offsets_file, shard_file, tokens_file
+from mtraining.data.sources import Skipped
+
+
+def write_atomic(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
+    """Fill a temporary file beside `path`, flush it to the disk, then rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        fill(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+class ShardWriter:
+    """Collects documents and writes a shard whenever `shard_tokens` are reached.
+
+    Opened on a folder with finished shards it goes on after them: `consumed` source items need not be read again.
+
+    Attributes:
+        consumed: source items that the finished shards and the open one account for.
+        shards: {"documents", "tokens"} of each finished shard.
+        reused: how many of them were there before.
+        skipped: everything reported through `skip`, over all shards.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
+        self.consumed = 0
+        self.max_token_id = 0
+        self.shards: list[dict[str, int]] = []
+        self.skipped: list[Skipped] = []
+        self._names: list[str] = []
+        self._ids: list[np.ndarray] = []
+        self._open_tokens = 0
+        self._open_skipped: list[Skipped] = []
+        while (file := folder / shard_file(len(self.shards))).exists():
+            state = json.loads(file.read_text())
+            self.shards.append({"documents": len(state["names"]), "tokens": state["tokens"]})
+            self.skipped += [Skipped(*entry) for entry in state["skipped"]]
+            self.consumed = state["consumed"]
+            self.max_token_id = max(self.max_token_id, state["max_token_id"])
+        self.reused = len(self.shards)
+
+    @property
+    def documents(self) -> int:
+        """Documents so far, the open shard's too."""
+        return sum(shard["documents"] for shard in self.shards) + len(self._names)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far, the open shard's too."""
+        return sum(shard["tokens"] for shard in self.shards) + self._open_tokens
+
+    def skip(self, entries: list[Skipped]) -> None:
+        """Report what was left out."""
+        self.skipped += entries
+        self._open_skipped += entries
+
+    def add(self, name: str, ids: np.ndarray) -> None:
+        """Append a document (its end-of-text id included)."""
+        self._names.append(name)
+        self._ids.append(ids.astype(self.dtype))
+        self._open_tokens += ids.size
+        self.max_token_id = max(self.max_token_id, int(ids.max()))
+
+    def item_done(self, *, last: bool = False) -> None:
+        """One more source item is accounted for; closes the shard if it is full or this was the `last`."""
+        self.consumed += not last
+        if self._names and (last or self._open_tokens >= self.shard_tokens):
+            self._close()
+
+    def _close(self) -> None:
+        number = len(self.shards)
+        offsets = np.cumsum([0, *(ids.size for ids in self._ids)], dtype=np.int64)
+        write_atomic(
+            self.folder / tokens_file(number), lambda file: [file.write(ids.data) for ids in self._ids]
+        )
+        write_atomic(self.folder / offsets_file(number), lambda file: np.save(file, offsets))
+        state = {
+            "consumed": self.consumed,
+            "tokens": self._open_tokens,
+            "max_token_id": self.max_token_id,
+            "skipped": [[entry.name, entry.reason] for entry in self._open_skipped],
+            "names": self._names,
+        }
+        write_json(self.folder / shard_file(number), state)  # last: a shard counts only once this is there
+        self.shards.append({"documents": len(self._names), "tokens": self._open_tokens})
+        self._names, self._ids, self._open_tokens, self._open_skipped = [], [], 0, []
