@@ -1,0 +1,115 @@
+"""The bridge from a transformers model to the ring: one attention function and one mask function, named "mtraining".
+
+What a layer needs to attend (pattern, layout, mesh, kernel) hangs on its attention module, so two models in
+one process never see each other's settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from mtraining.errors import UserError
+from mtraining.layout import Layout
+from mtraining.pattern import Pattern
+from mtraining.ring import sparse_ring_attention
+
+ATTENTION_NAME = "mtraining"
+
+
+@dataclass(frozen=True)
+class AttentionRuntime:
+    """What one layer attends with; ``mesh`` is the context-parallel mesh, None for one process."""
+
+    pattern: Pattern
+    layout: Layout
+    mesh: DeviceMesh | None
+    kernel: str
+
+
+def attach(module: nn.Module, runtime: AttentionRuntime) -> None:
+    """Give an attention module its runtime."""
+    module.mtraining_runtime = runtime  # type: ignore[assignment]
+
+
+def sparse_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: local shards in, local shard out.
+
+    Args:
+        module: the attention module, after `attach`.
+        query: (batch, q_heads, local tokens, head_dim), rotated by its global positions.
+        key, value: (batch, kv_heads, local tokens, head_dim).
+        attention_mask: must be None; causality is by global position.
+        scaling: softmax scale; None is head_dim ** -0.5.
+
+    Returns:
+        (batch, local tokens, q_heads, head_dim) in query's dtype, and None for the weights, which never exist.
+
+    Raises:
+        UserError: something is asked that sparse attention would not honour.
+    """
+    runtime: AttentionRuntime | None = getattr(module, "mtraining_runtime", None)
+    if runtime is None:
+        raise UserError(
+            'attention "mtraining" needs a model prepared by mtraining.parallelize; call it first.'
+        )
+    refused = {
+        "an attention mask": attention_mask is not None,
+        "attention dropout": dropout != 0.0,
+        "a sliding window": sliding_window is not None,
+        "soft-capping": softcap is not None,
+        "attention sinks": s_aux is not None,
+        "non-causal attention": is_causal is False,
+        "a key-value cache": query.shape[-2] != key.shape[-2],
+        "a value size other than head_dim": query.shape[-1] != value.shape[-1],
+    }
+    for what, present in refused.items():
+        if present:
+            raise UserError(
+                f"model: this forward asks for {what}, which sparse attention does not honour; remove it."
+            )
+    out = sparse_ring_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        pattern=runtime.pattern,
+        layout=runtime.layout,
+        mesh=runtime.mesh,
+        scale=scaling,
+        kernel=runtime.kernel,
+    )
+    return out, None
+
+
+def no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:
+    """transformers' mask function: no mask is ever built.
+
+    transformers takes the jumps in a rank's striped position ids for packed documents and passes a mask function that
+    separates them; positions here are global, so that guess is dropped. A padding mask from the caller is refused:
+    without this function transformers would drop it in silence.
+    """
+    if attention_mask is not None:
+        raise UserError(
+            "model: attention_mask is not supported; pass whole sequences and mark padding by labels of -100."
+        )
+
+
+AttentionInterface.register(ATTENTION_NAME, sparse_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, no_mask)

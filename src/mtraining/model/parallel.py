@@ -1,0 +1,256 @@
+"""One call makes a transformers model train on laid-out shards: attention, recompute, FSDP2, chunked loss.
+
+The model itself is not edited: its config names our attention, each attention module gets its runtime, each
+decoder layer's forward is wrapped for recompute, and FSDP2 shards its parameters over all ranks (dp x cp).
+Parameter names stay the model's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+
+from mtraining.errors import UserError
+from mtraining.kernel import select_backend
+from mtraining.layout import Layout, build_layout
+from mtraining.model.attention import ATTENTION_NAME, AttentionRuntime, attach
+from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses
+from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
+from mtraining.pattern import Pattern, build_pattern
+from mtraining.ring import IndexTape
+
+RECOMPUTE = ("full", "keep_attention", "none")
+_CP_NAMES = (("cp",), ("cp_outer", "cp_inner"))
+
+
+class ParallelLM(nn.Module):
+    """A causal language model whose forward takes this rank's tokens and returns this rank's share of the loss.
+
+    Made by `parallelize`. ``hf_model`` is the transformers model; under FSDP its parameters are DTensors.
+
+    Attributes:
+        cp_mesh: the context-parallel mesh (1-D or 2-D), None when one rank holds the whole sequence.
+        fsdp_mesh: the 1-D mesh over which parameters are sharded, None without FSDP.
+    """
+
+    def __init__(
+        self, hf_model: Any, loss_chunk: int, cp_mesh: DeviceMesh | None, fsdp_mesh: DeviceMesh | None
+    ) -> None:
+        super().__init__()
+        self.hf_model = hf_model
+        self.loss_chunk = loss_chunk
+        self.cp_mesh = cp_mesh
+        self.fsdp_mesh = fsdp_mesh
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, num_labels: int | Tensor
+    ) -> Tensor:
+        """This rank's share of the mean loss: the sum of its token losses over the global number of labels.
+
+        The shares of all ranks sum to the mean loss, and gradients reduce by summing: after backward each holds the
+        gradient of the global mean, whatever the label mask and however the tokens were dealt.
+
+        Args:
+            input_ids, position_ids, labels: (batch, local tokens) int64, laid out; labels already shifted,
+                -100 ignored.
+            num_labels: labels that are not -100 over all ranks; an int or a 0-d tensor.
+
+        Returns:
+            Scalar, fp32 (fp64 for an fp64 model).
+        """
+        hidden = self._decode(input_ids, position_ids)
+        return chunked_cross_entropy(hidden, self._head_weight(), labels, num_labels, self.loss_chunk)
+
+    @torch.no_grad()
+    def token_losses(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each local token, (batch, local tokens) fp32, 0 where ignored. Collective, no gradient."""
+        hidden = self._decode(input_ids, position_ids)
+        return chunked_token_losses(hidden, self._head_weight(), labels, self.loss_chunk)
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The decoder's output for the local tokens, (batch, local tokens, hidden size). Collective, no gradient."""
+        return self._decode(input_ids, position_ids)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _decode(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        output = decoder_of(self.hf_model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return output.last_hidden_state
+
+    def _head_weight(self) -> Tensor:
+        return self.hf_model.get_output_embeddings().weight
+
+
+def parallelize(
+    model: Any,
+    mesh: DeviceMesh | None = None,
+    *,
+    pattern: Pattern | str = "vertical_slash",
+    layout: Layout | str = "striped",
+    kernel: str = "auto",
+    recompute: Literal["full", "keep_attention", "none"] = "full",
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = torch.float32,
+    loss_chunk: int = 2048,
+    fsdp: bool = True,
+    layer_patterns: Mapping[int, Pattern | str] | None = None,
+) -> ParallelLM:
+    """Prepare a transformers causal language model for training on context-parallel shards.
+
+    Args:
+        model: the model, with the same weights on every rank; on CPU, FSDP moves it to the mesh's device
+            shard by shard.
+        mesh: dims named from {"dp"} and {"cp"} or {"cp_outer", "cp_inner"}; None for one process.
+        pattern: what attention computes; an object or a name of `mtraining.pattern.PATTERNS` (with its defaults).
+        layout: who holds which tokens; an object or a name.
+        kernel: backend of the attention kernels.
+        recompute: ``full`` recomputes each layer in backward from its input, with the attention index of the
+            first pass; ``keep_attention`` also keeps each layer's attention output, so attention runs once;
+            ``none`` keeps everything.
+        param_dtype: dtype to compute in, when it differs from the parameters' own (needs FSDP).
+        reduce_dtype: dtype in which gradients are summed over ranks; None is the compute dtype.
+        loss_chunk: tokens whose logits exist at one time.
+        fsdp: False keeps whole parameters on every rank and leaves gradients the local share (for evaluation).
+        layer_patterns: other patterns for some layers, by index.
+
+    Raises:
+        UserError: a model, mesh or option that would not be computed as asked.
+    """
+    check_supported(model)
+    if model.config._attn_implementation == ATTENTION_NAME:
+        raise UserError("model: this model was already given to parallelize; build a fresh one.")
+    if recompute not in RECOMPUTE:
+        raise UserError(f"recompute: {recompute!r} is not known; choose one of {', '.join(RECOMPUTE)}.")
+    if loss_chunk < 1:
+        raise UserError(f"loss_chunk={loss_chunk} must be at least 1 token.")
+    cp_mesh = None if mesh is None else _context_mesh(mesh)
+    fsdp_mesh = _flat_mesh(mesh) if mesh is not None and fsdp else None
+    own_dtype = next(model.parameters()).dtype
+    if fsdp_mesh is None and param_dtype not in (None, own_dtype):
+        raise UserError(
+            f"param_dtype={param_dtype} differs from the parameters' {own_dtype}, which needs FSDP; give a "
+            f"mesh (of one "
+            f"process is enough) or load the model in {param_dtype}."
+        )
+    device = torch.device(mesh.device_type) if mesh is not None else next(model.parameters()).device
+    if device.type != "meta":  # a dry check has no kernel to choose
+        select_backend(kernel, device, param_dtype or own_dtype, head_dim_of(model.config))
+
+    _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel)
+    if recompute != "none":
+        for layer in decoder_of(model).layers:
+            layer.forward = _recomputed(layer.forward, keep_outputs=recompute == "keep_attention")
+    wrapped = ParallelLM(model, loss_chunk, cp_mesh, fsdp_mesh)
+    if fsdp_mesh is not None:
+        _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)
+    return wrapped
+
+
+def _set_attention(
+    model: Any,
+    pattern: Pattern | str,
+    layer_patterns: Mapping[int, Pattern | str],
+    layout: Layout | str,
+    cp_mesh: DeviceMesh | None,
+    kernel: str,
+) -> None:
+    """Name our attention in the config and hang each layer's runtime on its attention module."""
+    layers = len(decoder_of(model).layers)
+    for index in layer_patterns:
+        if not 0 <= index < layers:
+            raise UserError(
+                f"layer_patterns: layer {index} does not exist; the model has layers 0 to {layers - 1}."
+            )
+
+    def built(choice: Pattern | str) -> Pattern:
+        return build_pattern(choice) if isinstance(choice, str) else choice
+
+    default = built(pattern)
+    patterns = [
+        built(layer_patterns[index]) if index in layer_patterns else default for index in range(layers)
+    ]
+    layout = build_layout(layout) if isinstance(layout, str) else layout
+    for index, module in attention_modules(model):
+        attach(module, AttentionRuntime(patterns[index], layout, cp_mesh, kernel))
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:
+        raise UserError(
+            f"model: {model.config.model_type} does not let its attention be chosen; use a model on transformers' "
+            f"attention interface."
+        )
+
+
+def _recomputed(forward: Callable[..., Any], keep_outputs: bool) -> Callable[..., Any]:
+    """``forward`` with its activations recomputed in backward, replaying the attention index of the first pass.
+
+    The wrapper sits on the instance's forward, inside the FSDP hooks: parameters are gathered once around
+    the recompute, and no name in the state dict changes.
+    """
+
+    def contexts() -> tuple[Any, Any]:
+        tape = IndexTape(keep_outputs=keep_outputs)
+        return tape.record(), tape.replay()
+
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    return wrapper
+
+
+def _context_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """The context-parallel part of ``mesh``, None when it has a single rank."""
+    names = mesh.mesh_dim_names or ()
+    cp_names = tuple(name for name in names if name != "dp")
+    if names[:1] == ("dp",) and not cp_names:
+        return None
+    if not names or cp_names not in _CP_NAMES or names not in (cp_names, ("dp", *cp_names)):
+        raise UserError(
+            f"mesh: dimensions {names or 'without names'} are not known; name them 'dp' then 'cp', or 'dp' then "
+            f"'cp_outer', 'cp_inner' (any part may be left out)."
+        )
+    cp_mesh = mesh if names == cp_names else mesh[cp_names]
+    return cp_mesh if cp_mesh.size() > 1 else None
+
+
+def _flat_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """All ranks of ``mesh`` in one dimension, as FSDP2 shards over one."""
+    return mesh if mesh.ndim == 1 else mesh._flatten()
+
+
+def _shard(
+    wrapped: ParallelLM, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
+) -> None:
+    """FSDP2: one unit per decoder layer, one for untied input embeddings, the root for the rest.
+
+    Inputs are never cast: the only floating ones come from layers that already compute in ``param_dtype``.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
+    embeddings = wrapped.hf_model.get_input_embeddings()
+    for layer in decoder_of(wrapped.hf_model).layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if embeddings.weight is not wrapped.hf_model.get_output_embeddings().weight:
+        fully_shard(embeddings, mesh=mesh, mp_policy=policy)
+    fully_shard(wrapped, mesh=mesh, mp_policy=policy)
+    for module in wrapped.modules():
+        if isinstance(module, FSDPModule):
+            # The loss already divides by the global count: gradients sum. Plain SUM, since gloo has no scaled sum.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(wrapped, "token_losses")
+    register_fsdp_forward_method(wrapped, "hidden_states")

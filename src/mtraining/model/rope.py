@@ -1,0 +1,184 @@
+"""Context extension: rotary settings written into the model's config before it is built.
+
+Whatever the method, the frequencies are fixed before the first step. transformers' own ``dynamic`` and
+``longrope`` types choose frequencies in each forward from the largest position *this process* sees; under
+context parallelism ranks see different positions, so they are refused, and our ``dynamic`` is resolved once,
+at the training length, into a plain theta.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mtraining.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
+
+class RopeOptions(BaseModel):
+    """How to stretch rotary positions to the training length.
+
+    type: ``none`` keeps the model's own; ``yarn`` (arXiv 2309.00071); ``linear`` position interpolation;
+        ``dynamic`` NTK-aware theta, fixed at the training length.
+    factor: the ratio of the new context to the original one; None takes seq_len / original. For ``dynamic`` it is the
+        NTK factor of transformers' formula, and None is 1.
+    original_max_position_embeddings: the context the weights were trained on; None reads it from the model.
+    theta: replaces rope_theta. With ``none`` this alone is the extension (a raised base frequency).
+    beta_fast, beta_slow, attention_factor: YaRN's own options; None keeps the paper's 32, 1 and 0.1 ln(factor) + 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    type: Literal["none", "yarn", "linear", "dynamic"] = "none"
+    factor: float | None = Field(default=None, ge=1.0)
+    original_max_position_embeddings: int | None = Field(default=None, gt=0)
+    theta: float | None = Field(default=None, gt=0)
+    beta_fast: float | None = Field(default=None, gt=0)
+    beta_slow: float | None = Field(default=None, gt=0)
+    attention_factor: float | None = Field(default=None, gt=0)
+
+
+def check_rope(config: Any) -> None:
+    """Refuse rotary settings that are missing, differ by layer, or change with the positions a process happens to see.
+
+    Raises:
+        UserError: names the rope type and the remedy.
+    """
+    parameters = getattr(config, "rope_parameters", None)
+    name = config.model_type
+    if not parameters:
+        raise UserError(
+            f"model: {name} has no rotary embedding (rope_parameters); use a model with rotary positions."
+        )
+    if "rope_type" not in parameters:
+        raise UserError(
+            f"model: {name} has different rotary settings by layer type; use a model with one for all layers."
+        )
+    if parameters.get("mrope_section"):
+        raise UserError(
+            f"model: {name} has multi-axis rotary positions (mrope_section); use a text-only model."
+        )
+    rope_type = parameters["rope_type"]
+    if rope_type not in STATIC_ROPE_TYPES:
+        raise UserError(
+            f"model: rope type {rope_type!r} of {name} is not supported, since its frequencies may depend on "
+            f"the positions "
+            f"each process sees; set model.rope.type to yarn, linear or dynamic (resolved once at the "
+            f"training length), "
+            f"with model.rope.original_max_position_embeddings."
+        )
+
+
+def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:
+    """Write ``options`` into ``config`` (in place) so that it covers ``seq_len`` positions, or refuse.
+
+    After the call ``config.max_position_embeddings >= seq_len`` and ``config.rope_parameters`` is what the
+    model is built with and what export saves.
+
+    Args:
+        config: a transformers config, before the model is built.
+        options: the `model.rope` section.
+        seq_len: training length in tokens.
+
+    Raises:
+        UserError: the options do not cover ``seq_len``, or contradict each other or the model.
+    """
+    _refuse_idle_options(options)
+    if not getattr(config, "rope_parameters", None):
+        check_rope(config)
+    if options.type == "none":
+        _keep(config, options, seq_len)
+    else:
+        _extend(config, options, seq_len)
+    check_rope(config)
+    config.validate_rope()
+
+
+def _refuse_idle_options(options: RopeOptions) -> None:
+    """An option that the chosen type does not read is a mistake, not a no-op."""
+    idle = {
+        "none": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+        "yarn": (),
+        "linear": ("beta_fast", "beta_slow", "attention_factor"),
+        "dynamic": ("beta_fast", "beta_slow", "attention_factor"),
+    }[options.type]
+    for name in idle:
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"model.rope.{name} has no effect with type={options.type}; remove it or change model.rope.type."
+            )
+
+
+def _keep(config: Any, options: RopeOptions, seq_len: int) -> None:
+    if options.theta is not None:
+        config.rope_parameters = {**config.rope_parameters, "rope_theta": float(options.theta)}
+        config.max_position_embeddings = max(config.max_position_embeddings, seq_len)
+    covered = config.max_position_embeddings
+    if seq_len > covered:
+        raise UserError(
+            f"model.rope: the training length {seq_len} is beyond the {covered} positions of the model; set "
+            f"model.rope.type "
+            f"to yarn with a factor of at least {_shortest_factor(seq_len, covered)} (or to linear or dynamic)."
+        )
+
+
+def _extend(config: Any, options: RopeOptions, seq_len: int) -> None:
+    present = config.rope_parameters
+    native = options.original_max_position_embeddings
+    if native is None and present.get("rope_type") != "default":
+        raise UserError(
+            f"model.rope: the model already has rope type {present.get('rope_type')!r}; to replace it by "
+            f"{options.type} set "
+            f"model.rope.original_max_position_embeddings to the context that factor counts from."
+        )
+    native = native or config.max_position_embeddings
+    theta = float(options.theta or present["rope_theta"])
+    parameters: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
+    if "partial_rotary_factor" in present:
+        parameters["partial_rotary_factor"] = present["partial_rotary_factor"]
+    if options.type == "dynamic":
+        parameters["rope_theta"] = ntk_theta(
+            theta, _rotary_dim(config, parameters), native, max(seq_len, native), options.factor or 1.0
+        )
+        covered = max(seq_len, native)
+    else:
+        factor = options.factor or max(1.0, seq_len / native)
+        covered = int(factor * native)
+        if seq_len > covered:
+            raise UserError(
+                f"model.rope.factor={factor:g} stretches {native} positions to {covered}, less than the "
+                f"training length "
+                f"{seq_len}; set it to at least {_shortest_factor(seq_len, native)}."
+            )
+        parameters |= {"rope_type": options.type, "factor": float(factor)}
+        if options.type == "yarn":
+            parameters["original_max_position_embeddings"] = native
+            for name in ("beta_fast", "beta_slow", "attention_factor"):
+                if getattr(options, name) is not None:
+                    parameters[name] = float(getattr(options, name))
+    config.rope_parameters = parameters
+    config.max_position_embeddings = covered
+    logger.info("rope: %s from %d to %d positions: %s", options.type, native, covered, parameters)
+
+
+def ntk_theta(theta: float, dim: int, native: int, seq_len: int, factor: float = 1.0) -> float:
+    """The NTK-aware base at length L = ``seq_len``: theta * (factor * L / native - (factor - 1)) ** (d / (d - 2)).
+
+    With factor 1 the slowest frequency is stretched by exactly L / native, as linear interpolation would, and the
+    fastest is left as it is.
+    """
+    return float(theta * (factor * seq_len / native - (factor - 1)) ** (dim / (dim - 2)))
+
+
+def _rotary_dim(config: Any, parameters: dict[str, Any]) -> int:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
+def _shortest_factor(seq_len: int, native: int) -> str:
+    """seq_len / native, rounded up to two decimals."""
+    return f"{-(-seq_len * 100 // native) / 100:g}"
