@@ -24,5 +24,7 @@ def build_layout(name: str, unit: int = 128) -> Layout:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UserError(f"layout: {name!r} is not known{hint}; choose one of {', '.join(LAYOUTS)}.")
     if unit < 1:
-        raise UserError(f"layout.unit: {unit} tokens is no stripe; use a positive multiple of pattern.block_size.")
+        raise UserError(
+            f"layout.unit: {unit} tokens is no stripe; use a positive multiple of pattern.block_size."
+        )
     return LAYOUTS[name](unit=unit)

@@ -25,10 +25,6 @@ class Collective(Protocol):
         """Elementwise sum over ranks."""
         ...
 
-    def all_max(self, x: Tensor) -> Tensor:
-        """Elementwise maximum over ranks."""
-        ...
-
     def all_to_all(self, x: Tensor) -> Tensor:
         """(world, ...) by destination -> (world, ...) by source."""
         ...
@@ -44,9 +40,6 @@ class Alone:
     rank, world = 0, 1
 
     def all_sum(self, x: Tensor) -> Tensor:
-        return x
-
-    def all_max(self, x: Tensor) -> Tensor:
         return x
 
     def all_to_all(self, x: Tensor) -> Tensor:
@@ -120,13 +113,17 @@ class Pattern:
 def require(pattern: Pattern, option: str, holds: bool, remedy: str) -> None:
     """Raise a UserError naming the option unless ``holds``."""
     if not holds:
-        raise UserError(f"pattern.{option}: {getattr(pattern, option)!r} does not fit {pattern.name}; {remedy}.")
+        raise UserError(
+            f"pattern.{option}: {getattr(pattern, option)!r} does not fit {pattern.name}; {remedy}."
+        )
 
 
 def build_from_table(table: Mapping[str, type[Pattern]], name: str, options: Mapping[str, object]) -> Pattern:
     """Look ``name`` up in ``table`` and fill its fields; unknown names are refused with the nearest known one."""
     if name not in table:
-        raise UserError(f"pattern: {name!r} is not known{_nearest(name, table)}; choose one of {', '.join(table)}.")
+        raise UserError(
+            f"pattern: {name!r} is not known{_nearest(name, table)}; choose one of {', '.join(table)}."
+        )
     known = [f.name for f in fields(table[name])]
     for option in options:
         if option not in known:

@@ -19,7 +19,9 @@ def gather_queries(q: Tensor, positions: Tensor, shard: SequenceShard) -> Tensor
     """
     slots = shard.slots[positions]
     held = (slots >= 0)[:, None, None]
-    return shard.comm.all_sum(torch.where(held, q[:, slots.clamp(min=0)], torch.zeros((), dtype=q.dtype, device=q.device)))
+    return shard.comm.all_sum(
+        torch.where(held, q[:, slots.clamp(min=0)], torch.zeros((), dtype=q.dtype, device=q.device))
+    )
 
 
 def global_lse(local: Tensor, shard: SequenceShard) -> Tensor:

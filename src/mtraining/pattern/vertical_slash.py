@@ -46,11 +46,20 @@ class VerticalSlash(Pattern):
         super().__post_init__()
         if self.top_p is None:
             for option in ("top_k_columns", "top_k_slashes"):
-                require(self, option, getattr(self, option) is not None, "give a number, or set pattern.top_p")
+                require(
+                    self, option, getattr(self, option) is not None, "give a number, or set pattern.top_p"
+                )
         else:
-            require(self, "top_p", 0 < self.top_p <= 1, "use a share of the mass between 0 and 1, such as 0.95")
+            require(
+                self, "top_p", 0 < self.top_p <= 1, "use a share of the mass between 0 and 1, such as 0.95"
+            )
             for option in ("top_k_columns", "top_k_slashes"):
-                require(self, option, getattr(self, option) is None, "a fixed budget needs pattern.top_p set to null")
+                require(
+                    self,
+                    option,
+                    getattr(self, option) is None,
+                    "a fixed budget needs pattern.top_p set to null",
+                )
         require(self, "probe", self.probe >= 1, "use at least one query, such as 64")
         require(self, "sinks", self.sinks >= 0, "use zero or more tokens")
         require(self, "window", self.window >= 1, "use at least 1, so that every token sees itself")
@@ -61,7 +70,9 @@ class VerticalSlash(Pattern):
     def budgets(self) -> tuple[int, int]:
         """Largest number of columns and of slashes that a head may keep."""
         if self.top_p is None:
-            assert self.top_k_columns is not None and self.top_k_slashes is not None  # __post_init__ saw to it
+            assert (
+                self.top_k_columns is not None and self.top_k_slashes is not None
+            )  # __post_init__ saw to it
             return self.top_k_columns, self.top_k_slashes
         return self.max_columns, self.max_slashes
 

@@ -1,0 +1,18 @@
+"""How keys travel: topology, transfers, the autograd function that joins pattern, layout and kernel, and balance."""
+
+from mtraining.ring.attention import sparse_ring_attention
+from mtraining.ring.balance import Imbalance, imbalance, tile_work
+from mtraining.ring.observe import AttentionStats, Observer
+from mtraining.ring.tape import IndexTape
+from mtraining.ring.topology import Ring
+
+__all__ = [
+    "AttentionStats",
+    "Imbalance",
+    "IndexTape",
+    "Observer",
+    "Ring",
+    "imbalance",
+    "sparse_ring_attention",
+    "tile_work",
+]

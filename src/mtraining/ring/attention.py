@@ -1,0 +1,191 @@
+"""Sparse ring attention: the autograd function that joins pattern, layout, ring and kernel.
+
+Read this file top to bottom for the whole forward and backward of one attention layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from mtraining.errors import UserError
+from mtraining.kernel import Backend, SparseIndex, select_backend
+from mtraining.layout import Layout, build_layout
+from mtraining.pattern import Pattern, SequenceShard, build_pattern
+from mtraining.ring.observe import observe
+from mtraining.ring.plan import RingPlan, make_plan
+from mtraining.ring.schedule import GradientRing, ring_steps
+from mtraining.ring.tape import Recorded, current_tape
+from mtraining.ring.topology import Ring
+
+
+@overload
+def sparse_ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
+    scale: float | None = None, return_index: Literal[False] = False, kernel: str = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def sparse_ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
+    scale: float | None = None, return_index: Literal[True], kernel: str = "auto",
+) -> tuple[Tensor, SparseIndex]: ...  # fmt: skip
+def sparse_ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
+    scale: float | None = None, return_index: bool = False, kernel: str = "auto",
+) -> Tensor | tuple[Tensor, SparseIndex]:  # fmt: skip
+    """Causal attention over the entries that ``pattern`` selects, on this rank's shard of the sequence.
+
+    The result equals single-device attention under the same index for every layout, ring and number of ranks; gradients
+    flow through the selected entries and none through the selection.
+
+    Args:
+        q: (batch, local tokens, q_heads, head_dim), after rotary embedding, in the layout's local order.
+        k, v: (batch, local tokens, kv_heads, head_dim), same dtype; kv_heads divides q_heads.
+        pattern: what to attend, an object or the name of one with its default options.
+        layout: who holds which tokens, an object or a name.
+        mesh: the context-parallel ranks: None for one process, a 1-D mesh for a flat ring, a 2-D (outer, inner) mesh for
+            a hierarchical one. Any subgroup of the world.
+        scale: factor on q.k; head_dim ** -0.5 by default.
+        return_index: return the index as well, the same on every rank.
+        kernel: backend, ``auto`` or one of ``mtraining.kernel.backend.KERNELS``.
+
+    Returns:
+        out (batch, local tokens, q_heads, head_dim) in q's dtype; with ``return_index`` (out, index).
+
+    Raises:
+        UserError: shapes, lengths or a kernel that cannot be served, naming the option and the remedy.
+    """
+    _check(q, k, v)
+    pattern = build_pattern(pattern) if isinstance(pattern, str) else pattern
+    layout = build_layout(layout) if isinstance(layout, str) else layout
+    ring = Ring.over(mesh)
+    plan = make_plan(ring, layout, q.shape[1] * ring.world, pattern.block_size, q.device)
+    backend = select_backend(kernel, q.device, q.dtype, q.shape[-1])
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+    tape = current_tape()
+    if tape is not None and tape.replaying:
+        recorded = tape.read()
+    else:
+        shard = SequenceShard(plan.all_positions, ring, backend)
+        recorded = Recorded(pattern.estimate(q.detach(), k.detach(), shard, scale))
+    call = _Call(plan, backend, recorded.index, scale)
+    out, lse = _SparseRingAttention.apply(q, k, v, call, recorded.out, recorded.lse)
+    if tape is None or not tape.replaying:
+        observe(q, k, lse, recorded.index, plan, backend, scale)
+        if tape is not None:
+            tape.write(Recorded(recorded.index, out.detach(), lse) if tape.keep_outputs else recorded)
+    return (out, recorded.index) if return_index else out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What forward and backward share besides tensors that autograd tracks."""
+
+    plan: RingPlan
+    backend: Backend
+    index: SparseIndex
+    scale: float
+
+    @property
+    def has_columns(self) -> bool:
+        return self.index.columns.shape[-1] > 0
+
+    @property
+    def slots(self) -> Tensor:
+        """int64 (seq_len,): local place of a global position on this rank, -1 elsewhere."""
+        return SequenceShard(self.plan.all_positions, self.plan.ring).slots
+
+
+class _SparseRingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        call: _Call,
+        kept_out: Tensor | None,
+        kept_lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if kept_out is not None and kept_lse is not None:
+            out, lse = kept_out.detach(), kept_lse.detach()
+        else:
+            out, lse = _ring_forward(q, k, v, call)
+            out = out.to(q.dtype)
+        ctx.call = call
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = _ring_backward(dout, q, k, v, out, lse, ctx.call)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    """Partial results in the accumulation dtype: out (batch, rows, heads, head_dim), lse (batch, heads, rows)."""
+    plan, backend, index = call.plan, call.backend, call.index
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    for step, (source, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring)):
+        if step == 0 and call.has_columns:  # under the first transfer
+            ck, cv = _whole_columns(k, v, call)
+            out, lse = backend.columns_forward(q, ck, cv, index, plan.q_blocks, call.scale, out, lse)
+        out, lse = backend.tiles_forward(
+            q, kv[0], kv[1], index, plan.placements[source], call.scale, out, lse
+        )
+    assert out is not None and lse is not None
+    return out, lse
+
+
+def _ring_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the accumulation dtype, from the global out and lse: partial gradients simply add."""
+    plan, backend, index, scale = call.plan, call.backend, call.index, call.scale
+    delta = backend.row_delta(out.to(lse.dtype), dout)
+    dq = torch.zeros_like(q, dtype=lse.dtype)
+    columns_home = None
+    home = GradientRing(plan.ring)
+    for step, (source, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring)):
+        if step == 0 and call.has_columns:  # under the first transfer
+            ck, cv = _whole_columns(k, v, call)
+            grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, plan.q_blocks, scale, dq)
+            columns_home = plan.ring.start_sum(torch.stack(grads))
+        placement = plan.placements[source]
+        share = backend.tiles_backward(dout, q, kv[0], kv[1], lse, delta, index, placement, scale, dq)
+        home.add(torch.stack(share))
+    dk, dv = home.finish().unbind(0)
+    if columns_home is not None:
+        backend.scatter_columns(columns_home.wait(), index.columns, call.slots, dk, dv)
+    return dq, dk, dv
+
+
+def _whole_columns(k: Tensor, v: Tensor, call: _Call) -> Tensor:
+    """Compact keys and values of every selected column, from all ranks: (2, batch, capacity, q_heads, head_dim)."""
+    return call.plan.ring.start_sum(call.backend.gather_columns(k, v, call.index.columns, call.slots)).wait()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise UserError(
+            f"q, k, v: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit; "
+            "use (batch, tokens, heads, head_dim), with k and v alike."
+        )
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise UserError(
+            f"q, k: shapes {tuple(q.shape)} and {tuple(k.shape)} differ in batch, tokens or head_dim; "
+            "give the same tokens and head_dim to both."
+        )
+    if q.shape[2] % k.shape[2]:
+        raise UserError(f"k: {k.shape[2]} kv heads do not divide {q.shape[2]} query heads; use a divisor.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise UserError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ; cast them to one.")

@@ -1,0 +1,73 @@
+"""How evenly a layout spreads the work of an index over ranks and over ring steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mtraining.kernel import SparseIndex
+from mtraining.layout import Layout
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """Imbalance degrees, max / mean of slash tiles; 1.0 is perfect.
+
+    Attributes:
+        worker: over ranks within a step; of a whole pass, the sum of each step's slowest rank over the sum of means.
+        worker_by_step: the same for each ring step.
+        step: over steps, of the mean rank.
+    """
+
+    worker: float
+    worker_by_step: list[float]
+    step: float
+
+
+@lru_cache(maxsize=16)
+def _diagonal_counts(layout: Layout, seq_len: int, block_size: int, world: int) -> Tensor:
+    """float64 (world ranks, world sources, num_blocks): blocks of each diagonal with queries on one, keys on the other."""
+    blocks = layout.positions(seq_len, world)[:, ::block_size] // block_size
+    num_blocks = seq_len // block_size
+    counts = torch.zeros(world, world, num_blocks, dtype=torch.float64)
+    for rank in range(world):
+        for source in range(world):
+            distance = (blocks[rank][:, None] - blocks[source][None, :]).flatten()
+            counts[rank, source] = torch.bincount(distance[distance >= 0], minlength=num_blocks)
+    return counts
+
+
+def tile_work(index: SparseIndex, layout: Layout, world: int) -> Tensor:
+    """Slash tiles computed by each rank for each source's keys, summed over batch and heads.
+
+    Any layout and world may be asked about, not only those in use.
+
+    Returns:
+        float64 (world ranks, world sources), on the CPU.
+    """
+    counts = _diagonal_counts(layout, index.seq_len, index.block_size, world)
+    return counts @ index.diagonals.sum((0, 1), dtype=torch.float64).cpu()
+
+
+def by_step(work: Tensor, outer: int = 1) -> Tensor:
+    """(ranks, sources) -> (ranks, ring steps): the order in which a ring of ``outer`` x (world / outer) meets the sources."""
+    world = work.shape[0]
+    inner = world // outer
+    rank, step = torch.arange(world)[:, None], torch.arange(world)[None, :]
+    source = (rank // inner - step // inner) % outer * inner + (rank % inner - step % inner) % inner
+    return work.gather(1, source)
+
+
+def imbalance(work: Tensor, outer: int = 1) -> Imbalance:
+    """Imbalance degrees of ``work`` (ranks, sources) from :func:`tile_work`, on a ring of ``outer`` x inner ranks."""
+    steps = by_step(work, outer)
+    slowest, mean = steps.amax(0), steps.mean(0)
+    safe = mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    degrees = torch.where(mean > 0, slowest / safe, 1.0)
+    total = mean.sum().item()
+    if total == 0:
+        return Imbalance(1.0, degrees.tolist(), 1.0)
+    return Imbalance(slowest.sum().item() / total, degrees.tolist(), mean.max().item() * mean.numel() / total)

@@ -1,0 +1,112 @@
+"""What sparse attention did: density, recall and balance of each call, measured on demand."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from mtraining.kernel import Backend, SparseIndex
+from mtraining.pattern import SequenceShard
+from mtraining.pattern.probe import gather_queries, global_lse
+from mtraining.ring.balance import Imbalance, imbalance, tile_work
+from mtraining.ring.plan import RingPlan
+
+_observers: list[Observer] = []
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """One attention call, over all heads and the whole sequence.
+
+    Attributes:
+        density: computed area over the area of all causal tiles.
+        columns: mean columns a head.
+        recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled.
+        balance: imbalance in the layout and ring in use.
+        tile_work: float64 (ranks, sources), slash tiles, in the layout in use.
+        index: the index itself, e.g. to ask how another layout would balance it.
+    """
+
+    density: float
+    columns: float
+    recall: float | None
+    balance: Imbalance
+    tile_work: Tensor
+    index: SparseIndex
+
+
+class Observer(AbstractContextManager["Observer"]):
+    """Collects one :class:`AttentionStats` per attention call made inside it, in order.
+
+    Costs host synchronisation, and collectives when ``recall_rows`` > 0: enter it on logging steps, on all ranks alike.
+
+    Args:
+        recall_rows: rows sampled at random for recall; 0 leaves it out.
+        seed: of the sampled rows.
+    """
+
+    def __init__(self, recall_rows: int = 0, seed: int = 0) -> None:
+        self.recall_rows, self.seed = recall_rows, seed
+        self.stats: list[AttentionStats] = []
+
+    def __enter__(self) -> Observer:
+        _observers.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _observers.remove(self)
+
+
+@torch.no_grad()
+def observe(
+    q: Tensor, k: Tensor, lse: Tensor, index: SparseIndex, plan: RingPlan, backend: Backend, scale: float
+) -> None:
+    """Report one finished call to the observers in force (free when there are none)."""
+    for observer in _observers:
+        work = tile_work(index, plan.layout, plan.ring.world)
+        recall = None
+        if observer.recall_rows:
+            chosen = torch.Generator().manual_seed(observer.seed + len(observer.stats))
+            rows = torch.randint(index.seq_len, (observer.recall_rows,), generator=chosen).to(q.device)
+            recall = (
+                measure_recall(q, k, lse, rows, SequenceShard(plan.all_positions, plan.ring, backend), scale)
+                .mean()
+                .item()
+            )
+        observer.stats.append(
+            AttentionStats(
+                density=index.density().mean().item(),
+                columns=index.column_counts.double().mean().item(),
+                recall=recall,
+                balance=imbalance(work, plan.ring.outer),
+                tile_work=work,
+                index=index,
+            )
+        )
+
+
+def measure_recall(
+    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, shard: SequenceShard, scale: float
+) -> Tensor:
+    """Share of each row's true softmax mass that the index kept: exp(sparse lse - dense lse).
+
+    Args:
+        q, k, lse: this rank's queries, keys and the finished sparse lse (batch, q_heads, local tokens).
+        rows: int64 (n,), global positions, the same on every rank.
+
+    Returns:
+        (batch, q_heads, n), the same on every rank.
+    """
+    dense = shard.backend.probe_lse(gather_queries(q, rows, shard), k, rows, shard.positions, scale)
+    slots = shard.slots[rows]
+    held = slots >= 0
+    sparse = shard.comm.all_sum(
+        torch.where(held, lse[..., slots.clamp(min=0)], torch.zeros_like(lse[..., :1]))
+    )
+    return (sparse - global_lse(dense, shard)).exp()

@@ -1,0 +1,53 @@
+"""What a ring needs to know of a layout before it turns: small tables, made once per shape and kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mtraining.kernel import Placement
+from mtraining.layout import Layout
+from mtraining.ring.topology import Ring
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """Where every rank's blocks stand.
+
+    Attributes:
+        ring: the ranks.
+        all_positions: int64 (world, local tokens), global positions of each rank's tokens.
+        placements: for each source rank, this rank's queries against that source's keys.
+    """
+
+    ring: Ring
+    layout: Layout
+    block_size: int
+    all_positions: Tensor
+    placements: tuple[Placement, ...]
+
+    @property
+    def seq_len(self) -> int:
+        return self.all_positions.numel()
+
+    @property
+    def q_blocks(self) -> Tensor:
+        """int64 (local blocks,): global numbers of this rank's blocks."""
+        return self.placements[0].q_blocks
+
+
+@lru_cache(maxsize=64)
+def make_plan(ring: Ring, layout: Layout, seq_len: int, block_size: int, device: torch.device) -> RingPlan:
+    """The plan of a sequence of ``seq_len`` tokens over the ring.
+
+    Raises:
+        UserError: the layout cannot deal this length in whole blocks.
+    """
+    layout.check(seq_len, ring.world, block_size)
+    positions = layout.positions(seq_len, ring.world)
+    blocks = (positions[:, ::block_size] // block_size).to(device)
+    placements = tuple(Placement(blocks[ring.rank], keys, seq_len // block_size) for keys in blocks)
+    return RingPlan(ring, layout, block_size, positions.to(device), placements)
