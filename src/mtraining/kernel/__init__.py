@@ -5,4 +5,12 @@ from mtraining.kernel.index import SparseIndex, dense_index
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.reference import ReferenceBackend, merge
 
-__all__ = ["Backend", "Placement", "ReferenceBackend", "SparseIndex", "dense_index", "merge", "select_backend"]
+__all__ = [
+    "Backend",
+    "Placement",
+    "ReferenceBackend",
+    "SparseIndex",
+    "dense_index",
+    "merge",
+    "select_backend",
+]

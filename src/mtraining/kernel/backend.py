@@ -78,7 +78,13 @@ class Backend(Protocol):
         ...
 
     def probe_mass(
-        self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float, lse: Tensor,
+        self,
+        probe: Tensor,
+        k: Tensor,
+        probe_positions: Tensor,
+        key_positions: Tensor,
+        scale: float,
+        lse: Tensor,
         seq_len: int,
     ) -> tuple[Tensor, Tensor]:
         """Probability mass under the probe, exp(score - lse) with the *global* lse, summed over the probe.

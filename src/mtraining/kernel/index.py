@@ -87,7 +87,10 @@ class SparseIndex:
 
     def nbytes(self) -> int:
         """Bytes that the index holds on its device."""
-        return self.diagonals.numel() * self.diagonals.element_size() + self.columns.numel() * self.columns.element_size()
+        return (
+            self.diagonals.numel() * self.diagonals.element_size()
+            + self.columns.numel() * self.columns.element_size()
+        )
 
     def placement(self) -> Placement:
         """The placement of a sequence that one process holds whole."""

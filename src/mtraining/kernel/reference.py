@@ -148,7 +148,9 @@ class ReferenceBackend(ReferenceEstimation):
         return dkh.to_rows(), dvh.to_rows()
 
 
-def _merged(new_out: Tensor, new_lse: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+def _merged(
+    new_out: Tensor, new_lse: Tensor, out: Tensor | None, lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if out is None or lse is None:
         return new_out, new_lse
     return merge(out, lse, new_out, new_lse)
@@ -195,4 +197,10 @@ def _column_rows(index: SparseIndex, q_blocks: Tensor):
                     columns = index.columns[b, h, :prefix].long()
                     block = q_blocks[i]
                     owned = index.diagonals[b, h, block - columns // size]
-                    yield b, h, i, prefix, (columns[None, :] > (block * size + lane)[:, None]) | owned[None, :]
+                    yield (
+                        b,
+                        h,
+                        i,
+                        prefix,
+                        (columns[None, :] > (block * size + lane)[:, None]) | owned[None, :],
+                    )

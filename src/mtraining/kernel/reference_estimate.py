@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def _probe_scores(probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float) -> Tensor:
+def _probe_scores(
+    probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float
+) -> Tensor:
     """(batch, q_heads, probe, keys), -inf in a query's future; fp32, or fp64 for fp64 inputs."""
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     batch, count, q_heads, dim = probe.shape
@@ -29,7 +31,9 @@ class ReferenceEstimation:
         seq_len: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         prob = _probe_scores(probe, k, probe_positions, key_positions, scale).sub_(lse[..., None]).exp_()
-        distance = (probe_positions[:, None] - key_positions[None, :]).clamp(min=0)  # the future carries no mass
+        distance = (probe_positions[:, None] - key_positions[None, :]).clamp(
+            min=0
+        )  # the future carries no mass
         rows = prob.flatten(0, 1)
         slashes = prob.new_zeros(rows.shape[0], seq_len)
         slashes.scatter_add_(1, distance.flatten().expand(rows.shape[0], -1), rows.flatten(1))
@@ -37,7 +41,11 @@ class ReferenceEstimation:
 
     def heaviest(self, mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Tensor:
         n = mass.shape[1]
-        order = torch.where(forced, torch.inf, mass).sort(dim=1, descending=True, stable=True).indices[:, : min(keep, n)]
+        order = (
+            torch.where(forced, torch.inf, mass)
+            .sort(dim=1, descending=True, stable=True)
+            .indices[:, : min(keep, n)]
+        )
         if top_p is not None:
             ranked = mass.gather(1, order)
             before = ranked.cumsum(1) - ranked
@@ -51,13 +59,17 @@ class ReferenceEstimation:
         row = torch.arange(batch, device=k.device)[:, None, None]
         head = torch.arange(q_heads, device=k.device)[:, None] // (q_heads // k.shape[2])
         packed = torch.stack([x[row, where, head] for x in (k, v)]).transpose(2, 3)
-        return torch.where(held.transpose(1, 2)[..., None], packed, torch.zeros((), dtype=k.dtype, device=k.device))
+        return torch.where(
+            held.transpose(1, 2)[..., None], packed, torch.zeros((), dtype=k.dtype, device=k.device)
+        )
 
     def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dk: Tensor, dv: Tensor) -> None:
         q_heads, kv_heads = columns.shape[1], dk.shape[2]
         where, held = _column_slots(columns, slots)
         for grad, total in zip(grads, (dk, dv), strict=True):
-            kept = torch.where(held.transpose(1, 2)[..., None], grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
+            kept = torch.where(
+                held.transpose(1, 2)[..., None], grad, torch.zeros((), dtype=grad.dtype, device=grad.device)
+            )
             for h in range(q_heads):
                 into = where[:, h, :, None].expand(-1, -1, grad.shape[-1])
                 total[:, :, h // (q_heads // kv_heads)].scatter_add_(1, into, kept[:, :, h])
