@@ -30,7 +30,7 @@ class DatasetReport:
     def render(self) -> str:
         """One line."""
         return (
-            f"{self.windows:,} sequences ({self.tokens_used:,} tokens an epoch) from {self.documents_used:,} documents; "
+            f"{self.windows:,} sequences ({self.tokens_used:,} tokens an epoch) of {self.documents_used:,} documents; "
             f"{self.documents_too_short:,} documents too short, {self.tokens_unused:,} tokens unused"
         )
 

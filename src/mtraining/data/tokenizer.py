@@ -21,7 +21,7 @@ BYTE_VOCAB_SIZE = 256 + len(BYTE_SPECIALS)
 
 
 def _byte_characters() -> list[str]:
-    """The character by which the ByteLevel pre-tokenizer spells each byte: itself if printable, else one from 256 on."""
+    """The character that stands for each byte in ByteLevel text: itself if printable, else one from 256 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_ins = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]
