@@ -1,0 +1,58 @@
+"""The `mtraining` command. Each subcommand is one small module and one line in `COMMANDS`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mtraining.cli.demo import demo
+from mtraining.cli.export import export
+from mtraining.cli.prepare import prepare
+from mtraining.cli.train import train
+from mtraining.errors import UserError
+
+COMMANDS = (train, prepare, export, demo)
+
+app = typer.Typer(
+    name="mtraining",
+    help="Train language models on very long contexts with dynamic sparse ring attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in COMMANDS:
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mtraining {version('mtraining')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Train language models on very long contexts with dynamic sparse ring attention."""
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence on stderr and exit status 2, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        code = getattr(error, "code", None)  # RunStopped, known without importing the training code
+        if type(error).__name__ != "RunStopped" or code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(code)

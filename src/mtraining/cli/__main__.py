@@ -1,0 +1,5 @@
+"""`python -m mtraining.cli` is the `mtraining` command."""
+
+from mtraining.cli import main
+
+main()

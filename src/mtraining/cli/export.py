@@ -1,0 +1,23 @@
+"""`mtraining export`: a checkpoint of a run as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    out: Annotated[Path, typer.Argument(help="The Hugging Face folder to write.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A checkpoint, by name or path; default: the newest.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as trained.")] = None,
+) -> None:
+    """Write a checkpoint of RUN as a Hugging Face model in OUT (safetensors, config, tokenizer)."""
+    from mtraining.train.export import export_run
+
+    source = export_run(run, out, checkpoint=checkpoint, dtype=dtype)
+    typer.echo(f"wrote {out} from {source}")

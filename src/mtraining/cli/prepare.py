@@ -1,0 +1,67 @@
+"""`mtraining prepare`: text to token shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE... OUT",
+            help="Files, folders, dataset ids, 'stdlib' or 'package:NAME'; the last one is the folder to write.",
+        ),
+    ],
+    kind: Annotated[str, typer.Option(help="auto, text, jsonl, parquet, code or dataset.")] = "auto",
+    tokenizer: Annotated[str, typer.Option(help="'byte', a folder, a tokenizer.json, or a hub id.")] = "byte",
+    eos_token: Annotated[str | None, typer.Option(help="The separator, if the tokenizer names none.")] = None,
+    text_column: Annotated[str, typer.Option(help="Text column of .jsonl, .parquet and datasets.")] = "text",
+    name_column: Annotated[str | None, typer.Option(help="Column with document names.")] = None,
+    dataset_config: Annotated[
+        str | None, typer.Option(help="Configuration of a Hugging Face dataset.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "train",
+    group_by: Annotated[
+        str, typer.Option(help="Code: one document per top-level 'folder' or per 'file'.")
+    ] = "folder",
+    extension: Annotated[list[str] | None, typer.Option(help="Code: suffixes to take.")] = None,
+    holdout: Annotated[
+        list[str] | None, typer.Option(help="Documents to keep apart, names or patterns.")
+    ] = None,
+    max_documents: Annotated[int | None, typer.Option(help="Stop after this many documents.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after the document that reaches this.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Tokenising processes.")] = 1,
+) -> None:
+    """Turn text, code or a dataset into memory-mapped token shards. Run again to continue an interrupted run."""
+    from mtraining.data import PrepareOptions
+    from mtraining.data import prepare as run
+    from mtraining.errors import UserError
+
+    if len(sources) < 2:
+        raise UserError(
+            "prepare needs at least one source and the folder to write: mtraining prepare SOURCE... OUT."
+        )
+    summary = run(
+        PrepareOptions(
+            sources=tuple(sources[:-1]),
+            out=Path(sources[-1]),
+            kind=kind,
+            tokenizer=tokenizer,
+            eos_token=eos_token,
+            text_column=text_column,
+            name_column=name_column,
+            dataset_config=dataset_config,
+            split=split,
+            group_by=group_by,
+            extensions=tuple(extension) if extension else None,
+            holdout=tuple(holdout or ()),
+            max_documents=max_documents,
+            max_tokens=max_tokens,
+            workers=workers,
+        )
+    )
+    typer.echo(summary.render())

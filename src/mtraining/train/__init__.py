@@ -1,0 +1,1 @@
+"""Configuration, step, loop, optimizer, checkpoint, metrics."""

@@ -1,0 +1,78 @@
+"""What a logged step says of its attention: density, recall, and how any layout would balance the same index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mtraining.errors import UserError
+from mtraining.layout import build_layout
+from mtraining.ring import AttentionStats, imbalance, tile_work
+from mtraining.ring.balance import by_step
+from mtraining.train.config import Config
+
+BALANCE = "balance.json"
+COMPARED_LAYOUTS = ("zigzag", "striped")
+COMPARED_WORLDS = (8, 32)  # besides the run's own number of context-parallel ranks
+
+
+def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
+    """The attention part of a metrics record: means over layers, and density by layer; empty when nothing was observed."""
+    if not layers:
+        return {}
+    record: dict[str, Any] = {
+        "density": _mean([layer.density for layer in layers]),
+        "layer_density": [layer.density for layer in layers],
+        "worker_imbalance": _mean([layer.balance.worker for layer in layers]),
+        "step_imbalance": _mean([layer.balance.step for layer in layers]),
+    }
+    recalls = [layer.recall for layer in layers if layer.recall is not None]
+    if recalls:
+        record["recall"] = _mean(recalls)
+    return record
+
+
+def write_balance(config: Config, step: int, layers: Sequence[AttentionStats]) -> None:
+    """Write `balance.json` into the run folder: the index of this step under zigzag and striped layouts.
+
+    For the run's number of ranks and for larger rings that divide the sequence: `load` is the mean tile work of a layer,
+    by rank and ring step; `worker` and `step` are imbalance degrees (max / mean), means over layers.
+    """
+    worlds = sorted({config.parallel.cp, *COMPARED_WORLDS})
+    entries = [
+        entry
+        for world in worlds
+        for name in COMPARED_LAYOUTS
+        if (entry := _entry(config, name, world, layers)) is not None
+    ]
+    (config.output / BALANCE).write_text(
+        json.dumps({"step": step, "layouts": entries}, indent=1), encoding="utf-8"
+    )
+
+
+def _entry(config: Config, name: str, world: int, layers: Sequence[AttentionStats]) -> dict[str, Any] | None:
+    index = layers[0].index
+    outer = config.parallel.cp_outer if world == config.parallel.cp else 1
+    # Striped by one block is the paper's layout at any block size; the run's own unit may be wider.
+    layout = build_layout(name, config.layout.unit if name == config.layout.name else index.block_size)
+    try:
+        layout.check(index.seq_len, world, max(layer.index.block_size for layer in layers))
+    except UserError:
+        return (
+            None  # a ring that this sequence is too short for: not a choice of the run, so nothing to refuse
+        )
+    works = [tile_work(layer.index, layout, world) for layer in layers]
+    degrees = [imbalance(work, outer) for work in works]
+    load = sum(by_step(work, outer) for work in works) / len(works)
+    return {
+        "layout": name,
+        "world": world,
+        "worker": _mean([degree.worker for degree in degrees]),
+        "step": _mean([degree.step for degree in degrees]),
+        "load": load.tolist(),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,95 @@
+"""What can be refused before any process, model or step exists: each problem in one sentence naming the option.
+
+Checks that need the model (heads, head_dim, sliding windows, ...) are made by `mtraining.model.parallelize`, and the
+vocabulary by `mtraining.data.SequenceDataset`, both before the first step.
+"""
+
+from __future__ import annotations
+
+from mtraining.data import SequenceDataset, TokenShards
+from mtraining.errors import UserError
+from mtraining.layout import build_layout
+from mtraining.train.config import Config
+from mtraining.train.store import CheckpointStore, Manifest, read_manifest, require_complete
+
+
+def check_config(config: Config) -> None:
+    """Check everything about a run that needs neither processes nor a model.
+
+    Raises:
+        UserError: a sequence length that the layout cannot deal, more ranks than blocks, an unknown pattern, layout or
+            option, data that is missing, empty, shorter than a sequence or outside the vocabulary, a run folder or
+            checkpoint that cannot be used.
+    """
+    layout = build_layout(config.layout.name, config.layout.unit)
+    for pattern in [config.pattern, *config.layer_patterns.values()]:
+        layout.check(config.train.seq_len, config.parallel.cp, pattern.build().block_size)
+    if config.train.warmup_steps >= config.train.steps:
+        raise UserError(
+            f"train.warmup_steps={config.train.warmup_steps} leaves no step after the warm-up; "
+            f"use fewer than train.steps={config.train.steps}."
+        )
+    check_output(config)
+    SequenceDataset(
+        TokenShards(config.data.path),
+        config.train.seq_len,
+        mode=config.data.mode,
+        seed=config.train.seed,
+        vocab_size=config.model.config.get("vocab_size"),
+    )
+
+
+def check_output(config: Config) -> None:
+    """Refuse a run folder that cannot be written, or that holds checkpoints which `resume: never` would mix with."""
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output={config.output} cannot be made: {error.strerror}; choose another folder."
+        ) from None
+    latest = CheckpointStore(config.output).latest()
+    if config.checkpoint.resume == "never":
+        if latest is not None:
+            raise UserError(
+                f"output={config.output} already holds {latest.name}; set checkpoint.resume=auto to go on from it, or "
+                "choose another output folder."
+            )
+    elif config.checkpoint.resume != "auto":
+        check_cursor(config, require_complete(config.resume_path))
+    elif latest is not None:
+        check_cursor(config, read_manifest(latest))
+
+
+def data_order(config: Config) -> dict[str, str | int]:
+    """What fixes the order of samples; a checkpoint's place in the data means something only if these are the same."""
+    return {
+        "train.seq_len": config.train.seq_len,
+        "train.batch_size": config.train.batch_size,
+        "train.seed": config.train.seed,
+        "data.mode": config.data.mode,
+    }
+
+
+def check_cursor(config: Config, manifest: Manifest) -> None:
+    """Refuse to resume where the checkpoint's place in the data would point at other samples."""
+    for option, value in data_order(config).items():
+        if manifest.data.get(option) != value:
+            raise UserError(
+                f"{option}={value} differs from the checkpoint's {manifest.data.get(option)}, so its place in the data is "
+                f"lost; restore {option}={manifest.data.get(option)}, or start a new output from an exported model."
+            )
+
+
+def check_same_model(here: dict[str, list[int]], manifest: Manifest, checkpoint: str) -> None:
+    """Refuse a checkpoint whose parameters are not this model's by name and shape (name -> shape on both sides)."""
+    there = manifest.shapes
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) == there.get(name):
+            continue
+        sizes = [
+            f"has shape {tuple(shapes[name])}" if name in shapes else "is absent" for shapes in (there, here)
+        ]
+        raise UserError(
+            f"checkpoint {checkpoint} is of another model: {name} {sizes[0]} there and {sizes[1]} here; use the "
+            "configuration it was trained with, or another output folder."
+        )

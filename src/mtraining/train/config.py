@@ -1,0 +1,287 @@
+"""The configuration of a run: typed sections, read from YAML, with dotted overrides.
+
+A configuration is read once, checked at once (`load_config`), handed around frozen, and written whole, defaults
+included, into the run folder. Unknown keys are refused with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mtraining.errors import UserError
+from mtraining.model import ModelOptions
+from mtraining.pattern import Pattern, build_pattern
+
+
+class Section(BaseModel):
+    """A group of options: unknown keys are errors, values cannot change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
+
+
+class DataSection(Section):
+    """Where the tokens come from. `path` is a folder written by `mtraining prepare`."""
+
+    path: Path
+    mode: Literal["documents", "concat"] = "documents"
+    workers: NonNegativeInt = 0
+
+
+class PatternSection(BaseModel):
+    """What attention computes: `name` picks the pattern; every other key is an option of that pattern."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "vertical_slash"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The pattern's own options, as keyword arguments for `mtraining.pattern.build_pattern`."""
+        return dict(self.model_extra or {})
+
+    def build(self) -> Pattern:
+        """The pattern itself; `UserError` for an unknown name or option."""
+        return build_pattern(self.name, **self.options)
+
+
+class LayoutSection(Section):
+    """Who holds which tokens. `unit` is the stripe width in tokens; a multiple of the pattern's block."""
+
+    name: str = "striped"
+    unit: PositiveInt = 128
+
+
+class ParallelSection(Section):
+    """The process grid: `dp` replicas of the batch times `cp` shares of each sequence.
+
+    `cp_outer` divides `cp`: the number of outer groups (nodes) of the hierarchical ring; 1 is a flat ring.
+    """
+
+    dp: PositiveInt = 1
+    cp: PositiveInt = 1
+    cp_outer: PositiveInt = 1
+
+    @property
+    def world(self) -> int:
+        """The number of processes the grid needs."""
+        return self.dp * self.cp
+
+    @model_validator(mode="after")
+    def _outer_divides(self) -> ParallelSection:
+        if self.cp % self.cp_outer:
+            raise ValueError(f"cp_outer={self.cp_outer} must divide cp={self.cp}")
+        return self
+
+
+class TrainSection(Section):
+    """The optimisation. Batch sizes count sequences: `batch_size` is what one optimizer step sees over all
+    replicas, `micro_batch_size` what one replica forwards at once; the rest is gradient accumulation."""
+
+    seq_len: PositiveInt
+    steps: PositiveInt
+    batch_size: PositiveInt = 1
+    micro_batch_size: PositiveInt = 1
+    lr: PositiveFloat = 2e-5
+    min_lr: NonNegativeFloat = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip: PositiveFloat | None = 1.0
+    dtype: Literal["bf16", "fp32"] = "fp32"
+    recompute: Literal["full", "keep_attention", "none"] = "full"
+    loss_chunk: PositiveInt = 2048
+    kernel: str = "auto"
+    seed: int = 0
+
+
+class CheckpointSection(Section):
+    """When and what to save. `every: 0` saves at the end only. `resume: auto` goes on from the newest complete
+    checkpoint of the run folder, `never` refuses a folder that holds one, a path names one checkpoint."""
+
+    every: NonNegativeInt = 100
+    keep_last: PositiveInt = 2
+    asynchronous: bool = Field(default=True, alias="async")
+    resume: str = "auto"
+    export: bool = True
+
+
+class LogSection(Section):
+    """Loss, speed and memory are logged at every step; attention statistics at every `every`-th (they synchronise).
+
+    `recall_rows` query rows are compared with dense attention for the recall of the kept mass; 0 turns it off.
+    """
+
+    every: PositiveInt = 10
+    tensorboard: bool = True
+    recall_rows: NonNegativeInt = 0
+
+
+class DistributedSection(Section):
+    """Process groups: gloo on CPU, NCCL on GPU. A collective that waits longer than `timeout_seconds` ends the run."""
+
+    timeout_seconds: PositiveFloat = 600.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Config(Section):
+    """A whole run. `layer_patterns` gives single layers, by number, a pattern of their own (layer 0 is often diffuse)."""
+
+    output: Path
+    model: ModelOptions
+    data: DataSection
+    train: TrainSection
+    pattern: PatternSection = PatternSection()
+    layer_patterns: dict[NonNegativeInt, PatternSection] = {}
+    layout: LayoutSection = LayoutSection()
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    distributed: DistributedSection = DistributedSection()
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("layer_patterns", mode="before")
+    @classmethod
+    def _layer_patterns_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {layer: {"name": item} if isinstance(item, str) else item for layer, item in value.items()}
+
+    @field_validator("layout", mode="before")
+    @classmethod
+    def _layout_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Config:
+        per_round = self.parallel.dp * self.train.micro_batch_size
+        if self.train.batch_size % per_round:
+            nearest = max(1, round(self.train.batch_size / per_round)) * per_round
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} must be a multiple of parallel.dp x "
+                f"train.micro_batch_size = {per_round}; the nearest is {nearest}"
+            )
+        return self
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that each replica runs before one optimizer step."""
+        return self.train.batch_size // (self.parallel.dp * self.train.micro_batch_size)
+
+    @property
+    def resume_path(self) -> Path:
+        """The checkpoint that `checkpoint.resume` names: a path, or the name of one in the run folder."""
+        named = self.output / "checkpoints" / self.checkpoint.resume
+        return named if named.is_dir() else Path(self.checkpoint.resume)
+
+    def to_yaml(self) -> str:
+        """Every option, defaults included, in a form that `load_config` reads back to an equal configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides (values parsed as YAML), and check everything.
+
+    Raises `UserError` with one sentence for a missing file, malformed YAML, an unknown key or a bad value.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"configuration file {path} does not exist; the recipes/ folder holds examples."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file {path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration file {path} is not valid YAML: {_one_line(error)}.") from None
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"configuration file {path} must hold a mapping of sections, such as 'model:' and 'train:'."
+        )
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, source=str(path))
+
+
+def parse_config(raw: Mapping[str, Any], source: str = "the configuration") -> Config:
+    """Check a mapping of sections; `source` names it in error messages."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_sentence(error, source)) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {override!r} is not of the form section.key=value, such as train.steps=20.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}.") from None
+    node: Any = raw
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(node.get(part), str) and depth == 0 and part in ("pattern", "layout"):
+            node[part] = {"name": node[part]}
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section.")
+    node[parts[-1]] = value
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    """The first problem as one sentence; unknown keys come first, since they often cause the others."""
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        prefix = "".join(f"{part}." for part in problem["loc"][:-1])
+        remedy = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}."
+        return f"unknown key {where} in {source}; {remedy}"
+    if problem["type"] == "missing":
+        return f"{source} lacks the required key {where}."
+    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    if problem["type"] == "value_error":
+        return f"{where + ': ' if where else ''}{message}."
+    return f"{where}={problem['input']!r} in {source} is not valid: {message[0].lower()}{message[1:]}."
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is None or not hasattr(field.annotation, "model_fields"):
+            return []
+        model = field.annotation
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

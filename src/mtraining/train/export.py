@@ -1,0 +1,52 @@
+"""A checkpoint of any topology as one Hugging Face folder, on one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+from mtraining.errors import UserError
+from mtraining.model import export_model
+from mtraining.train.checks import check_same_model
+from mtraining.train.config import ParallelSection, load_config
+from mtraining.train.loop import data_tokenizer, parallel_model
+from mtraining.train.mesh import runtime
+from mtraining.train.store import CheckpointStore, require_complete
+
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export_run(run: Path, out: Path, checkpoint: str | None = None, dtype: str | None = None) -> Path:
+    """Write `checkpoint` of `run` (a name in the run folder or a path; default the newest) to `out`; returns its path.
+
+    Raises:
+        UserError: no such run, checkpoint or dtype, or a checkpoint of another model than the run's configuration.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is not known; use float32 or bfloat16.")
+    if not (run / "config.yaml").is_file():
+        raise UserError(
+            f"{run} is not a run folder: it holds no config.yaml; give the output folder of a training run."
+        )
+    config = load_config(run / "config.yaml")
+    store = CheckpointStore(run)
+    if checkpoint is None:
+        source = store.latest()
+        if source is None:
+            raise UserError(f"{run} has no complete checkpoint to export; train it further first.")
+    else:
+        source = store.folder / checkpoint if (store.folder / checkpoint).is_dir() else Path(checkpoint)
+    manifest = require_complete(source)
+    with runtime(config.model_copy(update={"parallel": ParallelSection()})) as place:
+        model, tokenizer = parallel_model(config, place)
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        check_same_model(shapes, manifest, str(source))
+        state = {"model": get_model_state_dict(model)}
+        dcp.load(state, storage_reader=FileSystemReader(str(source)))
+        set_model_state_dict(model, state["model"])
+        export_model(model, out, tokenizer=tokenizer or data_tokenizer(config), dtype=DTYPES[dtype])
+    return source

@@ -1,0 +1,145 @@
+"""Running a configuration on several processes of this machine, through PyTorch's own elastic launcher.
+
+What is added to it: bad input is told once instead of once a rank; a rank that dies is named together with the last good
+checkpoint; and the rank that failed first is the one that is blamed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+    get_error_handler,
+)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from mtraining.errors import UserError
+from mtraining.train.checks import check_config
+from mtraining.train.config import Config, parse_config
+from mtraining.train.loop import train
+from mtraining.train.mesh import check_world
+from mtraining.train.store import CheckpointStore
+
+# A rank whose peer has died fails a moment later, in its own collective. It waits this long before it says so, that the
+# launcher may meet the true cause first.
+VICTIM_SECONDS = 3.0
+
+
+class RunStopped(Exception):
+    """A run that ended through no fault of its input: a rank died, or a signal came. `code` is the exit status."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def launch(config: Config, nproc: int) -> None:
+    """Run `config` on `nproc` local processes and wait for them.
+
+    Raises:
+        UserError: bad input, found here or by any rank.
+        RunStopped: a rank died or failed; the others have been ended.
+    """
+    check_world(config.parallel, nproc)
+    check_config(config)
+    for library in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # their reports are made below
+    with tempfile.TemporaryDirectory(prefix="mtraining-") as logs:
+        options = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(options, _worker)(config.to_yaml())
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            raise _cause(rank, failure, config.output) from None
+        except SignalException as error:
+            name = signal.Signals(error.sigval).name
+            raise RunStopped(f"stopped by {name}; {_way_on(config.output)}", 128 + error.sigval) from None
+
+
+def run_launched(config: Config) -> None:
+    """Run `config` as one of the processes that torchrun started; one rank tells of bad input, all exit with 2."""
+    try:
+        train(config)
+    except UserError as error:
+        if _first_to_tell():
+            raise
+        raise SystemExit(2) from error
+
+
+def _worker(text: str) -> None:
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        train(parse_config(yaml.safe_load(text)))
+    except UserError as error:
+        handler.record_exception(error)
+        _exit(2)
+    except Exception as error:
+        handler.record_exception(error)
+        time.sleep(VICTIM_SECONDS)
+        _exit(1)
+
+
+def _exit(code: int) -> None:
+    """Leave at once: a normal exit would wait for background threads that wait for other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _cause(rank: int, failure: ProcessFailure, run: Path) -> UserError | RunStopped:
+    """What to tell of the first rank that failed, from the error file that its `record_exception` wrote."""
+    details = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
+    record = details if isinstance(details, dict) else {}
+    kind, _, sentence = str(record.get("message", "")).partition(": ")
+    if kind == UserError.__name__:
+        return UserError(sentence)
+    if failure.exitcode < 0:
+        how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+    else:
+        how = f"failed (exit code {failure.exitcode})"
+        print(record.get("extraInfo", {}).get("py_callstack", ""), file=sys.stderr)
+    return RunStopped(f"rank {rank} {how}, so the other ranks were ended; {_way_on(run)}")
+
+
+def _way_on(run: Path) -> str:
+    latest = CheckpointStore(run).latest()
+    if latest is None:
+        return "there is no checkpoint yet."
+    return f"the last good checkpoint is {latest}: run the same command again to go on from it."
+
+
+def _first_to_tell() -> bool:
+    """True on the first rank that asks: through the launcher's store, so that no other rank need come along."""
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        rank = int(os.environ["RANK"])
+        store = dist.TCPStore(host, port, is_master=not agent and rank == 0 and not dist.is_initialized())
+        return store.add(f"mtraining/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    except (KeyError, RuntimeError):
+        return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,213 @@
+"""A whole run, from a checked configuration to an exported model. Read this file first.
+
+`train(config)` is what every rank executes, alone or under a launcher:
+check -> process groups -> model -> optimizer -> resume -> (batch -> step -> metrics -> checkpoint)* -> export.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mtraining.data import SequenceDataset, TokenShards, build_loader, step_windows
+from mtraining.errors import UserError
+from mtraining.layout import build_layout
+from mtraining.model import ParallelLM, build_model, export_model, parallelize
+from mtraining.train.balance import attention_record, write_balance
+from mtraining.train.checkpoint import Checkpointer
+from mtraining.train.checks import check_config
+from mtraining.train.config import Config
+from mtraining.train.display import Display
+from mtraining.train.mesh import Runtime, runtime
+from mtraining.train.metrics import MetricsWriter
+from mtraining.train.optim import build_optimizer
+from mtraining.train.step import Batch, NonFinite, Stepper, StepResult
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a finished run left its things; `export` is None when `checkpoint.export` is off."""
+
+    run: Path
+    checkpoint: Path
+    export: Path | None
+
+
+def train(config: Config) -> RunResult:
+    """Run the configuration on this process and its peers. Collective over the launched processes.
+
+    Raises:
+        UserError: bad input, before the first step; a loss that is not finite, before the optimizer uses it; a last
+            checkpoint that could not be written.
+    """
+    check_config(config)
+    with runtime(config) as place:
+        torch.manual_seed(config.train.seed)
+        model, tokenizer = parallel_model(config, place)
+        dataset = build_dataset(config, place, vocab_size=model.hf_model.config.vocab_size)
+        optimizer = build_optimizer(model, config.train, place.device)
+        console = Console(file=sys.stdout) if place.is_main else None
+        tell = Display(steps=0, done=0, title="", log_every=1, console=console).tell
+        checkpointer = Checkpointer(config, place, model, optimizer, tell=tell)
+        done = checkpointer.resume()
+        if place.is_main:
+            (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        tell(dataset.report.render())
+        _steps(config, place, model, optimizer, dataset, checkpointer, done, console)
+        checkpoint = checkpointer.require_saved(config.train.steps)
+        export = config.output / "export" if config.checkpoint.export else None
+        if export is not None:
+            export_model(model, export, tokenizer=tokenizer or data_tokenizer(config))
+        return RunResult(config.output, checkpoint, export)
+
+
+def parallel_model(config: Config, place: Runtime) -> tuple[ParallelLM, Any]:
+    """The model of a configuration, spread over the mesh, and its tokenizer (None for a random model)."""
+    hf_model, tokenizer = build_model(config.model, config.train.seq_len)
+    model = parallelize(
+        hf_model,
+        place.mesh,
+        pattern=config.pattern.build(),
+        layer_patterns={layer: section.build() for layer, section in config.layer_patterns.items()} or None,
+        layout=build_layout(config.layout.name, config.layout.unit),
+        kernel=config.train.kernel,
+        recompute=config.train.recompute,
+        param_dtype=DTYPES[config.train.dtype],
+        loss_chunk=config.train.loss_chunk,
+    )
+    return model, tokenizer
+
+
+def build_dataset(config: Config, place: Runtime, vocab_size: int) -> SequenceDataset:
+    """This rank's view of the data: its context-parallel share of every sequence."""
+    return SequenceDataset(
+        TokenShards(config.data.path),
+        config.train.seq_len,
+        mode=config.data.mode,
+        seed=config.train.seed,
+        layout=build_layout(config.layout.name, config.layout.unit),
+        cp_rank=place.cp_rank,
+        cp_size=config.parallel.cp,
+        vocab_size=vocab_size,
+    )
+
+
+def data_tokenizer(config: Config) -> Any:
+    """The tokenizer that the shards were made with, to go into the exported folder beside a random model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TokenShards(config.data.path).tokenizer_path)
+
+
+def _steps(
+    config: Config,
+    place: Runtime,
+    model: ParallelLM,
+    optimizer: torch.optim.Optimizer,
+    dataset: SequenceDataset,
+    checkpointer: Checkpointer,
+    done: int,
+    console: Console | None,
+) -> None:
+    """Steps `done` .. `train.steps` - 1, with their metrics and checkpoints."""
+    steps, every = config.train.steps, config.checkpoint.every
+    stepper = Stepper(model, optimizer, config.train, place, config.accumulation)
+    batches = _batches(config, place, dataset, done)
+    writer = (
+        MetricsWriter(config.output, step=done, tensorboard=config.log.tensorboard) if place.is_main else None
+    )
+    display = Display(
+        steps=steps, done=done, title=config.pattern.name, log_every=config.log.every, console=console
+    )
+    with display:
+        for step in range(done, steps):
+            start = time.perf_counter()
+            observe = step == done or (step + 1) % config.log.every == 0 or step == steps - 1
+            try:
+                result = stepper.run(batches, step, observe=observe, recall_rows=config.log.recall_rows)
+            except NonFinite as error:
+                checkpointer.finish()
+                raise UserError(_non_finite(error, step, config, dataset, checkpointer)) from None
+            seconds = time.perf_counter() - start
+            if writer is not None:
+                record = _record(step, result, seconds, config, place.device)
+                writer.write(record)
+                if result.attention:
+                    write_balance(config, step + 1, result.attention)
+                display.update(record)
+            checkpointer.poll()
+            if step == steps - 1 or (every and (step + 1) % every == 0):
+                checkpointer.save(step + 1)
+    if done == steps:
+        display.tell(f"nothing to do: the checkpoint of step {steps} is there already")
+    if writer is not None:
+        writer.close()
+
+
+def _batches(config: Config, place: Runtime, dataset: SequenceDataset, start_step: int) -> Iterator[Batch]:
+    return iter(
+        build_loader(
+            dataset,
+            global_batch=config.train.batch_size,
+            dp_rank=place.dp_rank,
+            dp_size=config.parallel.dp,
+            micro_batch=config.train.micro_batch_size,
+            start_step=start_step,
+            steps=config.train.steps,
+            num_workers=config.data.workers,
+            pin_memory=place.device.type == "cuda",
+        )
+    )
+
+
+def _record(
+    step: int, result: StepResult, seconds: float, config: Config, device: torch.device
+) -> dict[str, Any]:
+    """One line of metrics.jsonl. Times in seconds, memory (peak of this rank) in bytes; `step` counts from 1."""
+    record: dict[str, Any] = {
+        "step": step + 1,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "tokens_per_second": config.train.batch_size * config.train.seq_len / seconds,
+        "step_seconds": seconds,
+        "memory": _peak_memory(device),
+    }
+    return record | attention_record(result.attention)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _non_finite(
+    error: NonFinite, step: int, config: Config, dataset: SequenceDataset, checkpointer: Checkpointer
+) -> str:
+    """The sentence of a stopped run: step, ranks, and the samples those ranks were given."""
+    shares = sorted({rank // config.parallel.cp for rank in error.ranks}) or list(range(config.parallel.dp))
+    samples = [
+        dataset.describe(window)
+        for share in shares
+        for window in step_windows(
+            dataset, step, global_batch=config.train.batch_size, dp_rank=share, dp_size=config.parallel.dp
+        )
+    ]
+    ranks = ", ".join(str(rank) for rank in error.ranks) or "unknown"
+    return (
+        f"step {step + 1}: {error.what} is {error.value} on rank {ranks}, in the batch of {'; '.join(samples)}; nothing was "
+        f"updated and the last checkpoint is {checkpointer.store.latest() or 'none yet'}: lower train.lr or train.clip, "
+        "or look at these documents."
+    )

@@ -1,0 +1,134 @@
+"""The process grid of a run: its devices, its process groups and the dp x cp (outer x inner) mesh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mtraining.errors import UserError
+from mtraining.train.config import Config, ParallelSection
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands: its device, its ranks, and the mesh over all processes (of one process too)."""
+
+    device: torch.device
+    mesh: DeviceMesh
+    rank: int
+    world: int
+    dp_rank: int
+    cp_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes the shared files."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all processes (in place; returned for convenience). Collective."""
+        dist.all_reduce(values)
+        return values
+
+    def gather(self, value: float) -> list[float]:
+        """One number from each process, in rank order. Collective."""
+        out = torch.zeros(self.world, dtype=torch.float64, device=self.device)
+        out[self.rank] = value
+        everything = [torch.empty_like(out) for _ in range(self.world)]
+        dist.all_gather(everything, out)
+        return [float(everything[rank][rank]) for rank in range(self.world)]
+
+    def from_main(self, value: T) -> T:
+        """The main rank's value, on every rank. Collective."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def launched_world() -> int:
+    """The number of processes the launcher (torchrun or our own) started; 1 when there is none."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_world(parallel: ParallelSection, world: int) -> None:
+    """Refuse a grid that is not the number of processes there are."""
+    if parallel.world == world:
+        return
+    started = "1 process was" if world == 1 else f"{world} processes were"
+    raise UserError(
+        f"parallel.dp={parallel.dp} x parallel.cp={parallel.cp} needs {parallel.world} processes but {started} started; "
+        f"pass --nproc {parallel.world} (or torchrun --nproc-per-node {parallel.world}), or change parallel.dp and parallel.cp."
+    )
+
+
+def choose_device(config: Config, local_rank: int, local_world: int) -> torch.device:
+    """The device of one local rank; CUDA only when each local process can have a GPU of its own."""
+    wanted = config.distributed.device
+    gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if gpus < local_world:
+        raise UserError(
+            f"distributed.device={wanted} gives each process its own GPU, and {local_world} local processes have "
+            f"{gpus}; start at most {gpus} processes on this machine or set distributed.device=cpu."
+            if gpus
+            else "distributed.device=cuda but PyTorch finds no GPU here; set distributed.device=cpu or auto."
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def runtime(config: Config) -> Iterator[Runtime]:
+    """Join the process groups, build the mesh, and leave the groups at the end. Collective.
+
+    A run of one process has a group of one, so that one path serves every size; a group that already exists is used
+    and left in place. Mesh dimensions are ("dp", "cp"), or ("dp", "cp_outer", "cp_inner") when `parallel.cp_outer` > 1;
+    context-parallel rank is row-major over (outer, inner), and neighbouring global ranks share a sequence.
+    """
+    joined = dist.is_initialized()
+    world = dist.get_world_size() if joined else launched_world()
+    check_world(config.parallel, world)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    device = choose_device(config, int(os.environ.get("LOCAL_RANK", "0")), local_world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    if not joined:
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=config.distributed.timeout_seconds),
+            **({} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
+        )
+    try:
+        rank = dist.get_rank()
+        yield Runtime(
+            device=device,
+            mesh=build_mesh(config.parallel, device.type),
+            rank=rank,
+            world=world,
+            dp_rank=rank // config.parallel.cp,
+            cp_rank=rank % config.parallel.cp,
+        )
+    finally:
+        if not joined:
+            dist.destroy_process_group()
+
+
+def build_mesh(parallel: ParallelSection, device_type: str) -> DeviceMesh:
+    """The mesh of a process grid. Collective."""
+    if parallel.cp_outer == 1:
+        return init_device_mesh(device_type, (parallel.dp, parallel.cp), mesh_dim_names=("dp", "cp"))
+    shape = (parallel.dp, parallel.cp_outer, parallel.cp // parallel.cp_outer)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("dp", "cp_outer", "cp_inner"))

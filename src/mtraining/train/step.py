@@ -1,0 +1,119 @@
+"""One optimizer step: micro-batches forward and backward, one gradient of the global mean loss, one update.
+
+The loss of a step is the sum of all token losses over ranks and micro-batches, divided by the global number of labels;
+so the gradient is that of one large batch, however it is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mtraining.errors import UserError
+from mtraining.model import ParallelLM
+from mtraining.ring import AttentionStats, Observer
+from mtraining.train.config import TrainSection
+from mtraining.train.mesh import Runtime
+from mtraining.train.optim import clip_gradients, gradient_norm, set_learning_rate
+from mtraining.train.schedule import learning_rate
+
+Batch = Mapping[str, Tensor]
+IGNORED = -100
+
+
+class NonFinite(ArithmeticError):
+    """The loss or the gradient of a step is NaN or infinite. `what` says which, `ranks` where it shows."""
+
+    def __init__(self, what: str, value: float, ranks: list[int]) -> None:
+        super().__init__(f"{what} is {value}")
+        self.what, self.value, self.ranks = what, value, ranks
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave, equal on every rank: the global mean loss, the gradient norm before clipping, the learning
+    rate used, and (when observed) the attention statistics of its first micro-batch, one entry a layer."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    attention: list[AttentionStats] = field(default_factory=list)
+
+
+class Stepper:
+    """Runs optimizer steps on one model. Every rank calls it alike."""
+
+    def __init__(
+        self,
+        model: ParallelLM,
+        optimizer: torch.optim.Optimizer,
+        options: TrainSection,
+        place: Runtime,
+        accumulation: int,
+    ) -> None:
+        self._model, self._optimizer, self._options = model, optimizer, options
+        self._place, self._accumulation = place, accumulation
+
+    def run(
+        self, batches: Iterator[Batch], step: int, *, observe: bool = False, recall_rows: int = 0
+    ) -> StepResult:
+        """Take this step's micro-batches from `batches` and make optimizer step `step` (0-based). Collective.
+
+        Raises:
+            NonFinite: before the optimizer has changed anything.
+            UserError: when no token of the step has a label.
+        """
+        device = self._place.device
+        pieces = [
+            {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
+            for _ in range(self._accumulation)
+        ]
+        labels = torch.stack([(piece["labels"] != IGNORED).sum() for piece in pieces]).sum()
+        labels = self._place.sum(labels)
+        if int(labels) == 0:
+            raise UserError(
+                f"step {step + 1}: no token of the batch has a label, so there is nothing to learn; check data.path."
+            )
+        attention: list[AttentionStats] = []
+        local = torch.zeros((), dtype=torch.float64, device=device)
+        for number, piece in enumerate(pieces):
+            observer = Observer(recall_rows=recall_rows) if observe and number == 0 else None
+            with observer or nullcontext():
+                share = self._model(piece["input_ids"], piece["position_ids"], piece["labels"], labels)
+            if observer is not None:
+                attention = list(observer.stats)
+            share.backward()
+            local += share.detach().double()
+        loss = float(self._place.sum(local.clone()))
+        self._require_finite("the loss", loss, local)
+        parameters = [p for p in self._model.parameters() if p.grad is not None]
+        norm = gradient_norm(parameters)
+        self._require_finite("the gradient norm", float(norm), None)
+        clip_gradients(parameters, norm, self._options.clip)
+        lr = learning_rate(step, self._options)
+        set_learning_rate(self._optimizer, lr)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss=loss, grad_norm=float(norm), lr=lr, attention=attention)
+
+    def _require_finite(self, what: str, value: float, local: Tensor | None) -> None:
+        """`value` is equal on all ranks, so all ranks raise together; only then does it cost a second collective."""
+        if math.isfinite(value):
+            return
+        mine = float(local) if local is not None else self._local_gradient_sum()
+        ranks = [rank for rank, share in enumerate(self._place.gather(mine)) if not math.isfinite(share)]
+        raise NonFinite(what, value, ranks)
+
+    def _local_gradient_sum(self) -> float:
+        """The sum of this rank's shards of the gradient: finite exactly where they are (up to overflow)."""
+        total = torch.zeros((), dtype=torch.float64, device=self._place.device)
+        for parameter in self._model.parameters():
+            if parameter.grad is not None:
+                grad = parameter.grad
+                total += (grad.to_local() if hasattr(grad, "to_local") else grad).double().sum()
+        return float(total)
