@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SMOLLM2 := $(VENV)/.smollm2
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .PHONY: setup smollm2 test gpu-test lint format demo clean
 .DEFAULT_GOAL := setup

