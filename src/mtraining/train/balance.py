@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.ring import AttentionStats, imbalance, tile_work
@@ -18,7 +20,7 @@ COMPARED_WORLDS = (8, 32)  # besides the run's own number of context-parallel ra
 
 
 def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
-    """The attention part of a metrics record: means over layers, and density by layer; empty when nothing was observed."""
+    """The attention part of a metrics record: means over layers, density by layer too; empty when not observed."""
     if not layers:
         return {}
     record: dict[str, Any] = {
@@ -36,8 +38,8 @@ def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
 def write_balance(config: Config, step: int, layers: Sequence[AttentionStats]) -> None:
     """Write `balance.json` into the run folder: the index of this step under zigzag and striped layouts.
 
-    For the run's number of ranks and for larger rings that divide the sequence: `load` is the mean tile work of a layer,
-    by rank and ring step; `worker` and `step` are imbalance degrees (max / mean), means over layers.
+    For the run's number of ranks and for larger rings that divide the sequence: `load` is the mean tile work of a
+    layer, by rank and ring step; `worker` and `step` are imbalance degrees (max / mean), means over layers.
     """
     worlds = sorted({config.parallel.cp, *COMPARED_WORLDS})
     entries = [
@@ -64,7 +66,7 @@ def _entry(config: Config, name: str, world: int, layers: Sequence[AttentionStat
         )
     works = [tile_work(layer.index, layout, world) for layer in layers]
     degrees = [imbalance(work, outer) for work in works]
-    load = sum(by_step(work, outer) for work in works) / len(works)
+    load = torch.stack([by_step(work, outer) for work in works]).mean(0)
     return {
         "layout": name,
         "world": world,

@@ -1,8 +1,8 @@
 """Saving and resuming through torch.distributed.checkpoint: asynchronous, atomic, and free to change topology.
 
-Tensors are saved under their parameters' names as sharded tensors, so any number of ranks can read what any other number
-wrote. Besides model and optimizer each rank saves its random state (restored only when the number of ranks is the
-same); the order of the data and the learning rate are functions of the step, and need no state.
+Tensors are saved under their parameters' names as sharded tensors, so any number of ranks can read what any other
+number wrote. Besides model and optimizer each rank saves its random state (restored only when the number of ranks is
+the same); the order of the data and the learning rate are functions of the step, and need no state.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def check_cursor(config: Config, manifest: Manifest) -> None:
     for option, value in data_order(config).items():
         if manifest.data.get(option) != value:
             raise UserError(
-                f"{option}={value} differs from the checkpoint's {manifest.data.get(option)}, so its place in the data is "
-                f"lost; restore {option}={manifest.data.get(option)}, or start a new output from an exported model."
+                f"{option}={value} differs from the checkpoint's {manifest.data.get(option)}, so its place in the data "
+                f"is lost; restore {option}={manifest.data.get(option)}, or start a new output from an exported model."
             )
 
 

@@ -142,7 +142,7 @@ class DistributedSection(Section):
 
 
 class Config(Section):
-    """A whole run. `layer_patterns` gives single layers, by number, a pattern of their own (layer 0 is often diffuse)."""
+    """A whole run. `layer_patterns` gives single layers, by number, a pattern of their own (layer 0 is diffuse)."""
 
     output: Path
     model: ModelOptions

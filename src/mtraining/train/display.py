@@ -55,7 +55,7 @@ class Display:
             self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """Show one step's record: on a terminal always, in plain lines at the first, last and every `log_every`-th step."""
+        """Show one step's record: a terminal shows all, plain lines the first, last and every `log_every`-th."""
         self._done = record["step"]
         self._seconds += record["step_seconds"]
         numbers = f"loss {record['loss']:.4f}  norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s"

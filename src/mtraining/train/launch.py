@@ -1,7 +1,7 @@
 """Running a configuration on several processes of this machine, through PyTorch's own elastic launcher.
 
-What is added to it: bad input is told once instead of once a rank; a rank that dies is named together with the last good
-checkpoint; and the rank that failed first is the one that is blamed.
+What is added to it: bad input is told once instead of once a rank; a rank that dies is named together with the last
+good checkpoint; and the rank that failed first is the one that is blamed.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def _non_finite(
     ]
     ranks = ", ".join(str(rank) for rank in error.ranks) or "unknown"
     return (
-        f"step {step + 1}: {error.what} is {error.value} on rank {ranks}, in the batch of {'; '.join(samples)}; nothing was "
-        f"updated and the last checkpoint is {checkpointer.store.latest() or 'none yet'}: lower train.lr or train.clip, "
-        "or look at these documents."
+        f"step {step + 1}: {error.what} is {error.value} on rank {ranks}, in the batch of {'; '.join(samples)}; "
+        f"nothing was updated and the last checkpoint is {checkpointer.store.latest() or 'none yet'}: lower train.lr "
+        "or train.clip, or look at these documents."
     )

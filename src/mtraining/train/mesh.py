@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from mtraining.errors import UserError
 from mtraining.train.config import Config, ParallelSection
 
-
 T = TypeVar("T")
 
 
@@ -67,8 +66,9 @@ def check_world(parallel: ParallelSection, world: int) -> None:
         return
     started = "1 process was" if world == 1 else f"{world} processes were"
     raise UserError(
-        f"parallel.dp={parallel.dp} x parallel.cp={parallel.cp} needs {parallel.world} processes but {started} started; "
-        f"pass --nproc {parallel.world} (or torchrun --nproc-per-node {parallel.world}), or change parallel.dp and parallel.cp."
+        f"parallel.dp={parallel.dp} x parallel.cp={parallel.cp} needs {parallel.world} processes but {started} "
+        f"started; pass --nproc {parallel.world} (or torchrun --nproc-per-node {parallel.world}), or change "
+        "parallel.dp and parallel.cp."
     )
 
 
@@ -106,10 +106,13 @@ def runtime(config: Config) -> Iterator[Runtime]:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if not joined:
+        alone = "RANK" not in os.environ
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=config.distributed.timeout_seconds),
-            **({} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
+            store=dist.HashStore() if alone else None,
+            rank=0 if alone else -1,
+            world_size=1 if alone else -1,
         )
     try:
         rank = dist.get_rank()

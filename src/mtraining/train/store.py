@@ -4,7 +4,7 @@
     checkpoints/step_00000030.partial/    being written, or left by a run that died while writing
 
 A checkpoint becomes complete in one atomic rename, after its files are on disk. The manifest also says what a reader
-must know before touching a tensor: the step, what fixes the order of samples, and the name and shape of every parameter.
+must know before touching a tensor: the step, what fixes the order of samples, and every parameter's name and shape.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ class CheckpointStore:
     def broken(self) -> dict[Path, str]:
         """Half-written or damaged checkpoints and what is wrong with each."""
         found = {path: problem(path) for path in self._named()}
-        found.update(
-            {path: "it was still being written" for path in sorted(self.folder.glob("step_*.partial"))}
-        )
+        found.update(dict.fromkeys(sorted(self.folder.glob("step_*.partial")), "it was still being written"))
         return {path: reason for path, reason in found.items() if reason is not None}
 
     def begin(self, step: int) -> Path:
