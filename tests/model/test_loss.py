@@ -1,0 +1,112 @@
+"""The chunked linear cross entropy against torch's own on whole logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses
+
+TOKENS, VOCAB, HIDDEN = 37, 23, 8
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(1, TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    weight = torch.randn(VOCAB, HIDDEN, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, VOCAB, (1, TOKENS))
+    labels[0, 3:9] = -100
+    labels[0, 20] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 37, 1000])
+def test_equals_plain_cross_entropy(chunk: int) -> None:
+    hidden, weight, labels = inputs()
+    plain = cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum") / 19
+    expected = torch.autograd.grad(plain, (hidden, weight))
+    loss = chunked_cross_entropy(hidden, weight, labels, 19, chunk)
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), expected, rtol=1e-11, atol=1e-14)
+
+
+def test_gradcheck() -> None:
+    hidden, weight, labels = inputs()
+    assert torch.autograd.gradcheck(
+        lambda h, w: 3 * chunked_cross_entropy(h, w, labels, 30, 7), (hidden, weight)
+    )
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_frozen_input_gets_no_gradient(frozen: int) -> None:
+    hidden, weight, labels = inputs()
+    (hidden, weight)[frozen].requires_grad_(False)
+    chunked_cross_entropy(hidden, weight, labels, 30, 7).backward()
+    assert ((hidden.grad is None), (weight.grad is None)) == (frozen == 0, frozen == 1)
+
+
+def test_all_ignored_gives_zero_and_ignored_nan_rows_do_not_leak() -> None:
+    hidden, weight, labels = inputs()
+    with torch.no_grad():
+        hidden[0, 4] = float("nan")
+    loss = chunked_cross_entropy(hidden, weight, labels, torch.tensor(30), 7)
+    loss.backward()
+    assert loss.isfinite()
+    assert hidden.grad is not None and not hidden.grad[0, labels[0] == -100].any()
+    nothing = chunked_cross_entropy(hidden, weight, torch.full_like(labels, -100), 1, 7)
+    assert nothing.item() == 0
+
+
+def test_low_precision_inputs_accumulate_in_fp32() -> None:
+    hidden, weight, labels = inputs(torch.bfloat16)
+    loss = chunked_cross_entropy(hidden, weight, labels, 30, 4)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
+    wide_hidden, wide_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    plain = cross_entropy((wide_hidden @ wide_weight.T).flatten(0, 1), labels.flatten(), reduction="sum") / 30
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=5e-3)
+    for got, expected in ((hidden.grad, wide_hidden.grad), (weight.grad, wide_weight.grad)):
+        assert got is not None and expected is not None
+        assert float((got - expected).norm() / expected.norm()) < 2e-2
+
+
+def test_token_losses() -> None:
+    hidden, weight, labels = inputs()
+    expected = cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none")
+    losses = chunked_token_losses(hidden, weight, labels, 6)
+    assert losses.shape == labels.shape and not losses.requires_grad
+    torch.testing.assert_close(losses.flatten(), expected.detach())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation's result had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_whole_logits_never_exist() -> None:
+    tokens, vocab, hidden_size, chunk = 512, 1024, 4, 16
+    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, requires_grad=True)
+    labels = torch.randint(0, vocab, (tokens,))
+    with LargestTensor() as plain:
+        cross_entropy(hidden @ weight.T, labels).backward()
+    assert plain.numel >= tokens * vocab  # the measure sees what it should
+    with LargestTensor() as ours:
+        chunked_cross_entropy(hidden, weight, labels, tokens, chunk).backward()
+    assert ours.numel <= chunk * vocab

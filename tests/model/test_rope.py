@@ -1,0 +1,194 @@
+"""Context extension: frequencies against formulas written out here, coverage of the training length, refusals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from mtraining.errors import UserError
+from mtraining.model import RopeOptions
+from mtraining.model.rope import apply_rope, check_rope
+
+
+def config(**fields: Any) -> Any:
+    """One layer with the rotary shape of Qwen2.5: head_dim 128, theta 1e6, native 32K."""
+    shape: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    small = {
+        "num_hidden_layers": 1,
+        "intermediate_size": 8,
+        "vocab_size": 11,
+        "max_position_embeddings": 32768,
+    }
+    return Qwen2Config(**{**shape, **small, "rope_parameters": rope, **fields})
+
+
+def frequencies(extended: Any) -> tuple[torch.Tensor, float]:
+    """What a model built from the config really uses."""
+    rotary = Qwen2ForCausalLM(extended).model.rotary_emb
+    return rotary.inv_freq, rotary.attention_scaling
+
+
+def yarn_paper(dim: int, theta: float, native: int, factor: float, fast: float, slow: float) -> list[float]:
+    """NTK-by-parts (YaRN, section 3.2): dimensions that turn more than `fast` times within the native context keep their
+    frequency, those below `slow` turns are interpolated, with a ramp over the whole dimensions in between."""
+
+    def dimension_of(turns: float) -> float:
+        # dimension d has wavelength 2 pi theta^(2d / dim); solve native / wavelength = turns for d
+        return dim / 2 * math.log(native / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = math.floor(dimension_of(fast)), math.ceil(dimension_of(slow))
+    result = []
+    for d in range(dim // 2):
+        own = theta ** (-2 * d / dim)
+        interpolated = min(1.0, max(0.0, (d - low) / (high - low)))
+        result.append(own / factor * interpolated + own * (1 - interpolated))
+    return result
+
+
+@pytest.mark.parametrize("factor", [16.0, 32.0, None])
+def test_yarn_equals_the_paper(factor: float | None) -> None:
+    extended = config()
+    apply_rope(extended, RopeOptions(type="yarn", factor=factor), seq_len=524288)
+    used = factor or 16.0
+    assert extended.max_position_embeddings == int(used * 32768)
+    assert extended.rope_parameters["original_max_position_embeddings"] == 32768
+    inv_freq, scaling = frequencies(extended)
+    expected = torch.tensor(yarn_paper(128, 1e6, 32768, used, 32, 1))
+    torch.testing.assert_close(inv_freq, expected, rtol=1e-5, atol=0)
+    assert scaling == pytest.approx(0.1 * math.log(used) + 1)
+    turns = 32768 * 1e6 ** (-torch.arange(0, 128, 2) / 128) / (2 * math.pi)
+    own = 1e6 ** (-torch.arange(0, 128, 2) / 128)
+    torch.testing.assert_close(inv_freq[turns > 40], own[turns > 40])
+    torch.testing.assert_close(inv_freq[turns < 0.9], own[turns < 0.9] / used)
+
+
+def test_yarn_options_reach_the_model() -> None:
+    extended = config()
+    options = RopeOptions(
+        type="yarn",
+        factor=4,
+        original_max_position_embeddings=8192,
+        theta=5e5,
+        beta_fast=16,
+        beta_slow=2,
+        attention_factor=1.5,
+    )
+    apply_rope(extended, options, seq_len=32768)
+    inv_freq, scaling = frequencies(extended)
+    torch.testing.assert_close(
+        inv_freq, torch.tensor(yarn_paper(128, 5e5, 8192, 4, 16, 2)), rtol=1e-5, atol=0
+    )
+    assert scaling == 1.5
+    assert extended.max_position_embeddings == 32768
+
+
+def test_linear_divides_every_frequency() -> None:
+    extended = config()
+    apply_rope(extended, RopeOptions(type="linear"), seq_len=131072)
+    inv_freq, scaling = frequencies(extended)
+    torch.testing.assert_close(inv_freq, 1e6 ** (-torch.arange(0, 128, 2) / 128) / 4)
+    assert scaling == 1.0
+    assert extended.max_position_embeddings == 131072
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_dynamic_is_resolved_once_at_the_training_length(factor: float | None) -> None:
+    extended = config()
+    apply_rope(extended, RopeOptions(type="dynamic", factor=factor), seq_len=262144)
+    assert extended.rope_parameters["rope_type"] == "default"
+    inv_freq, _ = frequencies(extended)
+    # what transformers' dynamic type would reach on a process that saw the last position
+    theirs = config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": factor or 1.0})
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, torch.device("cpu"), seq_len=262144)
+    torch.testing.assert_close(inv_freq, expected)
+    if factor is None:  # the fastest stays, the slowest is stretched by the ratio of lengths
+        slowest = 1e6 ** (-126 / 128) / 8
+        assert inv_freq[0] == 1 and inv_freq[-1].item() == pytest.approx(slowest, rel=1e-5)
+
+
+def test_theta_alone_extends() -> None:
+    extended = config()
+    apply_rope(extended, RopeOptions(theta=5e7), seq_len=65536)
+    assert extended.max_position_embeddings == 65536
+    torch.testing.assert_close(frequencies(extended)[0], 5e7 ** (-torch.arange(0, 128, 2) / 128))
+
+
+def test_none_leaves_the_config_alone() -> None:
+    extended = config()
+    before = extended.to_dict()
+    apply_rope(extended, RopeOptions(), seq_len=32768)
+    assert extended.to_dict() == before
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_an_extended_model_is_extended_again_only_from_a_named_length() -> None:
+    def llama() -> Any:
+        return LlamaConfig(max_position_embeddings=131072, rope_parameters=dict(LLAMA3))
+
+    apply_rope(llama(), RopeOptions(), seq_len=131072)  # as it is: fixed frequencies, fine
+    with pytest.raises(UserError, match=r"already has rope type 'llama3'.*original_max_position_embeddings"):
+        apply_rope(llama(), RopeOptions(type="yarn"), seq_len=524288)
+    extended = llama()
+    apply_rope(extended, RopeOptions(type="yarn", original_max_position_embeddings=131072), seq_len=524288)
+    assert extended.rope_parameters["factor"] == 4.0
+    assert "low_freq_factor" not in extended.rope_parameters
+
+
+@pytest.mark.parametrize(
+    ("options", "seq_len", "message"),
+    [
+        ({}, 40000, r"training length 40000 is beyond the 32768.*yarn with a factor of at least 1\.23"),
+        ({"type": "yarn", "factor": 4}, 262144, r"factor=4 stretches 32768 positions to 131072.*at least 8"),
+        ({"type": "linear", "beta_fast": 16}, 65536, r"beta_fast has no effect with type=linear"),
+        ({"factor": 2}, 32768, r"factor has no effect with type=none"),
+    ],
+)
+def test_lengths_and_options_that_do_not_fit_are_refused(options: Any, seq_len: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        apply_rope(config(), RopeOptions(**options), seq_len)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "'dynamic' of qwen2 is not supp",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 64,
+                    "long_factor": [2.0] * 64,
+                    "original_max_position_embeddings": 4096,
+                    "factor": 8.0,
+                }
+            },
+            "'longrope' of qwen2 is not supported",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}},
+            "mrope_section",
+        ),
+    ],
+)
+def test_frequencies_that_depend_on_the_process_are_refused(fields: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_rope(config(**fields))

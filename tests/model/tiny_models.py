@@ -1,0 +1,119 @@
+"""Small models of each family, their batches, and plain transformers as the oracle (import as `from tiny_models import ...`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mtraining.model import ModelOptions, build_model
+
+SEQ_LEN = 128
+BLOCK = 8
+VOCAB = 97
+SPARSE: dict[str, Any] = {
+    "name": "vertical_slash",
+    "block_size": BLOCK,
+    "top_p": None,
+    "top_k_columns": 8,
+    "top_k_slashes": 6,
+    "probe": 16,
+    "sinks": 3,
+    "window": 2,
+}
+DENSE: dict[str, Any] = {"name": "dense", "block_size": BLOCK}
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "llama": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 3},
+}
+
+
+def tiny_options(family: str, dtype: str = "float64", **rope: Any) -> ModelOptions:
+    """Options of a random two-layer model."""
+    return ModelOptions.model_validate(
+        {"config": {**_COMMON, **FAMILIES[family]}, "dtype": dtype, "rope": rope, "seed": 3}
+    )
+
+
+def tiny_model(family: str, dtype: str = "float64") -> Any:
+    """A random two-layer model; the same for every call and on every rank."""
+    model = build_model(tiny_options(family, dtype), SEQ_LEN)[0]
+    # The usual small initial weights give nearly uniform attention, where a wrong mask hardly shows.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj.weight" in name or "k_proj.weight" in name:
+                parameter.mul_(12)
+    return model
+
+
+@dataclass
+class Batch:
+    """Whole sequences in global order, labels shifted; (batch, SEQ_LEN)."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+
+    @property
+    def num_labels(self) -> int:
+        return int((self.labels != -100).sum())
+
+
+def tiny_batch(rows: int = 2) -> Batch:
+    """Random tokens whose label mask is uneven over rows, over halves and over stripes."""
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randint(0, VOCAB, (rows, SEQ_LEN + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
+    labels[0, : SEQ_LEN // 2 + 7] = -100
+    labels[-1, 3 * BLOCK : 4 * BLOCK] = -100
+    return Batch(tokens[:, :-1], torch.arange(SEQ_LEN).expand(rows, -1), labels)
+
+
+def plain_gradients(
+    model: Any, batch: Batch, masks: Sequence[Tensor] | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of untouched transformers (eager attention, whole logits).
+
+    Args:
+        masks: for each layer the boolean (batch, heads, seq, seq) of what may be attended; None is causal.
+    """
+    model.set_attn_implementation("eager")
+    hooks = []
+    for layer, mask in zip(model.model.layers, masks or (), strict=False):
+        bias = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, float("-inf"))
+
+        def give(module: Any, args: Any, kwargs: dict[str, Any], bias: Tensor = bias) -> Any:
+            return args, {**kwargs, "attention_mask": bias}
+
+        hooks.append(layer.self_attn.register_forward_pre_hook(give, with_kwargs=True))
+    logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    total = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
+    loss = total / batch.num_labels
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """For each gradient, largest error over largest entry."""
+    assert got.keys() == expected.keys()
+    return {
+        name: float((got[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in got
+    }
