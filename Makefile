@@ -13,6 +13,9 @@ STAMP := $(VENV)/.ready
 SMOLLM2 := $(VENV)/.smollm2
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
+# Asked of the base interpreter: where PYTHON is itself a virtual environment's, the new one would not see that one's packages.
+BASE_HAS_TORCH := $(PYTHON) -c "import subprocess, sys; sys.exit(subprocess.call([sys._base_executable, '-c', 'import torch'], stderr=subprocess.DEVNULL))"
+
 .PHONY: setup smollm2 test gpu-test lint format demo clean
 .DEFAULT_GOAL := setup
 
@@ -23,7 +26,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 11) else 'mtraining needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
 	@echo "Setting up $(VENV) (a few minutes the first time)"
-	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	@if $(BASE_HAS_TORCH); then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) "$(TRITON)"
 	@$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(VENV)/constraints.txt
