@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import ProcessPool, Worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import mtraining
+from distributed import ProcessPool, Worker
 from mtraining.layout import build_layout
 from mtraining.pattern import build_pattern
+from mtraining.ring import Ring
 
 TOPOLOGIES = [(1,), (2,), (4,), (8,), (2, 2), (2, 4), (4, 2)]
 
@@ -43,7 +44,7 @@ def peaked_inputs(case: dict[str, Any]) -> list[Tensor]:
     return [q, k, v, dout]
 
 
-def ring_job(worker: Worker, case: dict[str, Any]) -> tuple[list[Tensor], Any]:
+def ring_job(worker: Worker, case: dict[str, Any]) -> tuple[list[Tensor], Any, int]:
     topology = case["topology"]
     if math.prod(topology) == 1:
         mesh = None
@@ -51,8 +52,8 @@ def ring_job(worker: Worker, case: dict[str, Any]) -> tuple[list[Tensor], Any]:
         mesh = worker.mesh()
     else:
         mesh = worker.mesh(topology, ("cp_outer", "cp_inner"))
-    layout = build_layout(*case["layout"])
-    q, k, v, dout = (layout.shard(x, worker.rank, worker.world) for x in peaked_inputs(case))
+    layout, rank = build_layout(*case["layout"]), Ring.over(mesh).rank
+    q, k, v, dout = (layout.shard(x, rank, worker.world) for x in peaked_inputs(case))
     for x in (q, k, v):
         x.requires_grad_()
     pattern = build_pattern(case["pattern"], **case["options"])
@@ -67,16 +68,17 @@ def ring_job(worker: Worker, case: dict[str, Any]) -> tuple[list[Tensor], Any]:
         kernel=case.get("kernel", "reference"),
     )
     out.backward(dout)
-    return [x.detach() for x in (out, q.grad, k.grad, v.grad)], index  # type: ignore[union-attr]
+    return [x.detach() for x in (out, q.grad, k.grad, v.grad)], index, rank  # type: ignore[union-attr]
 
 
 def check_parity(pool: ProcessPool, case: dict[str, Any]) -> None:
     results = pool.run(ring_job, world=math.prod(case["topology"]), case=case)
+    results.sort(key=lambda result: result[2])
     index = results[0][1]
-    for _, other in results[1:]:
+    for _, other, _ in results[1:]:
         assert torch.equal(index.diagonals, other.diagonals) and torch.equal(index.columns, other.columns)
     layout = build_layout(*case["layout"])
-    ours = [layout.unshard([tensors[i] for tensors, _ in results]) for i in range(4)]
+    ours = [layout.unshard([tensors[i] for tensors, _, _ in results]) for i in range(4)]
     q, k, v, dout = peaked_inputs(case)
     for x in (q, k, v):
         x.requires_grad_()
@@ -109,8 +111,9 @@ def cases(draw: st.DrawFn, topology: tuple[int, ...]) -> dict[str, Any]:
     else:
         options |= {"max_columns": columns, "max_slashes": slashes}
     return {
-        "seed": draw(st.integers(0, 2**20)), "topology": topology, "layout": (layout, unit), "pattern": "vertical_slash",
-        "options": options, "shape": (draw(st.integers(1, 2)), seq_len, heads, kv_heads, head_dim),
+        "seed": draw(st.integers(0, 2**20)), "topology": topology, "layout": (layout, unit),
+        "pattern": "vertical_slash", "options": options,
+        "shape": (draw(st.integers(1, 2)), seq_len, heads, kv_heads, head_dim),
     }  # fmt: skip
 
 
@@ -158,7 +161,7 @@ def test_full_budget_equals_dense(
     )
     causal = torch.ones(64, 64, dtype=torch.bool).tril()
     assert torch.equal(sparse[0][1].to_mask(), causal.expand(1, 4, 64, 64))
-    for (ours, _), (theirs, _) in zip(sparse, dense, strict=True):
+    for (ours, *_), (theirs, *_) in zip(sparse, dense, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -187,7 +190,7 @@ def test_context_parallel_group_inside_a_larger_world(pool: ProcessPool) -> None
     results = pool.run(subgroup_job, world=4, case=case)
     for group in (0, 1):
         shards = [tensors for g, tensors in results if g == group]
-        alone, _ = pool.run(ring_job, world=1, case=case | {"seed": 11 + group, "topology": (1,)})[0]
+        alone, *_ = pool.run(ring_job, world=1, case=case | {"seed": 11 + group, "topology": (1,)})[0]
         for i in range(4):
             got = build_layout(*case["layout"]).unshard([s[i] for s in shards])  # type: ignore[misc]
             torch.testing.assert_close(got, alone[i], rtol=1e-10, atol=1e-10)

@@ -21,12 +21,13 @@ KERNELS = ("auto", "reference", "triton", "flash4")
 class Backend(Protocol):
     """Attention over an index, in two passes (slash tiles, columns) that merge into one (out, lse).
 
-    Shapes: q, dout (batch, rows, q_heads, head_dim); k, v (batch, keys, kv_heads, head_dim); compact columns ck, cv
-    (batch, capacity, q_heads, head_dim) in the order of ``index.columns``; out like q in the accumulation dtype (fp32, or
-    fp64 for fp64 inputs); lse (batch, q_heads, rows) in the same dtype, natural log, -inf (with out = 0) for rows that
-    saw no key yet. ``out``/``lse`` given to a forward pass hold the previous partial result; the pass returns the merged
-    one and may reuse their memory. Backward passes take the *global* lse and delta = rowsum(dout * out), add to ``dq``
-    in place and return fresh key gradients in the accumulation dtype.
+    Shapes: q, dout (batch, rows, q_heads, head_dim); k, v (batch, keys, kv_heads, head_dim); compact columns
+    ck, cv (batch, capacity, q_heads, head_dim) in the order of ``index.columns``; out like q in the
+    accumulation dtype (fp32, or fp64 for fp64 inputs); lse (batch, q_heads, rows) in the same dtype, natural
+    log, -inf (with out = 0) for rows that saw no key yet. ``out``/``lse`` given to a forward pass hold the
+    previous partial result; the pass returns the merged one and may reuse their memory. Backward passes take
+    the *global* lse and delta = rowsum(dout * out), add to ``dq`` in place and return fresh key gradients in
+    the accumulation dtype.
     """
 
     name: str
@@ -58,8 +59,8 @@ class Backend(Protocol):
     def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
         """Rows of k and v at the index's columns, per query head: (2, batch, capacity, q_heads, head_dim).
 
-        ``slots`` int64 (seq_len,) maps global positions to rows of k, -1 where they are held elsewhere: such columns, and
-        the padding, are zero, so that summing over ranks completes the buffer exactly.
+        ``slots`` int64 (seq_len,) maps global positions to rows of k, -1 where they are held elsewhere:
+        such columns, and the padding, are zero, so that summing over ranks completes the buffer exactly.
         """
         ...
 
@@ -97,9 +98,9 @@ class Backend(Protocol):
     def heaviest(self, mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Tensor:
         """Positions of the kept entries of each row, ascending, padded with n: int64 (rows, min(keep, n)).
 
-        Forced entries come first and count towards budget and mass; then the heaviest ones follow, lower positions first
-        among equals. With ``top_p``: the fewest entries whose mass reaches that share of the row's total, at most
-        ``keep``; without: exactly ``keep``. No host synchronisation.
+        Forced entries come first and count towards budget and mass; then the heaviest ones follow, lower
+        positions first among equals. With ``top_p``: the fewest entries whose mass reaches that share of the
+        row's total, at most ``keep``; without: exactly ``keep``. No host synchronisation.
 
         Args:
             mass: (rows, n), non-negative.
@@ -120,8 +121,30 @@ def select_backend(kernel: str, device: torch.device, dtype: torch.dtype, head_d
     if kernel not in KERNELS:
         raise UserError(f"kernel: {kernel!r} is not known; choose one of {', '.join(KERNELS)}.")
     if kernel == "auto":
-        kernel = "reference"
-        logger.info("kernel: auto chose %r for %s, %s, head_dim %d", kernel, device.type, dtype, head_dim)
+        kernel, why = _automatic(device)
+        logger.info(
+            "kernel: auto chose %r for %s, %s, head_dim %d: %s", kernel, device.type, dtype, head_dim, why
+        )
     if kernel == "reference":
         return ReferenceBackend()
+    if kernel == "triton":
+        return _triton(device, dtype, head_dim)
     raise UserError(f"kernel: {kernel!r} is not available on {device.type}; use kernel=auto.")
+
+
+def _automatic(device: torch.device) -> tuple[str, str]:
+    if device.type == "cuda":
+        return "triton", "the sparse kernels for NVIDIA GPUs"
+    return "reference", f"the only backend on {device.type}"
+
+
+def _triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    remedy = "kernel=reference takes anything, slowly"
+    try:
+        from mtraining.kernel.triton_backend import TritonBackend, unsupported
+    except ImportError as missing:
+        raise UserError(f"kernel: 'triton' needs the triton package ({missing}); {remedy}.") from missing
+    reason = unsupported(device, dtype, head_dim)
+    if reason is not None:
+        raise UserError(f"kernel: 'triton' {reason}; {remedy}.")
+    return TritonBackend()

@@ -1,12 +1,14 @@
 """The sparse index: which entries of the attention matrix are computed.
 
-One index holds, for every batch row and query head, the union of two parts (METHOD.md section 1 and 2):
+One index holds, for every batch row and query head, the union of these parts (METHOD.md section 1 and 2):
 
 * *slashes*, as a Toeplitz bitmap over blocks: block (i, j) is computed iff bit ``i - j`` is set, so a head costs
   O(seq_len / block_size) memory whatever the number of rows;
-* *columns* (verticals), as a sorted list of token positions that every later query reads.
+* *columns* (verticals), as a sorted list of token positions that every later query reads;
+* *blocks*, optional, as an explicit block mask, for patterns that are not Toeplitz; quadratic in the number of blocks.
 
-Slash blocks own the overlap: a column entry inside a selected block belongs to the block, so no entry counts twice.
+Diagonals and blocks together select tiles. Tiles own the overlap: a column entry inside a selected tile belongs to the
+tile, so no entry counts twice.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ class SparseIndex:
         block_size: tokens a slash block spans in either direction.
         diagonals: bool (batch, q_heads, seq_len // block_size); bit d selects every block (i, i - d).
         columns: int32 (batch, q_heads, capacity), ascending token positions, padded with ``seq_len``.
+        blocks: bool (batch, q_heads, seq_len // block_size, seq_len // block_size), query by key blocks, or None; its
+            causal part is selected as well (what lies above the diagonal is ignored).
     """
 
     seq_len: int
     block_size: int
     diagonals: Tensor
     columns: Tensor
+    blocks: Tensor | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -52,7 +57,10 @@ class SparseIndex:
             q_blocks, k_blocks: global block numbers, int64, on the index's device.
         """
         distance = q_blocks[:, None] - k_blocks[None, :]
-        return self.diagonals[..., distance.clamp(min=0)] & (distance >= 0)
+        tiles = self.diagonals[..., distance.clamp(min=0)]
+        if self.blocks is not None:
+            tiles = tiles | self.blocks[..., q_blocks[:, None], k_blocks[None, :]]
+        return tiles & (distance >= 0)
 
     def to_mask(self) -> Tensor:
         """The exact boolean mask (batch, q_heads, seq_len, seq_len), query rows by key columns, in global order.
@@ -70,12 +78,19 @@ class SparseIndex:
         return mask & (token[:, None] >= token[None, :])
 
     def computed_area(self) -> Tensor:
-        """Query-key entries that a kernel multiplies, float64 (batch, q_heads): whole slash tiles, and for each block of
-        queries the causal prefix of columns (masked entries of a tile cost as much as kept ones)."""
+        """Query-key entries that a kernel multiplies: float64 (batch, q_heads).
+
+        Whole slash tiles, and for each block of queries the causal prefix of columns: a masked entry of a
+        tile costs as much as a kept one.
+        """
         n, size = self.num_blocks, self.block_size
         device = self.diagonals.device
-        tiles_of_diagonal = torch.arange(n, 0, -1, device=device, dtype=torch.float64)
-        slash = (self.diagonals * tiles_of_diagonal).sum(-1) * size * size
+        if self.blocks is None:
+            tiles_of_diagonal = torch.arange(n, 0, -1, device=device, dtype=torch.float64)
+            slash = (self.diagonals * tiles_of_diagonal).sum(-1) * size * size
+        else:
+            every = torch.arange(n, device=device)
+            slash = self.tile_mask(every, every).sum((-2, -1), dtype=torch.float64) * size * size
         blocks_reading_column = (n - self.columns // size).clamp(min=0).double()
         blocks_reading_column[self.columns >= self.seq_len] = 0
         return slash + blocks_reading_column.sum(-1) * size
@@ -95,7 +110,7 @@ class SparseIndex:
     def placement(self) -> Placement:
         """The placement of a sequence that one process holds whole."""
         blocks = torch.arange(self.num_blocks, device=self.diagonals.device)
-        return Placement(blocks, blocks, self.num_blocks)
+        return Placement(blocks, blocks, self.num_blocks, step=(1, 0))
 
 
 def dense_index(batch: int, q_heads: int, seq_len: int, block_size: int, device: torch.device) -> SparseIndex:

@@ -1,10 +1,12 @@
 """Eager attention over a sparse index: the specification, on any device and in any dtype including fp64.
 
-Loops over batch, heads and query blocks and multiplies only the tiles that the index selects, so that it is also a usable
-CPU backend. Every other backend must equal it.
+Loops over batch, heads and query blocks and multiplies only the tiles that the index selects, so that it is
+also a usable CPU backend. Every other backend must equal it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -164,7 +166,9 @@ def _causal(scores: Tensor, own: int, size: int) -> Tensor:
     return scores
 
 
-def _selected_rows(q: Tensor, k: Tensor, index: SparseIndex, placement: Placement):
+def _selected_rows(
+    q: Tensor, k: Tensor, index: SparseIndex, placement: Placement
+) -> Iterator[tuple[int, int, int, int, Tensor, int]]:
     """Yield (batch, q_head, kv_head, query block, key blocks, place of the diagonal tile) for rows with any tile."""
     batch, _, q_heads, _ = q.shape
     group = q_heads // k.shape[2]
@@ -180,7 +184,7 @@ def _selected_rows(q: Tensor, k: Tensor, index: SparseIndex, placement: Placemen
                     yield b, h, h // group, i, js, int(places[0]) if places.numel() else -1
 
 
-def _column_rows(index: SparseIndex, q_blocks: Tensor):
+def _column_rows(index: SparseIndex, q_blocks: Tensor) -> Iterator[tuple[int, int, int, int, Tensor]]:
     """Yield (batch, head, query block, columns it can see, hidden entries) for query blocks that see any column.
 
     Hidden: columns after the row, and columns inside a slash tile that the row's block computes anyway.
@@ -197,6 +201,8 @@ def _column_rows(index: SparseIndex, q_blocks: Tensor):
                     columns = index.columns[b, h, :prefix].long()
                     block = q_blocks[i]
                     owned = index.diagonals[b, h, block - columns // size]
+                    if index.blocks is not None:
+                        owned = owned | index.blocks[b, h, block, columns // size]
                     yield (
                         b,
                         h,

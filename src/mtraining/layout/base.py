@@ -51,11 +51,13 @@ class Layout:
                 f"seq_len: {seq_len} tokens are too few for the {self.name} layout over {world} ranks with blocks of "
                 f"{block_size}; use at least {multiple} tokens, fewer ranks or smaller blocks."
             )
-        below, above = seq_len // multiple * multiple, -(-seq_len // multiple) * multiple
-        nearest = above if below == 0 or above - seq_len < seq_len - below else below
+        below = seq_len // multiple * multiple
+        above = below + multiple
+        nearest = above if below <= 0 or above - seq_len < seq_len - below else below
         raise UserError(
             f"seq_len: {seq_len} is not a multiple of {multiple}, which the {self.name} layout needs for {world} "
-            f"rank{'s' if world > 1 else ''} and blocks of {block_size} tokens; the nearest length that works is {nearest}."
+            f"rank{'s' if world > 1 else ''} and blocks of {block_size} tokens; the nearest length that works "
+            f"is {nearest}."
         )
 
     def positions(self, seq_len: int, world: int) -> Tensor:

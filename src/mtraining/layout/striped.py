@@ -1,7 +1,7 @@
 """Block-striped layout (METHOD.md section 3): stripe b of ``unit`` tokens lives on rank b mod W as local stripe b // W.
 
-A ring step then touches one residue class of block distances, the same on every rank: slash work is balanced over ranks by
-construction, and over steps because neighbouring slashes fall into different classes.
+A ring step then touches one residue class of block distances, the same on every rank: slash work is
+balanced over ranks by construction, and over steps because neighbouring slashes fall into different classes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Striped(Layout):
     def multiple(self, world: int, block_size: int) -> int:
         if self.unit % block_size:
             raise UserError(
-                f"layout.unit: a stripe of {self.unit} tokens cuts the pattern's blocks of {block_size}; use a multiple of "
-                f"{block_size}, or pattern.block_size={self.unit}."
+                f"layout.unit: a stripe of {self.unit} tokens cuts the pattern's blocks of {block_size}; "
+                f"use a multiple of {block_size}, or pattern.block_size={self.unit}."
             )
         return world * self.unit

@@ -1,4 +1,5 @@
-"""What to attend: each pattern turns queries and keys into one sparse index. A new pattern is one file and one entry here."""
+"""What to attend: each pattern turns queries and keys into one sparse index. A new pattern is one file and
+one entry here."""
 
 from mtraining.pattern.base import Collective, Pattern, SequenceShard, build_from_table
 from mtraining.pattern.dense import Dense

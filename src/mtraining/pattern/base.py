@@ -18,8 +18,11 @@ from mtraining.kernel import Backend, ReferenceBackend, SparseIndex
 class Collective(Protocol):
     """What a pattern may ask of the other context-parallel ranks; every call is collective over all of them."""
 
-    rank: int
-    world: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
 
     def all_sum(self, x: Tensor) -> Tensor:
         """Elementwise sum over ranks."""

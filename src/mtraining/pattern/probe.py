@@ -1,7 +1,7 @@
 """Scores of columns and distances under a few probe queries, estimated over all ranks without gathering keys.
 
-Every rank scores its own keys; the sums travel to the rank that owns the head (an all-to-all), so that selection work is
-spread over ranks by head and no rank waits for a serial step on another.
+Every rank scores its own keys; the sums travel to the rank that owns the head (an all-to-all), so that
+selection work is spread over ranks by head and no rank waits for a serial step on another.
 """
 
 from __future__ import annotations

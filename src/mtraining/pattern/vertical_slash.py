@@ -1,8 +1,8 @@
 """Vertical-slash, chosen online at every forward: the paper's training pattern (METHOD.md section 1).
 
 Attention under rotary embeddings concentrates on a few columns that all queries read (verticals) and on a few fixed
-distances (slashes). The last queries of the sequence are the probe: their softmax over all keys, averaged, gives the mass
-of each column and of each distance; the heaviest ones within the budget are kept.
+distances (slashes). The last queries of the sequence are the probe: their softmax over all keys, averaged,
+gives the mass of each column and of each distance; the heaviest ones within the budget are kept.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from mtraining.ring.observe import observe
 from mtraining.ring.plan import RingPlan, make_plan
 from mtraining.ring.schedule import GradientRing, ring_steps
 from mtraining.ring.tape import Recorded, current_tape
-from mtraining.ring.topology import Ring
+from mtraining.ring.topology import PendingSum, Ring
 
 
 @overload
@@ -48,8 +48,8 @@ def sparse_ring_attention(
         k, v: (batch, local tokens, kv_heads, head_dim), same dtype; kv_heads divides q_heads.
         pattern: what to attend, an object or the name of one with its default options.
         layout: who holds which tokens, an object or a name.
-        mesh: the context-parallel ranks: None for one process, a 1-D mesh for a flat ring, a 2-D (outer, inner) mesh for
-            a hierarchical one. Any subgroup of the world.
+        mesh: the context-parallel ranks: None for one process, a 1-D mesh for a flat ring, a 2-D
+            (outer, inner) mesh for a hierarchical one. Any subgroup of the world.
         scale: factor on q.k; head_dim ** -0.5 by default.
         return_index: return the index as well, the same on every rank.
         kernel: backend, ``auto`` or one of ``mtraining.kernel.backend.KERNELS``.
@@ -93,10 +93,6 @@ class _Call:
     scale: float
 
     @property
-    def has_columns(self) -> bool:
-        return self.index.columns.shape[-1] > 0
-
-    @property
     def slots(self) -> Tensor:
         """int64 (seq_len,): local place of a global position on this rank, -1 elsewhere."""
         return SequenceShard(self.plan.all_positions, self.plan.ring).slots
@@ -135,9 +131,10 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor,
     plan, backend, index = call.plan, call.backend, call.index
     out: Tensor | None = None
     lse: Tensor | None = None
+    columns = _start_columns(k, v, call)  # ahead of the first transfer, for they are needed first
     for step, (source, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring)):
-        if step == 0 and call.has_columns:  # under the first transfer
-            ck, cv = _whole_columns(k, v, call)
+        if step == 0 and columns is not None:  # computed under the first transfer
+            ck, cv = columns.wait()
             out, lse = backend.columns_forward(q, ck, cv, index, plan.q_blocks, call.scale, out, lse)
         out, lse = backend.tiles_forward(
             q, kv[0], kv[1], index, plan.placements[source], call.scale, out, lse
@@ -153,11 +150,11 @@ def _ring_backward(
     plan, backend, index, scale = call.plan, call.backend, call.index, call.scale
     delta = backend.row_delta(out.to(lse.dtype), dout)
     dq = torch.zeros_like(q, dtype=lse.dtype)
-    columns_home = None
+    columns, columns_home = _start_columns(k, v, call), None
     home = GradientRing(plan.ring)
     for step, (source, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring)):
-        if step == 0 and call.has_columns:  # under the first transfer
-            ck, cv = _whole_columns(k, v, call)
+        if step == 0 and columns is not None:  # computed under the first transfer
+            ck, cv = columns.wait()
             grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, plan.q_blocks, scale, dq)
             columns_home = plan.ring.start_sum(torch.stack(grads))
         placement = plan.placements[source]
@@ -169,9 +166,11 @@ def _ring_backward(
     return dq, dk, dv
 
 
-def _whole_columns(k: Tensor, v: Tensor, call: _Call) -> Tensor:
-    """Compact keys and values of every selected column, from all ranks: (2, batch, capacity, q_heads, head_dim)."""
-    return call.plan.ring.start_sum(call.backend.gather_columns(k, v, call.index.columns, call.slots)).wait()
+def _start_columns(k: Tensor, v: Tensor, call: _Call) -> PendingSum | None:
+    """Begin fetching every selected column's key and value: (2, batch, capacity, q_heads, head_dim), if any."""
+    if call.index.columns.shape[-1] == 0:
+        return None
+    return call.plan.ring.start_sum(call.backend.gather_columns(k, v, call.index.columns, call.slots))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

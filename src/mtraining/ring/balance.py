@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtraining.kernel import SparseIndex
 from mtraining.layout import Layout
+from mtraining.ring.topology import ring_offset
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Imbalance:
 
 @lru_cache(maxsize=16)
 def _diagonal_counts(layout: Layout, seq_len: int, block_size: int, world: int) -> Tensor:
-    """float64 (world ranks, world sources, num_blocks): blocks of each diagonal with queries on one, keys on the other."""
+    """Blocks of each diagonal with queries on one rank, keys on the other: float64 (ranks, sources, num_blocks)."""
     blocks = layout.positions(seq_len, world)[:, ::block_size] // block_size
     num_blocks = seq_len // block_size
     counts = torch.zeros(world, world, num_blocks, dtype=torch.float64)
@@ -53,12 +54,11 @@ def tile_work(index: SparseIndex, layout: Layout, world: int) -> Tensor:
 
 
 def by_step(work: Tensor, outer: int = 1) -> Tensor:
-    """(ranks, sources) -> (ranks, ring steps): the order in which a ring of ``outer`` x (world / outer) meets the sources."""
+    """(ranks, sources) -> (ranks, ring steps), in the order a ring of ``outer`` x inner meets the sources."""
     world = work.shape[0]
     inner = world // outer
-    rank, step = torch.arange(world)[:, None], torch.arange(world)[None, :]
-    source = (rank // inner - step // inner) % outer * inner + (rank % inner - step % inner) % inner
-    return work.gather(1, source)
+    offsets = torch.tensor([ring_offset(a, b, outer) for a in range(outer) for b in range(inner)])
+    return work.gather(1, (torch.arange(world)[:, None] - offsets) % world)
 
 
 def imbalance(work: Tensor, outer: int = 1) -> Imbalance:

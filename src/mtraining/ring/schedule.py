@@ -1,8 +1,8 @@
 """The one schedule of the ring, flat or hierarchical, forward and backward.
 
-While the inner ring turns over the keys of one node, the keys of the next node travel the outer (slow) link once, in the
-background: an inter-node transfer has ``inner`` compute steps to hide behind instead of one (METHOD.md section 4). A flat
-ring is the case of one outer round.
+While the inner ring turns over the keys of one node, the keys of the next node travel the outer (slow) link
+once, in the background: an inter-node transfer has ``inner`` compute steps to hide behind instead of one
+(METHOD.md section 4). A flat ring is the case of one outer round.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def ring_steps(own: Tensor, ring: Ring) -> Iterator[tuple[int, Tensor]]:
     must not be written to.
     """
     for outer_step in range(ring.outer):
-        outer_hop = Hop(own, ring.outer_group) if outer_step + 1 < ring.outer else None
+        outer_hop = ring.outer_hop(own) if outer_step + 1 < ring.outer else None
         payload = own
         for inner_step in range(ring.inner):
-            inner_hop = Hop(payload, ring.inner_group) if inner_step + 1 < ring.inner else None
+            inner_hop = ring.inner_hop(payload) if inner_step + 1 < ring.inner else None
             yield ring.source(outer_step, inner_step), payload
             if inner_hop is not None:
                 payload = inner_hop.wait()
@@ -36,44 +36,41 @@ class GradientRing:
     """Carries the gradients of travelling keys after them, adding each rank's share, and at last brings them home.
 
     Call :meth:`add` once a step, in the order of :func:`ring_steps`, with this rank's share for that step's source;
-    :meth:`finish` returns the full gradient of this rank's own keys. Every wait comes one compute step after its transfer
-    began, but for the last hop home.
+    :meth:`finish` returns the full gradient of this rank's own keys. Every wait comes one compute step
+    after its transfer began, but for the last hop home.
     """
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
-        self._inner_step = 0
+        self._inner_step = self._outer_step = 0
         self._inner_hop: Hop | None = None
-        self._round: Hop | Tensor | None = None  # a finished round's sum, on its last inner hop
+        self._round: Hop | Tensor | None = None  # a finished round's sum, perhaps on its last inner hop
         self._outer_hop: Hop | None = None
 
     def add(self, share: Tensor) -> None:
         """Add this rank's share for the step's source; ``share`` is consumed."""
-        if self._inner_step == 0:
-            self._pass_round_on()
+        if self._inner_step == 0 and self._round is not None:
+            self._outer_hop = self._ring.outer_hop(self._round_total())
+            self._outer_step += 1
         elif self._inner_hop is not None:
             share += self._inner_hop.wait()
         self._inner_step += 1
-        self._inner_hop = Hop(share, self._ring.inner_group) if self._ring.inner > 1 else None
+        self._inner_hop = self._ring.inner_hop(share) if self._ring.inner > 1 else None
         if self._inner_step == self._ring.inner:
             self._round = self._inner_hop or share
             self._inner_step, self._inner_hop = 0, None
 
     def finish(self) -> Tensor:
         """The summed gradient of this rank's own payload."""
-        self._pass_round_on()
-        assert self._outer_sum is not None
-        return self._outer_hop.wait() if self._outer_hop is not None else self._outer_sum
+        total = self._round_total()
+        if self._ring.outer > 1:  # each round moved it one rank on
+            total = self._ring.outer_hop(total, by=-self._outer_step).wait()
+        return total
 
-    _outer_sum: Tensor | None = None
-
-    def _pass_round_on(self) -> None:
-        """Add the round just finished to what earlier nodes summed for the same keys, and send it to the next node."""
-        if self._round is None:
-            return
+    def _round_total(self) -> Tensor:
+        """The round just finished, with what earlier nodes summed for the same keys."""
+        assert self._round is not None, "no step was added"
         total = self._round.wait() if isinstance(self._round, Hop) else self._round
-        self._round = None
         if self._outer_hop is not None:
             total += self._outer_hop.wait()
-        self._outer_sum = total
-        self._outer_hop = Hop(total, self._ring.outer_group) if self._ring.outer > 1 else None
+        return total

@@ -24,10 +24,11 @@ class Recorded:
 
 
 class IndexTape:
-    """Records the attention calls made in one forward region and hands them back, in order, when the region is run again.
+    """Records the attention calls made in one forward region and hands them back, in order, when the region
+    is run again.
 
-    Use ``record()`` around the first run and ``replay()`` around each later one (``torch.utils.checkpoint`` takes the pair
-    as its ``context_fn``).
+    Use ``record()`` around the first run and ``replay()`` around each later one (``torch.utils.checkpoint``
+    takes the pair as its ``context_fn``).
 
     Args:
         keep_outputs: keep (out, lse) too, so that a replay runs neither the ring nor the estimation.

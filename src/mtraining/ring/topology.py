@@ -18,25 +18,34 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Ring:
     """``outer`` rings of ``inner`` ranks each; a flat ring has outer = 1 and a single process 1 x 1.
 
-    The context-parallel rank is row-major: rank = outer_rank * inner + inner_rank. Collectives over both dimensions run
-    first inside the node (inner), then between nodes (outer), so slow links carry each byte once.
+    Ranks are numbered across nodes first: rank = inner_rank * outer + outer_rank. An inner hop then adds
+    ``outer`` to the rank (the next GPU of the same node), an outer hop adds one (the next node), and at step
+    (a, b) *every* rank holds the keys of rank - (a + b * outer). One difference for all ranks is what keeps a
+    striped layout balanced in each step: numbered node by node, ranks before and after the wrap would meet
+    different residues of block distances.
+
+    Attributes:
+        rank: this process's context-parallel rank; layouts deal tokens by it.
     """
 
     def __init__(self, mesh: DeviceMesh | None) -> None:
         self.outer = self.inner = 1
-        self.outer_rank = self.inner_rank = 0
-        self.outer_group: dist.ProcessGroup | None = None
-        self.inner_group: dist.ProcessGroup | None = None
-        if mesh is None:
-            return
-        if mesh.ndim not in (1, 2):
-            raise UserError(
-                f"mesh: a ring needs a mesh of one dimension, or of two (outer, inner), not {mesh.ndim}; "
-                "slice the context-parallel dimensions out of it, e.g. mesh['cp_outer', 'cp_inner']."
-            )
-        self.inner_group, self.inner, self.inner_rank = _dimension(mesh, mesh.ndim - 1)
-        if mesh.ndim == 2:
-            self.outer_group, self.outer, self.outer_rank = _dimension(mesh, 0)
+        outer_rank = inner_rank = 0
+        self._outer_group: dist.ProcessGroup | None = None
+        self._inner_group: dist.ProcessGroup | None = None
+        self._whole_group: dist.ProcessGroup | None = None  # outer hops go between any two nodes' GPUs
+        if mesh is not None:
+            if mesh.ndim not in (1, 2) or (mesh.ndim == 2 and not mesh.mesh_dim_names):
+                raise UserError(
+                    f"mesh: a ring needs one dimension, or two named ones (outer, inner), not {mesh.ndim} named "
+                    f"{mesh.mesh_dim_names}; slice the context-parallel dimensions out of it, e.g. "
+                    "mesh['cp_outer', 'cp_inner']."
+                )
+            self._inner_group, self.inner, inner_rank = _dimension(mesh, mesh.ndim - 1)
+            if mesh.ndim == 2 and mesh.size(0) > 1:
+                self._outer_group, self.outer, outer_rank = _dimension(mesh, 0)
+                self._whole_group = mesh._flatten().get_group()
+        self.rank = inner_rank * self.outer + outer_rank
 
     @staticmethod
     @cache
@@ -48,17 +57,27 @@ class Ring:
     def world(self) -> int:
         return self.outer * self.inner
 
-    @property
-    def rank(self) -> int:
-        return self.outer_rank * self.inner + self.inner_rank
+    def source(self, outer_step: int, inner_step: int) -> int:
+        """Whose keys this rank holds at a step of the ring."""
+        return (self.rank - ring_offset(outer_step, inner_step, self.outer)) % self.world
 
-    def source(self, outer_step: int, inner_step: int, rank: int | None = None) -> int:
-        """Whose keys ``rank`` (default: this one) holds at a step of the ring."""
-        outer_rank, inner_rank = divmod(self.rank if rank is None else rank, self.inner)
-        return (outer_rank - outer_step) % self.outer * self.inner + (inner_rank - inner_step) % self.inner
+    def inner_hop(self, payload: Tensor) -> Hop:
+        """Begin sending ``payload`` to the next rank of this node and receiving from the previous."""
+        here = self.rank // self.outer
+        return Hop(payload, self._inner_group, (here + 1) % self.inner, (here - 1) % self.inner)
+
+    def outer_hop(self, payload: Tensor, by: int = 1) -> Hop:
+        """Begin sending ``payload`` to rank + ``by``, on another node, and receiving from rank - ``by``."""
+        return Hop(payload, self._whole_group, self._place(self.rank + by), self._place(self.rank - by))
+
+    def _place(self, rank: int) -> int:
+        """Where a rank stands in the whole group, which counts node by node."""
+        inner_rank, outer_rank = divmod(rank % self.world, self.outer)
+        return outer_rank * self.inner + inner_rank
 
     def _stages(self) -> list[dist.ProcessGroup]:
-        stages = ((self.inner_group, self.inner), (self.outer_group, self.outer))
+        """Groups of a collective over all ranks: between nodes first, so that a byte crosses a slow link once."""
+        stages = ((self._outer_group, self.outer), (self._inner_group, self.inner))
         return [group for group, size in stages if group is not None and size > 1]
 
     def all_sum(self, x: Tensor) -> Tensor:
@@ -73,8 +92,7 @@ class Ring:
         """(...) -> (world, ...), in rank order."""
         gathered = x[None]
         for group in self._stages():
-            size = dist.get_world_size(group)
-            out = gathered.new_empty(size, *gathered.shape)
+            out = gathered.new_empty(dist.get_world_size(group), *gathered.shape)
             _all_gather(out.flatten(0, 1), gathered.contiguous(), group=group)
             gathered = out.flatten(0, 1)
         return gathered
@@ -83,12 +101,17 @@ class Ring:
         """(world, ...) by destination -> (world, ...) by source."""
         if self.world == 1:
             return x
-        x = x.unflatten(0, (self.outer, self.inner))
+        x = x.unflatten(0, (self.inner, self.outer))
         if self.outer > 1:
-            x = _exchange(x, self.outer_group)
+            x = _exchange(x.transpose(0, 1), self._outer_group).transpose(0, 1)
         if self.inner > 1:
-            x = _exchange(x.transpose(0, 1), self.inner_group).transpose(0, 1)
+            x = _exchange(x, self._inner_group)
         return x.flatten(0, 1)
+
+
+def ring_offset(outer_step: int, inner_step: int, outer: int) -> int:
+    """At this step every rank holds the keys of rank - offset."""
+    return outer_step + inner_step * outer
 
 
 class PendingSum:
@@ -108,21 +131,20 @@ class PendingSum:
 
 
 class Hop:
-    """One neighbour-to-neighbour transfer under way: sends ``payload`` to the next rank, receives from the previous."""
+    """One transfer under way: sends ``payload`` to a rank of the group and receives the like from another."""
 
-    def __init__(self, payload: Tensor, group: dist.ProcessGroup | None) -> None:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, payload: Tensor, group: dist.ProcessGroup | None, to: int, sender: int) -> None:
         self._payload = payload  # kept alive, and unwritten, until the transfer is done
         self._received = torch.empty_like(payload)
         self._works = dist.batch_isend_irecv(
             [
-                dist.P2POp(dist.isend, payload, group=group, group_peer=(rank + 1) % size),
-                dist.P2POp(dist.irecv, self._received, group=group, group_peer=(rank - 1) % size),
+                dist.P2POp(dist.isend, payload, group=group, group_peer=to),
+                dist.P2POp(dist.irecv, self._received, group=group, group_peer=sender),
             ]
         )
 
     def wait(self) -> Tensor:
-        """Finish and return what the previous rank sent."""
+        """Finish and return what was received."""
         for work in self._works:
             work.wait()
         return self._received

@@ -1,0 +1,175 @@
+"""The eager reference against dense-masked attention in fp64: empty rows, empty heads, poisoned memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, dense_index, merge, select_backend
+from mtraining.kernel.reference import accumulation_dtype
+
+SIZE = 8
+
+
+def random_index(
+    seq_len: int, heads: int, seed: int, columns: int = 12, diagonal_share: float = 0.4
+) -> SparseIndex:
+    """Head 0 selects nothing; the others random diagonals (not always the main one) and random columns."""
+    generator = torch.Generator().manual_seed(seed)
+    n = seq_len // SIZE
+    diagonals = torch.rand(1, heads, n, generator=generator) < diagonal_share
+    picked = torch.stack([torch.randperm(seq_len, generator=generator)[:columns] for _ in range(heads)])
+    keep = torch.rand(heads, columns, generator=generator) < 0.7
+    picked = torch.where(keep, picked, seq_len)
+    diagonals[:, 0], picked[0] = False, seq_len
+    return SparseIndex(seq_len, SIZE, diagonals, picked.sort().values[None].int())
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
+    scores = (q.transpose(1, 2) @ keys.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(
+        ~mask, -torch.inf
+    )
+    seen = mask.any(-1)
+    prob = torch.where(seen[..., None], scores, 0.0).softmax(-1) * seen[..., None]
+    return (prob @ values).transpose(1, 2), scores.logsumexp(-1)
+
+
+def inputs(heads: int, kv_heads: int, seq_len: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    q, dout = (torch.randn(1, seq_len, heads, 16, dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(1, seq_len, kv_heads, 16, dtype=dtype) for _ in range(2))
+    return [q, k, v, dout]
+
+
+def run_backend(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, index: SparseIndex
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Columns, then tiles; all results of forward and backward."""
+    backend, place, scale = ReferenceBackend(), index.placement(), 1 / math.sqrt(q.shape[-1])
+    slots = torch.arange(index.seq_len)
+    ck, cv = backend.gather_columns(k, v, index.columns, slots)
+    out, lse = backend.columns_forward(q, ck, cv, index, place.q_blocks, scale, None, None)
+    out, lse = backend.tiles_forward(q, k, v, index, place, scale, out, lse)
+    delta = backend.row_delta(out, dout)
+    dq = torch.zeros_like(q, dtype=lse.dtype)
+    dk, dv = backend.tiles_backward(dout, q, k, v, lse, delta, index, place, scale, dq)
+    grads = torch.stack(
+        backend.columns_backward(dout, q, ck, cv, lse, delta, index, place.q_blocks, scale, dq)
+    )
+    backend.scatter_columns(grads, index.columns, slots, dk, dv)
+    return out, lse, dq, dk, dv
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every uninitialised tensor holds NaN, so that an entry nobody wrote is seen."""
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+
+        def poison(*args: object, plain: object = plain, **kwargs: object) -> Tensor:
+            x: Tensor = plain(*args, **kwargs)  # type: ignore[operator]
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        monkeypatch.setattr(torch, name, poison)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (6, 3)])
+def test_equals_masked_attention(poisoned: None, seed: int, heads: int, kv_heads: int) -> None:
+    torch.manual_seed(seed)
+    q, k, v, dout = inputs(heads, kv_heads, 64)
+    index = random_index(64, heads, seed)
+    mask = index.to_mask()
+    assert not mask.any(-1).all(), "the case must hold rows that see nothing"
+    got = run_backend(q, k, v, dout, index)
+    for x in (q, k, v):
+        x.requires_grad_()
+    out, lse = masked_attention(q, k, v, mask)
+    out.backward(dout)
+    for name, a, b in zip(
+        ("out", "lse", "dq", "dk", "dv"), got, (out, lse, q.grad, k.grad, v.grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    unseen = ~mask.any(-1)
+    assert (got[1][unseen] == -torch.inf).all() and (got[0].transpose(1, 2)[unseen] == 0).all()
+
+
+def test_no_key_counts_twice() -> None:
+    """Every column lies inside a selected block somewhere; counting it there again would raise lse."""
+    q, k, v, dout = inputs(1, 1, 32)
+    diagonals = torch.tensor([[[True, True, False, False]]])
+    index = SparseIndex(32, SIZE, diagonals, torch.arange(32, dtype=torch.int32)[None, None])
+    _, lse, *_ = run_backend(q, k, v, dout, index)
+    _, dense_lse = masked_attention(q, k, v, torch.ones(32, 32, dtype=torch.bool).tril())
+    torch.testing.assert_close(lse, dense_lse, rtol=1e-12, atol=1e-12)
+
+
+def test_one_block_dense() -> None:
+    q, k, v, dout = inputs(2, 1, SIZE)
+    index = dense_index(1, 2, SIZE, SIZE, q.device)
+    assert index.density().tolist() == [[1.0, 1.0]]
+    out, *_ = run_backend(q, k, v, dout, index)
+    torch.testing.assert_close(
+        out, masked_attention(q, k, v, torch.ones(SIZE, SIZE, dtype=torch.bool).tril())[0]
+    )
+
+
+def test_low_precision_accumulates_in_fp32() -> None:
+    q, k, v, dout = inputs(2, 1, 64, torch.bfloat16)
+    index = random_index(64, 2, 0)
+    low = run_backend(q, k, v, dout, index)
+    high = run_backend(*(x.double() for x in (q, k, v, dout)), index)
+    for a, b in zip(low, high, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    assert accumulation_dtype(torch.float64) == torch.float64
+
+
+@pytest.mark.parametrize("empty", ["a", "b", "both"])
+def test_merge_with_empty_sides(empty: str) -> None:
+    out = torch.randn(1, 4, 2, 3, dtype=torch.float64)
+    lse = torch.randn(1, 2, 4, dtype=torch.float64)
+    nothing, never = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
+    a = (nothing, never) if empty in ("a", "both") else (out, lse)
+    b = (nothing, never) if empty in ("b", "both") else (out, lse)
+    merged, merged_lse = merge(*a, *b)
+    expected = (nothing, never) if empty == "both" else (out, lse)
+    torch.testing.assert_close((merged, merged_lse), expected, rtol=1e-14, atol=0)
+
+
+def test_merge_of_halves_is_the_whole() -> None:
+    q, k, v, _ = inputs(2, 2, 32)
+    causal = torch.ones(32, 32, dtype=torch.bool).tril()
+    left = causal & (torch.arange(32) < 9)
+    merged = merge(*masked_attention(q, k, v, left), *masked_attention(q, k, v, causal & ~left))
+    torch.testing.assert_close(merged, masked_attention(q, k, v, causal), rtol=1e-12, atol=1e-12)
+
+
+def test_computed_area_is_what_the_kernel_multiplies() -> None:
+    """Density must come from work done: count the reference's multiply-adds and compare."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v, _ = inputs(4, 2, 64)
+    index = random_index(64, 4, 5)
+    backend, place = ReferenceBackend(), index.placement()
+    ck, cv = backend.gather_columns(k, v, index.columns, torch.arange(64))
+    with FlopCounterMode(display=False) as counter:
+        backend.columns_forward(q, ck, cv, index, place.q_blocks, 1.0, None, None)
+        backend.tiles_forward(q, k, v, index, place, 1.0, None, None)
+    assert counter.get_total_flops() == 4 * q.shape[-1] * int(index.computed_area().sum())
+
+
+def test_placement_tables() -> None:
+    place = Placement(torch.tensor([1, 5]), torch.tensor([0, 4]), 8)
+    assert place.q_slots.tolist() == [-1, 0, -1, -1, -1, 1, -1, -1]
+    assert place.k_slots.tolist() == [0, -1, -1, -1, 1, -1, -1, -1]
+    assert place.reachable_diagonals.nonzero().flatten().tolist() == [1, 5]
+
+
+def test_unknown_kernel_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"kernel: 'cuda' is not known; choose one of auto, reference"):
+        select_backend("cuda", torch.device("cpu"), torch.float32, 64)

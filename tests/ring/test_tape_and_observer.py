@@ -1,0 +1,126 @@
+"""Recompute replays the first pass's index; observers tell what attention really did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from distributed import ProcessPool, Worker
+from mtraining.kernel import SparseIndex
+from mtraining.layout import build_layout
+from mtraining.pattern import SequenceShard, VerticalSlash
+from mtraining.ring import IndexTape, Observer, sparse_ring_attention
+
+OPTIONS = {"block_size": 8, "top_p": 0.5, "max_columns": 9, "max_slashes": 9, "sinks": 2, "window": 3}
+
+
+@dataclass(frozen=True)
+class Counting(VerticalSlash):
+    """Counts its estimates."""
+
+    calls: list[int] = field(default_factory=list)
+
+    def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
+        self.calls.append(1)
+        return super().estimate(q, k, shard, scale)
+
+
+def gradients(x: Tensor, tape: IndexTape | None, pattern: VerticalSlash) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+
+    def layer(x: Tensor) -> Tensor:
+        q, k, v = x, x[:, :, :2] * 1.5, x[:, :, 2:].sin()
+        return sparse_ring_attention(q, k, v, pattern=pattern, layout="contiguous", mesh=None) + x
+
+    if tape is None:
+        out = layer(layer(x))
+    else:
+
+        def both(x: Tensor) -> Tensor:
+            return layer(layer(x))
+
+        out = checkpoint(both, x, use_reentrant=False, context_fn=lambda: (tape.record(), tape.replay()))
+    out.square().sum().backward()
+    assert x.grad is not None
+    return out.detach(), x.grad
+
+
+@pytest.mark.parametrize("keep_outputs", [False, True])
+def test_recompute_reuses_the_index(keep_outputs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 64, 4, 16, dtype=torch.float64)
+    plain, recomputed = Counting(**OPTIONS), Counting(**OPTIONS)
+    import mtraining.ring.attention as module
+
+    forwards = []
+    real = module._ring_forward
+    monkeypatch.setattr(module, "_ring_forward", lambda *a: forwards.append(1) or real(*a))
+    expected = gradients(x, None, plain)
+    forwards.clear()
+    got = gradients(x, IndexTape(keep_outputs), recomputed)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert len(recomputed.calls) == len(plain.calls) == 2
+    assert len(forwards) == (2 if keep_outputs else 4)
+
+
+def test_replaying_more_calls_than_recorded_is_an_error() -> None:
+    tape = IndexTape()
+    with tape.record():
+        pass
+    with tape.replay(), pytest.raises(RuntimeError, match="not deterministic"):
+        gradients(torch.randn(1, 64, 4, 16), None, VerticalSlash(**OPTIONS))
+
+
+def observe_job(worker: Worker, top_p: float) -> tuple[float, float, float, list[list[float]]]:
+    torch.manual_seed(1)
+    q, k, v = torch.randn(1, 128, 4, 16) * 2, torch.randn(1, 128, 2, 16), torch.randn(1, 128, 2, 16)
+    layout = build_layout("striped", 8)
+    q, k, v = (layout.shard(x, worker.rank, worker.world) for x in (q, k, v))
+    pattern = VerticalSlash(**(OPTIONS | {"top_p": top_p, "max_columns": 24, "max_slashes": 12}))
+    with Observer(recall_rows=16) as seen:
+        sparse_ring_attention(q, k, v, pattern=pattern, layout=layout, mesh=worker.mesh())
+    (stats,) = seen.stats
+    mask = stats.index.to_mask()
+    return (
+        stats.density,
+        stats.recall or 0.0,
+        mask.float().sum().item() / (4 * 128 * 129 / 2),
+        stats.tile_work.tolist(),
+    )
+
+
+def test_observer_reports_density_recall_and_work(pool: ProcessPool) -> None:
+    some = pool.run(observe_job, world=2, top_p=0.3)
+    assert 0.05 < some[0][1] < 0.999
+    assert some[0] == some[1], "every rank must report the same"
+    assert some[0][0] == pytest.approx(some[0][2], rel=0.2), "density counts tiles, the mask counts entries"
+
+
+def test_recall_is_the_kept_share_of_the_true_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2)
+    q, k, v = (
+        torch.randn(1, 64, 2, 16).double(),
+        torch.randn(1, 64, 1, 16).double(),
+        torch.randn(1, 64, 1, 16).double(),
+    )
+    rows = torch.tensor([5, 40, 63])
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: rows)
+    with Observer(recall_rows=3) as seen:
+        _, index = sparse_ring_attention(
+            q, k, v, pattern=VerticalSlash(**OPTIONS), layout="contiguous", mesh=None, return_index=True
+        )
+    scores = (q.transpose(1, 2) @ k.transpose(1, 2).transpose(-1, -2) / 4).masked_fill(
+        ~torch.ones(64, 64, dtype=torch.bool).tril(), -torch.inf
+    )
+    kept = (scores.softmax(-1) * index.to_mask())[:, :, rows].sum(-1).mean().item()
+    assert seen.stats[0].recall == pytest.approx(kept, rel=1e-12)
+
+
+def test_observing_is_off_outside() -> None:
+    with Observer() as seen:
+        pass
+    gradients(torch.randn(1, 64, 4, 16), None, VerticalSlash(**OPTIONS))
+    assert seen.stats == []
