@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prepared import write_rows
 
 from mtraining.data import PrepareOptions, TokenShards, prepare
 
 MakeShards = Callable[..., TokenShards]
-
-
-def write_rows(path: Path, documents: Mapping[str, str]) -> Path:
-    path.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in documents.items()))
-    return path
 
 
 @pytest.fixture

@@ -51,7 +51,12 @@ def test_text_folder_names_what_it_skips(tmp_path: Path) -> None:
     (folder / "nul.txt").write_bytes(b"a\0b")
     (folder / "lost.txt").symlink_to(folder / "b.txt")
     documents, summary = run(tmp_path, folder)
-    assert list(documents.items()) == [("a.txt", "ay"), ("b.txt", "bee"), ("lost.txt", "bee"), ("sub/c.md", "sea")]
+    assert list(documents.items()) == [
+        ("a.txt", "ay"),
+        ("b.txt", "bee"),
+        ("lost.txt", "bee"),
+        ("sub/c.md", "sea"),
+    ]
     expected = {
         "blank.txt": "empty",
         "empty.txt": "empty",
@@ -172,7 +177,9 @@ def test_stdlib_is_long_code_without_tests(tmp_path: Path) -> None:
     assert documents["argparse.py"] == "# file: argparse.py\n" + source
     assert summary.documents == 70
     assert max(map(len, documents.values())) > 100_000
-    assert not any("/test/" in line for text in documents.values() for line in text.splitlines() if "# file: " in line)
+    assert not any(
+        "/test/" in line for text in documents.values() for line in text.splitlines() if "# file: " in line
+    )
 
 
 def test_installed_packages(tmp_path: Path) -> None:
@@ -214,7 +221,9 @@ def test_folder_through_load_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", ["someone/no-such-dataset", "missing_dataset"])
 def test_unknown_hub_id_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"source '{name}' is neither an existing path nor a Hugging Face dataset"):
+    with pytest.raises(
+        UserError, match=f"source '{name}' is neither an existing path nor a Hugging Face dataset"
+    ):
         run(tmp_path, name)
 
 

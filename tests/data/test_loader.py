@@ -1,0 +1,100 @@
+"""The order of batches: a function of seed and step only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+
+from mtraining.data import SequenceDataset, TokenShards, build_loader, step_windows
+from mtraining.errors import UserError
+from mtraining.layout import build_layout
+
+
+@pytest.fixture
+def dataset(make_shards: Callable[..., TokenShards]) -> SequenceDataset:
+    # 22 windows, each told by its first token: not a multiple of any batch below
+    return SequenceDataset(make_shards({"d": "".join(chr(40 + n) * 16 for n in range(22))}), 16, seed=5)
+
+
+def firsts(batches: Iterator[dict[str, torch.Tensor]]) -> list[list[int]]:
+    return [batch["input_ids"][:, 0].tolist() for batch in batches]
+
+
+def steps(dataset: SequenceDataset, count: int, **options: Any) -> list[list[int]]:
+    return firsts(islice(iter(build_loader(dataset, global_batch=8, **options)), count))
+
+
+def test_epochs_visit_every_window_once_and_differ(dataset: SequenceDataset) -> None:
+    seen = [first for batch in steps(dataset, 11) for first in batch]  # 88 samples are four epochs
+    epochs = [seen[start : start + 22] for start in range(0, 88, 22)]
+    assert all(sorted(epoch) == list(range(40, 62)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+
+
+@pytest.mark.parametrize("dp_size", [2, 4, 8])
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_any_split_gives_the_same_global_batches(
+    dataset: SequenceDataset, dp_size: int, micro_batch: int | None
+) -> None:
+    pieces = 1 if micro_batch is None else 8 // dp_size
+    ranks = [
+        steps(dataset, 9 * pieces, dp_rank=rank, dp_size=dp_size, micro_batch=micro_batch)
+        for rank in range(dp_size)
+    ]
+    joined = [
+        [first for rank in ranks for piece in rank[step * pieces : (step + 1) * pieces] for first in piece]
+        for step in range(9)
+    ]
+    assert joined == steps(dataset, 9)
+
+
+def test_resume_at_any_step(dataset: SequenceDataset) -> None:
+    whole = steps(dataset, 10)
+    for start in range(10):
+        assert steps(dataset, 100, start_step=start, steps=10) == whole[start:]
+
+
+def test_cp_ranks_read_the_same_windows(dataset: SequenceDataset) -> None:
+    layout = build_layout("striped", unit=4)
+    parts = [
+        SequenceDataset(dataset.shards, 16, seed=5, layout=layout, cp_rank=rank, cp_size=2) for rank in (0, 1)
+    ]
+    for whole, *dealt in islice(
+        zip(*(build_loader(ds, global_batch=4) for ds in (dataset, *parts)), strict=True), 8
+    ):
+        for key in whole:
+            assert dealt[0][key].shape == (4, 8)
+            assert torch.equal(layout.unshard([part[key] for part in dealt]), whole[key])
+
+
+def test_worker_processes_change_nothing(dataset: SequenceDataset) -> None:
+    assert steps(dataset, 100, steps=5, num_workers=1, prefetch=3) == steps(dataset, 5)
+
+
+def test_step_windows_name_the_batch(dataset: SequenceDataset) -> None:
+    for step in (0, 2, 7):
+        windows = step_windows(dataset, step, global_batch=8, dp_rank=1, dp_size=2)
+        assert [40 + window for window in windows] == steps(dataset, 1, start_step=step)[0][4:]
+    assert dataset.describe(windows[0]) == f"document 'd', tokens {16 * windows[0]}..{16 * windows[0] + 16}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"global_batch": 6, "dp_size": 4},
+            "global_batch 6 cannot be divided over 4 .* nearest that can is 8",
+        ),
+        ({"global_batch": 1, "dp_size": 4}, "nearest that can is 4"),
+        ({"global_batch": 0}, "global_batch 0"),
+        ({"global_batch": 8, "micro_batch": 3}, "micro_batch 3 does not divide the 8 sequences"),
+        ({"global_batch": 8, "dp_rank": 2, "dp_size": 2}, "dp_rank is 2"),
+    ],
+)
+def test_bad_batches_are_refused(dataset: SequenceDataset, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_loader(dataset, **options)
