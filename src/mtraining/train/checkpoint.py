@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mtraining.errors import UserError
@@ -27,6 +28,9 @@ from mtraining.train.checks import check_cursor, check_same_model, data_order
 from mtraining.train.config import Config
 from mtraining.train.mesh import Runtime
 from mtraining.train.store import CheckpointStore, Manifest, require_complete
+
+# What any rank's failure becomes on every rank derives from BaseException alone.
+SAVE_ERRORS = (Exception, CheckpointException)
 
 
 @dataclass
@@ -104,7 +108,7 @@ class Checkpointer:
             future = Future()
             try:
                 future.set_result(dcp.save(state, storage_writer=writer, process_group=self._group))
-            except Exception as error:
+            except SAVE_ERRORS as error:
                 future.set_exception(error)
         self._pending = _Pending(step, manifest, future)
         if not self._config.checkpoint.asynchronous:
@@ -128,7 +132,7 @@ class Checkpointer:
             pending.future.result()
             if self._place.is_main:
                 self.store.commit(pending.step, pending.manifest, self._config.checkpoint.keep_last)
-        except Exception as error:
+        except SAVE_ERRORS as error:
             if self._place.is_main:
                 self.store.abandon(pending.step)
                 self._tell(self._failure(pending.step, error))
@@ -177,7 +181,7 @@ class Checkpointer:
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(parameter.shape) for name, parameter in self._model.named_parameters()}
 
-    def _failure(self, step: int, error: Exception) -> str:
+    def _failure(self, step: int, error: BaseException) -> str:
         causes = [error, *(getattr(error, "failures", None) or {}).values()]
         causes = [cause[0] if isinstance(cause, tuple) else cause for cause in causes]
         full = any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes)

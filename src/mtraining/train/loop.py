@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def _steps(
     display = Display(
         steps=steps, done=done, title=config.pattern.name, log_every=config.log.every, console=console
     )
-    with display:
+    with display, writer or nullcontext():
         for step in range(done, steps):
             start = time.perf_counter()
             observe = step == done or (step + 1) % config.log.every == 0 or step == steps - 1
@@ -150,24 +151,24 @@ def _steps(
                 checkpointer.save(step + 1)
     if done == steps:
         display.tell(f"nothing to do: the checkpoint of step {steps} is there already")
-    if writer is not None:
-        writer.close()
 
 
 def _batches(config: Config, place: Runtime, dataset: SequenceDataset, start_step: int) -> Iterator[Batch]:
-    return iter(
-        build_loader(
-            dataset,
-            global_batch=config.train.batch_size,
-            dp_rank=place.dp_rank,
-            dp_size=config.parallel.dp,
-            micro_batch=config.train.micro_batch_size,
-            start_step=start_step,
-            steps=config.train.steps,
-            num_workers=config.data.workers,
-            pin_memory=place.device.type == "cuda",
-        )
+    loader = build_loader(
+        dataset,
+        global_batch=config.train.batch_size,
+        dp_rank=place.dp_rank,
+        dp_size=config.parallel.dp,
+        micro_batch=config.train.micro_batch_size,
+        start_step=start_step,
+        steps=config.train.steps,
+        num_workers=config.data.workers,
+        pin_memory=place.device.type == "cuda",
     )
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # an iterator draws a seed, and a resumed run makes one more of them
+        return iter(loader)
 
 
 def _record(

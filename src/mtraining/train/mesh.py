@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mtraining.errors import UserError
+from mtraining.ring import Ring
 from mtraining.train.config import Config, ParallelSection
 
 T = TypeVar("T")
@@ -94,7 +95,7 @@ def runtime(config: Config) -> Iterator[Runtime]:
 
     A run of one process has a group of one, so that one path serves every size; a group that already exists is used
     and left in place. Mesh dimensions are ("dp", "cp"), or ("dp", "cp_outer", "cp_inner") when `parallel.cp_outer` > 1;
-    context-parallel rank is row-major over (outer, inner), and neighbouring global ranks share a sequence.
+    the context-parallel rank is the ring's own numbering, and neighbouring global ranks share a sequence.
     """
     joined = dist.is_initialized()
     world = dist.get_world_size() if joined else launched_world()
@@ -115,14 +116,15 @@ def runtime(config: Config) -> Iterator[Runtime]:
             world_size=1 if alone else -1,
         )
     try:
-        rank = dist.get_rank()
+        rank, mesh = dist.get_rank(), build_mesh(config.parallel, device.type)
+        cp_dims = tuple(name for name in mesh.mesh_dim_names or () if name != "dp")
         yield Runtime(
             device=device,
-            mesh=build_mesh(config.parallel, device.type),
+            mesh=mesh,
             rank=rank,
             world=world,
             dp_rank=rank // config.parallel.cp,
-            cp_rank=rank % config.parallel.cp,
+            cp_rank=Ring.over(mesh[cp_dims]).rank,
         )
     finally:
         if not joined:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from mtraining.errors import UserError
@@ -45,6 +46,14 @@ class MetricsWriter:
                     self._board.add_scalar(f"{key}/{index:02d}", item, record["step"])
             elif isinstance(value, (int, float)) and key != "step":
                 self._board.add_scalar(key, value, record["step"])
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         """Flush and close both."""

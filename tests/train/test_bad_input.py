@@ -1,0 +1,137 @@
+"""Bad input is refused before the first step, in one sentence that names the option."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import tiny_config
+
+from mtraining.errors import UserError
+from mtraining.train.checks import check_config, check_same_model
+from mtraining.train.loop import train
+from mtraining.train.mesh import check_world
+from mtraining.train.store import CheckpointStore, Manifest
+
+NO_MODEL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "intermediate_size": 64,
+    "vocab_size": 260,
+    "model_type": "qwen2",
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"train": {"seq_len": 250}}, "seq_len: 250 .* the nearest length that works is 256"),
+        ({"train": {"seq_len": 64}, "parallel": {"cp": 8}}, "too few .* 8 ranks with blocks of 16"),
+        ({"train": {"seq_len": 4096}}, "has no document of seq_len 4,096"),
+        ({"train": {"warmup_steps": 6}}, "train.warmup_steps=6 leaves no step"),
+        ({"layout": {"unit": 24}}, "layout.unit: a stripe of 24 tokens cuts"),
+        ({"layout": {"name": "stripped"}}, "did you mean 'striped'"),
+        ({"pattern": {"topp": 0.5}}, "pattern.topp: .*did you mean 'top_p'"),
+        ({"pattern": {"name": "vertical_slsh"}}, "did you mean 'vertical_slash'"),
+        ({"checkpoint": {"resume": "elsewhere/step_1"}}, "elsewhere/step_1 does not exist"),
+    ],
+)
+def test_before_any_model(tmp_path: Path, shards: Path, sections: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as raised:
+        check_config(tiny_config(tmp_path / "run", shards, **sections))
+    assert "\n" not in str(raised.value)
+
+
+def test_data_missing_or_empty(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        check_config(tiny_config(tmp_path / "run", tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        check_config(tiny_config(tmp_path / "run", tmp_path / "empty"))
+
+
+def test_vocabulary_smaller_than_the_token_ids(tmp_path: Path, shards: Path) -> None:
+    config = tiny_config(tmp_path / "run", shards, model={"config": {**NO_MODEL, "vocab_size": 100}})
+    with pytest.raises(UserError, match="outside the model's vocabulary of 100"):
+        check_config(config)
+
+
+def test_output_that_cannot_be_made(tmp_path: Path, shards: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="output=.* cannot be made: Not a directory"):
+        check_config(tiny_config(tmp_path / "file" / "run", shards))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads"),
+        (
+            {
+                "num_attention_heads": 4,
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "max_window_layers": 0,
+            },
+            "sliding",
+        ),
+        ({"num_attention_heads": 4, "num_key_value_heads": 2, "attention_dropout": 0.1}, "dropout"),
+    ],
+)
+def test_models_that_cannot_be_served(
+    tmp_path: Path, shards: Path, fields: dict[str, Any], sentence: str
+) -> None:
+    config = tiny_config(tmp_path / "run", shards, model={"config": {**NO_MODEL, **fields}})
+    with pytest.raises(UserError, match=sentence):
+        train(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_wrong_number_of_processes(tmp_path: Path, shards: Path) -> None:
+    config = tiny_config(tmp_path / "run", shards, parallel={"cp": 2})
+    with pytest.raises(UserError, match=r"needs 2 processes but 1 process was started; pass --nproc 2"):
+        train(config)
+    with pytest.raises(UserError, match="needs 2 processes but 3 processes were"):
+        check_world(config.parallel, 3)
+
+
+def write_checkpoint(run: Path, **changes: Any) -> Path:
+    store = CheckpointStore(run)
+    store.begin(2)
+    data = {"train.seq_len": 256, "train.batch_size": 4, "train.seed": 0, "data.mode": "documents", **changes}
+    manifest = Manifest(step=2, world=1, data=data, shapes={"w": [2, 3]}, files={})
+    return store.commit(2, manifest, keep_last=1)
+
+
+def test_a_run_folder_in_use_is_not_mixed_with_a_new_run(tmp_path: Path, shards: Path) -> None:
+    write_checkpoint(tmp_path / "run")
+    check_config(tiny_config(tmp_path / "run", shards))  # resuming it is fine
+    with pytest.raises(UserError, match="already holds step_00000002; set checkpoint.resume=auto"):
+        check_config(tiny_config(tmp_path / "run", shards, checkpoint={"resume": "never"}))
+
+
+def test_a_checkpoint_whose_place_in_the_data_is_another(tmp_path: Path, shards: Path) -> None:
+    write_checkpoint(tmp_path / "run", **{"train.seq_len": 128})
+    with pytest.raises(UserError, match="train.seq_len=256 differs from the checkpoint's 128"):
+        check_config(tiny_config(tmp_path / "run", shards))
+
+
+def test_a_half_written_checkpoint_asked_for_by_name(tmp_path: Path, shards: Path) -> None:
+    path = write_checkpoint(tmp_path / "run")
+    record = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    (path / "manifest.json").write_text(
+        json.dumps({**record, "files": {"__0_0.distcp": 10}}), encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=r"step_00000002 is half-written \(__0_0.distcp is missing\)"):
+        check_config(tiny_config(tmp_path / "run", shards, checkpoint={"resume": "step_00000002"}))
+
+
+def test_a_checkpoint_of_another_model_is_named_by_its_first_difference() -> None:
+    manifest = Manifest(step=1, world=1, data={}, shapes={"a": [2], "b": [4, 4]}, files={})
+    check_same_model({"a": [2], "b": [4, 4]}, manifest, "here")
+    with pytest.raises(
+        UserError, match=r"of another model: b has shape \(4, 4\) there and has shape \(4, 8\) here"
+    ):
+        check_same_model({"a": [2], "b": [4, 8]}, manifest, "here")
+    with pytest.raises(UserError, match=r"b has shape \(4, 4\) there and is absent here"):
+        check_same_model({"a": [2]}, manifest, "here")
