@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import ProcessPool, Worker
 from tiny_models import (
     DENSE,
     FAMILIES,
@@ -22,11 +21,12 @@ from tiny_models import (
 )
 from torch import Tensor
 
+from distributed import ProcessPool, Worker
 from mtraining.layout import build_layout
-from mtraining.model import parallelize
 from mtraining.model import attention as model_attention
+from mtraining.model import parallelize
 from mtraining.pattern import build_pattern
-from mtraining.ring import sparse_ring_attention
+from mtraining.ring import Ring, sparse_ring_attention
 
 # Norms and softmax of the models are in fp32 even when weights are fp64, so fp32 round-off it is.
 TOLERANCE = 3e-6
@@ -49,8 +49,10 @@ def take(batch: Batch, layout: Any, mesh: Any) -> tuple[Tensor, Tensor, Tensor]:
     cp = mesh.size() // dp
     place = int((mesh.mesh.flatten() == dist.get_rank()).nonzero())
     rows = slice(place // cp * len(batch.labels) // dp, (place // cp + 1) * len(batch.labels) // dp)
+    cp_dims = tuple(name for name in mesh.mesh_dim_names if name != "dp")
+    rank = Ring.over(mesh[cp_dims] if cp_dims else None).rank
     parts = (batch.input_ids, batch.position_ids, batch.labels)
-    return tuple(layout.shard(part[rows], place % cp, cp) for part in parts)  # type: ignore[return-value]
+    return tuple(layout.shard(part[rows], rank, cp) for part in parts)  # type: ignore[return-value]
 
 
 def sharded_gradients(

@@ -35,8 +35,11 @@ def frequencies(extended: Any) -> tuple[torch.Tensor, float]:
 
 
 def yarn_paper(dim: int, theta: float, native: int, factor: float, fast: float, slow: float) -> list[float]:
-    """NTK-by-parts (YaRN, section 3.2): dimensions that turn more than `fast` times within the native context keep their
-    frequency, those below `slow` turns are interpolated, with a ramp over the whole dimensions in between."""
+    """NTK-by-parts (YaRN, section 3.2): the inverse frequency of each pair of dimensions.
+
+    A pair that turns more than `fast` times within the native context keeps its own, one that turns less than `slow`
+    times is interpolated, with a ramp over the pairs between.
+    """
 
     def dimension_of(turns: float) -> float:
         # dimension d has wavelength 2 pi theta^(2d / dim); solve native / wavelength = turns for d

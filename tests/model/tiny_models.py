@@ -1,4 +1,4 @@
-"""Small models of each family, their batches, and plain transformers as the oracle (import as `from tiny_models import ...`)."""
+"""Small models of each family, their batches, and plain transformers as the oracle."""
 
 from __future__ import annotations
 

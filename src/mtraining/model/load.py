@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -73,7 +73,6 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
     apply_rope(config, options.rope, seq_len)
     check_config(config)
     dtype = getattr(torch, options.dtype)
-    config.dtype = dtype
     if dry:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -92,10 +91,11 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
     return model.to(device), tokenizer
 
 
-def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+def _cast_parameters(model: Any, dtype: torch.dtype) -> None:
     """Cast parameters only: `model.to(dtype)` would round the rotary frequencies too, ruinous at long positions."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _config(options: ModelOptions, seq_len: int, dry: bool, smollm2: SmolLM2 | None) -> Any:
@@ -135,7 +135,7 @@ def _config_from_fields(fields: dict[str, Any]) -> Any:
             )
     try:
         return AutoConfig.for_model(model_type, **fields)
-    except (TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise UserError(
             f"model.config: transformers refuses this {model_type} config ({_first_line(error)})."
         ) from error
@@ -180,4 +180,5 @@ def _nearest(name: str, known: Any) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    error = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

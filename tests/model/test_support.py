@@ -1,0 +1,170 @@
+"""What the sparse path cannot honour is refused by name before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import BLOCK, DENSE, SPARSE, tiny_batch, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mtraining.errors import UserError
+from mtraining.model import check_supported, parallelize
+from mtraining.model.support import SUPPORTED_HEAD_DIMS
+from mtraining.pattern import Dense, build_pattern
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 17,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def build(model_type: str, **fields: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **fields}))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("mistral", {"sliding_window": 8}, r"mistral has sliding window attention \(sliding_window=8\)"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding window"),
+        ("gemma2", {"head_dim": 16, "layer_types": ["full_attention"] * 2}, r"caps its logits \(\w+_logit_soft"),
+        ("gemma2", {"head_dim": 16}, "sliding window attention"),
+        ("llama", {"attention_dropout": 0.1}, r"attention dropout is not supported \(attention_dropout=0.1\)"),
+        ("cohere", {}, r"scales its logits \(logit_scale=0.0625\)"),
+        ("granite", {"logits_scaling": 4.0}, r"scales its logits \(logits_scaling=4.0\)"),
+        ("gpt_oss", {"head_dim": 16, "layer_types": ["full_attention"] * 2, "num_local_experts": 2}, r"sinks"),
+        ("gpt2", {"n_embd": 32, "n_head": 2, "n_layer": 2}, "attention dropout"),
+        ("gpt2", {"n_embd": 32, "n_head": 2, "n_layer": 2, "attn_pdrop": 0.0}, "no rotary embedding"),
+        ("llama", {"num_attention_heads": 2, "head_dim": 12}, "head_dim=12, which is not supported; use a multi"),
+        ("llama", {"num_attention_heads": 2, "head_dim": 264}, "head_dim=264, which is not supported"),
+        ("phi", {}, "bias on its lm_head"),
+        ("qwen3_moe", {"output_router_logits": True, "head_dim": 16}, "output_router_logits=True"),
+    ],
+)  # fmt: skip
+def test_refused_by_name(model_type: str, fields: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_supported(build(model_type, **fields))
+
+
+def test_kv_heads_that_do_not_divide_are_refused() -> None:
+    model = build("llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    model.config.num_key_value_heads = 3
+    with pytest.raises(UserError, match="num_key_value_heads=3 does not divide num_attention_heads=4"):
+        check_supported(model)
+
+
+@pytest.mark.parametrize("attribute", ["is_encoder_decoder", "is_causal"])
+def test_other_kinds_of_model_are_refused(attribute: str) -> None:
+    model = build("llama")
+    setattr(model.config, attribute, attribute == "is_encoder_decoder")
+    with pytest.raises(UserError, match=attribute):
+        check_supported(model)
+    model = build("llama")
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(UserError, match="layer 1 of llama has is_causal=False"):
+        check_supported(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 8}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        ("granite", {"logits_scaling": 1.0, "attention_dropout": 0.0}),
+        ("llama", {"head_dim": 256}),
+        ("olmo2", {}),
+        (
+            "qwen3_moe",
+            {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
+        ),
+    ],
+)
+def test_supported(model_type: str, fields: Any) -> None:
+    check_supported(build(model_type, **fields))
+
+
+def test_head_dims_reach_the_usual_ones() -> None:
+    assert {64, 96, 128, 256} <= set(SUPPORTED_HEAD_DIMS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_patterns": {2: "dense"}}, "layer 2 does not exist; the model has layers 0 to 1"),
+        ({"loss_chunk": 0}, "loss_chunk=0"),
+        ({"param_dtype": torch.bfloat16}, "needs FSDP; give a mesh"),
+        ({"pattern": "vertical-slash"}, "vertical_slash"),
+        ({"layout": "stripe"}, "striped"),
+        ({"kernel": "tritn"}, "triton"),
+    ],
+)
+def test_wrong_options_of_parallelize_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parallelize(tiny_model("qwen2"), **options)
+
+
+def test_a_model_is_parallelized_once() -> None:
+    model = tiny_model("qwen2")
+    parallelize(model)
+    with pytest.raises(UserError, match="already given to parallelize"):
+        parallelize(model)
+
+
+def test_attention_without_parallelize_is_refused() -> None:
+    model = tiny_model("qwen2")
+    model.set_attn_implementation("mtraining")
+    with pytest.raises(UserError, match="call it first"):
+        model(tiny_batch().input_ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 128, dtype=torch.long)}, "attention_mask is not supported"),
+        ({"attention_mask": torch.zeros(2, 1, 128, 128)}, "asks for an attention mask"),
+        ({"is_causal": False}, "asks for non-causal attention"),
+        ({"softcap": 30.0}, "asks for soft-capping"),
+    ],
+)
+def test_forward_arguments_that_cannot_be_honoured_are_refused(change: Any, message: str) -> None:
+    model = parallelize(tiny_model("llama"), pattern=Dense(block_size=BLOCK))
+    with pytest.raises(UserError, match=message):
+        model.hf_model(tiny_batch().input_ids, use_cache=False, **change)
+
+
+def test_a_cached_prefix_is_refused() -> None:
+    model = parallelize(tiny_model("llama"), pattern=Dense(block_size=BLOCK))
+    tokens = tiny_batch().input_ids
+    with torch.no_grad():
+        cache = model.hf_model(tokens, use_cache=True).past_key_values
+        with pytest.raises(UserError, match="a key-value cache"):
+            model.hf_model(tokens[:, :BLOCK], use_cache=True, past_key_values=cache)
+
+
+def test_layer_patterns_replace_the_default_in_their_layers() -> None:
+    default = build_pattern(**SPARSE)
+    model = parallelize(tiny_model("qwen2"), pattern=default, layer_patterns={0: build_pattern(**DENSE)})
+    patterns = [layer.self_attn.mtraining_runtime.pattern for layer in model.hf_model.model.layers]
+    assert patterns == [build_pattern(**DENSE), default]
+
+
+def test_two_models_keep_their_own_settings() -> None:
+    batch = tiny_batch()
+    sparse, dense = (
+        parallelize(tiny_model("qwen2"), pattern=build_pattern(**pattern)) for pattern in (SPARSE, DENSE)
+    )
+    first = sparse.hidden_states(batch.input_ids, batch.position_ids)
+    other = dense.hidden_states(batch.input_ids, batch.position_ids)
+    assert not torch.allclose(first, other)
+    assert torch.equal(sparse.hidden_states(batch.input_ids, batch.position_ids), first)
