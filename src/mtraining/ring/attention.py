@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mtraining.errors import UserError
 from mtraining.kernel import Backend, SparseIndex, select_backend
 from mtraining.layout import Layout, build_layout
-from mtraining.pattern import Pattern, SequenceShard, build_pattern
+from mtraining.pattern import Pattern, build_pattern
 from mtraining.ring.observe import observe
 from mtraining.ring.plan import RingPlan, make_plan
 from mtraining.ring.schedule import GradientRing, ring_steps
@@ -72,8 +72,7 @@ def sparse_ring_attention(
     if tape is not None and tape.replaying:
         recorded = tape.read()
     else:
-        shard = SequenceShard(plan.all_positions, ring, backend)
-        recorded = Recorded(pattern.estimate(q.detach(), k.detach(), shard, scale))
+        recorded = Recorded(pattern.estimate(q.detach(), k.detach(), plan.shard(backend), scale))
     call = _Call(plan, backend, recorded.index, scale)
     out, lse = _SparseRingAttention.apply(q, k, v, call, recorded.out, recorded.lse)
     if tape is None or not tape.replaying:
@@ -95,7 +94,7 @@ class _Call:
     @property
     def slots(self) -> Tensor:
         """int64 (seq_len,): local place of a global position on this rank, -1 elsewhere."""
-        return SequenceShard(self.plan.all_positions, self.plan.ring).slots
+        return self.plan.shard(self.backend).slots
 
 
 class _SparseRingAttention(torch.autograd.Function):

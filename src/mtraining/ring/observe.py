@@ -74,11 +74,7 @@ def observe(
         if observer.recall_rows:
             chosen = torch.Generator().manual_seed(observer.seed + len(observer.stats))
             rows = torch.randint(index.seq_len, (observer.recall_rows,), generator=chosen).to(q.device)
-            recall = (
-                measure_recall(q, k, lse, rows, SequenceShard(plan.all_positions, plan.ring, backend), scale)
-                .mean()
-                .item()
-            )
+            recall = measure_recall(q, k, lse, rows, plan.shard(backend), scale).mean().item()
         observer.stats.append(
             AttentionStats(
                 density=index.density().mean().item(),

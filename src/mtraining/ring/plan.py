@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from mtraining.kernel import Placement
+from mtraining.kernel import Backend, Placement
 from mtraining.layout import Layout
+from mtraining.pattern import SequenceShard
 from mtraining.ring.topology import Ring
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RingPlan:
     """Where every rank's blocks stand.
 
@@ -32,6 +33,11 @@ class RingPlan:
     @property
     def seq_len(self) -> int:
         return self.all_positions.numel()
+
+    @cache  # noqa: B019  plans are few and live as long as the process
+    def shard(self, backend: Backend) -> SequenceShard:
+        """This rank's part of the sequence, as patterns see it."""
+        return SequenceShard(self.all_positions, self.ring, backend)
 
     @property
     def q_blocks(self) -> Tensor:
