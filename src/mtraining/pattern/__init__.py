@@ -3,9 +3,12 @@ one entry here."""
 
 from mtraining.pattern.base import Collective, Pattern, SequenceShard, build_from_table
 from mtraining.pattern.dense import Dense
+from mtraining.pattern.toeplitz_random import ToeplitzRandom
 from mtraining.pattern.vertical_slash import VerticalSlash
 
-PATTERNS: dict[str, type[Pattern]] = {pattern.name: pattern for pattern in (VerticalSlash, Dense)}
+PATTERNS: dict[str, type[Pattern]] = {
+    pattern.name: pattern for pattern in (VerticalSlash, Dense, ToeplitzRandom)
+}
 
 
 def build_pattern(name: str, **options: object) -> Pattern:
@@ -17,4 +20,13 @@ def build_pattern(name: str, **options: object) -> Pattern:
     return build_from_table(PATTERNS, name, options)
 
 
-__all__ = ["PATTERNS", "Collective", "Dense", "Pattern", "SequenceShard", "VerticalSlash", "build_pattern"]
+__all__ = [
+    "PATTERNS",
+    "Collective",
+    "Dense",
+    "Pattern",
+    "SequenceShard",
+    "ToeplitzRandom",
+    "VerticalSlash",
+    "build_pattern",
+]
