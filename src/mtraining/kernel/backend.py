@@ -32,6 +32,8 @@ class Backend(Protocol):
 
     name: str
 
+    def __hash__(self) -> int: ...
+
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
         out: Tensor | None, lse: Tensor | None,
