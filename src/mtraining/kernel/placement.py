@@ -17,14 +17,19 @@ class Placement:
     layout which keeps whole blocks together (contiguous, zigzag, striped) is served by the same kernel.
 
     Attributes:
-        q_blocks: int64 (local query blocks,), global number of each local query block.
-        k_blocks: int64 (visiting key blocks,), global number of each visiting key block.
+        q_blocks: int64 (local query blocks,), global number of each local query block, ascending.
+        k_blocks: int64 (visiting key blocks,), global number of each visiting key block, ascending.
         num_blocks: blocks in the whole sequence.
+        step: (stride, offset) where both tables are arithmetic progressions of that stride and
+            ``q_blocks[i] - k_blocks[j] == stride * (i - j) + offset``; None where they are not, or where nobody looked.
+            Known on the host, so that kernels can be launched without waiting for the device. :func:`progression`
+            finds it.
     """
 
     q_blocks: Tensor
     k_blocks: Tensor
     num_blocks: int
+    step: tuple[int, int] | None = None
 
     @cached_property
     def q_slots(self) -> Tensor:
@@ -46,6 +51,15 @@ class Placement:
         reachable = torch.zeros(self.num_blocks + 1, dtype=torch.bool, device=distance.device)
         reachable[torch.where(distance >= 0, distance, self.num_blocks)] = True
         return reachable[:-1]
+
+
+def progression(q_blocks: Tensor, k_blocks: Tensor) -> tuple[int, int] | None:
+    """:attr:`Placement.step` for tables on the CPU (on a GPU this would wait for the device)."""
+    steps = torch.cat([q_blocks.diff(), k_blocks.diff()])
+    stride = int(steps[0]) if steps.numel() else 1
+    if not bool((steps == stride).all()):
+        return None
+    return stride, int(q_blocks[0] - k_blocks[0])
 
 
 def _slots(blocks: Tensor, num_blocks: int) -> Tensor:

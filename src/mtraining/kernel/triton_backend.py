@@ -1,0 +1,256 @@
+"""The Triton backend: NVIDIA GPUs from sm_80 on, or the CPU through Triton's interpreter.
+
+Nothing here waits for the device: grids follow from shapes, and lists and counts are built and read on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from mtraining.errors import UserError
+from mtraining.kernel import triton_columns, triton_tiles
+from mtraining.kernel.index import SparseIndex
+from mtraining.kernel.placement import Placement
+from mtraining.kernel.reference_estimate import ReferenceEstimation
+from mtraining.kernel.triton_config import choose_tiles, interpreted, padded
+from mtraining.kernel.triton_delta import row_delta_kernel
+from mtraining.kernel.triton_lists import tile_lists
+
+HEAD_DIMS = (64, 96, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WAVES = 4  # programs wanted for each multiprocessor before work is split further
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this backend cannot serve such tensors, as a clause after "kernel: 'triton'"; None where it can."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return f"needs compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} is older"
+    elif not (device.type == "cpu" and interpreted()):
+        return f"needs an NVIDIA GPU, not {device.type} (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
+    if dtype not in DTYPES:
+        return f"takes bfloat16, float16 or float32, not {str(dtype).removeprefix('torch.')}"
+    if head_dim not in HEAD_DIMS and not interpreted():
+        return f"takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    return None
+
+
+class TritonBackend(ReferenceEstimation):
+    """Implements :class:`mtraining.kernel.backend.Backend`; results repeat bit for bit."""
+
+    name = "triton"
+
+    def row_delta(self, out: Tensor, dout: Tensor) -> Tensor:
+        out, dout = _lined_up(out), _lined_up(dout)
+        batch, rows, heads, dim = out.shape
+        delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
+        block_m = 32
+        row_delta_kernel[(triton.cdiv(rows, block_m) * batch * heads,)](
+            out, dout, delta, *out.stride()[:3], *dout.stride()[:3], rows, heads,
+            HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=block_m,
+        )  # fmt: skip
+        return delta
+
+    def tiles_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
+        out: Tensor | None, lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q, k, v = _lined_up(q), _lined_up(k), _lined_up(v)
+        _check(index, scale)
+        batch, _, heads, dim = q.shape
+        kv_heads, group = k.shape[2], heads // k.shape[2]
+        tiles = choose_tiles("tiles_forward", dim, q.element_size(), index.block_size)
+        lists = tile_lists(index, placement, key_major=False)
+        new_out, new_lse, merging = _partial(q, out, lse)
+        rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
+        triton_tiles.forward_kernel[(batch * heads * rows * (index.block_size // tiles.block_m),)](
+            q, k, v, new_out, new_lse, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *new_out.stride()[:3],
+            scale, kv_heads, rows, cols, lists.diagonal,
+            HAS_PREV=merging, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=index.block_size, HEAD_DIM=dim,
+            BLOCK_D=padded(dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        return new_out, new_lse
+
+    def tiles_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
+        placement: Placement, scale: float, dq: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        dout, q, k, v = _lined_up(dout), _lined_up(q), _lined_up(k), _lined_up(v)
+        lse, delta = lse.contiguous(), delta.contiguous()
+        _check(index, scale)
+        dout = dout.to(q.dtype)
+        batch, _, heads, dim = q.shape
+        kv_heads, group, size = k.shape[2], heads // k.shape[2], index.block_size
+        shared = {
+            "GROUP": group, "SIZE": size, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "PRECISION": _precision(q),
+        }  # fmt: skip
+
+        tiles = choose_tiles("tiles_dq", dim, q.element_size(), size)
+        lists = tile_lists(index, placement, key_major=False)
+        rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
+        with _Added(dq) as into:
+            triton_tiles.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
+                dout, q, k, v, lse, delta, into, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
+                *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *into.stride()[:3],
+                scale, kv_heads, rows, cols, lists.diagonal,
+                TOEPLITZ=lists.toeplitz, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+                num_warps=tiles.warps, num_stages=tiles.stages, **shared,
+            )  # fmt: skip
+
+        tiles = choose_tiles("tiles_dkdv", dim, q.element_size(), size)
+        if not lists.toeplitz:
+            lists = tile_lists(index, placement, key_major=True)
+        programs = batch * kv_heads * cols * (size // tiles.block_n)
+        splits = _split(programs, group, q.device)
+        while group % splits:
+            splits -= 1
+        dk, dv = (
+            torch.empty(splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device) for _ in "kv"
+        )
+        key_blocks, query_blocks = placement.k_blocks.int(), placement.q_blocks.int()
+        triton_tiles.key_gradient_kernel[(programs * splits,)](
+            dout, q, k, v, lse, delta, dk, dv, lists.entries, lists.bounds, key_blocks, query_blocks,
+            *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
+            scale, batch, kv_heads, cols, rows, lists.diagonal,
+            TOEPLITZ=lists.toeplitz, SPLITS=splits, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            num_warps=tiles.warps, num_stages=tiles.stages, **shared,
+        )  # fmt: skip
+        return _summed(dk, splits), _summed(dv, splits)
+
+    def columns_forward(
+        self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
+        out: Tensor | None, lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q, ck, cv = _lined_up(q), _lined_up(ck), _lined_up(cv)
+        _check(index, scale)
+        batch, _, heads, dim = q.shape
+        rows, size = q_blocks.numel(), index.block_size
+        tiles = choose_tiles("columns_forward", dim, q.element_size(), size)
+        new_out, new_lse, merging = _partial(q, out, lse)
+        triton_columns.forward_kernel[(batch * heads * rows * (size // tiles.block_m),)](
+            q, ck, cv, new_out, new_lse, *_column_tables(index), q_blocks.int(), *_prefixes(index, q_blocks),
+            *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *new_out.stride()[:3],
+            scale, heads, rows, index.columns.shape[2], index.num_blocks,
+            HAS_PREV=merging, HAS_BLOCKS=index.blocks is not None, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        return new_out, new_lse
+
+    def columns_backward(
+        self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
+        q_blocks: Tensor, scale: float, dq: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        dout, q, ck, cv = _lined_up(dout), _lined_up(q), _lined_up(ck), _lined_up(cv)
+        lse, delta = lse.contiguous(), delta.contiguous()
+        _check(index, scale)
+        dout = dout.to(q.dtype)
+        batch, _, heads, dim = q.shape
+        rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
+        if capacity == 0:
+            return torch.zeros_like(ck, dtype=torch.float32), torch.zeros_like(cv, dtype=torch.float32)
+        tables, numbers = _column_tables(index), q_blocks.int()
+        shared = {
+            "HAS_BLOCKS": index.blocks is not None, "SIZE": size, "HEAD_DIM": dim, "BLOCK_D": padded(dim),
+            "PRECISION": _precision(q),
+        }  # fmt: skip
+
+        tiles = choose_tiles("columns_dq", dim, q.element_size(), size)
+        with _Added(dq) as into:
+            triton_columns.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
+                dout, q, ck, cv, lse, delta, into, *tables, numbers, *_prefixes(index, q_blocks),
+                *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *into.stride()[:3],
+                scale, heads, rows, capacity, index.num_blocks,
+                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps, num_stages=tiles.stages, **shared,
+            )  # fmt: skip
+
+        tiles = choose_tiles("columns_dkdv", dim, q.element_size(), size)
+        programs = batch * heads * triton.cdiv(capacity, tiles.block_n)
+        splits = _split(programs, rows, q.device)
+        dk, dv = (
+            torch.empty(splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device) for _ in "kv"
+        )
+        every = torch.arange(index.num_blocks + 1, dtype=torch.int32, device=q.device)
+        triton_columns.key_gradient_kernel[(programs * splits,)](
+            dout, q, ck, cv, lse, delta, dk, dv, *tables, numbers, torch.searchsorted(numbers, every, out_int32=True),
+            *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *dk.stride()[:3],
+            scale, batch, heads, rows, capacity, index.num_blocks, splits,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps, num_stages=tiles.stages, **shared,
+        )  # fmt: skip
+        return _summed(dk, splits), _summed(dv, splits)
+
+
+def _lined_up(x: Tensor) -> Tensor:
+    """The kernels step through head_dim by one; every other stride is free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check(index: SparseIndex, scale: float) -> None:
+    if index.block_size % 16:
+        raise UserError(
+            f"block_size: kernel=triton needs a multiple of 16 tokens, not {index.block_size}; "
+            f"use {max(16, round(index.block_size / 16) * 16)}, or kernel=reference (slow)."
+        )
+    if scale <= 0:
+        raise UserError(f"scale: kernel=triton needs a positive factor, not {scale}; use 1 / sqrt(head_dim).")
+
+
+def _precision(q: Tensor) -> str:
+    """fp32 inputs are multiplied exactly, never rounded to tf32."""
+    return "ieee" if q.dtype == torch.float32 else "tf32"
+
+
+def _partial(q: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+    """Where a forward kernel writes, and whether it merges with what is there."""
+    batch, rows, heads, _ = q.shape
+    if out is None or lse is None:
+        lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
+        return torch.empty(q.shape, dtype=torch.float32, device=q.device), lse, False
+    return _lined_up(out), lse.contiguous(), True
+
+
+class _Added:
+    """A tensor with unit stride along head_dim that stands for ``total``; copied back where it is another."""
+
+    def __init__(self, total: Tensor) -> None:
+        self.total, self.view = total, _lined_up(total)
+
+    def __enter__(self) -> Tensor:
+        return self.view
+
+    def __exit__(self, *_: object) -> None:
+        if self.view is not self.total:
+            self.total.copy_(self.view)
+
+
+def _split(programs: int, most: int, device: torch.device) -> int:
+    """How many ways to split each program's work so that the GPU is full; at most ``most``, and at most 16."""
+    if device.type != "cuda":
+        return min(2, most)  # the interpreter tests take the split path too
+    wanted = _WAVES * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(most, 16, triton.cdiv(wanted, programs)))
+
+
+def _summed(partial: Tensor, splits: int) -> Tensor:
+    return partial if splits == 1 else partial.unflatten(0, (splits, -1)).sum(0)
+
+
+def _column_tables(index: SparseIndex) -> tuple[Tensor, Tensor, Tensor]:
+    diagonals = index.diagonals.contiguous().view(torch.int8)
+    blocks = diagonals if index.blocks is None else index.blocks.contiguous().view(torch.int8)
+    return index.columns.contiguous(), diagonals, blocks
+
+
+def _prefixes(index: SparseIndex, q_blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns before each query block, and columns before its end: int32 (batch, q_heads, blocks) both."""
+    columns = index.columns.contiguous()
+    ends = torch.stack([q_blocks, q_blocks + 1]).int() * index.block_size
+    counts = torch.searchsorted(
+        columns, ends.flatten().expand(*columns.shape[:2], -1).contiguous(), out_int32=True
+    )
+    before, upto = counts.unflatten(-1, (2, -1)).unbind(2)
+    return before.contiguous(), upto.contiguous()

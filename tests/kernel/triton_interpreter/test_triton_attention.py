@@ -1,0 +1,128 @@
+"""Every attention kernel against the fp64 reference, small, in Triton's interpreter (fp32 and fp16 only:
+its bf16 dot is wrong); tests/gpu does the same at size on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtraining.errors import UserError
+from mtraining.kernel import Placement, SparseIndex, select_backend
+from mtraining.kernel.triton_backend import TritonBackend
+from triton_cases import Case, assert_equal, build, reference, solve, whole
+
+STRIPED = {"q_blocks": range(1, 8, 2), "num_blocks": 8}
+ZIGZAG = {"q_blocks": (1, 6), "num_blocks": 8, "size": 16}
+
+CASES = {
+    "whole": whole(4),
+    "mha": whole(3, q_heads=2, kv_heads=2, batch=2),
+    "group of 4": whole(3, q_heads=4, kv_heads=1, size=16),
+    "tiles smaller than blocks": whole(2, size=128, q_heads=2, columns=70),
+    "blocks of 96": whole(2, size=96, q_heads=2, dim=32),
+    "head_dim 96": whole(3, dim=96, q_heads=2),
+    "head_dim 128": whole(2, dim=128, q_heads=2, size=64),
+    "one block": whole(1),
+    "one block, no diagonal": whole(1, diagonal_share=0.0),
+    "no columns": whole(3, columns=0),
+    "every tile": whole(4, diagonal_share=1.0),
+    "columns only": whole(4, diagonal_share=0.0, columns=128),
+    "block mask": whole(5, size=16, block_share=0.3, diagonal_share=0.2),
+    "striped, own keys": Case(k_blocks=range(1, 8, 2), size=16, **STRIPED),
+    "striped, earlier rank": Case(k_blocks=range(0, 8, 2), size=16, **STRIPED),
+    "striped, later rank": Case(range(0, 8, 2), range(1, 8, 2), 8, size=16),
+    "contiguous, earlier rank": Case(range(4, 8), range(0, 4), 8, size=16),
+    "contiguous, all masked": Case(range(0, 4), range(4, 8), 8, size=16),
+    "zigzag, own keys": Case(k_blocks=(1, 6), **ZIGZAG),
+    "zigzag, others": Case(k_blocks=(0, 7), **ZIGZAG),
+    "zigzag, block mask": Case(k_blocks=(2, 5), block_share=0.5, **ZIGZAG),
+    "not contiguous": whole(3, strided=True, size=16),
+}
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN, or a number far out of range, so that an entry nobody wrote is seen."""
+    plain = torch.empty
+
+    def poison(*args: object, **options: object) -> Tensor:
+        x: Tensor = plain(*args, **options)  # type: ignore[call-overload]
+        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(torch.int32).max // 2)
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", CASES)
+def test_fp32(name: str) -> None:
+    problem = build(CASES[name])
+    assert_equal(solve(TritonBackend(), problem), reference(problem), 1e-5)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["whole", "block mask"])
+def test_fp16(name: str) -> None:
+    problem = build(replace(CASES[name], dtype=torch.float16))
+    assert_equal(solve(TritonBackend(), problem), reference(problem), 1e-3)
+
+
+def test_same_bits_twice() -> None:
+    problem = build(whole(3, q_heads=4, kv_heads=2, size=16))
+    (lse, first), (lse_again, second) = (solve(TritonBackend(), problem) for _ in range(2))
+    assert torch.equal(lse, lse_again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_merging_and_adding_leave_earlier_results_in_place() -> None:
+    """A head that selects nothing keeps the previous (out, lse) bit for bit, and dq gains zero."""
+    p = build(whole(3, size=16))
+    out, lse = torch.randn(p.q.shape), torch.randn(p.q.shape[0], p.q.shape[2], p.q.shape[1])
+    merged, merged_lse = TritonBackend().tiles_forward(
+        p.q, p.k, p.v, p.index, p.place, p.scale, out.clone(), lse.clone()
+    )
+    assert torch.equal(merged[:, :, 0], out[:, :, 0])
+    assert torch.equal(merged_lse[:, 0], lse[:, 0])
+    assert not torch.equal(merged[:, :, 1], out[:, :, 1])
+    dq = torch.randn(p.q.shape)
+    grown = dq.clone()
+    TritonBackend().tiles_backward(p.dout, p.q, p.k, p.v, lse, lse, p.index, p.place, p.scale, grown)
+    assert torch.equal(grown[:, :, 0], dq[:, :, 0])
+    assert not torch.equal(grown[:, :, 1], dq[:, :, 1])
+
+
+def test_dq_of_any_strides_is_added_in_place() -> None:
+    p = build(whole(2, size=16))
+    lse, truth = reference(p)
+    dq = torch.zeros(*p.q.shape[:2], p.q.shape[3], p.q.shape[2]).transpose(2, 3)
+    delta = truth["delta"].float()
+    args = (p.index, p.place, p.scale, dq)
+    TritonBackend().tiles_backward(p.dout, p.q, p.k, p.v, lse.float(), delta, *args)
+    TritonBackend().columns_backward(
+        p.dout, p.q, p.ck, p.cv, lse.float(), delta, p.index, p.place.q_blocks, p.scale, dq
+    )
+    torch.testing.assert_close(dq.double(), truth["dq"], rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_step_gives_the_same_result() -> None:
+    """Explicit lists and the Toeplitz walk are two ways through the same tiles."""
+    problem = build(CASES["striped, own keys"])
+    toeplitz = solve(TritonBackend(), problem)
+    assert problem.place.step == (2, 0)
+    problem.place = Placement(problem.place.q_blocks, problem.place.k_blocks, problem.place.num_blocks)
+    assert_equal(solve(TritonBackend(), problem), toeplitz, 1e-6)
+
+
+def test_what_it_cannot_serve_is_refused() -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="not float64; kernel=reference"):
+        select_backend("triton", cpu, torch.float64, 64)
+    assert select_backend("triton", cpu, torch.float32, 64).name == "triton"
+    p = build(whole(2, size=32))
+    small = SparseIndex(p.index.seq_len, 8, p.index.diagonals.repeat(1, 1, 4), p.index.columns)
+    with pytest.raises(UserError, match="block_size: kernel=triton needs a multiple of 16 tokens, not 8"):
+        TritonBackend().tiles_forward(p.q, p.k, p.v, small, small.placement(), p.scale, None, None)
+    with pytest.raises(UserError, match="scale"):
+        TritonBackend().tiles_forward(p.q, p.k, p.v, p.index, p.place, -1.0, None, None)
