@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_models import (
+    BLOCK,
     DENSE,
     FAMILIES,
     SEQ_LEN,
@@ -22,6 +23,7 @@ from tiny_models import (
 from torch import Tensor
 
 from distributed import ProcessPool, Worker
+from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import attention as model_attention
 from mtraining.model import parallelize
@@ -168,3 +170,19 @@ def test_gradients_on_a_part_of_the_world(pool: ProcessPool) -> None:
     _, expected = expected_gradients("qwen2", SPARSE)
     for _, gradients in pool.run(submesh, world=4):
         assert max(relative_errors(gradients, expected).values()) < TOLERANCE
+
+
+def misdealt(worker: Worker) -> None:
+    """Job: every rank is handed the other one's tokens."""
+    layout = build_layout("striped", BLOCK)
+    model = parallelize(tiny_model("qwen2"), worker.mesh(), pattern=build_pattern(**SPARSE), layout=layout)
+    batch = tiny_batch()
+    inputs = (
+        layout.shard(part, 1 - worker.rank, 2) for part in (batch.input_ids, batch.position_ids, batch.labels)
+    )
+    model(*inputs, batch.num_labels)
+
+
+def test_tokens_of_another_rank_are_refused(pool: ProcessPool) -> None:
+    with pytest.raises(UserError, match=r"layout 'striped' deals to context-parallel rank \d of 2"):
+        pool.run(misdealt, world=2)

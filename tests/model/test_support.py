@@ -121,6 +121,14 @@ def test_a_model_is_parallelized_once() -> None:
         parallelize(model)
 
 
+@pytest.mark.parametrize("positions", [torch.arange(128).flip(0), torch.arange(128) + 1])
+def test_tokens_dealt_otherwise_are_refused(positions: torch.Tensor) -> None:
+    model = parallelize(tiny_model("qwen2"), pattern=Dense(block_size=BLOCK))
+    batch = tiny_batch()
+    with pytest.raises(UserError, match="layout 'striped' deals to context-parallel rank 0 of 1"):
+        model(batch.input_ids, positions.expand(2, -1), batch.labels, batch.num_labels)
+
+
 def test_attention_without_parallelize_is_refused() -> None:
     model = tiny_model("qwen2")
     model.set_attn_implementation("mtraining")

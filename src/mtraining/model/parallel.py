@@ -24,7 +24,7 @@ from mtraining.model.attention import ATTENTION_NAME, AttentionRuntime, attach
 from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses
 from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
 from mtraining.pattern import Pattern, build_pattern
-from mtraining.ring import IndexTape
+from mtraining.ring import IndexTape, Ring
 
 RECOMPUTE = ("full", "keep_attention", "none")
 _CP_NAMES = (("cp",), ("cp_outer", "cp_inner"))
@@ -36,18 +36,26 @@ class ParallelLM(nn.Module):
     Made by `parallelize`. ``hf_model`` is the transformers model; under FSDP its parameters are DTensors.
 
     Attributes:
+        layout: who holds which tokens.
         cp_mesh: the context-parallel mesh (1-D or 2-D), None when one rank holds the whole sequence.
         fsdp_mesh: the 1-D mesh over which parameters are sharded, None without FSDP.
     """
 
     def __init__(
-        self, hf_model: Any, loss_chunk: int, cp_mesh: DeviceMesh | None, fsdp_mesh: DeviceMesh | None
+        self,
+        hf_model: Any,
+        layout: Layout,
+        loss_chunk: int,
+        cp_mesh: DeviceMesh | None,
+        fsdp_mesh: DeviceMesh | None,
     ) -> None:
         super().__init__()
         self.hf_model = hf_model
+        self.layout = layout
         self.loss_chunk = loss_chunk
         self.cp_mesh = cp_mesh
         self.fsdp_mesh = fsdp_mesh
+        self._checked_lengths: set[int] = set()
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, num_labels: int | Tensor
@@ -85,8 +93,26 @@ class ParallelLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _decode(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        self._check_dealing(position_ids)
         output = decoder_of(self.hf_model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return output.last_hidden_state
+
+    def _check_dealing(self, position_ids: Tensor) -> None:
+        """Refuse tokens dealt by another layout or to another rank: attention would mask by the wrong positions.
+
+        Looks at the first batch of each length only, since it waits for the device.
+        """
+        local = position_ids.shape[1]
+        if local in self._checked_lengths:
+            return
+        ring = Ring.over(self.cp_mesh)
+        expected = self.layout.positions(local * ring.world, ring.world)[ring.rank].to(position_ids.device)
+        if not bool((position_ids == expected).all()):
+            raise UserError(
+                f"position_ids are not those that layout {self.layout.name!r} deals to context-parallel rank "
+                f"{ring.rank} of {ring.world}; deal batches by the layout given to parallelize and its ring's rank."
+            )
+        self._checked_lengths.add(local)
 
     def _head_weight(self) -> Tensor:
         return self.hf_model.get_output_embeddings().weight
@@ -147,11 +173,12 @@ def parallelize(
     if device.type != "meta":  # a dry check has no kernel to choose
         select_backend(kernel, device, param_dtype or own_dtype, head_dim_of(model.config))
 
+    layout = build_layout(layout) if isinstance(layout, str) else layout
     _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel)
     if recompute != "none":
         for layer in decoder_of(model).layers:
             layer.forward = _recomputed(layer.forward, keep_outputs=recompute == "keep_attention")
-    wrapped = ParallelLM(model, loss_chunk, cp_mesh, fsdp_mesh)
+    wrapped = ParallelLM(model, layout, loss_chunk, cp_mesh, fsdp_mesh)
     if fsdp_mesh is not None:
         _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)
     return wrapped
@@ -161,7 +188,7 @@ def _set_attention(
     model: Any,
     pattern: Pattern | str,
     layer_patterns: Mapping[int, Pattern | str],
-    layout: Layout | str,
+    layout: Layout,
     cp_mesh: DeviceMesh | None,
     kernel: str,
 ) -> None:
@@ -180,7 +207,6 @@ def _set_attention(
     patterns = [
         built(layer_patterns[index]) if index in layer_patterns else default for index in range(layers)
     ]
-    layout = build_layout(layout) if isinstance(layout, str) else layout
     for index, module in attention_modules(model):
         attach(module, AttentionRuntime(patterns[index], layout, cp_mesh, kernel))
     model.set_attn_implementation(ATTENTION_NAME)
