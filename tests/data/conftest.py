@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,14 @@ from typing import Any
 import pytest
 from prepared import write_rows
 
+from distributed import PRELOAD
 from mtraining.data import PrepareOptions, TokenShards, prepare
 
 MakeShards = Callable[..., TokenShards]
+
+# Reading and tokenising processes are forked from the same server as the process pool's: whoever starts it first must
+# have named what it loads.
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
 
 
 @pytest.fixture

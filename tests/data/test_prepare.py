@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,40 +99,43 @@ def test_large_vocabulary_is_stored_in_uint32(tmp_path: Path, source: Path) -> N
     assert shards.max_token_id == 70_000
 
 
-HOLDOUT = "doc-07 doc-1*"
-KILLED = """
-import os, signal, sys
-from mtraining.data import PrepareOptions, prepare, writer
-
-left, replace = int(sys.argv[4]), os.replace
-def replace_or_die(source, target):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-writer.os.replace = replace_or_die
-
-prepare(PrepareOptions(sources=(sys.argv[1],), out=sys.argv[2], name_column="id", shard_tokens=200,
-                       holdout=sys.argv[3].split()), progress=False)
-"""
+HOLDOUT = ("doc-07", "doc-1*")
 
 
-@pytest.mark.parametrize(("files_done", "holdout"), [(0, ""), (1, ""), (8, ""), (3, HOLDOUT), (9, HOLDOUT)])
+def prepare_and_die(chosen: PrepareOptions, files_done: int) -> None:
+    """SIGKILL this process before the rename number files_done + 1: each file appears by one rename."""
+    replace, left = os.replace, files_done
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    writer_module.os.replace = replace_or_die
+    prepare(chosen, progress=False)
+
+
+@pytest.mark.parametrize(("files_done", "holdout"), [(0, ()), (1, ()), (8, ()), (3, HOLDOUT), (9, HOLDOUT)])
 def test_killed_run_continues_to_the_same_folder(
-    tmp_path: Path, source: Path, files_done: int, holdout: str
+    tmp_path: Path, source: Path, files_done: int, holdout: tuple[str, ...]
 ) -> None:
-    # each file appears by one rename: the run dies before the rename number files_done + 1
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    prepare(options(source, whole, holdout=holdout.split()), progress=False)
-    command = [sys.executable, "-c", KILLED, str(source), str(broken), holdout, str(files_done)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    prepare(options(source, whole, holdout=holdout), progress=False)
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(
+        target=prepare_and_die, args=(options(source, broken, holdout=holdout), files_done)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     if files_done:
         with pytest.raises(UserError, match=r"unfinished; run the same `mtraining prepare` again"):
             TokenShards(broken)
     kept = {path: path.stat().st_mtime_ns for path in broken.glob("tokens-*.bin")}
     finished = len(list(broken.glob("shard-*.json")))
-    summary = prepare(options(source, broken, holdout=holdout.split()), progress=False)
+    summary = prepare(options(source, broken, holdout=holdout), progress=False)
     assert tree(broken) == tree(whole)
     assert summary.reused_shards == finished
     for number in range(finished):  # finished shards were not written again

@@ -67,8 +67,8 @@ def encode_all(
         for entry in entries:
             yield _encode(entry, encoder, setup.eos_token_id) if isinstance(entry, Item) else _pass(entry)
         return
-    # spawn: a fork of a process with running threads (progress bar, tokenizers, torch) may deadlock
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (setup,)) as pool:
+    # forkserver: a plain fork of a process with running threads (progress bar, tokenizers, torch) may deadlock
+    with ProcessPoolExecutor(workers, get_context("forkserver"), _start_worker, (setup,)) as pool:
         pending: deque[Future[Encoded] | Encoded] = deque()
         try:
             for entry in entries:
