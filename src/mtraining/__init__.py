@@ -1,5 +1,50 @@
-"""Train language models on very long contexts with dynamic sparse ring attention."""
+"""Train Hugging Face language models on very long contexts with dynamic sparse ring attention.
 
-from mtraining.ring import sparse_ring_attention
+The public names below are loaded when first used, so that `import mtraining` stays quick.
+"""
 
-__all__ = ["sparse_ring_attention"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mtraining.errors import UserError
+
+if TYPE_CHECKING:
+    from mtraining.layout import build_layout
+    from mtraining.model import ParallelLM, parallelize
+    from mtraining.pattern import build_pattern
+    from mtraining.ring import IndexTape, Observer, sparse_ring_attention
+
+__all__ = [
+    "IndexTape",
+    "Observer",
+    "ParallelLM",
+    "UserError",
+    "build_layout",
+    "build_pattern",
+    "parallelize",
+    "sparse_ring_attention",
+]
+
+_HOME = {
+    "IndexTape": "ring",
+    "Observer": "ring",
+    "ParallelLM": "model",
+    "build_layout": "layout",
+    "build_pattern": "pattern",
+    "parallelize": "model",
+    "sparse_ring_attention": "ring",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mtraining' has no attribute {name!r}")
+    value = getattr(import_module(f"mtraining.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtraining.kernel import Backend, Placement
+from mtraining.kernel.placement import progression
 from mtraining.layout import Layout
 from mtraining.pattern import SequenceShard
 from mtraining.ring.topology import Ring
@@ -54,6 +55,12 @@ def make_plan(ring: Ring, layout: Layout, seq_len: int, block_size: int, device:
     """
     layout.check(seq_len, ring.world, block_size)
     positions = layout.positions(seq_len, ring.world)
-    blocks = (positions[:, ::block_size] // block_size).to(device)
-    placements = tuple(Placement(blocks[ring.rank], keys, seq_len // block_size) for keys in blocks)
+    blocks = positions[:, ::block_size] // block_size
+    on_device = blocks.to(device)
+    placements = tuple(
+        Placement(
+            on_device[ring.rank], keys, seq_len // block_size, progression(blocks[ring.rank], host_keys)
+        )
+        for keys, host_keys in zip(on_device, blocks, strict=True)
+    )
     return RingPlan(ring, layout, block_size, positions.to(device), placements)
