@@ -40,6 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 2},
     "llama": {"model_type": "llama", "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 3},
+    # with a softmax scale of its own
+    "granite": {"model_type": "granite", "attention_multiplier": 0.4, "residual_multiplier": 0.7},
 }
 
 
