@@ -64,9 +64,6 @@ def _write(
     """Write the folder under a temporary name, then put it in place of ``target``."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    tied = hf_model.get_output_embeddings().weight is hf_model.get_input_embeddings().weight
-    if tied:  # safetensors stores a tied weight once, under the embedding's name
-        state = {name: tensor for name, tensor in state.items() if name != _head_name(hf_model)}
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
     try:
@@ -81,8 +78,3 @@ def _write(
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _head_name(hf_model: Any) -> str:
-    head = hf_model.get_output_embeddings()
-    return next(f"{name}.weight" for name, module in hf_model.named_modules() if module is head)
