@@ -27,6 +27,7 @@ def train(
     from mtraining.train.config import load_config
 
     settings = load_config(config, overrides or [])
+    from mtraining.train.display import quiet_libraries
     from mtraining.train.launch import launch, run_launched
     from mtraining.train.loop import train as run
 
@@ -37,4 +38,5 @@ def train(
     elif nproc is not None and nproc > 1:
         launch(settings, nproc)
     else:
+        quiet_libraries()
         run(settings)

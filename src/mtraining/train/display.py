@@ -17,6 +17,13 @@ from rich.progress import (
 )
 
 
+def quiet_libraries() -> None:
+    """Turn off other libraries' progress bars: this room has its own. For processes that a command starts."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 class Display:
     """Shows progress on the main rank and is silent on every other one."""
 

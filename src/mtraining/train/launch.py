@@ -28,6 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mtraining.errors import UserError
 from mtraining.train.checks import check_config
 from mtraining.train.config import Config, parse_config
+from mtraining.train.display import quiet_libraries
 from mtraining.train.loop import train
 from mtraining.train.mesh import check_world
 from mtraining.train.store import CheckpointStore
@@ -82,6 +83,7 @@ def launch(config: Config, nproc: int) -> None:
 
 def run_launched(config: Config) -> None:
     """Run `config` as one of the processes that torchrun started; one rank tells of bad input, all exit with 2."""
+    quiet_libraries()
     try:
         train(config)
     except UserError as error:
@@ -93,6 +95,7 @@ def run_launched(config: Config) -> None:
 def _worker(text: str) -> None:
     handler = get_error_handler()
     handler.initialize()
+    quiet_libraries()
     try:
         train(parse_config(yaml.safe_load(text)))
     except UserError as error:
