@@ -131,7 +131,7 @@ def select_backend(kernel: str, device: torch.device, dtype: torch.dtype, head_d
         return ReferenceBackend()
     if kernel == "triton":
         return _triton(device, dtype, head_dim)
-    raise UserError(f"kernel: {kernel!r} is not available on {device.type}; use kernel=auto.")
+    return _flash4(device, dtype, head_dim)
 
 
 def _automatic(device: torch.device) -> tuple[str, str]:
@@ -150,3 +150,15 @@ def _triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     if reason is not None:
         raise UserError(f"kernel: 'triton' {reason}; {remedy}.")
     return TritonBackend()
+
+
+def _flash4(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    remedy = "use kernel=auto"
+    try:
+        from mtraining.kernel.flash4 import Flash4Backend, unsupported
+    except ImportError as missing:
+        raise UserError(f"kernel: 'flash4' needs the triton package ({missing}); {remedy}.") from missing
+    reason = unsupported(device, dtype, head_dim)
+    if reason is not None:
+        raise UserError(f"kernel: 'flash4' {reason}; {remedy}.")
+    return Flash4Backend()

@@ -1,0 +1,147 @@
+"""All of the flash4 backend but flash-attn-4 itself: an eager stand-in reads the block lists and mask as it would."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtraining.errors import UserError
+from mtraining.kernel import flash4
+from mtraining.kernel.triton_partial import BlockLists, block_lists, merge_partial
+from triton_cases import Case, assert_equal, build, reference, solve, whole
+
+SIZE = 128
+CASES = {
+    "whole": whole(3, size=SIZE, dim=16),
+    "mha, batch": whole(2, size=SIZE, dim=16, q_heads=2, kv_heads=2, batch=2),
+    "no diagonal": whole(3, size=SIZE, dim=16, diagonal_share=0.0),
+    "block mask": whole(3, size=SIZE, dim=16, block_share=0.4, diagonal_share=0.2),
+    "striped, other keys": Case(range(1, 6, 2), range(0, 6, 2), 6, size=SIZE, dim=16),
+    "zigzag, own keys": Case((1, 4), (1, 4), 6, size=SIZE, dim=16),
+    "all masked": Case((0, 1), (2, 3), 4, size=SIZE, dim=16),
+}
+
+
+def listed_mask(lists: BlockLists, mask_mod: Any, rows: int, cols: int) -> Tensor:
+    """bool (batch, heads, rows, cols) of tokens: full tiles whole, partial ones where mask_mod says."""
+    mask = torch.zeros(*lists.full_counts.shape, cols, dtype=torch.bool)
+    partial = mask.clone()
+    for target, counts, entries in (
+        (mask, lists.full_counts, lists.full),
+        (partial, lists.own_counts, lists.own),
+    ):
+        for at in torch.cartesian_prod(*(torch.arange(n) for n in counts.shape)).tolist():
+            count = int(counts[tuple(at)])
+            chosen = entries[tuple(at)][:count].long()
+            assert chosen.unique().numel() == count
+            target[tuple(at)][chosen] = True
+    assert not (mask & partial).any()
+    tokens = torch.arange(max(rows, cols) * SIZE)
+    keep = mask_mod(None, None, tokens[: rows * SIZE, None], tokens[None, : cols * SIZE], None, None)
+    spread = [m.repeat_interleave(SIZE, -2).repeat_interleave(SIZE, -1) for m in (mask, partial)]
+    return spread[0] | spread[1] & keep
+
+
+def scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    return (torch.einsum("bqhd,bkhd->bhqk", q, keys) * scale).masked_fill(~mask, -torch.inf)
+
+
+def fwd(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, mask_mod: Any, block_sparse_tensors: BlockLists,
+        return_lse: bool, pack_gqa: bool) -> tuple[Tensor, ...]:  # fmt: skip
+    mask = listed_mask(block_sparse_tensors, mask_mod, q.shape[1] // SIZE, k.shape[1] // SIZE)
+    s = scores(q, k, mask, softmax_scale)
+    prob = s.softmax(-1)  # NaN in rows that see nothing, as garbage as can be
+    values = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
+    return torch.einsum("bhqk,bkhd->bqhd", prob, values), s.logsumexp(-1), None, None
+
+
+def bwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, *, softmax_scale: float,
+        mask_mod: Any, block_sparse_tensors: BlockLists, dlse: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+    def transposed(batch: Any, head: Any, keys: Tensor, queries: Tensor, *rest: Any) -> Tensor:
+        return mask_mod(batch, head, queries, keys, *rest)
+
+    mask = listed_mask(block_sparse_tensors, transposed, k.shape[1] // SIZE, q.shape[1] // SIZE).transpose(
+        -1, -2
+    )
+    s = scores(q, k, mask, softmax_scale)
+    prob = (s - torch.where(lse.isneginf(), 0.0, lse)[..., None]).exp()
+    group = q.shape[2] // k.shape[2]
+    delta = (out * dout).sum(-1).transpose(1, 2) - dlse
+    dprob = torch.einsum("bqhd,bkhd->bhqk", dout, v.repeat_interleave(group, 2))
+    ds = prob * (dprob - delta[..., None]) * softmax_scale
+    dq = torch.einsum("bhqk,bkhd->bqhd", ds, k.repeat_interleave(group, 2))
+    dk, dv = (
+        torch.einsum("bhqk,bqhd->bkhd", a, b).unflatten(2, (-1, group)).sum(3)
+        for a, b in ((ds, q), (prob, dout))
+    )
+    return dq, dk, dv
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        flash4, "_interface", lambda: SimpleNamespace(_flash_attn_fwd=fwd, _flash_attn_bwd=bwd)
+    )
+    monkeypatch.setattr(flash4, "_as_blocks", lambda lists: lists)
+    monkeypatch.setattr(
+        flash4, "_diagonal_tile", lambda: lambda b, h, q, kv, info, aux: q % SIZE >= kv % SIZE
+    )
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("name", CASES)
+def test_lists_merge_and_global_delta_give_the_reference(name: str) -> None:
+    problem = build(CASES[name])
+    assert_equal(solve(flash4.Flash4Backend(), problem), reference(problem), 1e-5)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_other_blocks_and_deterministic_runs_are_refused() -> None:
+    problem = build(whole(2, size=32))
+    with pytest.raises(
+        UserError, match=r"pattern\.block_size: kernel=flash4 computes blocks of 128 tokens, not 32"
+    ):
+        solve(flash4.Flash4Backend(), problem)
+    problem = build(whole(1, size=SIZE))
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(UserError, match=r"kernel: 'flash4' adds gradients in no fixed order"):
+            solve(flash4.Flash4Backend(), problem)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_lists_do_not_repeat_and_keep_order() -> None:
+    problem = build(whole(5, size=16, diagonal_share=1.0))
+    lists = block_lists(problem.index, problem.place, key_major=False)
+    assert lists.full_counts[0, 1].tolist() == [0, 1, 2, 3, 4] and lists.own[0, 1, :, 0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert lists.full[0, 1, 4, :4].tolist() == [0, 1, 2, 3]
+    by_key = block_lists(problem.index, problem.place, key_major=True)
+    assert by_key.full[0, 1, 0, :4].tolist() == [1, 2, 3, 4] and by_key.own_counts[0, 1].tolist() == [1] * 5
+    assert lists.full_counts[0, 0].sum() == 0 and lists.own_counts[0, 0].sum() == 0
+
+
+def test_merge_is_exact_for_rows_without_keys_on_either_side() -> None:
+    part = torch.randn(1, 40, 2, 16)
+    part_lse = torch.randn(1, 2, 40)
+    part_lse[..., :10] = -torch.inf
+    part[:, :10] = torch.nan
+    out, lse = merge_partial(part, part_lse, None, None)
+    assert (
+        out[:, :10].abs().sum() == 0 and torch.equal(lse, part_lse) and torch.equal(out[:, 10:], part[:, 10:])
+    )
+    nothing = torch.full_like(part_lse, -torch.inf)
+    kept, kept_lse = merge_partial(torch.full_like(part, torch.nan), nothing, out.clone(), lse.clone())
+    assert torch.equal(kept, out) and torch.allclose(kept_lse, lse, atol=1e-6)
+    assert torch.equal(kept_lse.isneginf(), lse.isneginf())
