@@ -1,0 +1,198 @@
+"""The Triton estimation kernels against the eager reference: layouts, ties, budgets, absent columns, poisoned memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtraining.kernel.reference_estimate import ReferenceEstimation
+from mtraining.kernel.triton_estimate import TritonEstimation
+from mtraining.layout import build_layout
+
+ours, reference = TritonEstimation(), ReferenceEstimation()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN, or a number far out of range, so that an entry nobody wrote is seen."""
+    plain = torch.empty
+
+    def poison(*args: object, **options: object) -> Tensor:
+        x: Tensor = plain(*args, **options)  # type: ignore[call-overload]
+        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(torch.int32).max // 2)
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+def tokens(count: int, heads: int, dim: int, dtype: torch.dtype = torch.float32, batch: int = 2) -> Tensor:
+    """(batch, count, heads, dim) with strides of its own: a view of (batch, heads, count + 3, dim + 8)."""
+    wide = torch.randn(batch, heads, count + 3, dim + 8).to(dtype)
+    return wide[:, :, 3:, :dim].transpose(1, 2)
+
+
+CONSECUTIVE, SPREAD = "consecutive", "spread"
+
+
+def probe_positions(kind: str, count: int, seq_len: int) -> Tensor:
+    if kind == CONSECUTIVE:
+        return torch.arange(seq_len - count, seq_len)
+    return torch.linspace(seq_len // 5, seq_len - 1, count).long()
+
+
+@pytest.mark.parametrize(
+    ("layout", "unit", "world", "seq_len", "q_heads", "kv_heads", "dim", "probes", "kind"),
+    [
+        ("contiguous", 128, 1, 200, 4, 1, 64, 64, CONSECUTIVE),
+        ("striped", 32, 2, 384, 3, 1, 32, 20, CONSECUTIVE),
+        ("striped", 128, 2, 512, 2, 2, 128, 70, CONSECUTIVE),
+        ("zigzag", 128, 2, 320, 4, 2, 96, 64, SPREAD),
+    ],
+)
+def test_probe(
+    layout: str,
+    unit: int,
+    world: int,
+    seq_len: int,
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    probes: int,
+    kind: str,
+) -> None:
+    """Every rank's share; together they make up all the probe's mass."""
+    probe, k, scale = tokens(probes, q_heads, dim), tokens(seq_len, kv_heads, dim), dim**-0.5
+    at, everywhere = probe_positions(kind, probes, seq_len), torch.arange(seq_len)
+    lse = reference.probe_lse(probe, k, at, everywhere, scale)
+    whole = reference.probe_mass(probe, k, at, everywhere, scale, lse, seq_len)[1]
+    distances = torch.zeros_like(whole)
+    for positions in build_layout(layout, unit=unit).positions(seq_len, world):
+        keys = k.movedim(2, 1)[:, :, positions].movedim(1, 2)  # strides unlike those of k
+        wanted = reference.probe_lse(probe, keys, at, positions, scale)
+        torch.testing.assert_close(
+            ours.probe_lse(probe, keys, at, positions, scale), wanted, rtol=1e-5, atol=1e-5
+        )
+        result = ours.probe_mass(probe, keys, at, positions, scale, lse, seq_len)
+        wanted = reference.probe_mass(probe, keys, at, positions, scale, lse, seq_len)
+        for ours_one, reference_one in zip(result, wanted, strict=True):
+            torch.testing.assert_close(ours_one, reference_one, rtol=1e-5, atol=1e-6)
+        distances += result[1]
+    torch.testing.assert_close(distances, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_probe_in_fp16_repeats_bit_for_bit() -> None:
+    probe, k = tokens(32, 2, 64, torch.float16), tokens(256, 1, 64, torch.float16)
+    for kind in (CONSECUTIVE, SPREAD):
+        at, positions = probe_positions(kind, 32, 256), torch.arange(256)
+        lse = ours.probe_lse(probe, k, at, positions, 0.125)
+        torch.testing.assert_close(
+            lse, reference.probe_lse(probe, k, at, positions, 0.125), rtol=1e-5, atol=1e-5
+        )
+        first, second = (ours.probe_mass(probe, k, at, positions, 0.125, lse, 256) for _ in range(2))
+        for once, again, wanted in zip(
+            first, second, reference.probe_mass(probe, k, at, positions, 0.125, lse, 256), strict=True
+        ):
+            assert torch.equal(once, again)
+            torch.testing.assert_close(once, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_probe_query_before_every_local_key_sees_nothing() -> None:
+    probe, k = tokens(16, 1, 32), tokens(64, 1, 32)
+    at, positions = torch.arange(8, 24) * 4, torch.arange(64, 128)
+    lse = ours.probe_lse(probe, k, at, positions, 1.0)
+    assert torch.equal(lse.isneginf(), (at < 64).expand_as(lse))
+    columns, distances = ours.probe_mass(probe, k, at, positions, 1.0, lse, 128)
+    assert columns.sum().item() == pytest.approx(
+        2 * 8, rel=1e-5
+    )  # the eight queries of each row that see a key
+    assert distances.sum().item() == pytest.approx(2 * 8, rel=1e-5)
+
+
+def forced_at(n: int, *places: int) -> Tensor:
+    forced = torch.zeros(n, dtype=torch.bool)
+    forced[list(places)] = True
+    return forced
+
+
+TOP_P = [None, 1e-7, 0.3, 0.9, 0.999, 1.0]
+
+
+@pytest.mark.parametrize("top_p", TOP_P)
+def test_heaviest_of_random_masses(top_p: float | None) -> None:
+    """Five decades of masses in two chunks; the reference adds in fp64, so that only its rule counts."""
+    mass = (torch.randn(3, 5000) * 4).exp()
+    forced = forced_at(5000, 0, 1, 2, 4999)
+    for keep in (7, 400, 6000):
+        assert torch.equal(
+            ours.heaviest(mass, forced, top_p, keep), reference.heaviest(mass.double(), forced, top_p, keep)
+        )
+
+
+@pytest.mark.parametrize("top_p", TOP_P)
+def test_heaviest_among_equals_and_without_mass(top_p: float | None) -> None:
+    """Dyadic masses: all sums are exact in fp32, so even a cut among equals must agree.""""""
+    mass = torch.randint(0, 4, (4, 300)) / 8.0
+    mass[1] = 0.0  # nothing to choose by
+    mass[2] = 0.5  # one tie
+    mass[3, :290] = 0.0  # less mass than budget
+    for forced in (forced_at(300), forced_at(300, 3, 5, 299), forced_at(300, *range(20, 60))):
+        for keep in (1, 40, 300):
+            expected = reference.heaviest(mass, forced, top_p, keep)
+            assert torch.equal(ours.heaviest(mass, forced, top_p, keep), expected)
+
+
+def test_forced_entries_alone_may_exceed_the_budget() -> None:
+    mass, forced = torch.rand(2, 100), forced_at(100, *range(10, 50))
+    expected = torch.arange(10, 22).expand(2, -1)
+    for top_p in (None, 0.5):
+        assert torch.equal(ours.heaviest(mass, forced, top_p, 12), expected)
+
+
+def test_heaviest_is_indifferent_to_scale_and_repeats() -> None:
+    """Masses near both ends of fp32's range, subnormals included."""
+    mass, forced = torch.rand(2, 700) + 0.5, forced_at(700, 1)
+    plain = ours.heaviest(mass, forced, 0.5, 500)
+    assert (plain < 700).sum() > 200
+    for power in (-120, 110):
+        assert torch.equal(ours.heaviest(mass * 2.0**power, forced, 0.5, 500), plain)
+    tiny = torch.arange(200)[None] * 2.0**-149
+    assert torch.equal(ours.heaviest(tiny, forced_at(200), None, 5), torch.arange(195, 200)[None])
+
+
+def columns_of(batch: int, q_heads: int, seq_len: int, capacity: int) -> Tensor:
+    """Random columns of varying number, ascending, padded with seq_len; head 0 of row 0 has none."""
+    picked = torch.stack([torch.randperm(seq_len)[:capacity] for _ in range(batch * q_heads)])
+    picked = torch.where(torch.rand(picked.shape) < 0.7, picked, seq_len).unflatten(0, (batch, q_heads))
+    picked[0, 0] = seq_len
+    return picked.sort(-1).values.int()
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(4, 1, 64), (3, 1, 96), (2, 2, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_columns(q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    """Gathered and scattered on the rank that holds every other stripe."""
+    seq_len, capacity = 192, 45
+    positions = build_layout("striped", unit=16).positions(seq_len, 2)[1]
+    slots = torch.full((seq_len,), -1).index_copy(0, positions, torch.arange(positions.numel()))
+    columns = columns_of(2, q_heads, seq_len, capacity)
+    k, v = tokens(positions.numel(), kv_heads, dim, dtype), tokens(positions.numel(), kv_heads, dim, dtype)
+    expected = reference.gather_columns(k, v, columns, slots)
+    assert torch.equal(ours.gather_columns(k, v, columns, slots), expected)
+
+    grads = torch.randn(2, 2, capacity, q_heads, dim)
+    before = [torch.randn(2, positions.numel(), kv_heads, dim) for _ in "kv"]
+    first, again, expected_grads = ([x.clone() for x in before] for _ in range(3))
+    ours.scatter_columns(grads, columns, slots, *first)
+    ours.scatter_columns(grads, columns, slots, *again)
+    reference.scatter_columns(grads, columns, slots, *expected_grads)
+    for one, same, wanted in zip(first, again, expected_grads, strict=True):
+        assert torch.equal(one, same)
+        torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_no_columns_at_all() -> None:
+    k, none = tokens(32, 1, 32), torch.empty(2, 2, 0, dtype=torch.int32)
+    assert ours.gather_columns(k, k, none, torch.arange(32)).shape == (2, 2, 0, 2, 32)
+    dk = torch.ones(2, 32, 1, 32)
+    ours.scatter_columns(torch.zeros(2, 2, 0, 2, 32), none, torch.arange(32), dk, dk)
+    assert torch.equal(dk, torch.ones_like(dk))
