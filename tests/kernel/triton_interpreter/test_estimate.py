@@ -1,4 +1,4 @@
-"""The Triton estimation kernels against the eager reference: layouts, ties, budgets, absent columns, poisoned memory."""
+"""The Triton estimation kernels against the eager reference: layouts, ties, budgets, absent columns."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_heaviest_of_random_masses(top_p: float | None) -> None:
 
 @pytest.mark.parametrize("top_p", TOP_P)
 def test_heaviest_among_equals_and_without_mass(top_p: float | None) -> None:
-    """Dyadic masses: all sums are exact in fp32, so even a cut among equals must agree.""""""
+    """Dyadic masses: all sums are exact in fp32, so even a cut among equals must agree."""
     mass = torch.randint(0, 4, (4, 300)) / 8.0
     mass[1] = 0.0  # nothing to choose by
     mass[2] = 0.5  # one tie
