@@ -1,5 +1,6 @@
 """Reading configurations: overrides, and one sentence for every mistake."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_warm_up_then_cosine_then_the_floor() -> None:
     assert rates[60] == pytest.approx(0.55)  # half-way between peak and floor
     assert rates[100] == pytest.approx(0.1)  # one step past the end
     assert rates[99] > 0.1
-    assert all(later <= earlier for earlier, later in zip(rates[20:], rates[21:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates[20:]))
 
 
 def test_constant_schedule_keeps_the_peak() -> None:

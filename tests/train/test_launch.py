@@ -11,12 +11,22 @@ from typing import Any
 
 import pytest
 import yaml
-from mtraining.train.metrics import read_metrics
-from mtraining.train.store import CheckpointStore
 from tiny_run import raw_config
 
+from mtraining.train.metrics import read_metrics
+from mtraining.train.store import CheckpointStore
+
 COMMAND = [sys.executable, "-m", "mtraining.cli", "train"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mtraining.cli"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "mtraining.cli",
+]
 
 
 def write_recipe(folder: Path, shards: Path, **sections: dict[str, Any]) -> Path:
@@ -31,14 +41,18 @@ def workers(launcher: int) -> list[int]:
     found = []
     for child in children:
         command = Path(f"/proc/{child}/cmdline").read_bytes()
-        if b"spawn_main" in command and b"tracker" not in command:
+        if b"spawn_main" in command and b"resource_tracker" not in command:
             found.append(int(child))
     return sorted(found)
 
 
 def test_a_killed_rank_ends_the_run_in_seconds(tmp_path: Path, shards: Path) -> None:
     recipe = write_recipe(
-        tmp_path, shards, parallel={"cp": 2}, train={"steps": 100_000}, checkpoint={"every": 2, "async": False}
+        tmp_path,
+        shards,
+        parallel={"cp": 2},
+        train={"steps": 100_000},
+        checkpoint={"every": 2, "async": False},
     )
     store = CheckpointStore(tmp_path / "run")
     with subprocess.Popen(
@@ -61,7 +75,9 @@ def test_a_killed_rank_ends_the_run_in_seconds(tmp_path: Path, shards: Path) -> 
     assert process.returncode == 1
     told = re.findall(r"^error: .*", errors, flags=re.MULTILINE)
     assert len(told) == 1
-    assert told[0].startswith("error: rank 1 was killed by SIGKILL, so the other ranks were ended; the last good checkpoint")
+    assert told[0].startswith(
+        "error: rank 1 was killed by SIGKILL, so the other ranks were ended; the last good checkpoint"
+    )
     assert str(store.latest()) in told[0]
     assert "Traceback" not in errors
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)

@@ -18,7 +18,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where data, runs and results go.")] = Path("runs/quickstart"),
     recipe: Annotated[Path, typer.Option(help="The recipe to run.")] = Path("recipes/quickstart.yaml"),
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one option of both runs.")
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one option of both runs."),
     ] = None,
 ) -> None:
     """Train a small model on Python's standard library with sparse attention, then with dense, and compare them."""
@@ -40,7 +41,9 @@ def demo(
         run = out / name
         _clear(run)
         config = load_config(recipe, [*given, f"output={run}", f"data.path={out / 'data'}", *extra])
-        console.print(f"[bold]Training[/bold] {name}: {config.train.steps} steps on {config.parallel.world} processes")
+        console.print(
+            f"[bold]Training[/bold] {name}: {config.train.steps} steps on {config.parallel.world} processes"
+        )
         launch(config, config.parallel.world)
         metrics[name] = read_metrics(run)
     layouts = json.loads((out / "sparse" / "balance.json").read_text(encoding="utf-8"))["layouts"]
@@ -122,6 +125,8 @@ def _table(results: dict[str, Any]) -> Any:
         by_layout = {entry["layout"]: entry for entry in results["balance"] if entry["world"] == world}
         what = "this run" if world == results["cp"] else "if it had them"
         for kind in ("worker", "step"):
-            cells = [f"{by_layout[name][kind]:.2f}" if name in by_layout else "-" for name in ("striped", "zigzag")]
+            cells = [
+                f"{by_layout[name][kind]:.2f}" if name in by_layout else "-" for name in ("striped", "zigzag")
+            ]
             table.add_row(f"  {kind}s, {world} ranks ({what})", *cells, "")
     return table
