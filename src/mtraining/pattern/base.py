@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
-from mtraining.kernel import Backend, ReferenceBackend, SparseIndex
+from mtraining.kernel import Backend, ReferenceBackend, SparseIndex, pack_blocks
 
 
 class Collective(Protocol):
@@ -79,6 +79,27 @@ class SequenceShard:
     def positions(self) -> Tensor:
         return self.all_positions[self.comm.rank]
 
+    def all_blocks(self, block_size: int) -> Tensor:
+        """int64 (world, local blocks): global numbers of every rank's blocks, ascending for each rank."""
+        return self.all_positions[:, ::block_size] // block_size
+
+    def block_index(
+        self, block_size: int, blocks: Tensor, diagonals: Tensor | None = None, columns: Tensor | None = None
+    ) -> SparseIndex:
+        """The index of a pattern that lists blocks: each rank gives the rows of its own query blocks, nothing travels.
+
+        Args:
+            blocks: bool (batch, q_heads, local query blocks, blocks of the sequence), this rank's rows in local order.
+            diagonals, columns: as :class:`SparseIndex` has them, the same on every rank; none by default.
+        """
+        heads = blocks.shape[:2]
+        if diagonals is None:
+            diagonals = blocks.new_zeros(*heads, self.seq_len // block_size)
+        if columns is None:
+            columns = torch.empty(*heads, 0, dtype=torch.int32, device=blocks.device)
+        rows = None if self.comm.world == 1 else self.all_blocks(block_size)[self.comm.rank]
+        return SparseIndex(self.seq_len, block_size, diagonals, columns, pack_blocks(blocks), rows)
+
     @cached_property
     def slots(self) -> Tensor:
         """int64 (seq_len,): local place of a global position, -1 where another rank holds it."""
@@ -102,7 +123,8 @@ class Pattern:
         require(self, "block_size", self.block_size >= 1, "use a positive number of tokens such as 128")
 
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
-        """Choose what to attend. Collective over ``shard.comm``; the same index comes back on every rank.
+        """Choose what to attend. Collective over ``shard.comm``; the same index comes back on every rank, but for the
+        rows of block lists, of which each rank has its own (:meth:`SequenceShard.block_index`).
 
         Args:
             q: (batch, local tokens, q_heads, head_dim), after rotary embedding.

@@ -11,6 +11,28 @@ from torch import Tensor
 
 from mtraining.pattern.base import SequenceShard
 
+PLACEMENTS = ("last", "spread", "mixed")
+_GOLDEN = (
+    0x9E3779B9  # 2^32 over the golden ratio: multiples of it fill an interval evenly, whatever their number
+)
+
+
+def probe_positions(count: int, placement: str, seq_len: int, device: torch.device) -> Tensor:
+    """Where the probe's queries stand: int64 (min(count, seq_len),), ascending, without a host synchronisation.
+
+    ``last``: the last ``count`` tokens (the paper). ``spread``: one in each of ``count`` equal parts of the sequence,
+    at a place of its part that moves from part to part by the golden ratio. A fixed place would put every query of
+    a long sequence at the same place of its block and, in a striped layout, on one rank. ``mixed``: the last
+    half of them at the end, the first half spread over what comes before.
+    """
+    count = min(count, seq_len)
+    spread = {"last": 0, "spread": count, "mixed": count // 2}[placement]
+    before = seq_len - (count - spread)
+    part = torch.arange(spread + 1, device=device)
+    start = part * before // max(spread, 1)
+    inside = (part[1:] * _GOLDEN % 2**32 * start.diff()) >> 32
+    return torch.cat([start[:-1] + inside, torch.arange(before, seq_len, device=device)])
+
 
 def gather_queries(q: Tensor, positions: Tensor, shard: SequenceShard) -> Tensor:
     """Queries at global ``positions`` on every rank: (batch, len(positions), q_heads, head_dim).
@@ -34,7 +56,13 @@ def column_and_distance_mass(
 ) -> tuple[Tensor, Tensor]:
     """Probability of each key (verticals) and of each distance (slashes) under the probe, for the rows owned here.
 
-    Rows are the flattened (batch, q_heads), padded to a multiple of the world and dealt to ranks in order.
+    Rows are the flattened (batch, q_heads), padded to a multiple of the world and dealt to ranks in order. Every rank
+    scores all probe queries against its own keys, so no rank waits for the one that holds a query.
+
+    Masses are plain sums of probabilities. An early query has fewer keys to share its mass, but also fewer to compute,
+    and each query weighs one: a sum over queries spread evenly estimates the share of *all* attention that a column or
+    a distance holds, which is the recall that a budget buys. Dividing by how many queries can reach a key would instead
+    favour keys near the end that few queries read.
 
     Args:
         positions: int64 (probe,), global positions of the probe queries.

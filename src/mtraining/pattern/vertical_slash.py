@@ -1,21 +1,24 @@
 """Vertical-slash, chosen online at every forward: the paper's training pattern (METHOD.md section 1).
 
 Attention under rotary embeddings concentrates on a few columns that all queries read (verticals) and on a few fixed
-distances (slashes). The last queries of the sequence are the probe: their softmax over all keys, averaged,
-gives the mass of each column and of each distance; the heaviest ones within the budget are kept.
+distances (slashes). A probe of some queries is scored against all keys; the sum of their softmax gives the mass of each
+column and of each distance; the heaviest ones within the budget are kept.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from mtraining.kernel import SparseIndex
+from mtraining.kernel import Backend, SparseIndex
 from mtraining.pattern.base import Pattern, SequenceShard, require
-from mtraining.pattern.diagonals import distances_to_diagonals
-from mtraining.pattern.probe import column_and_distance_mass, share_rows
+from mtraining.pattern.diagonals import diagonal_mass, distances_to_diagonals, heaviest_diagonals
+from mtraining.pattern.probe import PLACEMENTS, column_and_distance_mass, probe_positions, share_rows
+
+SLASH_UNITS = ("token", "block")
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,16 @@ class VerticalSlash(Pattern):
 
     Attributes:
         top_p: share of the probe's mass that the columns, and separately the slashes, must reach; None: fixed numbers.
-        top_k_columns, top_k_slashes: the fixed numbers, per head (both, with ``top_p=None``).
-        max_columns, max_slashes: caps on what ``top_p`` may keep, per head, forced ones included.
-        probe: queries in the probe, the last of the sequence.
+        top_k_columns: the fixed number of columns, per head (with ``top_p=None``).
+        top_k_slashes: the fixed number of token distances, per head (with ``top_p=None`` and ``slash_by=token``).
+        max_columns: cap on the columns that ``top_p`` may keep, per head, forced ones included.
+        max_slashes: the same for token distances (``slash_by=token``).
+        slash_by: what slashes are chosen by. ``token``: the heaviest token distances, each then executed as the one or
+            two block diagonals that contain it (the paper). ``block``: the heaviest block diagonals themselves.
+        slash_density: budget of ``slash_by=block``, as a share of all causal tiles: the cap on what ``top_p`` may keep,
+            or with ``top_p=None`` what is spent.
+        probe: queries in the probe.
+        probe_at: where they stand: ``last`` (the paper), ``spread`` over the sequence, or ``mixed``, half of each.
         sinks: first tokens always kept as columns.
         window: shortest distances always kept as slashes (0 .. window - 1).
     """
@@ -36,7 +46,10 @@ class VerticalSlash(Pattern):
     top_k_slashes: int | None = None
     max_columns: int = 4096
     max_slashes: int = 4096
+    slash_by: str = "token"
+    slash_density: float = 0.05
     probe: int = 64
+    probe_at: str = "last"
     sinks: int = 30
     window: int = 100
 
@@ -44,8 +57,11 @@ class VerticalSlash(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for option, known in (("slash_by", SLASH_UNITS), ("probe_at", PLACEMENTS)):
+            require(self, option, getattr(self, option) in known, f"choose one of {', '.join(known)}")
+        by_token = self.slash_by == "token"
         if self.top_p is None:
-            for option in ("top_k_columns", "top_k_slashes"):
+            for option in ("top_k_columns", "top_k_slashes") if by_token else ("top_k_columns",):
                 require(
                     self, option, getattr(self, option) is not None, "give a number, or set pattern.top_p"
                 )
@@ -60,34 +76,88 @@ class VerticalSlash(Pattern):
                     getattr(self, option) is None,
                     "a fixed budget needs pattern.top_p set to null",
                 )
+        require(
+            self,
+            "top_k_slashes",
+            by_token or self.top_k_slashes is None,
+            "pattern.slash_by=block has its budget in pattern.slash_density",
+        )
+        require(self, "slash_density", 0 < self.slash_density <= 1, "use a share of the tiles such as 0.05")
         require(self, "probe", self.probe >= 1, "use at least one query, such as 64")
         require(self, "sinks", self.sinks >= 0, "use zero or more tokens")
         require(self, "window", self.window >= 1, "use at least 1, so that every token sees itself")
-        columns, slashes = self.budgets()
+        columns = self.column_budget()
         require(self, "sinks", self.sinks <= columns, f"at most the column budget of {columns}")
-        require(self, "window", self.window <= slashes, f"at most the slash budget of {slashes}")
+        if by_token:
+            slashes = self._slash_budget()
+            require(self, "window", self.window <= slashes, f"at most the slash budget of {slashes}")
 
-    def budgets(self) -> tuple[int, int]:
-        """Largest number of columns and of slashes that a head may keep."""
-        if self.top_p is None:
-            assert (
-                self.top_k_columns is not None and self.top_k_slashes is not None
-            )  # __post_init__ saw to it
-            return self.top_k_columns, self.top_k_slashes
-        return self.max_columns, self.max_slashes
+    def column_budget(self) -> int:
+        """Largest number of columns that a head may keep."""
+        return self.max_columns if self.top_k_columns is None else self.top_k_columns
 
-    @torch.no_grad()
+    def _slash_budget(self) -> int:
+        return self.max_slashes if self.top_k_slashes is None else self.top_k_slashes
+
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
-        seq_len, (batch, _, q_heads, _) = shard.seq_len, q.shape
-        token = torch.arange(seq_len, device=q.device)
-        verticals, slashes = column_and_distance_mass(q, k, token[-self.probe :], shard, scale)
-        max_columns, max_slashes = self.budgets()
-        columns = shard.backend.heaviest(verticals, token < self.sinks, self.top_p, max_columns)
-        distances = shard.backend.heaviest(slashes, token < self.window, self.top_p, max_slashes)
-        diagonals = distances_to_diagonals(distances, seq_len, self.block_size)
-        return SparseIndex(
-            seq_len,
-            self.block_size,
-            share_rows(diagonals.to(torch.uint8), batch, q_heads, shard).bool(),
-            share_rows(columns.to(torch.int32), batch, q_heads, shard).contiguous(),
-        )
+        return estimate_by_head(q, k, shard, scale, (self,) * q.shape[2])
+
+    def select(self, verticals: Tensor, slashes: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+        """The budget applied to probe masses (rows, seq_len) of columns and of distances.
+
+        Returns:
+            columns int64 (rows, min(column_budget, seq_len)), ascending, padded with seq_len; diagonals bool (rows,
+            seq_len // block_size).
+        """
+        seq_len = verticals.shape[1]
+        token = torch.arange(seq_len, device=verticals.device)
+        columns = backend.heaviest(verticals, token < self.sinks, self.top_p, self.column_budget())
+        if self.slash_by == "token":
+            distances = backend.heaviest(slashes, token < self.window, self.top_p, self._slash_budget())
+            return columns, distances_to_diagonals(distances, seq_len, self.block_size)
+        forced = distances_to_diagonals(token[None, : self.window], seq_len, self.block_size)[0]
+        mass = diagonal_mass(slashes, self.block_size)
+        return columns, heaviest_diagonals(mass, forced, self.top_p, self.slash_density)
+
+
+@torch.no_grad()
+def estimate_by_head(
+    q: Tensor, k: Tensor, shard: SequenceShard, scale: float, heads: tuple[VerticalSlash, ...]
+) -> SparseIndex:
+    """One estimate for query heads that differ in budget: one probe, one pass over the keys.
+
+    Args:
+        q, k, shard, scale: see :meth:`Pattern.estimate`.
+        heads: one pattern per query head, alike in ``block_size``, ``probe`` and ``probe_at``.
+    """
+    seq_len, (batch, _, q_heads, _) = shard.seq_len, q.shape
+    one = heads[0]
+    probe = probe_positions(one.probe, one.probe_at, seq_len, q.device)
+    verticals, slashes = column_and_distance_mass(q, k, probe, shard, scale)
+    if heads.count(one) == len(heads):
+        columns, diagonals = one.select(verticals, slashes, shard.backend)
+    else:
+        rows, capacity = verticals.shape[0], max(pattern.column_budget() for pattern in heads)
+        columns = torch.full((rows, min(capacity, seq_len)), seq_len, dtype=torch.int64, device=q.device)
+        diagonals = torch.zeros(rows, seq_len // one.block_size, dtype=torch.bool, device=q.device)
+        for pattern, mine in _rows_by_pattern(heads, rows, shard.comm.rank, q.device):
+            chosen, diagonals[mine] = pattern.select(verticals[mine], slashes[mine], shard.backend)
+            columns[mine, : chosen.shape[1]] = chosen
+    return SparseIndex(
+        seq_len,
+        one.block_size,
+        share_rows(diagonals.to(torch.uint8), batch, q_heads, shard).bool(),
+        share_rows(columns.to(torch.int32), batch, q_heads, shard).contiguous(),
+    )
+
+
+@lru_cache(maxsize=256)
+def _rows_by_pattern(
+    heads: tuple[VerticalSlash, ...], rows: int, rank: int, device: torch.device
+) -> list[tuple[VerticalSlash, Tensor]]:
+    """Which of a rank's ``rows`` rows of (batch, q_heads), dealt in order, each pattern chooses; kept on the device."""
+    mine = [heads[row % len(heads)] for row in range(rank * rows, (rank + 1) * rows)]
+    return [
+        (pattern, torch.tensor([row for row, owner in enumerate(mine) if owner == pattern], device=device))
+        for pattern in dict.fromkeys(mine)
+    ]
