@@ -15,7 +15,9 @@ from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.pattern import SequenceShard, VerticalSlash, build_pattern
-from mtraining.pattern.diagonals import distances_to_diagonals
+from mtraining.pattern.diagonals import diagonal_mass, distances_to_diagonals, heaviest_diagonals
+from mtraining.pattern.probe import probe_positions
+from mtraining.pattern.vertical_slash import estimate_by_head
 from mtraining.ring import Ring
 
 
@@ -26,20 +28,60 @@ def brute_force_mask(q: Tensor, k: Tensor, p: VerticalSlash) -> Tensor:
     masks = torch.zeros(heads, n, n, dtype=torch.bool)
     for h in range(heads):
         vertical, slash = [0.0] * n, [0.0] * n
-        for row in range(max(0, n - p.probe), n):
+        for row in probe_rows(n, p):
             weights = [math.exp(float(q[row, h] @ k[c, h // group]) / math.sqrt(dim)) for c in range(row + 1)]
             for c, w in enumerate(weights):
                 vertical[c] += w / sum(weights)
                 slash[row - c] += w / sum(weights)
         columns = keep(vertical, p.sinks, p.top_p, p.top_k_columns or p.max_columns)
-        distances = keep(slash, p.window, p.top_p, p.top_k_slashes or p.max_slashes)
         blocks = set()
-        for d in distances:  # every block that a token at this distance can fall into
-            blocks |= {i // p.block_size - (i - d) // p.block_size for i in range(d, d + p.block_size)}
+        if p.slash_by == "token":
+            distances = keep(slash, p.window, p.top_p, p.top_k_slashes or p.max_slashes)
+            for d in distances:  # every block that a token at this distance can fall into
+                blocks |= crossed(d, p.block_size)
+        else:
+            blocks = keep_diagonals(slash, p)
         for i in range(n):
             for j in range(i + 1):
                 masks[h, i, j] = j in columns or (i // p.block_size - j // p.block_size) in blocks
     return masks
+
+
+def probe_rows(n: int, p: VerticalSlash) -> list[int]:
+    """The places of the probe; spread ones stand one in each equal part, golden-ratio multiples into it."""
+    count = min(p.probe, n)
+    spread = {"last": 0, "spread": count, "mixed": count // 2}[p.probe_at]
+    before = n - (count - spread)
+    rows = []
+    for i in range(spread):
+        start, end = i * before // spread, (i + 1) * before // spread
+        rows.append(start + int((i + 1) * 0x9E3779B9 % 2**32 / 2**32 * (end - start)))
+    return rows + list(range(before, n))
+
+
+def crossed(distance: int, block_size: int) -> set[int]:
+    """Block diagonals that a pair of tokens at this distance can lie on."""
+    return {i // block_size - (i - distance) // block_size for i in range(distance, distance + block_size)}
+
+
+def keep_diagonals(slash: list[float], p: VerticalSlash) -> set[int]:
+    """Block diagonals by mass, while their tiles fit; each slash's mass is dealt over all places of a block."""
+    n = len(slash) // p.block_size
+    mass = [0.0] * (n + 1)
+    for d, weight in enumerate(slash):
+        for i in range(d, d + p.block_size):
+            mass[min(n, i // p.block_size - (i - d) // p.block_size)] += weight / p.block_size
+    forced = set().union(*(crossed(d, p.block_size) for d in range(p.window))) & set(range(n))
+    order = sorted(range(n), key=lambda d: (d not in forced, -mass[d] if d not in forced else 0, d))
+    chosen, total, tiles = set(forced), 0.0, 0
+    for d in order:
+        tiles += n - d
+        full = tiles > p.slash_density * n * (n + 1) / 2
+        if d not in forced and (full or (p.top_p is not None and total >= p.top_p * sum(mass[:n]))):
+            break
+        chosen.add(d)
+        total += mass[d]
+    return chosen
 
 
 def keep(mass: list[float], forced: int, top_p: float | None, limit: int) -> set[int]:
@@ -56,18 +98,56 @@ def keep(mass: list[float], forced: int, top_p: float | None, limit: int) -> set
     return chosen
 
 
-@settings(max_examples=30)
-@given(st.integers(0, 2**20), st.sampled_from([4, 8]), st.sampled_from([None, 0.4, 0.9]), st.integers(1, 40))
-def test_equals_brute_force(seed: int, block_size: int, top_p: float | None, probe: int) -> None:
+@settings(max_examples=60)
+@given(
+    st.integers(0, 2**20),
+    st.sampled_from([4, 8]),
+    st.sampled_from([None, 0.4, 0.9]),
+    st.integers(1, 40),
+    st.sampled_from(["last", "spread", "mixed"]),
+    st.sampled_from([None, 0.05, 0.3, 0.6, 1.0]),
+)
+def test_equals_brute_force(
+    seed: int, block_size: int, top_p: float | None, probe: int, probe_at: str, slash_density: float | None
+) -> None:
     torch.manual_seed(seed)
     n = 32
     q, k = torch.randn(1, n, 4, 16, dtype=torch.float64) * 2, torch.randn(1, n, 2, 16, dtype=torch.float64)
-    limits = (
+    limits: dict[str, Any] = (
         {"top_k_columns": 7, "top_k_slashes": 6} if top_p is None else {"max_columns": 9, "max_slashes": 8}
     )
-    pattern = VerticalSlash(block_size=block_size, top_p=top_p, probe=probe, sinks=2, window=3, **limits)
+    if slash_density is not None:
+        limits |= {"slash_by": "block", "slash_density": slash_density, "top_k_slashes": None}
+    pattern = VerticalSlash(
+        block_size=block_size, top_p=top_p, probe=probe, probe_at=probe_at, sinks=2, window=3, **limits
+    )
     index = pattern.estimate(q, k, SequenceShard.whole(n), 1 / math.sqrt(16))
     assert torch.equal(index.to_mask()[0], brute_force_mask(q[0], k[0], pattern))
+
+
+HEADS = (
+    VerticalSlash(
+        block_size=8,
+        top_p=0.7,
+        max_columns=20,
+        max_slashes=15,
+        probe=40,
+        probe_at="spread",
+        sinks=2,
+        window=3,
+    ),
+    VerticalSlash(
+        block_size=8,
+        top_p=None,
+        top_k_columns=9,
+        slash_by="block",
+        slash_density=0.4,
+        probe=40,
+        probe_at="spread",
+        sinks=3,
+        window=3,
+    ),
+)
 
 
 def estimate_job(worker: Worker, layout: str, topology: tuple[int, ...], heads: int) -> Any:
@@ -79,12 +159,10 @@ def estimate_job(worker: Worker, layout: str, topology: tuple[int, ...], heads: 
     )
     ring, dealt = Ring.over(mesh), build_layout(layout, 8)
     shard = SequenceShard(dealt.positions(128, ring.world), ring)
-    pattern = VerticalSlash(
-        block_size=8, top_p=0.7, max_columns=20, max_slashes=15, probe=40, sinks=2, window=3
-    )
+    by_head = tuple(HEADS[head % 2] for head in range(heads))
     mine = [dealt.shard(x, ring.rank, ring.world) for x in (q, k)]
-    alone = pattern.estimate(q, k, SequenceShard.whole(128), 0.25)
-    return pattern.estimate(mine[0], mine[1], shard, 0.25), alone
+    alone = [pattern.estimate(q, k, SequenceShard.whole(128), 0.25) for pattern in HEADS]
+    return estimate_by_head(mine[0], mine[1], shard, 0.25, by_head), alone
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
@@ -92,12 +170,43 @@ def estimate_job(worker: Worker, layout: str, topology: tuple[int, ...], heads: 
 def test_distributed_estimate_equals_single_process(
     pool: ProcessPool, layout: str, topology: tuple[int, ...]
 ) -> None:
-    """Five heads over 2, 4 or 8 ranks: some ranks own padding rows only, and a probe of 40 has several owners."""
+    """Five heads of two budgets over 2, 4 or 8 ranks: some ranks own padding rows only, and a probe of 40 has several
+    owners. Each head must be as if its budget were everyone's."""
     for ours, alone in pool.run(
         estimate_job, world=math.prod(topology), layout=layout, topology=topology, heads=5
     ):
-        assert torch.equal(ours.diagonals, alone.diagonals)
-        assert torch.equal(ours.columns, alone.columns)
+        for head in range(5):
+            expected = alone[head % 2]
+            used = expected.columns.shape[-1]
+            assert torch.equal(ours.diagonals[:, head], expected.diagonals[:, head])
+            assert torch.equal(ours.columns[:, head, :used], expected.columns[:, head])
+            assert (ours.columns[:, head, used:] == 128).all()
+
+
+@pytest.mark.parametrize("placement", ["last", "spread", "mixed"])
+@pytest.mark.parametrize(("count", "n"), [(64, 8192), (256, 524_288), (5, 7), (9, 4), (1, 100)])
+def test_probe_stands_where_it_should(placement: str, count: int, n: int) -> None:
+    rows = probe_positions(count, placement, n, torch.device("cpu"))
+    assert rows.tolist() == probe_rows(n, VerticalSlash(probe=count, probe_at=placement))
+    assert rows.numel() == min(count, n) and (rows.diff() > 0).all()
+
+
+def test_a_spread_probe_has_many_owners_in_a_striped_layout() -> None:
+    """At equal steps of 8,192 tokens every query of 64 would stand on the same one of 32 ranks."""
+    owners = probe_positions(64, "spread", 524_288, torch.device("cpu")) // 128 % 32
+    assert owners.unique().numel() > 24
+
+
+def test_block_slashes_beat_token_slashes_on_scattered_mass() -> None:
+    """Mass scattered over a block diagonal is heavier than one lone distance, which token by token it never shows."""
+    slashes = torch.zeros(1, 64)
+    slashes[0, 24:32] = 1.0  # block diagonals 3 and 4
+    slashes[0, 48] = 3.0  # block diagonal 6 alone
+    mass = diagonal_mass(slashes, 8)
+    assert mass.sum() == slashes.sum()
+    assert mass[0, 6] == 3.0 and mass[0, 3] == pytest.approx(4.5) and mass[0, 4] == pytest.approx(3.5)
+    bits = heaviest_diagonals(mass, torch.zeros(8, dtype=torch.bool), None, (8 - 3 + 8 - 4) / 36)
+    assert bits[0].nonzero().flatten().tolist() == [3, 4]
 
 
 @given(st.integers(1, 9), st.lists(st.integers(0, 71), max_size=8))
@@ -129,6 +238,13 @@ def test_index_is_linear_in_length() -> None:
         ({"sinks": 40, "max_columns": 30}, "pattern.sinks: 40 .* column budget of 30"),
         ({"window": 0}, "pattern.window: 0"),
         ({"probe": 0}, "pattern.probe: 0"),
+        ({"probe_at": "first"}, "pattern.probe_at: 'first' .* last, spread, mixed"),
+        ({"slash_by": "tile"}, "pattern.slash_by: 'tile' .* token, block"),
+        ({"slash_density": 0}, "pattern.slash_density: 0"),
+        (
+            {"top_p": None, "top_k_columns": 40, "top_k_slashes": 400, "slash_by": "block"},
+            "pattern.top_k_slashes: 400 .* pattern.slash_density",
+        ),
         ({"block_size": 0}, "pattern.block_size: 0"),
         ({"max_colums": 3}, "no such option .did you mean 'max_columns'"),
     ],
