@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mtraining.cli.bench import bench
 from mtraining.cli.demo import demo
 from mtraining.cli.export import export
 from mtraining.cli.prepare import prepare
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def _version(wanted: bool) -> None:

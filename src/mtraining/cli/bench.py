@@ -23,7 +23,12 @@ def attention(
     backend: Annotated[list[str] | None, typer.Option(help="Kernel to time; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = "",
     max_seq_len: Annotated[int | None, typer.Option(help="Leave longer sequences out.")] = None,
-    dense: Annotated[bool, typer.Option(help="Time dense competitors too.")] = True,
+    dense: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Dense kernel to time (fa4, cudnn, fa2, flex, math, or none); default: all that can run."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("benchmarks/results"),
 ) -> None:
     """Time sparse attention against dense kernels; nothing wrong is timed. Writes a CSV."""
@@ -39,7 +44,7 @@ def attention(
         backend or [],
         device,
         max_seq_len,
-        dense,
+        dense or [],
         out,
         say=lambda text: console.print(text, markup=False, highlight=False),
     )
@@ -47,6 +52,8 @@ def attention(
     shown = Table(*heads, title="Attention")
     for row in cells:
         shown.add_row(*row)
+    # a narrow terminal may break lines, but a cell cut short would be no number
+    console.width = max(console.width, console.measure(shown).maximum)
     console.print(shown)
     console.print(f"wrote {path}" if path else "no number to write", soft_wrap=True)
     if result.failures:

@@ -1,0 +1,158 @@
+"""The tensors of a case and one layer of sparse attention over them, phase by phase, as the ring runs it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mtraining.bench.cases import Case
+from mtraining.kernel import Backend, Placement, SparseIndex
+from mtraining.pattern import SequenceShard
+
+BACKWARD_FLOPS = 2.5  # of the forward's
+
+
+@dataclass(frozen=True)
+class Problem:
+    """q, dout (1, seq_len, q_heads, head_dim); k, v (1, seq_len, kv_heads, head_dim); the index and its placement."""
+
+    case: Case
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    index: SparseIndex
+    place: Placement
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[-1] ** -0.5
+
+    @cached_property
+    def areas(self) -> tuple[float, float]:
+        """Useful area of slash tiles and of columns, over all heads."""
+        slash, columns = useful_areas(self.index)
+        return float(slash.sum()), float(columns.sum())
+
+    def flops(self, phase: str) -> float:
+        """Operations in the useful area of a pass ("forward", "backward") or of its half ("forward_tiles", ...)."""
+        slash, columns = self.areas
+        which, _, half = phase.partition("_")
+        area = {"": slash + columns, "tiles": slash, "columns": columns}[half]
+        return 4 * self.q.shape[-1] * area * (BACKWARD_FLOPS if which == "backward" else 1.0)
+
+    def columns_bytes(self) -> int:
+        """Of the gathered keys and values."""
+        return 2 * self.index.columns.shape[-1] * self.q.shape[2] * self.q.shape[3] * self.q.element_size()
+
+    def keys_bytes(self) -> int:
+        """Of all keys and values."""
+        return 2 * self.k.numel() * self.k.element_size()
+
+
+def build(case: Case, device: torch.device, seed: int) -> Problem:
+    """Fresh random tensors; the index is the prescribed one."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def tensor(heads: int) -> Tensor:
+        return torch.randn(
+            1, case.seq_len, heads, case.head_dim, dtype=case.dtype, device=device, generator=generator
+        )
+
+    q, dout = tensor(case.q_heads), tensor(case.q_heads)
+    k, v = tensor(case.kv_heads), tensor(case.kv_heads)
+    index = case.pattern().estimate(q, k, SequenceShard.whole(case.seq_len, device), case.head_dim**-0.5)
+    return Problem(case, q, k, v, dout, index, index.placement())
+
+
+def useful_areas(index: SparseIndex) -> tuple[Tensor, Tensor]:
+    """Query-key entries worth computing, of slash tiles and of columns: float64 (batch, q_heads) each.
+
+    Slash tiles whole, the masked half of the diagonal one included; of a column the entries at and below its diagonal
+    that no slash tile covers.
+    """
+    n, size = index.num_blocks, index.block_size
+    tiles = torch.arange(n, 0, -1, device=index.diagonals.device, dtype=torch.float64)
+    slash = (index.diagonals * tiles).sum(-1) * size * size
+    columns = index.columns.long()
+    used = columns < index.seq_len
+    columns = columns.clamp(max=index.seq_len - 1)
+    block = columns // size
+    below = index.diagonals.cumsum(-1).gather(-1, n - 1 - block)  # tiles that cover the column
+    above = index.diagonals[..., :1] * (columns % size)  # rows of the diagonal tile before the column
+    own = (index.seq_len - columns) - (below * size - above)
+    return slash, (own * used).sum(-1).double()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer on one device through a backend."""
+
+    backend: Backend
+    p: Problem
+
+    @cached_property
+    def slots(self) -> Tensor:
+        return torch.arange(self.p.index.seq_len, device=self.p.q.device)
+
+    def gather(self) -> Tensor:
+        return self.backend.gather_columns(self.p.k, self.p.v, self.p.index.columns, self.slots)
+
+    def forward_columns(self) -> tuple[Tensor, Tensor]:
+        p = self.p
+        ck, cv = self.gather()
+        return self.backend.columns_forward(p.q, ck, cv, p.index, p.place.q_blocks, p.scale, None, None)
+
+    def forward_tiles(self, out: Tensor | None = None, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        p = self.p
+        return self.backend.tiles_forward(p.q, p.k, p.v, p.index, p.place, p.scale, out, lse)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """out in q's dtype, lse."""
+        out, lse = self.forward_tiles(*(self.forward_columns() if self.p.case.columns else (None, None)))
+        return out.to(self.p.q.dtype), lse
+
+    def backward(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv in the accumulation dtype."""
+        delta = self.backend.row_delta(out.to(lse.dtype), self.p.dout)
+        dq = torch.zeros_like(self.p.q, dtype=lse.dtype)
+        grads = self.backward_columns(lse, delta, dq) if self.p.case.columns else None
+        dk, dv = self.backward_tiles(lse, delta, dq)
+        if grads is not None:
+            self.backend.scatter_columns(grads, self.p.index.columns, self.slots, dk, dv)
+        return dq, dk, dv
+
+    def backward_columns(self, lse: Tensor, delta: Tensor, dq: Tensor) -> Tensor:
+        p = self.p
+        ck, cv = self.gather()
+        return torch.stack(
+            self.backend.columns_backward(
+                p.dout, p.q, ck, cv, lse, delta, p.index, p.place.q_blocks, p.scale, dq
+            )
+        )
+
+    def backward_tiles(self, lse: Tensor, delta: Tensor, dq: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.p
+        return self.backend.tiles_backward(p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, dq)
+
+    def phases(self) -> dict[str, Callable[[], object]]:
+        """Whole passes, and with columns their two halves apart."""
+        out, lse = self.forward()
+        phases: dict[str, Callable[[], object]] = {
+            "forward": self.forward,
+            "backward": lambda: self.backward(out, lse),
+        }
+        if self.p.case.columns:
+            delta = self.backend.row_delta(out.to(lse.dtype), self.p.dout)
+            dq = torch.zeros_like(self.p.q, dtype=lse.dtype)
+            phases |= {
+                "forward_columns": self.forward_columns,
+                "forward_tiles": self.forward_tiles,
+                "backward_columns": lambda: self.backward_columns(lse, delta, dq),
+                "backward_tiles": lambda: self.backward_tiles(lse, delta, dq),
+            }
+        return phases

@@ -1,0 +1,149 @@
+"""One row of a benchmark, where it came from, and the file it goes to."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from mtraining.errors import UserError
+
+COMMIT_VARIABLE = "MTRAINING_COMMIT"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One timed phase.
+
+    ``tflops`` counts 4 * block^2 * head_dim for each slash tile and the useful area of columns, backward 2.5 times
+    that; ``dense_tflops`` counts all causal tiles the same way. ``dense_backend`` is the best dense kernel of the run
+    for this shape, with ``@length`` where it was timed on a shorter sequence. ``index_mib``: the index and the
+    gathered columns.
+    """
+
+    date: str
+    commit: str
+    gpu: str
+    torch: str
+    triton: str
+    backend: str
+    pattern: str
+    seq_len: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    blocks_per_row: float | None
+    columns: int
+    phase: str
+    ms: float
+    tflops: float | None
+    dense_backend: str | None
+    dense_tflops: float | None
+    ratio: float | None
+    index_mib: float | None
+    peak_mib: float | None
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What every row of a run shares."""
+
+    date: str
+    commit: str
+    gpu: str
+    torch: str
+    triton: str
+
+
+def provenance(device: torch.device) -> Provenance:
+    """Read from this machine, now.
+
+    Raises:
+        UserError: no way to tell which code this is.
+    """
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    return Provenance(datetime.now(UTC).strftime("%Y-%m-%d"), code_version(), gpu, torch.__version__, triton)
+
+
+def code_version() -> str:
+    """The commit: ``MTRAINING_COMMIT``, else git's (``+`` where files differ from it), else the installed version."""
+    if os.environ.get(COMMIT_VARIABLE):
+        return os.environ[COMMIT_VARIABLE]
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    try:
+        return "v" + metadata.version("mtraining")
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            f"{COMMIT_VARIABLE}: there is no git repository here to tell the commit; set it in the environment."
+        ) from None
+
+
+def _git(folder: Path, *args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def write_csv(rows: list[Row], folder: Path, name: str) -> Path:
+    """Append the rows to ``folder``/name-GPU-DATE.csv, with a header where it is new; returns its path."""
+    slug = re.sub(r"[^a-z0-9]+", "-", rows[0].gpu.lower().removeprefix("nvidia ")).strip("-")
+    path = folder / f"{name}-{slug}-{rows[0].date}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({key: _cell(value) for key, value in asdict(row).items()})
+    return path
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of what a reader wants first."""
+    heads = ["backend", "tokens", "heads", "dim", "blocks", "columns", "phase", "ms", "TFLOP/s", "best dense", "ratio",
+             "index MiB", "peak MiB"]  # fmt: skip
+    cells = [
+        [
+            row.backend,
+            str(row.seq_len),
+            f"{row.q_heads}/{row.kv_heads}",
+            str(row.head_dim),
+            "all" if row.blocks_per_row is None else f"{row.blocks_per_row:.1f}",
+            str(row.columns),
+            row.phase,
+            f"{row.ms:.3f}",
+            "" if row.tflops is None else f"{row.tflops:.3g}",
+            "" if row.dense_tflops is None else f"{row.dense_backend} {row.dense_tflops:.3g}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            "" if row.index_mib is None else f"{row.index_mib:.1f}",
+            "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+        ]
+        for row in rows
+    ]
+    return heads, cells
