@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from mtraining.bench import attention, dense, record
 from mtraining.bench.cases import PRESETS, Case, preset
 from mtraining.bench.gate import poisoned_memory, rows_mask
-from mtraining.bench.problem import Layer, build, useful_areas
+from mtraining.bench.problem import build, useful_areas
 from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.kernel import ReferenceBackend, select_backend
@@ -147,15 +147,15 @@ def test_a_refusing_backend_is_noted_not_replaced() -> None:
     assert result.rows == [] and "flash4" in result.notes[0] and "needs an NVIDIA GPU" in result.notes[0]
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_gets_the_same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager, and forward only (it has no backward on a CPU): what is tested is the block lists."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    p = build(Case(512, 2, 1, 16, 2, block_size=128, dtype=torch.float32), CPU, 1)
-    assert not bool(p.index.diagonals.all())
-    expected, _ = Layer(ReferenceBackend(), p).forward()
-    out = dense._attention("flex_blocks", p)(p.q, p.k, p.v)
-    assert torch.allclose(out, expected, atol=1e-5)
+def test_flex_gets_the_same_blocks() -> None:
+    p = build(Case(1024, 2, 1, 16, 3, block_size=128, dtype=torch.float32), CPU, 1)
+    blocks = torch.arange(8)
+    tiles = p.index.tile_mask(blocks, blocks)
+    mask = dense.same_blocks(p)
+    assert not torch.equal(tiles[0, 0], tiles[0, 1])
+    assert torch.equal(mask.to_dense().bool(), tiles)
+    assert mask.kv_num_blocks.tolist() == [[[1] * 8] * 2]  # only the diagonal tile needs the mask
+    assert int(mask.full_kv_num_blocks.sum()) == int(tiles.sum()) - 16
 
 
 def test_useful_area_counts_each_entry_once() -> None:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from mtraining.bench.problem import Problem
@@ -93,21 +94,25 @@ def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return query >= key
 
 
-def _flex(p: Problem, sparse: bool) -> Attention:
-    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+def same_blocks(p: Problem) -> BlockMask:
+    """The index's tiles for FlexAttention; compiled only, since its eager version asks the mask and not the lists."""
+    blocks = torch.arange(p.index.num_blocks, device=p.q.device)
+    tiles = p.index.tile_mask(blocks, blocks)
+    own = torch.eye(p.index.num_blocks, dtype=torch.bool, device=p.q.device) & tiles
+    length = (p.index.seq_len, p.index.seq_len)
+    return BlockMask.from_kv_blocks(
+        *_lists(own),
+        *_lists(tiles & ~own),
+        BLOCK_SIZE=p.index.block_size,
+        mask_mod=_causal,
+        seq_lengths=length,
+    )
 
+
+def _flex(p: Problem, sparse: bool) -> Attention:
     seq_len, size = p.index.seq_len, p.index.block_size
     if sparse:
-        blocks = torch.arange(p.index.num_blocks, device=p.q.device)
-        tiles = p.index.tile_mask(blocks, blocks)
-        own = torch.eye(p.index.num_blocks, dtype=torch.bool, device=p.q.device) & tiles
-        mask = BlockMask.from_kv_blocks(
-            *_lists(own),
-            *_lists(tiles & ~own),
-            BLOCK_SIZE=size,
-            mask_mod=_causal,
-            seq_lengths=(seq_len, seq_len),
-        )
+        mask = same_blocks(p)
     else:
         mask = create_block_mask(
             _causal, None, None, seq_len, seq_len, device=str(p.q.device), BLOCK_SIZE=size
