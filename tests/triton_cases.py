@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mtraining.kernel import Backend, Placement, ReferenceBackend, SparseIndex
+from mtraining.kernel import Backend, Placement, ReferenceBackend, SparseIndex, pack_blocks
 from mtraining.kernel.placement import progression
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: ``q_blocks`` and ``k_blocks`` are global block numbers of a sequence of ``num_blocks``."""
+    """One problem: ``q_blocks`` and ``k_blocks`` are global block numbers of a sequence of ``num_blocks``; block lists
+    are given for the rows of ``q_blocks`` only, as a rank has them."""
 
     q_blocks: Sequence[int]
     k_blocks: Sequence[int]
@@ -68,11 +69,11 @@ def build(case: Case, device: str = "cpu") -> Problem:
         diagonals[0, 0], columns[0, 0] = False, seq_len
         if blocks is not None:
             blocks[0, 0] = False
-    index = SparseIndex(
-        seq_len, case.size, diagonals.to(device), columns.sort().values.int().to(device),
-        None if blocks is None else blocks.to(device),
-    )  # fmt: skip
     q_blocks, k_blocks = torch.tensor(case.q_blocks), torch.tensor(case.k_blocks)
+    index = SparseIndex(seq_len, case.size, diagonals.to(device), columns.sort().values.int().to(device))
+    if blocks is not None:
+        rows = None if q_blocks.numel() == n else q_blocks.to(device)
+        index = replace(index, blocks=pack_blocks(blocks[:, :, q_blocks]).to(device), block_rows=rows)
     place = Placement(q_blocks.to(device), k_blocks.to(device), n, progression(q_blocks, k_blocks))
 
     def tensor(length: int, count: int) -> Tensor:

@@ -194,15 +194,14 @@ def _column_rows(index: SparseIndex, q_blocks: Tensor) -> Iterator[tuple[int, in
     counts = torch.searchsorted(
         index.columns.long(), ((q_blocks + 1) * size).expand(*index.columns.shape[:2], -1).contiguous()
     ).tolist()
+    tiles = index.tile_mask(q_blocks, torch.arange(index.num_blocks, device=q_blocks.device))
     for b, heads in enumerate(counts):
         for h, prefixes in enumerate(heads):
             for i, prefix in enumerate(prefixes):
                 if prefix:
                     columns = index.columns[b, h, :prefix].long()
                     block = q_blocks[i]
-                    owned = index.diagonals[b, h, block - columns // size]
-                    if index.blocks is not None:
-                        owned = owned | index.blocks[b, h, block, columns // size]
+                    owned = tiles[b, h, i, columns // size]
                     yield (
                         b,
                         h,

@@ -54,7 +54,7 @@ def tile_lists(index: SparseIndex, placement: Placement, key_major: bool) -> Til
         row_blocks, col_blocks = col_blocks, row_blocks
     if placement.step is not None and index.blocks is None:
         return _toeplitz(index, placement, row_blocks, col_blocks)
-    return _explicit(index, row_blocks, col_blocks, key_major)
+    return _explicit(index, placement, row_blocks, col_blocks, key_major)
 
 
 def _toeplitz(index: SparseIndex, placement: Placement, row_blocks: Tensor, col_blocks: Tensor) -> TileLists:
@@ -81,16 +81,18 @@ def _toeplitz(index: SparseIndex, placement: Placement, row_blocks: Tensor, col_
     return TileLists(entries, bounds, row_blocks, col_blocks, diagonal, True)
 
 
-def _explicit(index: SparseIndex, row_blocks: Tensor, col_blocks: Tensor, key_major: bool) -> TileLists:
+def _explicit(
+    index: SparseIndex, placement: Placement, row_blocks: Tensor, col_blocks: Tensor, key_major: bool
+) -> TileLists:
     diagonals = index.diagonals.contiguous()
     heads, rows, cols = diagonals.shape[0] * diagonals.shape[1], row_blocks.numel(), col_blocks.numel()
     entries = torch.empty(heads * rows * cols + 1, dtype=torch.int32, device=diagonals.device)
     bounds = torch.empty(heads, rows, dtype=torch.int32, device=diagonals.device)
-    blocks = index.blocks
+    blocks = index.local_blocks(placement.q_blocks)
     _explicit_kernel[(heads * rows,)](
-        diagonals.view(torch.int8), diagonals if blocks is None else blocks.contiguous().view(torch.int8), row_blocks,
-        col_blocks, entries, bounds, index.num_blocks, rows, cols, HAS_BLOCKS=blocks is not None, KEY_MAJOR=key_major,
-        CHUNK=min(_CHUNK, triton.next_power_of_2(cols)),
+        diagonals.view(torch.int8), diagonals if blocks is None else blocks, row_blocks, col_blocks, entries, bounds,
+        index.num_blocks, rows, cols, 0 if blocks is None else blocks.shape[-1],
+        HAS_BLOCKS=blocks is not None, KEY_MAJOR=key_major, CHUNK=min(_CHUNK, triton.next_power_of_2(cols)),
     )  # fmt: skip
     return TileLists(entries, bounds, row_blocks, col_blocks, -1, False)
 
@@ -114,10 +116,10 @@ def _toeplitz_kernel(
     tl.store(bounds + head * pitch + pitch - 1, count)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "rows", "cols"])
+@triton.jit(do_not_specialize=["num_blocks", "rows", "cols", "row_bytes"])
 def _explicit_kernel(
-    diagonals, blocks, row_blocks, col_blocks, entries, bounds, num_blocks, rows, cols, HAS_BLOCKS: tl.constexpr,
-    KEY_MAJOR: tl.constexpr, CHUNK: tl.constexpr,
+    diagonals, blocks, row_blocks, col_blocks, entries, bounds, num_blocks, rows, cols, row_bytes,
+    HAS_BLOCKS: tl.constexpr, KEY_MAJOR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program a row of a head: compact its selected tiles, nearest first."""
     pid = tl.program_id(0).to(tl.int64)
@@ -133,8 +135,9 @@ def _explicit_kernel(
         causal = there & (query >= key)
         bit = tl.load(diagonals + head * num_blocks + (query - key), mask=causal, other=0).to(tl.int32)
         if HAS_BLOCKS:
-            cell = (head * num_blocks + query) * num_blocks + key
-            bit |= tl.load(blocks + cell, mask=causal, other=0).to(tl.int32)
+            row = head * cols + slot if KEY_MAJOR else pid
+            byte = tl.load(blocks + row * row_bytes + key // 8, mask=causal, other=0).to(tl.int32)
+            bit |= (byte >> (key % 8)) & 1
         upto = count + tl.cumsum(bit, 0)
         tl.store(entries + pid * cols + upto - 1, slot, mask=bit != 0)
         count += tl.sum(bit, 0)

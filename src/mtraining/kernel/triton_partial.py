@@ -46,14 +46,14 @@ def block_lists(index: SparseIndex, placement: Placement, key_major: bool) -> Bl
     rows, cols = placement.q_blocks.int(), placement.k_blocks.int()
     if key_major:
         rows, cols = cols, rows
-    diagonals, blocks = index.diagonals.contiguous(), index.blocks
+    diagonals, blocks = index.diagonals.contiguous(), index.local_blocks(placement.q_blocks)
     shape, device = (*diagonals.shape[:2], rows.numel()), diagonals.device
     full = torch.empty(*shape, cols.numel(), dtype=torch.int32, device=device)
     own = torch.empty(*shape, 1, dtype=torch.int32, device=device)
     full_counts, own_counts = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
     _block_lists_kernel[(full_counts.numel(),)](
-        diagonals.view(torch.int8), diagonals if blocks is None else blocks.contiguous().view(torch.int8), rows,
-        cols, full, full_counts, own, own_counts, index.num_blocks, rows.numel(), cols.numel(),
+        diagonals.view(torch.int8), diagonals if blocks is None else blocks, rows, cols, full, full_counts, own,
+        own_counts, index.num_blocks, rows.numel(), cols.numel(), 0 if blocks is None else blocks.shape[-1],
         HAS_BLOCKS=blocks is not None, KEY_MAJOR=key_major, CHUNK=min(_CHUNK, triton.next_power_of_2(cols.numel())),
     )  # fmt: skip
     return BlockLists(full_counts, full, own_counts, own)
@@ -85,9 +85,9 @@ def merge_partial(
     return out, lse
 
 
-@triton.jit(do_not_specialize=["num_blocks", "rows", "cols"])
+@triton.jit(do_not_specialize=["num_blocks", "rows", "cols", "row_bytes"])
 def _block_lists_kernel(
-    diagonals, blocks, row_blocks, col_blocks, full, full_counts, own, own_counts, num_blocks, rows, cols,
+    diagonals, blocks, row_blocks, col_blocks, full, full_counts, own, own_counts, num_blocks, rows, cols, row_bytes,
     HAS_BLOCKS: tl.constexpr, KEY_MAJOR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program a row of a head."""
@@ -105,8 +105,9 @@ def _block_lists_kernel(
         causal = there & (query >= key)
         bit = tl.load(diagonals + head * num_blocks + (query - key), mask=causal, other=0).to(tl.int32)
         if HAS_BLOCKS:
-            cell = (head * num_blocks + query) * num_blocks + key
-            bit |= tl.load(blocks + cell, mask=causal, other=0).to(tl.int32)
+            row = head * cols + slot if KEY_MAJOR else pid
+            byte = tl.load(blocks + row * row_bytes + key // 8, mask=causal, other=0).to(tl.int32)
+            bit |= (byte >> (key % 8)) & 1
         own_bit = tl.where(query == key, bit, 0)
         own_count += tl.sum(own_bit, 0)
         own_slot += tl.sum(own_bit * slot, 0)

@@ -51,7 +51,7 @@ def sparse_ring_attention(
         mesh: the context-parallel ranks: None for one process, a 1-D mesh for a flat ring, a 2-D
             (outer, inner) mesh for a hierarchical one. Any subgroup of the world.
         scale: factor on q.k; head_dim ** -0.5 by default.
-        return_index: return the index as well, the same on every rank.
+        return_index: return the index as well, whole on every rank (a collective for patterns with block lists).
         kernel: backend, ``auto`` or one of ``mtraining.kernel.backend.KERNELS``.
 
     Returns:
@@ -79,7 +79,7 @@ def sparse_ring_attention(
         observe(q, k, lse, recorded.index, plan, backend, scale)
         if tape is not None:
             tape.write(Recorded(recorded.index, out.detach(), lse) if tape.keep_outputs else recorded)
-    return (out, recorded.index) if return_index else out
+    return (out, recorded.index.whole(ring)) if return_index else out
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,26 @@ def tile_work(index: SparseIndex, layout: Layout, world: int) -> Tensor:
 
     Returns:
         float64 (world ranks, world sources), on the CPU.
+
+    Raises:
+        ValueError: the index holds one rank's block rows only; make it whole first.
     """
+    if index.blocks is not None:
+        return _listed_work(index, layout, world)
     counts = _diagonal_counts(layout, index.seq_len, index.block_size, world)
     return counts @ index.diagonals.sum((0, 1), dtype=torch.float64).cpu()
+
+
+def _listed_work(index: SparseIndex, layout: Layout, world: int) -> Tensor:
+    """:func:`tile_work` of an index with block lists: every tile looked at."""
+    device = index.diagonals.device
+    blocks = layout.positions(index.seq_len, world)[:, :: index.block_size] // index.block_size
+    holds = torch.zeros(world, index.num_blocks, dtype=torch.float64)
+    holds.scatter_(1, blocks, 1.0)
+    heads = torch.zeros(index.num_blocks, index.num_blocks, dtype=torch.float64, device=device)
+    for _, _, tiles in index.tiles_by_head():
+        heads += tiles
+    return (holds.to(device) @ heads @ holds.to(device).T).cpu()
 
 
 def by_step(work: Tensor, outer: int = 1) -> Tensor:

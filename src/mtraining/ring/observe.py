@@ -28,7 +28,7 @@ class AttentionStats:
         recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled.
         balance: imbalance in the layout and ring in use.
         tile_work: float64 (ranks, sources), slash tiles, in the layout in use.
-        index: the index itself, e.g. to ask how another layout would balance it.
+        index: the index itself, whole on every rank, e.g. to ask how another layout would balance it.
     """
 
     density: float
@@ -42,7 +42,8 @@ class AttentionStats:
 class Observer(AbstractContextManager["Observer"]):
     """Collects one :class:`AttentionStats` per attention call made inside it, in order.
 
-    Costs host synchronisation, and collectives when ``recall_rows`` > 0: enter it on logging steps, on all ranks alike.
+    Costs host synchronisation and collectives (for recall, and for the rows of block patterns, which every rank then
+    holds whole): enter it on logging steps, on all ranks alike.
 
     Args:
         recall_rows: rows sampled at random for recall; 0 leaves it out.
@@ -68,6 +69,8 @@ def observe(
     q: Tensor, k: Tensor, lse: Tensor, index: SparseIndex, plan: RingPlan, backend: Backend, scale: float
 ) -> None:
     """Report one finished call to the observers in force (free when there are none)."""
+    if _observers:
+        index = index.whole(plan.ring)
     for observer in _observers:
         work = tile_work(index, plan.layout, plan.ring.world)
         recall = None
