@@ -11,10 +11,11 @@ from mtraining.cli.bench import bench
 from mtraining.cli.demo import demo
 from mtraining.cli.export import export
 from mtraining.cli.prepare import prepare
+from mtraining.cli.report import report
 from mtraining.cli.train import train
 from mtraining.errors import UserError
 
-COMMANDS = (train, prepare, export, demo)
+COMMANDS = (train, prepare, export, report, demo)
 
 app = typer.Typer(
     name="mtraining",

@@ -1,1 +1,5 @@
-"""Pictures and the HTML report from a run folder."""
+"""Pictures and an HTML page from a run folder's files."""
+
+from mtraining.report.page import write_report
+
+__all__ = ["write_report"]
