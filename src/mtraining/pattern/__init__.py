@@ -1,8 +1,12 @@
 """What to attend: each pattern turns queries and keys into one sparse index. A new pattern is one file and
 one entry here."""
 
+from pathlib import Path
+
 from mtraining.pattern.base import Collective, Pattern, SequenceShard, build_from_table
 from mtraining.pattern.dense import Dense
+from mtraining.pattern.per_head import PerHead
+from mtraining.pattern.table import read_table
 from mtraining.pattern.toeplitz_random import ToeplitzRandom
 from mtraining.pattern.vertical_slash import VerticalSlash
 
@@ -20,13 +24,28 @@ def build_pattern(name: str, **options: object) -> Pattern:
     return build_from_table(PATTERNS, name, options)
 
 
+def load_table(path: str | Path, name: str = "vertical_slash", **options: object) -> list[Pattern]:
+    """The pattern of every layer from a table of budgets by layer and head (see :mod:`mtraining.pattern.table`).
+
+    Args:
+        path: our own YAML or JSON, or the authors' MInference JSON.
+        name, options: what the table's entries of this name start from; entries of others take its block size.
+
+    Raises:
+        UserError: a table that cannot be read, naming the layer and head at fault.
+    """
+    return read_table(path, PATTERNS, name, options)
+
+
 __all__ = [
     "PATTERNS",
     "Collective",
     "Dense",
     "Pattern",
+    "PerHead",
     "SequenceShard",
     "ToeplitzRandom",
     "VerticalSlash",
     "build_pattern",
+    "load_table",
 ]

@@ -122,6 +122,13 @@ class Pattern:
     def __post_init__(self) -> None:
         require(self, "block_size", self.block_size >= 1, "use a positive number of tokens such as 128")
 
+    def check_heads(self, layer: int, q_heads: int) -> None:
+        """Refuse a layer with a number of query heads that the pattern is not made for.
+
+        Raises:
+            UserError: naming the layer.
+        """
+
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
         """Choose what to attend. Collective over ``shard.comm``; the same index comes back on every rank, but for the
         rows of block lists, of which each rank has its own (:meth:`SequenceShard.block_index`).

@@ -1,0 +1,42 @@
+"""How much of the true attention an index keeps, on rows that its estimate has not seen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtraining.kernel import SparseIndex
+
+
+def held_out_rows(seq_len: int, count: int, probe: Tensor, seed: int = 0) -> Tensor:
+    """Random query rows outside the probe: int64 (min(count, rows there are),), ascending, on the probe's device."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(seq_len, generator=generator)
+    outside = order[~torch.isin(order, probe.cpu())]
+    return outside[:count].sort().values.to(probe.device)
+
+
+def attention_rows(q: Tensor, k: Tensor, rows: Tensor, head: int, scale: float) -> Tensor:
+    """The true causal softmax of some rows of one head of the first sequence: fp32 (len(rows), tokens).
+
+    Args:
+        q: (batch, tokens, q_heads, head_dim).
+        k: (batch, tokens, kv_heads, head_dim).
+    """
+    kv_head = head // (q.shape[2] // k.shape[2])
+    scores = q[0, rows, head].float() @ k[0, :, kv_head].float().T * scale
+    token = torch.arange(k.shape[1], device=k.device)
+    return scores.masked_fill_(token > rows[:, None], -torch.inf).softmax(-1)
+
+
+def index_recall(index: SparseIndex, q: Tensor, k: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """Share of the true mass of each row that the index keeps: fp32 (q_heads, len(rows)), of the first sequence."""
+    device, size, seq_len = q.device, index.block_size, index.seq_len
+    tiles = index.tile_mask(rows // size, torch.arange(index.num_blocks, device=device))[0]
+    kept = []
+    for head in range(q.shape[2]):
+        mask = tiles[head].repeat_interleave(size, -1)
+        columns = index.columns[0, head].long()
+        mask[:, columns[columns < seq_len]] = True
+        kept.append((attention_rows(q, k, rows, head, scale) * mask).sum(-1))
+    return torch.stack(kept)

@@ -1,0 +1,184 @@
+"""Tables that give each layer and head its pattern: our own YAML or JSON, and the authors' published MInference JSON.
+
+Our own form names each choice once and then lists, for each layer, the choice of every head (or one for all):
+
+    patterns:
+      a: {name: vertical_slash, top_p: null, top_k_columns: 1000, slash_by: block, slash_density: 0.05}
+      b: {name: dense}
+    layers:
+      - b                   # layer 0, all heads
+      - [a, a, b, a]        # layer 1, head by head
+
+MInference's form is a list with one mapping per layer, from the head's number to [pattern, verticals, slashes, score]:
+
+    [{"0": ["vertical_and_slash", 1000, 6096, 0.9], "1": ["stream_llm", 100, 800, 0.9], ...}, ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtraining.errors import UserError
+from mtraining.pattern.base import Pattern, build_from_table
+from mtraining.pattern.per_head import PerHead
+from mtraining.pattern.vertical_slash import VerticalSlash
+
+
+def read_table(
+    path: str | Path, known: Mapping[str, type[Pattern]], name: str, options: Mapping[str, object]
+) -> list[Pattern]:
+    """The pattern of every layer, from a table file.
+
+    Args:
+        path: YAML or JSON, in either form.
+        known: patterns by name.
+        name, options: the pattern around the table: an entry of that name starts from these options, budgets left
+            out (its probe, its sinks and so on), an entry of another name takes only its ``block_size``.
+
+    Raises:
+        UserError: a file that cannot be read, or an entry that names no pattern, naming layer and head.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"pattern.table: {path} cannot be read ({error}); give a table file.") from None
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"pattern.table: {path} is neither YAML nor JSON ({' '.join(str(error).split())}); write it anew."
+        ) from None
+    table = _Table(path, known, name, options)
+    layers = table.minference(raw) if isinstance(raw, list) else table.own(raw)
+    if not layers:
+        raise UserError(f"pattern.table: {path} has no layers; give one entry for each layer of the model.")
+    return layers
+
+
+# Budgets are the table's own: one left over from the section around it would clash with an entry's, or hide in it.
+_BUDGET = (
+    "top_p",
+    "top_k_columns",
+    "top_k_slashes",
+    "max_columns",
+    "max_slashes",
+    "slash_by",
+    "slash_density",
+)
+
+
+class _Table:
+    """One file being read."""
+
+    def __init__(
+        self, path: Path, known: Mapping[str, type[Pattern]], name: str, options: Mapping[str, object]
+    ) -> None:
+        self._path, self._known, self._name, self._options = path, known, name, options
+
+    def own(self, raw: Any) -> list[Pattern]:
+        if not isinstance(raw, Mapping) or not {"patterns", "layers"} <= set(raw):
+            raise UserError(
+                f"pattern.table: {self._path} has no 'patterns' and 'layers'; see docs/patterns.md for the form."
+            )
+        extra = set(raw) - {"patterns", "layers", "about"}
+        if extra:
+            raise UserError(
+                f"pattern.table: {self._path} has unknown keys {', '.join(sorted(map(str, extra)))}; it takes "
+                "patterns, layers and about."
+            )
+        choices = {}
+        for key, entry in raw["patterns"].items():
+            if not isinstance(entry, Mapping) or "name" not in entry:
+                raise UserError(
+                    f"pattern.table: {self._path}, patterns.{key}: {entry!r} is no pattern; give it a "
+                    "name and its options."
+                )
+            given = dict(entry)
+            choices[str(key)] = self._build(str(given.pop("name")), given, f"patterns.{key}")
+        return [self._layer(number, entry, choices) for number, entry in enumerate(raw["layers"])]
+
+    def _layer(self, number: int, entry: Any, choices: Mapping[str, Pattern]) -> Pattern:
+        names = entry if isinstance(entry, list) else [entry]
+        for head, name in enumerate(names):
+            if str(name) not in choices:
+                raise UserError(
+                    f"pattern.table: {self._path}, layer {number}, head {head}: {name!r} is not among patterns; "
+                    f"choose one of {', '.join(choices)}."
+                )
+        return (
+            one_layer([choices[str(name)] for name in names])
+            if isinstance(entry, list)
+            else choices[str(entry)]
+        )
+
+    def minference(self, raw: Sequence[Any]) -> list[Pattern]:
+        layers = []
+        for number, entry in enumerate(raw):
+            if (
+                not isinstance(entry, Mapping)
+                or sorted(map(int, entry)) != list(range(len(entry)))
+                or not entry
+            ):
+                raise UserError(
+                    f"pattern.table: {self._path}, layer {number} is not a mapping of heads 0, 1, ... to "
+                    "[pattern, verticals, slashes, score]; see docs/patterns.md for the form."
+                )
+            by_head = {int(head): choice for head, choice in entry.items()}
+            layers.append(
+                one_layer(
+                    [self._minference_head(number, head, by_head[head]) for head in range(len(by_head))]
+                )
+            )
+        return layers
+
+    def _minference_head(self, layer: int, head: int, choice: Any) -> Pattern:
+        where = f"layer {layer}, head {head}"
+        if not isinstance(choice, list) or len(choice) < 3:
+            raise UserError(
+                f"pattern.table: {self._path}, {where}: {choice!r} is not [pattern, verticals, slashes, score]."
+            )
+        kind, columns, slashes = choice[0], int(choice[1]), int(choice[2])
+        fixed: dict[str, object] = {"top_p": None, "slash_by": "token"}
+        if (
+            kind == "vertical_and_slash"
+        ):  # what is always kept counts towards a budget, and may exceed a small one
+            base = build_from_table(self._known, VerticalSlash.name, self._shared(VerticalSlash.name))
+            assert isinstance(base, VerticalSlash)
+            fixed |= {
+                "top_k_columns": max(columns, base.sinks),
+                "top_k_slashes": max(slashes, base.window),
+            }
+        elif kind == "stream_llm":  # the first tokens and a local window, and nothing else
+            fixed |= {"top_k_columns": columns, "top_k_slashes": slashes, "sinks": columns, "window": slashes}
+        else:
+            raise UserError(
+                f"pattern.table: {self._path}, {where}: {kind!r} is not supported; it takes vertical_and_slash and "
+                "stream_llm: search this head again with mtraining calibrate."
+            )
+        return self._build(VerticalSlash.name, fixed, where)
+
+    def _shared(self, name: str) -> dict[str, object]:
+        """What entries of a pattern start from."""
+        if name == self._name:
+            return {key: value for key, value in self._options.items() if key not in _BUDGET}
+        return {key: value for key, value in self._options.items() if key == "block_size"}
+
+    def _build(self, name: str, given: dict[str, Any], where: str) -> Pattern:
+        try:
+            return build_from_table(self._known, name, self._shared(name) | given)
+        except UserError as error:
+            raise UserError(f"pattern.table: {self._path}, {where}: {error}") from None
+
+
+def one_layer(heads: Sequence[Pattern]) -> Pattern:
+    """The pattern of a layer from those of its heads."""
+    return PerHead(block_size=heads[0].block_size, heads=tuple(heads))
+
+
+def describe(pattern: Pattern) -> dict[str, Any]:
+    """A pattern as a table entry: its name and every option, so that it means the same under other defaults."""
+    return {"name": pattern.name} | {f.name: getattr(pattern, f.name) for f in fields(pattern)}
