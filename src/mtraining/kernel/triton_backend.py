@@ -13,9 +13,10 @@ from mtraining.errors import UserError
 from mtraining.kernel import triton_columns, triton_tiles
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
-from mtraining.kernel.reference_estimate import ReferenceEstimation
 from mtraining.kernel.triton_config import choose_tiles, interpreted, padded
 from mtraining.kernel.triton_delta import row_delta_kernel
+from mtraining.kernel.triton_estimate import TritonEstimation
+from mtraining.kernel.triton_hidden import column_tables
 from mtraining.kernel.triton_lists import tile_lists
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -37,7 +38,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     return None
 
 
-class TritonBackend(ReferenceEstimation):
+class TritonBackend(TritonEstimation):
     """Implements :class:`mtraining.kernel.backend.Backend`; results repeat bit for bit."""
 
     name = "triton"
@@ -61,7 +62,7 @@ class TritonBackend(ReferenceEstimation):
         _check(index, scale)
         batch, _, heads, dim = q.shape
         kv_heads, group = k.shape[2], heads // k.shape[2]
-        tiles = choose_tiles("tiles_forward", dim, q.element_size(), index.block_size)
+        tiles = choose_tiles("tiles_forward", q, index.block_size)
         lists = tile_lists(index, placement, key_major=False)
         new_out, new_lse, merging = _partial(q, out, lse)
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
@@ -89,7 +90,7 @@ class TritonBackend(ReferenceEstimation):
             "GROUP": group, "SIZE": size, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "PRECISION": _precision(q),
         }  # fmt: skip
 
-        tiles = choose_tiles("tiles_dq", dim, q.element_size(), size)
+        tiles = choose_tiles("tiles_dq", q, size)
         lists = tile_lists(index, placement, key_major=False)
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         with _Added(dq) as into:
@@ -101,7 +102,7 @@ class TritonBackend(ReferenceEstimation):
                 num_warps=tiles.warps, num_stages=tiles.stages, **shared,
             )  # fmt: skip
 
-        tiles = choose_tiles("tiles_dkdv", dim, q.element_size(), size)
+        tiles = choose_tiles("tiles_dkdv", q, size)
         if not lists.toeplitz:
             lists = tile_lists(index, placement, key_major=True)
         programs = batch * kv_heads * cols * (size // tiles.block_n)
@@ -128,14 +129,15 @@ class TritonBackend(ReferenceEstimation):
         q, ck, cv = _lined_up(q), _lined_up(ck), _lined_up(cv)
         _check(index, scale)
         batch, _, heads, dim = q.shape
-        rows, size = q_blocks.numel(), index.block_size
-        tiles = choose_tiles("columns_forward", dim, q.element_size(), size)
+        rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
+        tiles = choose_tiles("columns_forward", q, size)
         new_out, new_lse, merging = _partial(q, out, lse)
+        tables = column_tables(index, q_blocks)
         triton_columns.forward_kernel[(batch * heads * rows * (size // tiles.block_m),)](
-            q, ck, cv, new_out, new_lse, *_column_tables(index), q_blocks.int(), *_prefixes(index, q_blocks),
+            q, ck, cv, new_out, new_lse, tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto,
             *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *new_out.stride()[:3],
-            scale, heads, rows, index.columns.shape[2], index.num_blocks,
-            HAS_PREV=merging, HAS_BLOCKS=index.blocks is not None, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
+            scale, heads, rows, capacity, index.num_blocks, tables.words.shape[-1],
+            HAS_PREV=merging, EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
@@ -153,33 +155,35 @@ class TritonBackend(ReferenceEstimation):
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
         if capacity == 0:
             return torch.zeros_like(ck, dtype=torch.float32), torch.zeros_like(cv, dtype=torch.float32)
-        tables, numbers = _column_tables(index), q_blocks.int()
-        shared = {
-            "HAS_BLOCKS": index.blocks is not None, "SIZE": size, "HEAD_DIM": dim, "BLOCK_D": padded(dim),
-            "PRECISION": _precision(q),
-        }  # fmt: skip
+        tables = column_tables(index, q_blocks)
+        words_row = tables.words.shape[-1]
+        shared = {"SIZE": size, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "PRECISION": _precision(q)}
 
-        tiles = choose_tiles("columns_dq", dim, q.element_size(), size)
+        tiles = choose_tiles("columns_dq", q, size)
         with _Added(dq) as into:
             triton_columns.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
-                dout, q, ck, cv, lse, delta, into, *tables, numbers, *_prefixes(index, q_blocks),
+                dout, q, ck, cv, lse, delta, into, tables.columns, tables.words, tables.q_blocks, tables.before,
+                tables.upto,
                 *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *into.stride()[:3],
-                scale, heads, rows, capacity, index.num_blocks,
-                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps, num_stages=tiles.stages, **shared,
+                scale, heads, rows, capacity, index.num_blocks, words_row,
+                EVEN=capacity % tiles.block_n == 0, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+                num_warps=tiles.warps, num_stages=tiles.stages, **shared,
             )  # fmt: skip
 
-        tiles = choose_tiles("columns_dkdv", dim, q.element_size(), size)
+        tiles = choose_tiles("columns_dkdv", q, size)
         programs = batch * heads * triton.cdiv(capacity, tiles.block_n)
         splits = _split(programs, rows, q.device)
         dk, dv = (
             torch.empty(splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device) for _ in "kv"
         )
         every = torch.arange(index.num_blocks + 1, dtype=torch.int32, device=q.device)
+        first_slot = torch.searchsorted(tables.q_blocks, every, out_int32=True)
         triton_columns.key_gradient_kernel[(programs * splits,)](
-            dout, q, ck, cv, lse, delta, dk, dv, *tables, numbers, torch.searchsorted(numbers, every, out_int32=True),
+            dout, q, ck, cv, lse, delta, dk, dv, tables.columns, tables.words, tables.q_blocks, first_slot,
             *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *dk.stride()[:3],
-            scale, batch, heads, rows, capacity, index.num_blocks, splits,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps, num_stages=tiles.stages, **shared,
+            scale, batch, heads, rows, capacity, index.num_blocks, words_row, splits,
+            EVEN=capacity % tiles.block_n == 0, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            num_warps=tiles.warps, num_stages=tiles.stages, **shared,
         )  # fmt: skip
         return _summed(dk, splits), _summed(dv, splits)
 
@@ -237,20 +241,3 @@ def _split(programs: int, most: int, device: torch.device) -> int:
 
 def _summed(partial: Tensor, splits: int) -> Tensor:
     return partial if splits == 1 else partial.unflatten(0, (splits, -1)).sum(0)
-
-
-def _column_tables(index: SparseIndex) -> tuple[Tensor, Tensor, Tensor]:
-    diagonals = index.diagonals.contiguous().view(torch.int8)
-    blocks = diagonals if index.blocks is None else index.blocks.contiguous().view(torch.int8)
-    return index.columns.contiguous(), diagonals, blocks
-
-
-def _prefixes(index: SparseIndex, q_blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns before each query block, and columns before its end: int32 (batch, q_heads, blocks) both."""
-    columns = index.columns.contiguous()
-    ends = torch.stack([q_blocks, q_blocks + 1]).int() * index.block_size
-    counts = torch.searchsorted(
-        columns, ends.flatten().expand(*columns.shape[:2], -1).contiguous(), out_int32=True
-    )
-    before, upto = counts.unflatten(-1, (2, -1)).unbind(2)
-    return before.contiguous(), upto.contiguous()

@@ -99,6 +99,14 @@ def tile_slot(entry, origin, TOEPLITZ: tl.constexpr, KEY_MAJOR: tl.constexpr):
 
 
 @triton.jit
+def tile_place(t, lo, hi, own, SUB: tl.constexpr):
+    """Place in its list of the tile that step ``t`` of a row visits, SUB steps a tile: from the second nearest on, and
+    the one on the diagonal, which the list has first, last. Safe to read for one step past the end too."""
+    place = lo + own + t // SUB
+    return tl.where(place < hi, place, lo)
+
+
+@triton.jit
 def softmax_step(acc, top, total, scores, v, scale_log2, GUARD: tl.constexpr, PRECISION: tl.constexpr):
     """Fold one tile of raw scores and its values into the running (acc, top, total).
 
@@ -143,28 +151,18 @@ def store_partial(
 
 
 @triton.jit
-def query_gradient_step(
-    dq, q, dout, k, v, lse2, delta, hidden, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Query-major: add one tile's share (without the factor ``scale``) to dq."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+def query_gradient_step(dq, scores, dout, k, v, lse2, delta, scale_log2, PRECISION: tl.constexpr):
+    """Query-major: add one tile's share (without the factor ``scale``) to dq; hidden scores are -inf."""
     prob = tl.exp2(scores * scale_log2 - lse2[:, None])
-    if MASKED:
-        prob = tl.where(hidden, 0.0, prob)
     dprob = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dscore = prob * (dprob - delta[:, None])
     return tl.dot(dscore.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit
-def key_gradient_step(
-    dk, dv, k, v, q, dout, lse2, delta, hidden, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Key-major, all tiles transposed (keys by queries): add one tile's share to dk (without ``scale``) and dv."""
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+def key_gradient_step(dk, dv, scores, v, q, dout, lse2, delta, scale_log2, PRECISION: tl.constexpr):
+    """Key-major, transposed (scores are keys by queries): add one tile's share to dk (without ``scale``) and dv."""
     prob = tl.exp2(scores * scale_log2 - lse2[None, :])
-    if MASKED:
-        prob = tl.where(hidden, 0.0, prob)
     dv = tl.dot(prob.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dprob = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     dscore = prob * (dprob - delta[None, :])

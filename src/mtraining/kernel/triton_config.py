@@ -1,7 +1,8 @@
 """Tile sizes of the attention kernels.
 
 Fixed tables, not a search at run time: a search may choose differently on the next run, and then neither two ranks
-nor a resumed run would repeat the same sums. The entries were chosen by measurement (``docs/log.md``).
+nor a resumed run would repeat the same sums. The entries were chosen by measurement on Hopper and, for other
+GPUs, so that nothing spills and shared memory suffices (``docs/log.md``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+import torch
 import triton
 
 
@@ -21,43 +23,61 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+Table = dict[str, dict[int, Tiles]]  # kernel -> largest padded head_dim served -> tiles, for 2-byte inputs
 
-
-# kernel -> largest padded head_dim served -> tiles, for 2-byte inputs
-_TABLE: dict[str, dict[int, Tiles]] = {
-    "tiles_forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
-    "tiles_dq": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
-    "tiles_dkdv": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 64, 8, 2)},
-    "columns_forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
-    "columns_dq": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
-    "columns_dkdv": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 64, 8, 2)},
+# Data-centre Hopper and Blackwell: 227 KiB of shared memory, accumulators of a whole warp group.
+LARGE: Table = {
+    "tiles_forward": {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 128, 8, 2), 256: Tiles(128, 64, 8, 2)},
+    "tiles_dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2)},
+    "tiles_dkdv": {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
+    "columns_forward": {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 128, 8, 2), 256: Tiles(128, 64, 8, 2)},
+    "columns_dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2)},
+    "columns_dkdv": {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
+}
+# Ampere, Ada and small Blackwell: from 99 KiB of shared memory, accumulators of a warp.
+_SMALL_FORWARD = {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)}
+_SMALL_DQ = {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 2)}
+_SMALL_DKDV = {64: Tiles(64, 64, 8, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 2)}
+SMALL: Table = {
+    "tiles_forward": _SMALL_FORWARD,
+    "tiles_dq": _SMALL_DQ,
+    "tiles_dkdv": _SMALL_DKDV,
+    "columns_forward": _SMALL_FORWARD,
+    "columns_dq": _SMALL_DQ,
+    "columns_dkdv": _SMALL_DKDV,
 }
 _FP32 = Tiles(32, 32, 4, 1)  # exact products of fp32 inputs: no tensor cores, so small tiles
 _INTERPRETER = Tiles(64, 64, 4, 1)
 
 
-def choose_tiles(kernel: str, head_dim: int, itemsize: int, block_size: int) -> Tiles:
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+
+
+def choose_tiles(kernel: str, q: torch.Tensor, block_size: int) -> Tiles:
     """Tiles for a kernel; those of slash tiles (and of queries) are cut to divide ``block_size``.
 
     Args:
-        kernel: a key of the table.
-        head_dim: unpadded.
-        itemsize: bytes an input element takes.
+        kernel: a key of the tables.
+        q: the queries, for head_dim, dtype and device.
         block_size: of the index, a multiple of 16.
     """
-    if interpreted():
+    if q.device.type != "cuda":
         tiles = _INTERPRETER
-    elif itemsize == 4:
+    elif q.element_size() == 4:
         tiles = _FP32
     else:
-        rows = _TABLE[kernel]
-        tiles = rows[min(limit for limit in rows if limit >= head_dim)]
+        tiles = table_tiles(kernel, q.shape[-1], torch.cuda.get_device_capability(q.device))
     block_m = _divisor(tiles.block_m, block_size)
     block_n = tiles.block_n if kernel.startswith("columns") else _divisor(tiles.block_n, block_size)
     return tiles._replace(block_m=block_m, block_n=block_n)
+
+
+def table_tiles(kernel: str, head_dim: int, capability: tuple[int, int]) -> Tiles:
+    """The table's entry for a head_dim (unpadded) on a GPU of this compute capability."""
+    rows = (LARGE if capability[0] in (9, 10) else SMALL)[kernel]
+    return rows[min(limit for limit in rows if limit >= head_dim)]
 
 
 def padded(head_dim: int) -> int:

@@ -1,7 +1,7 @@
 """Slash tiles: forward, query-major dQ and key-major dK/dV. No atomics, every sum in a fixed order.
 
 One program owns one tile of rows (or keys) of one head and walks its list (``triton_lists``). The tile on the causal
-diagonal comes first and is the only one that needs a token mask. Programs of one kv head stand together, query heads of
+diagonal comes last and is the only one that needs a token mask. Programs of one kv head stand together, query heads of
 a group side by side and neighbouring rows next, so that they find K and V in L2; longer rows come first.
 """
 
@@ -21,6 +21,7 @@ from mtraining.kernel.triton_common import (
     store_partial,
     store_tile,
     tile_offsets,
+    tile_place,
     tile_row,
     tile_slot,
 )
@@ -42,7 +43,8 @@ def _query_program(n_rows, kv_heads, GROUP: tl.constexpr, SUBTILES: tl.constexpr
 @triton.jit(do_not_specialize=["kv_heads", "n_rows", "n_cols", "diagonal"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, entries, bounds, row_blocks, col_blocks,
-    q_b, q_r, q_h, k_b, k_r, k_h, v_b, v_r, v_h, o_b, o_r, o_h,
+    q_b, q_r: tl.constexpr, q_h, k_b, k_r: tl.constexpr, k_h, v_b, v_r: tl.constexpr, v_h,
+    o_b, o_r: tl.constexpr, o_h,
     scale, kv_heads, n_rows, n_cols, diagonal,
     HAS_PREV: tl.constexpr, TOEPLITZ: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,25 +72,19 @@ def forward_kernel(
     acc, top, total = load_partial(out_base, out_offsets, lse_rows, HAS_PREV, BLOCK_M, HEAD_DIM, BLOCK_D)
     SUB: tl.constexpr = SIZE // BLOCK_N
 
-    if own != 0:
-        start = tile_slot(tl.load(row + lo), origin, TOEPLITZ, False) * SIZE
-        query = part * BLOCK_M + tl.arange(0, BLOCK_M)
-        for n in range(0, (part + 1) * BLOCK_M, BLOCK_N):
-            k = load_tile(k_base + (start + n) * k_r, k_offsets, HEAD_DIM, BLOCK_D)
-            v = load_tile(v_base + (start + n) * v_r, v_offsets, HEAD_DIM, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            future = query[:, None] < (n + tl.arange(0, BLOCK_N))[None, :]
-            scores = tl.where(future, float("-inf"), scores)
-            acc, top, total = softmax_step(acc, top, total, scores, v, scale_log2, True, PRECISION)
-
-    begin = (lo + own) * SUB
-    entry = tl.load(row + lo + own)  # one entry ahead of its use; the lists have a spare one at the end
-    for t in range(begin, hi * SUB):
+    free = (hi - lo - own) * SUB  # the tile on the diagonal comes last, and only as far as these queries see
+    entry = tl.load(row + tile_place(0, lo, hi, own, SUB))  # one iteration ahead of its use
+    for t in range(0, free + own * tl.cdiv((part + 1) * BLOCK_M, BLOCK_N)):
         start = tile_slot(entry, origin, TOEPLITZ, False) * SIZE + (t % SUB) * BLOCK_N
-        entry = tl.load(row + (t + 1) // SUB)
+        entry = tl.load(row + tile_place(t + 1, lo, hi, own, SUB))
         k = load_tile(k_base + start * k_r, k_offsets, HEAD_DIM, BLOCK_D)
         v = load_tile(v_base + start * v_r, v_offsets, HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if t >= free:
+            key = (t % SUB) * BLOCK_N + tl.arange(0, BLOCK_N)
+            query = part * BLOCK_M + tl.arange(0, BLOCK_M)
+            scores = tl.where(query[:, None] < key[None, :], float("-inf"), scores)
+        # Every row sees the first key of a tile on the diagonal, so no row is still at -inf afterwards.
         acc, top, total = softmax_step(acc, top, total, scores, v, scale_log2, False, PRECISION)
 
     store_partial(out_base, out_offsets, lse_rows, acc, top, total, HEAD_DIM, BLOCK_D)
@@ -97,7 +93,8 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["kv_heads", "n_rows", "n_cols", "diagonal"])
 def query_gradient_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, entries, bounds, row_blocks, col_blocks,
-    do_b, do_r, do_h, q_b, q_r, q_h, k_b, k_r, k_h, v_b, v_r, v_h, dq_b, dq_r, dq_h,
+    do_b, do_r: tl.constexpr, do_h, q_b, q_r: tl.constexpr, q_h, k_b, k_r: tl.constexpr, k_h,
+    v_b, v_r: tl.constexpr, v_h, dq_b, dq_r: tl.constexpr, dq_h,
     scale, kv_heads, n_rows, n_cols, diagonal,
     TOEPLITZ: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -128,22 +125,19 @@ def query_gradient_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     SUB: tl.constexpr = SIZE // BLOCK_N
 
-    if own != 0:
-        start = tile_slot(tl.load(row + lo), origin, TOEPLITZ, False) * SIZE
-        query = part * BLOCK_M + tl.arange(0, BLOCK_M)
-        for n in range(0, (part + 1) * BLOCK_M, BLOCK_N):
-            k = load_tile(k_base + (start + n) * k_r, k_offsets, HEAD_DIM, BLOCK_D)
-            v = load_tile(v_base + (start + n) * v_r, v_offsets, HEAD_DIM, BLOCK_D)
-            future = query[:, None] < (n + tl.arange(0, BLOCK_N))[None, :]
-            dq = query_gradient_step(dq, q, dout, k, v, lse2, delta, future, scale_log2, True, PRECISION)
-
-    entry = tl.load(row + lo + own)
-    for t in range((lo + own) * SUB, hi * SUB):
+    free = (hi - lo - own) * SUB
+    entry = tl.load(row + tile_place(0, lo, hi, own, SUB))
+    for t in range(0, free + own * tl.cdiv((part + 1) * BLOCK_M, BLOCK_N)):
         start = tile_slot(entry, origin, TOEPLITZ, False) * SIZE + (t % SUB) * BLOCK_N
-        entry = tl.load(row + (t + 1) // SUB)
+        entry = tl.load(row + tile_place(t + 1, lo, hi, own, SUB))
         k = load_tile(k_base + start * k_r, k_offsets, HEAD_DIM, BLOCK_D)
         v = load_tile(v_base + start * v_r, v_offsets, HEAD_DIM, BLOCK_D)
-        dq = query_gradient_step(dq, q, dout, k, v, lse2, delta, 0, scale_log2, False, PRECISION)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if t >= free:
+            key = (t % SUB) * BLOCK_N + tl.arange(0, BLOCK_N)
+            query = part * BLOCK_M + tl.arange(0, BLOCK_M)
+            scores = tl.where(query[:, None] < key[None, :], float("-inf"), scores)
+        dq = query_gradient_step(dq, scores, dout, k, v, lse2, delta, scale_log2, PRECISION)
 
     dq_offsets = tile_offsets(dq_r, BLOCK_M, BLOCK_D)
     before = load_tile(dq_base, dq_offsets, HEAD_DIM, BLOCK_D)
@@ -153,7 +147,8 @@ def query_gradient_kernel(
 @triton.jit(do_not_specialize=["batches", "kv_heads", "n_rows", "n_cols", "diagonal"])
 def key_gradient_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, entries, bounds, row_blocks, col_blocks,
-    do_b, do_r, do_h, q_b, q_r, q_h, k_b, k_r, k_h, v_b, v_r, v_h, dk_b, dk_r, dk_h,
+    do_b, do_r: tl.constexpr, do_h, q_b, q_r: tl.constexpr, q_h, k_b, k_r: tl.constexpr, k_h,
+    v_b, v_r: tl.constexpr, v_h, dk_b, dk_r: tl.constexpr, dk_h,
     scale, batches, kv_heads, n_rows, n_cols, diagonal,
     TOEPLITZ: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -199,29 +194,23 @@ def key_gradient_kernel(
         lse_base = lse_ptr + bh * n_cols * SIZE
         delta_base = delta_ptr + bh * n_cols * SIZE
 
-        if own != 0:
-            start = tile_slot(tl.load(row + lo), origin, TOEPLITZ, True) * SIZE
-            key = part * BLOCK_N + tl.arange(0, BLOCK_N)
-            for m in range(part * BLOCK_N // BLOCK_M * BLOCK_M, SIZE, BLOCK_M):
-                at = start + m
-                q = load_tile(q_base + at * q_r, q_offsets, HEAD_DIM, BLOCK_D)
-                dout = load_tile(do_base + at * do_r, do_offsets, HEAD_DIM, BLOCK_D)
-                lse2 = load_lse2(lse_base + at + lane)
-                delta = tl.load(delta_base + at + lane)
-                future = key[:, None] > (m + lane)[None, :]
-                dk, dv = key_gradient_step(
-                    dk, dv, k, v, q, dout, lse2, delta, future, scale_log2, True, PRECISION
-                )
-
-        entry = tl.load(row + lo + own)
-        for t in range((lo + own) * SUB, hi * SUB):
-            at = tile_slot(entry, origin, TOEPLITZ, True) * SIZE + (t % SUB) * BLOCK_M
-            entry = tl.load(row + (t + 1) // SUB)
+        # Queries before this tile of keys see nothing of the tile on the diagonal.
+        skip = part * BLOCK_N // BLOCK_M
+        free = (hi - lo - own) * SUB
+        entry = tl.load(row + tile_place(0, lo, hi, own, SUB))
+        for t in range(0, free + own * (SUB - skip)):
+            sub = t % SUB + tl.where(t >= free, skip, 0)
+            at = tile_slot(entry, origin, TOEPLITZ, True) * SIZE + sub * BLOCK_M
+            entry = tl.load(row + tile_place(t + 1, lo, hi, own, SUB))
             q = load_tile(q_base + at * q_r, q_offsets, HEAD_DIM, BLOCK_D)
             dout = load_tile(do_base + at * do_r, do_offsets, HEAD_DIM, BLOCK_D)
             lse2 = load_lse2(lse_base + at + lane)
             delta = tl.load(delta_base + at + lane)
-            dk, dv = key_gradient_step(dk, dv, k, v, q, dout, lse2, delta, 0, scale_log2, False, PRECISION)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            if t >= free:
+                key = part * BLOCK_N + tl.arange(0, BLOCK_N)
+                scores = tl.where(key[:, None] > (sub * BLOCK_M + lane)[None, :], float("-inf"), scores)
+            dk, dv = key_gradient_step(dk, dv, scores, v, q, dout, lse2, delta, scale_log2, PRECISION)
 
     at = (split * batches + batch) * dk_b + kv_head * dk_h + first_key * dk_r
     offsets = tile_offsets(dk_r, BLOCK_N, BLOCK_D)

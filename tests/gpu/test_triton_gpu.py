@@ -1,0 +1,139 @@
+"""The Triton attention kernels on a GPU against the fp64 reference, in the dtypes and sizes that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, select_backend
+from mtraining.kernel.triton_backend import TritonBackend
+from triton_cases import Case, assert_equal, build, reference, relative_error, solve, whole
+
+pytestmark = pytest.mark.gpu
+
+BF16 = {"size": 128, "dtype": torch.bfloat16, "dim": 128}
+CASES = {
+    "group of 4": whole(9, q_heads=8, kv_heads=2, columns=300, **BF16),
+    "group of 3": whole(6, q_heads=9, kv_heads=3, columns=100, **BF16),
+    "mha, batch": whole(5, q_heads=3, kv_heads=3, batch=2, columns=128, **BF16),
+    "one block": whole(1, q_heads=2, **BF16),
+    "no tile at all": whole(3, q_heads=2, diagonal_share=0.0, columns=128, **BF16),
+    "every tile": whole(8, q_heads=2, diagonal_share=1.0, columns=0, **BF16),
+    "every column": whole(4, q_heads=2, diagonal_share=0.0, columns=512, **BF16),
+    "block mask": whole(8, q_heads=4, block_share=0.4, diagonal_share=0.2, **BF16),
+    "striped, own keys": Case(range(1, 16, 2), range(1, 16, 2), 16, q_heads=4, columns=256, **BF16),
+    "striped, earlier rank": Case(range(1, 16, 2), range(0, 16, 2), 16, q_heads=4, **BF16),
+    "striped, later rank": Case(range(0, 16, 2), range(1, 16, 2), 16, q_heads=4, **BF16),
+    "zigzag, own keys": Case((2, 3, 8, 9), (2, 3, 8, 9), 12, q_heads=2, **BF16),
+    "zigzag, others": Case((2, 3, 8, 9), (0, 1, 10, 11), 12, q_heads=2, **BF16),
+    "all masked": Case((0, 1), (2, 3), 4, q_heads=2, **BF16),
+    "not contiguous": whole(4, q_heads=2, strided=True, **BF16),
+    "blocks of 64": whole(9, size=64, q_heads=2, dtype=torch.bfloat16, columns=100),
+    "blocks of 16": whole(20, size=16, q_heads=2, dtype=torch.bfloat16, columns=100),
+    "blocks of 96": whole(5, size=96, q_heads=2, dtype=torch.bfloat16, columns=100),
+    "head_dim 64": replace(whole(9, q_heads=4, kv_heads=2, columns=300, **BF16), dim=64),
+    "head_dim 96": replace(whole(6, q_heads=4, kv_heads=2, columns=200, **BF16), dim=96),
+    "head_dim 256": replace(whole(5, q_heads=4, kv_heads=2, columns=200, **BF16), dim=256),
+}
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN, or a number far out of range, so that an entry nobody wrote is seen."""
+    plain = torch.empty
+
+    def poison(*args: object, **options: object) -> torch.Tensor:
+        x: torch.Tensor = plain(*args, **options)  # type: ignore[call-overload]
+        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(torch.int32).max // 2)
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16(name: str) -> None:
+    p = build(CASES[name], "cuda")
+    assert_equal(solve(TritonBackend(), p), reference(p), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_other_dtypes(dtype: torch.dtype, dim: int) -> None:
+    p = build(replace(CASES["group of 4"], dtype=dtype, dim=dim), "cuda")
+    assert_equal(solve(TritonBackend(), p), reference(p), TOLERANCE[dtype])
+
+
+def test_same_bits_twice() -> None:
+    p = build(whole(64, q_heads=8, kv_heads=2, columns=1024, diagonal_share=0.2, **BF16), "cuda")
+    (lse, first), (lse_again, second) = (solve(TritonBackend(), p) for _ in range(2))
+    assert torch.equal(lse, lse_again)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_offsets_past_2_to_the_31() -> None:
+    """512K tokens of 32 heads: the last blocks against the reference on a slice of the same tensors."""
+    n, size, heads, kv_heads, dim = 4096, 128, 32, 8, 128
+    if torch.cuda.mem_get_info()[0] < 45 * 2**30:
+        pytest.skip("needs 45 GiB of free GPU memory")
+    made = torch.Generator("cuda").manual_seed(0)
+
+    def tensor(count: int, length: int = n * size) -> torch.Tensor:
+        return torch.randn(1, length, count, dim, generator=made, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v, dout = tensor(heads), tensor(kv_heads), tensor(kv_heads), tensor(heads)
+    ck, cv = tensor(heads, 64), tensor(heads, 64)
+    diagonals = torch.zeros(1, heads, n, dtype=torch.bool, device="cuda")
+    diagonals[..., :2] = True
+    columns = torch.arange(64, device="cuda", dtype=torch.int32).expand(1, heads, 64).contiguous()
+    index = SparseIndex(n * size, size, diagonals, columns)
+    place, scale, backend = index.placement(), dim**-0.5, TritonBackend()
+    out, lse = backend.columns_forward(q, ck, cv, index, place.q_blocks, scale, None, None)
+    out, lse = backend.tiles_forward(q, k, v, index, place, scale, out, lse)
+    delta = backend.row_delta(out, dout)
+    dq = torch.zeros(q.shape, device="cuda")
+    dk, dv = backend.tiles_backward(dout, q, k, v, lse, delta, index, place, scale, dq)
+    backend.columns_backward(dout, q, ck, cv, lse, delta, index, place.q_blocks, scale, dq)
+
+    rows = slice(-2 * size, None)
+    q_blocks = torch.tensor([n - 2, n - 1], device="cuda")
+    k_blocks = torch.tensor([n - 3, n - 2, n - 1], device="cuda")
+    last, truth = Placement(q_blocks, k_blocks, n), ReferenceBackend()
+    qs, dos = q[:, rows].double(), dout[:, rows].double()
+    ks, vs = k[:, -3 * size :].double(), v[:, -3 * size :].double()
+    cks, cvs = ck.double(), cv.double()
+    true_out, true_lse = truth.columns_forward(qs, cks, cvs, index, q_blocks, scale, None, None)
+    true_out, true_lse = truth.tiles_forward(qs, ks, vs, index, last, scale, true_out, true_lse)
+    true_delta, true_dq = truth.row_delta(true_out, dos), torch.zeros_like(qs)
+    grads = truth.tiles_backward(dos, qs, ks, vs, true_lse, true_delta, index, last, scale, true_dq)
+    truth.columns_backward(dos, qs, cks, cvs, true_lse, true_delta, index, q_blocks, scale, true_dq)
+    assert relative_error(out[:, rows], true_out) <= 4e-3
+    assert (lse[..., rows] - true_lse).abs().max().item() <= 1e-5
+    assert relative_error(dq[:, rows], true_dq) <= 4e-3
+    for got, true in zip((dk, dv), grads, strict=True):
+        assert relative_error(got[:, rows], true[:, rows]) <= 4e-3  # the third last block has queries outside
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_nothing_waits_for_the_device() -> None:
+    for name in ("group of 4", "block mask", "zigzag, others"):
+        p = build(CASES[name], "cuda")
+        solve(TritonBackend(), p)  # compiled now, and constants of the placement are on the device
+        torch.cuda.set_sync_debug_mode("error")
+        solve(TritonBackend(), p)
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_auto_chooses_triton(caplog: pytest.LogCaptureFixture) -> None:
+    select_backend.cache_clear()
+    with caplog.at_level("INFO"):
+        assert select_backend("auto", torch.device("cuda"), torch.bfloat16, 128).name == "triton"
+    assert "auto chose 'triton'" in caplog.text

@@ -1,0 +1,75 @@
+"""Every attention kernel compiles for each generation of GPUs, on a machine with none, within its shared memory."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+
+from mtraining.kernel import triton_columns, triton_tiles
+from mtraining.kernel.triton_config import Tiles, table_tiles
+
+KERNELS = {
+    "tiles_forward": triton_tiles.forward_kernel,
+    "tiles_dq": triton_tiles.query_gradient_kernel,
+    "tiles_dkdv": triton_tiles.key_gradient_kernel,
+    "columns_forward": triton_columns.forward_kernel,
+    "columns_dq": triton_columns.query_gradient_kernel,
+    "columns_dkdv": triton_columns.key_gradient_kernel,
+}
+SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227}  # a block may take at most, by compute capability
+HALF = {"q_ptr", "k_ptr", "v_ptr", "do_ptr"}
+
+
+def signature_type(name: str) -> str:
+    if name in HALF:
+        return "*bf16"
+    if name.endswith("_ptr") and name not in ("columns_ptr", "words_ptr", "before_ptr", "upto_ptr"):
+        return "*fp32"
+    if re.fullmatch(r"(do|dq|dk|q|k|v|o)_b", name):
+        return "i64"
+    if name == "scale":
+        return "fp32"
+    pointers = ("entries", "bounds", "row_blocks", "col_blocks", "q_blocks", "first_slot")
+    return "*i32" if name.endswith("_ptr") or name in pointers else "i32"
+
+
+def compiled(name: str, capability: int, dim: int, tiles: Tiles) -> Any:
+    kernel = KERNELS[name]
+    chosen: dict[str, object] = {
+        "HEAD_DIM": dim, "BLOCK_D": dim, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "SIZE": 128,
+        "PRECISION": "tf32", "TOEPLITZ": True, "GROUP": 4, "SPLITS": 1, "HAS_PREV": True, "EVEN": True,
+    }  # fmt: skip
+    chosen |= {row: 32 * dim for row in kernel.arg_names if re.fullmatch(r"\w+_r", row)}
+    constants = {(i,): chosen[arg] for i, arg in enumerate(kernel.arg_names) if arg in chosen}
+    types = {arg: "constexpr" if arg in chosen else signature_type(arg) for arg in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, arg in enumerate(kernel.arg_names)
+        if types[arg].startswith("*") or re.fullmatch(r"\w+_[bh]", arg)
+    }
+    source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.parametrize("capability", SHARED_KIB)
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles(name: str, capability: int) -> None:
+    tiles = table_tiles(name, 128, divmod(capability, 10))
+    result = compiled(name, capability, 128, tiles)
+    assert result.asm["cubin"]
+    assert 0 < result.metadata.shared <= SHARED_KIB[capability] * 1024
+
+
+def test_hopper_kernels_use_asynchronous_products_and_copies() -> None:
+    ptx = compiled("tiles_forward", 90, 64, table_tiles("tiles_forward", 64, (9, 0))).asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async" in ptx
