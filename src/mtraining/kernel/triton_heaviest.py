@@ -37,9 +37,7 @@ def _load_bits(mass_ptr, forced_ptr, row, chunk, n, CHUNK: tl.constexpr):
 def _fixed_point(bits, total, MASS_BITS: tl.constexpr):
     """Mass in units of about total / 2^(MASS_BITS - 2), so that a row's sum stays below 2^MASS_BITS."""
     exponent = (total.to(tl.int32, bitcast=True) >> 23) - 127  # total < 2^(exponent + 1)
-    exponent = tl.maximum(
-        exponent, MASS_BITS - 128
-    )  # 2^(MASS_BITS - 2 - exponent) must itself be a finite fp32
+    exponent = tl.maximum(exponent, MASS_BITS - 128)  # the unit must itself be a finite fp32
     unit = ((MASS_BITS - 2 - exponent + 127) << 23).to(tl.float32, bitcast=True)
     return (bits.to(tl.float32, bitcast=True) * unit + 0.5).to(tl.int64)
 
@@ -104,12 +102,11 @@ def narrow_kernel(
     if LAST:
         ties = tl.maximum(keep - (above & low), 0)
         if HAS_TOP_P:
-            # Tie j is wanted while the mass before it, above + j * each, is short of the target.
+            # Tie j is wanted while the mass before it, above + j * each, is short of the target. Where ties have no
+            # mass but fall short nevertheless, the count alone decides.
             each = (inside >> COUNT_BITS) // tl.maximum(inside & low, 1)
             missing = tl.maximum(target - (above >> COUNT_BITS), 0)
-            by_mass = tl.where(
-                missing > 0, tl.where(each > 0, tl.cdiv(missing, tl.maximum(each, 1)), ties), 0
-            )
+            by_mass = tl.where(each > 0, tl.cdiv(missing, tl.maximum(each, 1)), ties)
             ties = tl.minimum(ties, by_mass)
         tl.store(state + _TIES, ties)
 

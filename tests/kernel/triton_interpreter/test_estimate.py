@@ -148,6 +148,13 @@ def test_forced_entries_alone_may_exceed_the_budget() -> None:
         assert torch.equal(ours.heaviest(mass, forced, top_p, 12), expected)
 
 
+def test_all_of_the_mass_is_exactly_the_entries_that_have_any() -> None:
+    """Short rows of very different masses: the sum needs more bits than fp64 would have if units were finer still."""
+    mass = torch.exp2(torch.rand(32, 12) * 40) * (torch.rand(32, 12) < 0.6)
+    expected = torch.where(mass > 0, torch.arange(12), 12).sort(1).values
+    assert torch.equal(ours.heaviest(mass, forced_at(12), 1.0, 12), expected)
+
+
 def test_heaviest_is_indifferent_to_scale_and_repeats() -> None:
     """Masses near both ends of fp32's range, subnormals included."""
     mass, forced = torch.rand(2, 700) + 0.5, forced_at(700, 1)
