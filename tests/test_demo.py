@@ -24,6 +24,9 @@ def test_small_demo_runs_end_to_end(tmp_path: Path) -> None:
         "train.steps=2",
         "train.warmup_steps=1",
         "checkpoint.every=2",
+        "pattern.max_columns=40",
+        "pattern.max_slashes=66",
+        "pattern.window=64",
         "log.every=1",
     ]
     command = [sys.executable, "-m", "mtraining.cli", "demo", "--out", str(tmp_path)]
@@ -45,7 +48,7 @@ def test_small_demo_runs_end_to_end(tmp_path: Path) -> None:
     assert 0 < numbers["recall"] < 1
     assert f"{numbers['loss_sparse']:.4f}" in done.stdout
     assert Path(numbers["checkpoint"]).is_dir() and Path(numbers["run"]).is_dir()
-    loads = list(csv.DictReader((tmp_path / "balance.csv").open()))
+    loads = list(csv.DictReader((tmp_path / "balance.csv").read_text().splitlines()))
     assert {row["layout"] for row in loads} == {"striped", "zigzag"}
 
 
