@@ -118,11 +118,13 @@ def test_offsets_past_2_to_the_31() -> None:
 
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
+    """Back to normal after the test, however it ends."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("no_waiting")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_nothing_waits_for_the_device() -> None:
     for name in ("group of 4", "block mask", "zigzag, others"):
         p = build(CASES[name], "cuda")
