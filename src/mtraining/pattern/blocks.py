@@ -1,0 +1,55 @@
+"""What patterns that choose blocks share: pooled blocks, exact products, and the heaviest blocks of a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtraining.kernel.reference import accumulation_dtype
+
+
+def block_means(x: Tensor, block_size: int) -> Tensor:
+    """(batch, tokens, heads, head_dim) -> means (batch, blocks, heads, head_dim), in fp32 (fp64 for fp64 inputs)."""
+    return x.unflatten(1, (-1, block_size)).mean(2, dtype=accumulation_dtype(x.dtype))
+
+
+def grouped_products(q: Tensor, k: Tensor) -> Tensor:
+    """q.k for every query head and its kv head, summed in fp32 (fp64 for fp64 inputs).
+
+    Args:
+        q: (batch, rows, q_heads, dim).
+        k: (batch, keys, kv_heads, dim), same dtype.
+
+    Returns:
+        (batch, q_heads, rows, keys).
+    """
+    batch, rows, q_heads, dim = q.shape
+    keys, kv_heads = k.shape[1], k.shape[2]
+    left = q.transpose(1, 2).reshape(batch * kv_heads, q_heads // kv_heads * rows, dim)
+    right = k.permute(0, 2, 3, 1).reshape(batch * kv_heads, dim, keys)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # tensor cores, without rounding the sums
+        scores = torch.bmm(left, right, out_dtype=torch.float32)
+    else:
+        dtype = accumulation_dtype(q.dtype)
+        scores = left.to(dtype) @ right.to(dtype)
+    return scores.view(batch, q_heads, rows, keys)
+
+
+def heaviest_blocks(mass: Tensor, forced: Tensor, share: float) -> Tensor:
+    """The fewest blocks of each row whose mass reaches ``share`` of the row's total: bool, like ``mass``.
+
+    Forced blocks come first and count towards the share; then the heaviest follow, the first ones among equals.
+    From ``share`` 1 on every block is taken, rounding notwithstanding.
+
+    Args:
+        mass: (..., blocks), non-negative.
+        forced: bool, broadcastable to ``mass``.
+    """
+    forced = forced.expand(mass.shape)
+    if share >= 1:
+        return torch.ones_like(forced)
+    order = torch.where(forced, torch.inf, mass).sort(dim=-1, descending=True, stable=True).indices
+    upto = mass.gather(-1, order).cumsum(-1)
+    before = torch.nn.functional.pad(upto[..., :-1], (1, 0))
+    wanted = before < share * mass.sum(-1, keepdim=True)
+    return torch.zeros_like(forced).scatter(-1, order, wanted) | forced
