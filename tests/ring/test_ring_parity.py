@@ -16,6 +16,7 @@ from distributed import ProcessPool, Worker
 from mtraining.layout import build_layout
 from mtraining.pattern import build_pattern
 from mtraining.ring import Ring
+from pattern_cases import FULL, SIZE, SPARSE
 
 TOPOLOGIES = [(1,), (2,), (4,), (8,), (2, 2), (2, 4), (4, 2)]
 
@@ -76,7 +77,8 @@ def check_parity(pool: ProcessPool, case: dict[str, Any]) -> None:
     results.sort(key=lambda result: result[2])
     index = results[0][1]
     for _, other, _ in results[1:]:
-        assert torch.equal(index.diagonals, other.diagonals) and torch.equal(index.columns, other.columns)
+        for ours, theirs in zip(*((i.diagonals, i.columns, i.blocks) for i in (index, other)), strict=True):
+            assert (ours is theirs is None) or torch.equal(ours, theirs)
     layout = build_layout(*case["layout"])
     ours = [layout.unshard([tensors[i] for tensors, _, _ in results]) for i in range(4)]
     q, k, v, dout = peaked_inputs(case)
@@ -143,18 +145,42 @@ def test_every_layout_and_topology(
     check_parity(pool, case)
 
 
-@pytest.mark.parametrize("options", [
-    {"top_p": 1.0}, {"top_p": None, "top_k_columns": 64, "top_k_slashes": 64}, {"top_p": 1.0, "max_columns": 30},
-], ids=str)  # fmt: skip
-@pytest.mark.parametrize("topology", [(1,), (4,), (2, 2)], ids=str)
-def test_full_budget_equals_dense(
-    pool: ProcessPool, topology: tuple[int, ...], options: dict[str, Any]
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+@pytest.mark.parametrize("name", SPARSE)
+def test_every_pattern_in_every_layout_and_topology(
+    pool: ProcessPool, name: str, topology: tuple[int, ...], layout: str
 ) -> None:
+    pattern, options = SPARSE[name]
     case = {
-        "seed": 3, "topology": topology, "layout": ("striped", 8), "pattern": "vertical_slash",
+        "seed": 9, "topology": topology, "layout": (layout, SIZE), "pattern": pattern,
+        "options": {"block_size": SIZE, **options}, "shape": (1, 128, 4, 2, 16),
+    }  # fmt: skip
+    check_parity(pool, case)
+
+
+FULL_BUDGETS = {
+    "vertical_slash, all the mass": ("vertical_slash", {"top_p": 1.0, "sinks": 1, "window": 1}),
+    "vertical_slash, every column and slash": (
+        "vertical_slash",
+        {"top_p": None, "top_k_columns": 64, "top_k_slashes": 64, "sinks": 1, "window": 1},
+    ),
+    "vertical_slash, every slash": (
+        "vertical_slash",
+        {"top_p": 1.0, "max_columns": 30, "sinks": 1, "window": 1},
+    ),
+    **FULL,
+}
+
+
+@pytest.mark.parametrize("name", FULL_BUDGETS)
+@pytest.mark.parametrize("topology", [(1,), (4,), (2, 2)], ids=str)
+def test_full_budget_equals_dense(pool: ProcessPool, topology: tuple[int, ...], name: str) -> None:
+    pattern, options = FULL_BUDGETS[name]
+    case = {
+        "seed": 3, "topology": topology, "layout": ("striped", 8), "pattern": pattern,
         "options": {"block_size": 8, **options}, "shape": (1, 64, 4, 2, 64),
     }  # fmt: skip
-    case["options"]["window"] = case["options"]["sinks"] = 1
     sparse = pool.run(ring_job, world=math.prod(topology), case=case)
     dense = pool.run(
         ring_job, world=math.prod(topology), case=case | {"pattern": "dense", "options": {"block_size": 8}}

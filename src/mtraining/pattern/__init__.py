@@ -3,6 +3,7 @@ one entry here."""
 
 from pathlib import Path
 
+from mtraining.pattern.a_shape import AShape
 from mtraining.pattern.base import Collective, Pattern, SequenceShard, build_from_table
 from mtraining.pattern.dense import Dense
 from mtraining.pattern.per_head import PerHead
@@ -11,7 +12,13 @@ from mtraining.pattern.toeplitz_random import ToeplitzRandom
 from mtraining.pattern.vertical_slash import VerticalSlash
 
 PATTERNS: dict[str, type[Pattern]] = {
-    pattern.name: pattern for pattern in (VerticalSlash, Dense, ToeplitzRandom)
+    pattern.name: pattern
+    for pattern in (
+        VerticalSlash,
+        Dense,
+        ToeplitzRandom,
+        AShape,
+    )
 }
 
 

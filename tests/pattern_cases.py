@@ -1,0 +1,24 @@
+"""Small options of every estimated pattern, for tests that hold for all of them: blocks of 8, 64 tokens or more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mtraining.pattern import Pattern, build_pattern
+
+SIZE = 8
+
+# name of the case -> (pattern, options); something is left out by each of them at 128 tokens
+SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "a_shape": ("a_shape", {"sinks": 3, "window": 20}),
+}
+
+# a budget that leaves nothing out
+FULL: dict[str, tuple[str, dict[str, Any]]] = {
+    "a_shape": ("a_shape", {"sinks": 0, "window": 10**6}),
+}
+
+
+def build_case(case: tuple[str, dict[str, Any]]) -> Pattern:
+    name, options = case
+    return build_pattern(name, block_size=SIZE, **options)
