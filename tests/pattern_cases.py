@@ -11,11 +11,13 @@ SIZE = 8
 # name of the case -> (pattern, options); something is left out by each of them at 128 tokens
 SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "a_shape": ("a_shape", {"sinks": 3, "window": 20}),
+    "moba": ("moba", {"chunk": 16, "top_k": 3}),
 }
 
 # a budget that leaves nothing out
 FULL: dict[str, tuple[str, dict[str, Any]]] = {
     "a_shape": ("a_shape", {"sinks": 0, "window": 10**6}),
+    "moba": ("moba", {"chunk": 16, "top_k": 99}),
 }
 
 

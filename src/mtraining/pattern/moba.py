@@ -1,0 +1,76 @@
+"""MoBA, mixture of block attention (arXiv 2502.13189): each query reads the chunks whose mean key it matches best.
+
+Section 2.2 of the paper: keys are cut into chunks; the gate of query q and chunk i is s_i = <q, mean(K_i)> (eq.
+6); chunks in the query's future are shut out, its own chunk is always chosen and counts as one of the top k
+(eq. 5 and the causality rules below it).
+
+The paper chooses for each query alone, and so does the MTraining baseline, which packs queries by chunk for a
+variable-length kernel and gathers all keys and values on every rank to compute the gate. Here a tile of
+``block_size`` queries chooses together, by the mean of its queries' gates, which is the gate of its mean query:
+every tile reads exactly ``top_k`` chunks, as every query does in the paper, and with ``block_size`` 1 the two
+definitions are one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtraining.kernel import SparseIndex
+from mtraining.pattern.base import Pattern, SequenceShard, require
+from mtraining.pattern.blocks import block_means, grouped_products
+
+
+@dataclass(frozen=True)
+class MoBA(Pattern):
+    """Top-k chunks by mean-pooled keys.
+
+    Each rank sums its own keys by chunk; only the sums travel: 4 * kv_heads * head_dim bytes a chunk and batch
+    row, 128 KiB a layer for 512K tokens, chunks of 4096, 2 kv heads of 128. Each rank chooses for its own
+    queries.
+
+    Attributes:
+        chunk: keys in a chunk, a multiple of ``block_size``; the last chunk may be shorter.
+        top_k: chunks a query block reads, its own included; MTraining's baseline has 12 at 512K tokens, 6 at 256K.
+    """
+
+    chunk: int = 4096
+    top_k: int = 12
+
+    name = "moba"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = self.chunk >= 1 and self.chunk % self.block_size == 0
+        require(self, "chunk", fits, f"use a multiple of pattern.block_size={self.block_size}, such as 4096")
+        require(self, "top_k", self.top_k >= 1, "use at least 1, the query's own chunk")
+
+    @torch.no_grad()
+    def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
+        per_chunk = self.chunk // self.block_size
+        num_blocks = shard.seq_len // self.block_size
+        chunk = torch.arange(-(-num_blocks // per_chunk), device=q.device)
+        own = shard.all_blocks(self.block_size)[shard.comm.rank] // per_chunk
+        queries = block_means(q, self.block_size)
+        gate = grouped_products(queries, self._chunk_means(k, chunk, own, num_blocks, shard))
+        future, present = chunk > own[:, None], chunk == own[:, None]
+        gate = gate.masked_fill(future, -torch.inf).masked_fill(present, torch.inf)
+        best = gate.topk(min(self.top_k, chunk.numel()), -1).indices
+        chosen = torch.zeros_like(gate, dtype=torch.bool).scatter(-1, best, True) & ~future
+        return shard.block_index(
+            self.block_size, chosen.repeat_interleave(per_chunk, -1)[..., :num_blocks].contiguous()
+        )
+
+    def _chunk_means(
+        self, k: Tensor, chunk: Tensor, own: Tensor, num_blocks: int, shard: SequenceShard
+    ) -> Tensor:
+        """Mean key of every chunk, on every rank: (batch, chunks, kv_heads, head_dim)."""
+        means = block_means(k, self.block_size)
+        belongs = (chunk[:, None] == own).to(means.dtype)
+        # a product adds in a fixed order, a scatter would not
+        sums = shard.comm.all_sum(torch.einsum("cn,bnhd->bchd", belongs, means))
+        per_chunk = self.chunk // self.block_size
+        blocks_in_chunk = (num_blocks - chunk * per_chunk).clamp(max=per_chunk)
+        return sums / blocks_in_chunk[:, None, None]
