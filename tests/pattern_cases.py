@@ -12,12 +12,14 @@ SIZE = 8
 SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "a_shape": ("a_shape", {"sinks": 3, "window": 20}),
     "moba": ("moba", {"chunk": 16, "top_k": 3}),
+    "xattention": ("xattention", {"stride": 4, "threshold": 0.5}),
 }
 
 # a budget that leaves nothing out
 FULL: dict[str, tuple[str, dict[str, Any]]] = {
     "a_shape": ("a_shape", {"sinks": 0, "window": 10**6}),
     "moba": ("moba", {"chunk": 16, "top_k": 99}),
+    "xattention": ("xattention", {"stride": 4, "threshold": 1}),
 }
 
 

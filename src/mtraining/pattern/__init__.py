@@ -11,6 +11,7 @@ from mtraining.pattern.per_head import PerHead
 from mtraining.pattern.table import read_table
 from mtraining.pattern.toeplitz_random import ToeplitzRandom
 from mtraining.pattern.vertical_slash import VerticalSlash
+from mtraining.pattern.xattention import XAttention
 
 PATTERNS: dict[str, type[Pattern]] = {
     pattern.name: pattern
@@ -20,6 +21,7 @@ PATTERNS: dict[str, type[Pattern]] = {
         ToeplitzRandom,
         AShape,
         MoBA,
+        XAttention,
     )
 }
 
