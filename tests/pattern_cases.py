@@ -13,6 +13,7 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "a_shape": ("a_shape", {"sinks": 3, "window": 20}),
     "moba": ("moba", {"chunk": 16, "top_k": 3}),
     "xattention": ("xattention", {"stride": 4, "threshold": 0.5}),
+    "flexprefill": ("flexprefill", {"gamma": 0.5, "tau": 0.2, "max_columns": 20}),
 }
 
 # a budget that leaves nothing out
@@ -20,6 +21,8 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
     "a_shape": ("a_shape", {"sinks": 0, "window": 10**6}),
     "moba": ("moba", {"chunk": 16, "top_k": 99}),
     "xattention": ("xattention", {"stride": 4, "threshold": 1}),
+    "flexprefill, query-aware": ("flexprefill", {"gamma": 1.0, "tau": 9.0}),
+    "flexprefill, vertical-slash": ("flexprefill", {"gamma": 1.0, "tau": 0.0}),
 }
 
 

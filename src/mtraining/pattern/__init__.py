@@ -6,6 +6,7 @@ from pathlib import Path
 from mtraining.pattern.a_shape import AShape
 from mtraining.pattern.base import Collective, Pattern, SequenceShard, build_from_table
 from mtraining.pattern.dense import Dense
+from mtraining.pattern.flexprefill import FlexPrefill
 from mtraining.pattern.moba import MoBA
 from mtraining.pattern.per_head import PerHead
 from mtraining.pattern.table import read_table
@@ -22,6 +23,7 @@ PATTERNS: dict[str, type[Pattern]] = {
         AShape,
         MoBA,
         XAttention,
+        FlexPrefill,
     )
 }
 

@@ -1,0 +1,138 @@
+"""FlexPrefill (arXiv 2502.20766): each head query-aware or vertical-slash, by how well pooling predicts it.
+
+The paper's sparse pattern search: the last block of queries attends to all keys. Its true attention, summed over
+each key block, is compared with the softmax of mean query times mean keys. Where the square root of their
+Jensen-Shannon divergence is below tau, pooling can be trusted and the head is *query-aware*; else it is
+*vertical-slash*.
+
+Its vertical-slash index search: the fewest columns, and separately the fewest distances, whose share of the last
+block's attention reaches gamma. Its query-aware index search: the softmax of mean queries times mean keys over all
+causal block pairs, as one list over the whole map; the fewest pairs that reach gamma of its total. As in the
+authors' code the first block of keys and the nearest block are always kept. The floor of 1,024 tokens in the
+paper's experiments is left to a union with ``a_shape``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtraining.kernel import SparseIndex
+from mtraining.pattern.base import Collective, Pattern, SequenceShard, require
+from mtraining.pattern.blocks import block_means, grouped_products
+from mtraining.pattern.diagonals import distances_to_diagonals
+from mtraining.pattern.probe import column_and_distance_mass, share_rows
+
+
+@dataclass(frozen=True)
+class FlexPrefill(Pattern):
+    """Query-aware or vertical-slash heads.
+
+    Every rank receives all mean keys, 4 * kv_heads * head_dim bytes a block (4 MB a layer for 512K tokens, 2 kv
+    heads of 128), and takes part in the probe of the last block as in vertical_slash (sends 4 bytes a head for each
+    of its tokens and for each token of the sequence). The cut of the query-aware map is searched bit by bit with
+    16 sums of 24 bytes a head, so that no rank sees another's rows of the map. Each rank chooses for its own
+    queries.
+
+    Attributes:
+        gamma: share of the attention to keep; 1 keeps everything.
+        tau: largest root of the divergence at which a head is query-aware; 0 makes every head vertical-slash.
+        max_columns: cap on the columns of a vertical-slash head; the paper has none, memory must.
+    """
+
+    gamma: float = 0.95
+    tau: float = 0.1
+    max_columns: int = 4096
+
+    name = "flexprefill"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "gamma", 0 < self.gamma <= 1, "use a share of the mass between 0 and 1, such as 0.95")
+        require(self, "tau", self.tau >= 0, "use a distance from 0 up, such as 0.1")
+        least = self.block_size
+        require(self, "max_columns", self.max_columns >= least, f"the first block alone has {least} columns")
+
+    @torch.no_grad()
+    def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
+        size, seq_len, comm = self.block_size, shard.seq_len, shard.comm
+        batch, _, q_heads, _ = q.shape
+        all_blocks = shard.all_blocks(size)
+        queries = block_means(q, size)
+        keys = queries.new_empty(batch, seq_len // size, *k.shape[2:])
+        keys[:, all_blocks.flatten()] = comm.all_gather(block_means(k, size)).transpose(0, 1).flatten(1, 2)
+        block, own = torch.arange(seq_len // size, device=q.device), all_blocks[comm.rank]
+        future = block > own[:, None]
+        scores = (grouped_products(queries, keys) * scale).masked_fill_(future, -torch.inf)
+        pooled = scores.softmax(-1)
+
+        last = torch.arange(seq_len - size, seq_len, device=q.device)
+        verticals, slashes = column_and_distance_mass(q, k, last, shard, scale)
+        true = share_rows(verticals.unflatten(1, (-1, size)).sum(-1) / size, batch, q_heads, shard)
+        # the last block's row of the map, from the rank that holds it; the others add zeros
+        estimated = comm.all_sum((pooled * (own == block[-1])[:, None]).sum(2))
+        query_aware = jensen_shannon_distance(estimated, true) < self.tau
+
+        chosen = heaviest_pairs(pooled, self.gamma, seq_len // size, comm) & ~future
+        chosen |= (block == 0) | (block == own[:, None])
+        columns, diagonals = self._vertical_slash(verticals, slashes, shard)
+        columns = share_rows(columns, batch, q_heads, shard)
+        diagonals = share_rows(diagonals.to(torch.uint8), batch, q_heads, shard).bool()
+        return shard.block_index(
+            size,
+            chosen & query_aware[..., None, None],
+            diagonals & ~query_aware[..., None],
+            columns.masked_fill(query_aware[..., None], seq_len),
+        )
+
+    def _vertical_slash(
+        self, verticals: Tensor, slashes: Tensor, shard: SequenceShard
+    ) -> tuple[Tensor, Tensor]:
+        """Columns int32 (rows, capacity) and diagonals bool (rows, blocks) of the heads owned here."""
+        token = torch.arange(shard.seq_len, device=verticals.device)
+        top_p = self.gamma if self.gamma < 1 else None
+        nearest = token < self.block_size
+        columns = shard.backend.heaviest(verticals, nearest, top_p, self.max_columns)
+        distances = shard.backend.heaviest(slashes, nearest, top_p, shard.seq_len)
+        return columns.to(torch.int32), distances_to_diagonals(distances, shard.seq_len, self.block_size)
+
+
+def jensen_shannon_distance(p: Tensor, q: Tensor) -> Tensor:
+    """Square root of the Jensen-Shannon divergence (natural log) of distributions over the last dimension."""
+    middle = (p + q) / 2
+
+    def divergence(x: Tensor) -> Tensor:
+        return (torch.xlogy(x, x) - torch.xlogy(x, middle)).sum(-1)
+
+    return ((divergence(p) + divergence(q)) / 2).clamp(min=0).sqrt()
+
+
+def heaviest_pairs(weights: Tensor, share: float, total: float, comm: Collective) -> Tensor:
+    """The fewest entries over all rows and ranks whose weights sum to ``share * total``: bool, like ``weights``.
+
+    Entries equal to the lightest chosen one are all chosen. Non-negative floats are ordered as their bits are,
+    so the cut is found from its highest bits down, two at a time, each time by the summed weight from a
+    candidate up; no sort, no host synchronisation, exact.
+
+    Args:
+        weights: (batch, heads, rows, n), this rank's rows, fp32 or fp64, from 0 to 1.
+        total: sum of all weights of a head over all ranks.
+    """
+    if share >= 1:
+        return torch.ones_like(weights, dtype=torch.bool)
+    integer = torch.int64 if weights.dtype == torch.float64 else torch.int32
+    bits = weights.contiguous().view(integer)
+    cut = bits.new_zeros(*weights.shape[:2], 1, 1)
+    for shift in range(torch.iinfo(integer).bits - 2, -1, -2):
+        # the sign bit is 0 throughout, so the first two bits are 00 or 01
+        candidates = [
+            cut + (step << shift) for step in range(1, 2 if shift == torch.iinfo(integer).bits - 2 else 4)
+        ]
+        reached = [
+            (weights * (bits >= c)).sum((-2, -1), keepdim=True, dtype=torch.float64) for c in candidates
+        ]
+        enough = comm.all_sum(torch.stack(reached)) >= share * total
+        cut = cut + (enough.sum(0, dtype=integer) << shift)
+    return bits >= cut
