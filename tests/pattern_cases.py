@@ -14,6 +14,16 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "moba": ("moba", {"chunk": 16, "top_k": 3}),
     "xattention": ("xattention", {"stride": 4, "threshold": 0.5}),
     "flexprefill": ("flexprefill", {"gamma": 0.5, "tau": 0.2, "max_columns": 20}),
+    "union": (
+        "union",
+        {
+            "patterns": [
+                {"name": "toeplitz_random", "options": {"density": 0.3, "window": 1, "columns": 6}},
+                {"name": "moba", "options": {"chunk": 16, "top_k": 2}},
+                {"name": "a_shape", "options": {"sinks": 2, "window": 9}},
+            ]
+        },
+    ),
 }
 
 # a budget that leaves nothing out
@@ -23,6 +33,7 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
     "xattention": ("xattention", {"stride": 4, "threshold": 1}),
     "flexprefill, query-aware": ("flexprefill", {"gamma": 1.0, "tau": 9.0}),
     "flexprefill, vertical-slash": ("flexprefill", {"gamma": 1.0, "tau": 0.0}),
+    "union": ("union", {"patterns": [{"name": "a_shape", "options": {"window": 1}}, "dense"]}),
 }
 
 

@@ -11,6 +11,7 @@ from mtraining.pattern.moba import MoBA
 from mtraining.pattern.per_head import PerHead
 from mtraining.pattern.table import read_table
 from mtraining.pattern.toeplitz_random import ToeplitzRandom
+from mtraining.pattern.union import Union
 from mtraining.pattern.vertical_slash import VerticalSlash
 from mtraining.pattern.xattention import XAttention
 
@@ -24,6 +25,7 @@ PATTERNS: dict[str, type[Pattern]] = {
         MoBA,
         XAttention,
         FlexPrefill,
+        Union,
     )
 }
 
