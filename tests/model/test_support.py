@@ -163,7 +163,7 @@ def test_a_cached_prefix_is_refused() -> None:
 def test_layer_patterns_replace_the_default_in_their_layers() -> None:
     default = build_pattern(**SPARSE)
     model = parallelize(tiny_model("qwen2"), pattern=default, layer_patterns={0: build_pattern(**DENSE)})
-    patterns = [layer.self_attn.mtraining_runtime.pattern for layer in model.hf_model.model.layers]
+    patterns = [layer.self_attn.mtraining_runtime.pattern.inner for layer in model.hf_model.model.layers]
     assert patterns == [build_pattern(**DENSE), default]
 
 

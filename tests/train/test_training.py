@@ -1,6 +1,7 @@
 """Whole runs: resume, reshard, accumulation, and what happens when a step or a save goes wrong."""
 
 import errno
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -277,3 +278,69 @@ def test_export_refuses_what_is_no_run(tmp_path: Path, shards: Path) -> None:
         export_run(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="--dtype int8"):
         export_run(tmp_path, tmp_path / "out", dtype="int8")
+
+
+@pytest.mark.parametrize(
+    "grid", [{"cp": 2}, {"dp": 2}, {"dp": 2, "cp": 2}, {"cp": 4, "cp_outer": 2}], ids=lambda grid: str(grid)
+)
+def test_frozen_indices_survive_checkpoints_and_other_grids(
+    tmp_path: Path, pool: ProcessPool, shards: Path, grid: dict[str, int]
+) -> None:
+    """Frozen at step 2, saved at step 3: a run that goes on from there attends as the one that was never stopped."""
+    held: dict[str, Any] = {"refresh": {"frozen_at": 2}, "coverage": 8, "window": 3, "max_columns": 12}
+    held |= {"top_p": 0.3, "slash_by": "block", "slash_density": 0.2}
+    raw = raw_config(tmp_path / "a", shards, pattern=held, parallel={"cp": 2}, log={"every": 1})
+    records = pool.run(run_job, world=2, raw=raw)[0]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(CheckpointStore(tmp_path / "b").path(6))
+    raw = raw_config(tmp_path / "b", shards, pattern=held, parallel=grid, log={"every": 1})
+    resumed = pool.run(run_job, world=grid.get("dp", 1) * grid.get("cp", 1), raw=raw)[0]
+    assert losses(resumed) == pytest.approx(losses(records), rel=1e-4)
+    for before, after in zip(records[3:], resumed[3:], strict=True):
+        assert after["layer_density"] == pytest.approx(before["layer_density"])
+        for key in ("uncovered", "uncovered_run", "uncovered_run_far"):
+            assert after[key] == pytest.approx(before[key], abs=1e-6), key
+    densities = [record["layer_density"] for record in records]
+    assert densities[3] != densities[0]
+    assert records[-1]["uncovered_run"] < records[0]["uncovered_run"]
+
+
+def test_resuming_without_the_frozen_indices_is_refused(
+    run: Path, tmp_path: Path, pool: ProcessPool, shards: Path
+) -> None:
+    raw = raw_config(
+        interrupted(run, tmp_path / "again"),
+        shards,
+        pattern={"refresh": {"frozen_at": 2}},
+        parallel={"cp": 2},
+    )
+    with pytest.raises(UserError, match="step 4 needs the indices of step 2, which this run does not hold"):
+        pool.run(run_job, world=2, raw=raw)
+
+
+def test_a_table_of_patterns_and_dense_first_layers(tmp_path: Path, pool: ProcessPool, shards: Path) -> None:
+    table = tmp_path / "table.json"
+    table.write_text(
+        json.dumps(
+            [{str(head): ["stream_llm", 4, 8 + 16 * layer, 1] for head in range(4)} for layer in (0, 1)]
+        )
+    )
+    raw = raw_config(
+        tmp_path / "run",
+        shards,
+        pattern={"table": str(table), "dense_layers": 1},
+        log={"every": 1},
+        train={"steps": 2},
+    )
+    dense, windowed = pool.run(run_job, world=1, raw=raw)[0][0]["layer_density"]
+    assert dense == 1.0
+    blocks = raw["train"]["seq_len"] // 16
+    diagonals = sum(blocks - d for d in range(3))
+    columns = 4 / 16 * blocks
+    assert windowed == pytest.approx((diagonals + columns) / (blocks * (blocks + 1) / 2))
+    table.write_text(json.dumps([{"0": ["stream_llm", 4, 8, 1]}] * 2))
+    with pytest.raises(UserError, match="layer 1 has 1 heads there and 4 in the model"):
+        pool.run(run_job, world=1, raw=raw | {"output": str(tmp_path / "other")})
+    table.write_text(json.dumps([{"0": ["stream_llm", 4, 8, 1]}] * 3))
+    with pytest.raises(UserError, match="has 3 layers and the model 2"):
+        pool.run(run_job, world=1, raw=raw | {"output": str(tmp_path / "third")})

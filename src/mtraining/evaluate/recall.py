@@ -29,14 +29,19 @@ def attention_rows(q: Tensor, k: Tensor, rows: Tensor, head: int, scale: float) 
     return scores.masked_fill_(token > rows[:, None], -torch.inf).softmax(-1)
 
 
-def index_recall(index: SparseIndex, q: Tensor, k: Tensor, rows: Tensor, scale: float) -> Tensor:
-    """Share of the true mass of each row that the index keeps: fp32 (q_heads, len(rows)), of the first sequence."""
-    device, size, seq_len = q.device, index.block_size, index.seq_len
-    tiles = index.tile_mask(rows // size, torch.arange(index.num_blocks, device=device))[0]
+def index_recall(index: SparseIndex, attention: Tensor, rows: Tensor) -> Tensor:
+    """Share of the true mass of each row that the index keeps: fp32 (q_heads, len(rows)), of the first sequence.
+
+    Args:
+        index: of the whole sequence, as one process has it.
+        attention: fp32 (q_heads, len(rows), tokens), :func:`attention_rows` of every head.
+    """
+    every = torch.arange(index.num_blocks, device=rows.device)
+    tiles = index.tile_mask(every, every)[0, :, rows // index.block_size]
     kept = []
-    for head in range(q.shape[2]):
-        mask = tiles[head].repeat_interleave(size, -1)
+    for head, row_mass in enumerate(attention):
+        mask = tiles[head].repeat_interleave(index.block_size, -1)
         columns = index.columns[0, head].long()
-        mask[:, columns[columns < seq_len]] = True
-        kept.append((attention_rows(q, k, rows, head, scale) * mask).sum(-1))
+        mask[:, columns[columns < index.seq_len]] = True
+        kept.append((row_mass * mask).sum(-1))
     return torch.stack(kept)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from mtraining.errors import UserError
 from mtraining.kernel import select_backend
 from mtraining.layout import Layout, build_layout
 from mtraining.model.attention import ATTENTION_NAME, AttentionRuntime, attach
+from mtraining.model.indices import IndexMemory, Refresh
 from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses
 from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
 from mtraining.pattern import Pattern, build_pattern
@@ -39,6 +41,7 @@ class ParallelLM(nn.Module):
         layout: who holds which tokens.
         cp_mesh: the context-parallel mesh (1-D or 2-D), None when one rank holds the whole sequence.
         fsdp_mesh: the 1-D mesh over which parameters are sharded, None without FSDP.
+        indices: the attention indices over the steps of training.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class ParallelLM(nn.Module):
         loss_chunk: int,
         cp_mesh: DeviceMesh | None,
         fsdp_mesh: DeviceMesh | None,
+        indices: IndexMemory,
     ) -> None:
         super().__init__()
         self.hf_model = hf_model
@@ -55,6 +59,7 @@ class ParallelLM(nn.Module):
         self.loss_chunk = loss_chunk
         self.cp_mesh = cp_mesh
         self.fsdp_mesh = fsdp_mesh
+        self.indices = indices
         self._checked_lengths: set[int] = set()
 
     def forward(
@@ -73,8 +78,19 @@ class ParallelLM(nn.Module):
         Returns:
             Scalar, fp32 (fp64 for an fp64 model).
         """
+        steps_matter = self.indices.refresh.holds or self.indices.coverage
+        if steps_matter and torch.is_grad_enabled() and not self.indices.in_step:
+            raise UserError(
+                "pattern.refresh, pattern.coverage: both depend on the step; run forward and backward inside "
+                "`with model.training_step(step):`, steps counted from 1."
+            )
         hidden = self._decode(input_ids, position_ids)
         return chunked_cross_entropy(hidden, self._head_weight(), labels, num_labels, self.loss_chunk)
+
+    def training_step(self, step: int) -> AbstractContextManager[None]:
+        """Around all forwards and backwards of optimizer step ``step`` (from 1), when indices are held, covered or
+        counted over steps; outside of it, as in evaluation, every forward estimates anew. Collective."""
+        return self.indices.training_step(step)
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
@@ -106,6 +122,7 @@ class ParallelLM(nn.Module):
         if local in self._checked_lengths:
             return
         ring = Ring.over(self.cp_mesh)
+        self.layout.check(local * ring.world, ring.world)
         expected = self.layout.positions(local * ring.world, ring.world)[ring.rank].to(position_ids.device)
         if not bool((position_ids == expected).all()):
             raise UserError(
@@ -131,6 +148,8 @@ def parallelize(
     loss_chunk: int = 2048,
     fsdp: bool = True,
     layer_patterns: Mapping[int, Pattern | str] | None = None,
+    refresh: Refresh | str | Mapping[Any, int] = "every_step",
+    coverage: int = 0,
 ) -> ParallelLM:
     """Prepare a transformers causal language model for training on context-parallel shards.
 
@@ -149,6 +168,9 @@ def parallelize(
         loss_chunk: tokens whose logits exist at one time.
         fsdp: False keeps whole parameters on every rank and leaves gradients the local share (for evaluation).
         layer_patterns: other patterns for some layers, by index.
+        refresh: when indices are estimated: ``every_step`` (the paper), ``{"every_n": k}``, or ``{"frozen_at": step}``.
+            Anything but the first needs ``model.training_step`` around each step.
+        coverage: extra block diagonals, so that every distance receives gradient within this many steps; 0 for none.
 
     Raises:
         UserError: a model, mesh or option that would not be computed as asked.
@@ -174,11 +196,15 @@ def parallelize(
         select_backend(kernel, device, param_dtype or own_dtype, head_dim_of(model.config))
 
     layout = build_layout(layout) if isinstance(layout, str) else layout
-    _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel)
+    dp_mesh = mesh["dp"] if mesh is not None and "dp" in (mesh.mesh_dim_names or ()) else None
+    indices = IndexMemory(
+        Refresh.parse(refresh), coverage, dp_mesh if dp_mesh is not None and dp_mesh.size() > 1 else None
+    )
+    _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel, indices)
     if recompute != "none":
         for layer in decoder_of(model).layers:
             layer.forward = _recomputed(layer.forward, keep_outputs=recompute == "keep_attention")
-    wrapped = ParallelLM(model, layout, loss_chunk, cp_mesh, fsdp_mesh)
+    wrapped = ParallelLM(model, layout, loss_chunk, cp_mesh, fsdp_mesh, indices)
     if fsdp_mesh is not None:
         _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)
     return wrapped
@@ -191,6 +217,7 @@ def _set_attention(
     layout: Layout,
     cp_mesh: DeviceMesh | None,
     kernel: str,
+    indices: IndexMemory,
 ) -> None:
     """Name our attention in the config and hang each layer's runtime on its attention module."""
     layers = len(decoder_of(model).layers)
@@ -208,7 +235,8 @@ def _set_attention(
         built(layer_patterns[index]) if index in layer_patterns else default for index in range(layers)
     ]
     for index, module in attention_modules(model):
-        attach(module, AttentionRuntime(patterns[index], layout, cp_mesh, kernel))
+        patterns[index].check_heads(index, model.config.num_attention_heads)
+        attach(module, AttentionRuntime(indices.wrap(index, patterns[index]), layout, cp_mesh, kernel))
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:
         raise UserError(

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mtraining.errors import UserError
+from mtraining.model import ParallelLM
 from mtraining.train.checks import check_cursor, check_same_model, data_order
 from mtraining.train.config import Config
 from mtraining.train.mesh import Runtime
@@ -49,7 +50,7 @@ class Checkpointer:
         self,
         config: Config,
         place: Runtime,
-        model: nn.Module,
+        model: ParallelLM,
         optimizer: torch.optim.Optimizer,
         tell: Any = print,
     ) -> None:
@@ -72,11 +73,17 @@ class Checkpointer:
         manifest = require_complete(found)
         check_cursor(self._config, manifest)
         check_same_model(self._shapes(), manifest, str(found))
+        reader = FileSystemReader(str(found))
         state = self._state(with_random=manifest.world == self._place.world)
-        dcp.load(state, storage_reader=FileSystemReader(str(found)), process_group=self._group)
+        indices = _stored(reader, "indices")
+        if indices:  # absent from checkpoints of before they were kept
+            state["indices"] = indices
+        dcp.load(state, storage_reader=reader, process_group=self._group)
         set_state_dict(
             self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        if indices:
+            self._model.indices.restore(indices, self._place.device)
         if "random" in state:
             self._restore_random(state["random"])
         if self._place.is_main:
@@ -92,7 +99,7 @@ class Checkpointer:
         if self._place.is_main:
             shutil.rmtree(self.store.partial(step), ignore_errors=True)
         dist.barrier(group=self._group)
-        state = self._state(with_random=True)
+        state = self._state(with_random=True) | {"indices": self._model.indices.state()}
         manifest = Manifest(
             step=step,
             world=self._place.world,
@@ -190,3 +197,13 @@ class Checkpointer:
             f"checkpoint of step {step} was not saved in {self.store.folder}: {reason}; the last good checkpoint "
             f"{self.store.latest() or '(none yet)'} stays, and the next save tries again."
         )
+
+
+def _stored(reader: FileSystemReader, section: str) -> dict[str, torch.Tensor]:
+    """Empty tensors like those that a checkpoint keeps under ``section``, to be loaded into."""
+    stored = reader.read_metadata().state_dict_metadata
+    return {
+        name.removeprefix(f"{section}."): torch.empty(meta.size, dtype=meta.properties.dtype)
+        for name, meta in stored.items()
+        if name.startswith(f"{section}.") and isinstance(meta, TensorStorageMetadata)
+    }

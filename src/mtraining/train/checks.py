@@ -9,6 +9,8 @@ from __future__ import annotations
 from mtraining.data import SequenceDataset, TokenShards
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
+from mtraining.model import Refresh
+from mtraining.pattern import load_table
 from mtraining.train.config import Config
 from mtraining.train.store import CheckpointStore, Manifest, read_manifest, require_complete
 
@@ -22,8 +24,9 @@ def check_config(config: Config) -> None:
             checkpoint that cannot be used.
     """
     layout = build_layout(config.layout.name, config.layout.unit)
-    for pattern in [config.pattern, *config.layer_patterns.values()]:
-        layout.check(config.train.seq_len, config.parallel.cp, pattern.build().block_size)
+    Refresh.parse(config.pattern.refresh)
+    for pattern in [config.pattern.build(), *config.patterns_by_layer.values()]:
+        layout.check(config.train.seq_len, config.parallel.cp, pattern.block_size)
     if config.train.warmup_steps >= config.train.steps:
         raise UserError(
             f"train.warmup_steps={config.train.warmup_steps} leaves no step after the warm-up; "
@@ -37,6 +40,18 @@ def check_config(config: Config) -> None:
         seed=config.train.seed,
         vocab_size=config.model.config.get("vocab_size"),
     )
+
+
+def check_table(config: Config, layers: int) -> None:
+    """Refuse a `pattern.table` with fewer or more layers than the model."""
+    path = config.pattern.table
+    if path is None:
+        return
+    given = len(load_table(path, config.pattern.name, **config.pattern.options))
+    if given != layers:
+        raise UserError(
+            f"pattern.table={path} has {given} layers and the model {layers}; use a table made for this model."
+        )
 
 
 def check_output(config: Config) -> None:

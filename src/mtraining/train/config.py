@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from pydantic import (
 
 from mtraining.errors import UserError
 from mtraining.model import ModelOptions
-from mtraining.pattern import Pattern, build_pattern
+from mtraining.pattern import Dense, Pattern, build_pattern, load_table
 
 
 class Section(BaseModel):
@@ -44,8 +45,8 @@ class DataSection(Section):
     workers: NonNegativeInt = 0
 
 
-class PatternSection(BaseModel):
-    """What attention computes: `name` picks the pattern; every other key is an option of that pattern."""
+class PatternChoice(BaseModel):
+    """A pattern by `name`; every other key is an option of that pattern."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "vertical_slash"
@@ -58,6 +59,29 @@ class PatternSection(BaseModel):
     def build(self) -> Pattern:
         """The pattern itself; `UserError` for an unknown name or option."""
         return build_pattern(self.name, **self.options)
+
+
+class PatternSection(PatternChoice):
+    """What attention computes, and when it is chosen anew.
+
+    `table` is a file with the patterns of every layer and head (written by `mtraining calibrate`, or one of the
+    authors' MInference files); the options beside it are what its entries start from. `dense_layers`: the first layers
+    are dense. `refresh`: `every_step`, `{every_n: k}` or `{frozen_at: step}`, steps counted from 1. `coverage: k` adds
+    block diagonals that rotate, so that every distance receives gradient within k steps; 0 adds none.
+    """
+
+    table: Path | None = None
+    dense_layers: NonNegativeInt = 0
+    refresh: Literal["every_step"] | dict[Literal["every_n", "frozen_at"], PositiveInt] = "every_step"
+    coverage: NonNegativeInt = 0
+
+    @cached_property
+    def layers(self) -> dict[int, Pattern]:
+        """The layers that have patterns of their own; `UserError` for a table that cannot be read."""
+        found = {}
+        if self.table is not None:
+            found = dict(enumerate(load_table(self.table, self.name, **self.options)))
+        return found | dict.fromkeys(range(self.dense_layers), Dense(block_size=self.build().block_size))
 
 
 class LayoutSection(Section):
@@ -142,14 +166,15 @@ class DistributedSection(Section):
 
 
 class Config(Section):
-    """A whole run. `layer_patterns` gives single layers, by number, a pattern of their own (layer 0 is diffuse)."""
+    """A whole run. `layer_patterns` gives single layers, by number, a pattern of their own (layer 0 is diffuse); it
+    comes before `pattern.dense_layers`, and that before `pattern.table`."""
 
     output: Path
     model: ModelOptions
     data: DataSection
     train: TrainSection
     pattern: PatternSection = PatternSection()
-    layer_patterns: dict[NonNegativeInt, PatternSection] = {}
+    layer_patterns: dict[NonNegativeInt, PatternChoice] = {}
     layout: LayoutSection = LayoutSection()
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -183,6 +208,11 @@ class Config(Section):
                 f"train.micro_batch_size = {per_round}; the nearest is {nearest}"
             )
         return self
+
+    @cached_property
+    def patterns_by_layer(self) -> dict[int, Pattern]:
+        """Every layer whose pattern is not `pattern` itself."""
+        return self.pattern.layers | {layer: choice.build() for layer, choice in self.layer_patterns.items()}
 
     @property
     def accumulation(self) -> int:

@@ -24,7 +24,7 @@ from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, build_model, export_model, parallelize
 from mtraining.train.balance import attention_record, write_balance
 from mtraining.train.checkpoint import Checkpointer
-from mtraining.train.checks import check_config
+from mtraining.train.checks import check_config, check_table
 from mtraining.train.config import Config
 from mtraining.train.display import Display
 from mtraining.train.mesh import Runtime, runtime
@@ -75,11 +75,14 @@ def train(config: Config) -> RunResult:
 def parallel_model(config: Config, place: Runtime) -> tuple[ParallelLM, Any]:
     """The model of a configuration, spread over the mesh, and its tokenizer (None for a random model)."""
     hf_model, tokenizer = build_model(config.model, config.train.seq_len)
+    check_table(config, hf_model.config.num_hidden_layers)
     model = parallelize(
         hf_model,
         place.mesh,
         pattern=config.pattern.build(),
-        layer_patterns={layer: section.build() for layer, section in config.layer_patterns.items()} or None,
+        layer_patterns=config.patterns_by_layer,
+        refresh=config.pattern.refresh,
+        coverage=config.pattern.coverage,
         layout=build_layout(config.layout.name, config.layout.unit),
         kernel=config.train.kernel,
         recompute=config.train.recompute,
@@ -184,7 +187,7 @@ def _record(
         "step_seconds": seconds,
         "memory": _peak_memory(device),
     }
-    return record | attention_record(result.attention)
+    return record | attention_record(result.attention) | result.uncovered
 
 
 def _peak_memory(device: torch.device) -> int:

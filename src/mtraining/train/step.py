@@ -37,12 +37,14 @@ class NonFinite(ArithmeticError):
 @dataclass(frozen=True)
 class StepResult:
     """What one step gave, equal on every rank: the global mean loss, the gradient norm before clipping, the learning
-    rate used, and (when observed) the attention statistics of its first micro-batch, one entry a layer."""
+    rate used, and (when observed) the attention statistics of its first micro-batch, one entry a layer, and the share
+    of distances that received no gradient."""
 
     loss: float
     grad_norm: float
     lr: float
     attention: list[AttentionStats] = field(default_factory=list)
+    uncovered: dict[str, float] = field(default_factory=dict)
 
 
 class Stepper:
@@ -81,14 +83,16 @@ class Stepper:
             )
         attention: list[AttentionStats] = []
         local = torch.zeros((), dtype=torch.float64, device=device)
-        for number, piece in enumerate(pieces):
-            observer = Observer(recall_rows=recall_rows) if observe and number == 0 else None
-            with observer or nullcontext():
-                share = self._model(piece["input_ids"], piece["position_ids"], piece["labels"], labels)
-            if observer is not None:
-                attention = list(observer.stats)
-            share.backward()
-            local += share.detach().double()
+        with self._model.training_step(step + 1):
+            for number, piece in enumerate(pieces):
+                observer = Observer(recall_rows=recall_rows) if observe and number == 0 else None
+                with observer or nullcontext():
+                    share = self._model(piece["input_ids"], piece["position_ids"], piece["labels"], labels)
+                if observer is not None:
+                    attention = list(observer.stats)
+                share.backward()
+                local += share.detach().double()
+        uncovered = self._model.indices.uncovered(self._options.seq_len) if observe else {}
         loss = float(self._place.sum(local.clone()))
         self._require_finite("the loss", loss, local)
         parameters = [p for p in self._model.parameters() if p.grad is not None]
@@ -99,7 +103,7 @@ class Stepper:
         set_learning_rate(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss, grad_norm=float(norm), lr=lr, attention=attention)
+        return StepResult(loss=loss, grad_norm=float(norm), lr=lr, attention=attention, uncovered=uncovered)
 
     def _require_finite(self, what: str, value: float, local: Tensor | None) -> None:
         """`value` is equal on all ranks, so all ranks raise together; only then does it cost a second collective."""

@@ -1,0 +1,263 @@
+"""What happens to the indices of a model's layers from step to step: refreshed or held, covered, and counted.
+
+* *Refresh*: estimate anew at every forward (the paper), at every k-th step, or no more after some step.
+* *Coverage*: extra block diagonals that rotate with the step, so that every distance receives gradient within k steps.
+* *Count*: which distances have received gradient, in this step and since training began.
+
+A held index is that of one sequence, the first of its step, and every sequence of every replica is given it: an index
+fits the text it was estimated on, so holding one means one for all. It is in global coordinates, so any number
+of ranks can go on from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from mtraining.errors import UserError
+from mtraining.kernel import SparseIndex
+from mtraining.pattern import Pattern, SequenceShard
+
+FAR_TOKENS = 32_768
+_FORMS = "every_step, {every_n: k} or {frozen_at: step}"
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """When indices are estimated. Steps count from 1, as in the metrics.
+
+    Attributes:
+        every_n: estimate at steps 1, 1 + n, 1 + 2 n, ...; 1 is every step.
+        frozen_at: estimate at every step up to this one, and hold its indices ever after.
+    """
+
+    every_n: int = 1
+    frozen_at: int | None = None
+
+    @staticmethod
+    def parse(value: Refresh | str | Mapping[Any, int]) -> Refresh:
+        """From ``every_step``, ``{every_n: k}`` or ``{frozen_at: step}``.
+
+        Raises:
+            UserError: anything else.
+        """
+        if isinstance(value, Refresh):
+            return value
+        if value == "every_step":
+            return Refresh()
+        if isinstance(value, Mapping) and len(value) == 1:
+            key, number = next(iter(value.items()))
+            if key in ("every_n", "frozen_at") and isinstance(number, int) and number >= 1:
+                return Refresh(**{key: number})
+        raise UserError(
+            f"pattern.refresh: {value!r} is not known; use {_FORMS}, with a number of at least 1."
+        )
+
+    def estimates(self, step: int) -> bool:
+        """Whether step ``step`` (from 1) estimates anew."""
+        if self.frozen_at is not None:
+            return step <= self.frozen_at
+        return (step - 1) % self.every_n == 0
+
+    def source(self, step: int) -> int:
+        """The step whose indices a step that does not estimate uses."""
+        return self.frozen_at if self.frozen_at is not None else step - (step - 1) % self.every_n
+
+    @property
+    def holds(self) -> bool:
+        return self.frozen_at is not None or self.every_n > 1
+
+
+class IndexMemory:
+    """The indices of a model's layers over the steps of its training.
+
+    Args:
+        refresh: when to estimate.
+        coverage: every block distance receives gradient within this many steps; 0 adds nothing.
+        dp_mesh: the replicas, which must hold the same indices; None for one.
+    """
+
+    def __init__(self, refresh: Refresh, coverage: int, dp_mesh: DeviceMesh | None) -> None:
+        if coverage < 0:
+            raise UserError(f"pattern.coverage={coverage} must be a number of steps, or 0 for none.")
+        self.refresh, self.coverage = refresh, coverage
+        self._dp_mesh = dp_mesh
+        self._step: int | None = None
+        self._held: dict[int, SparseIndex] = {}
+        self._held_step = 0
+        self._fresh: dict[int, SparseIndex] = {}
+        self._now: dict[int, Tensor] = {}  # bool (q_heads, num_blocks): block distances computed in this step
+        self._ever: dict[int, Tensor] = {}
+
+    @property
+    def in_step(self) -> bool:
+        return self._step is not None
+
+    @contextmanager
+    def training_step(self, step: int) -> Iterator[None]:
+        """The forwards and backwards of optimizer step ``step``, counted from 1. Collective over the replicas."""
+        self._step = step
+        self._fresh.clear()
+        self._now.clear()
+        try:
+            yield
+        finally:
+            self._step = None
+        for layer, now in self._now.items():
+            ever = self._ever.get(layer)
+            self._ever[layer] = now.clone() if ever is None or ever.shape != now.shape else ever | now
+        if self.refresh.holds and self.refresh.estimates(step):
+            self._held, self._fresh = {n: self._from_first_replica(x) for n, x in self._fresh.items()}, {}
+            self._held_step = step
+
+    def wrap(self, layer: int, pattern: Pattern) -> Pattern:
+        """``pattern`` for one layer, under this memory."""
+        return Remembered(block_size=pattern.block_size, layer=layer, inner=pattern, memory=self)
+
+    def held(self, layer: int, batch: int, seq_len: int) -> SparseIndex | None:
+        """The held index of a layer, for every sequence of a batch; None where this step estimates."""
+        if self._step is None or self.refresh.estimates(self._step):
+            return None
+        wanted = self.refresh.source(self._step)
+        index = self._held.get(layer)
+        if index is None or self._held_step != wanted:
+            raise UserError(
+                f"pattern.refresh: step {self._step} needs the indices of step {wanted}, which this run does not hold "
+                f"(it holds those of {self._held_step or 'no step'}); resume from a checkpoint of a run with the same "
+                "pattern.refresh, or use every_step."
+            )
+        if index.seq_len != seq_len:
+            raise UserError(
+                f"pattern.refresh: the held indices are for {index.seq_len} tokens and this batch has {seq_len}; use "
+                "one train.seq_len throughout, or pattern.refresh=every_step."
+            )
+        return replace(
+            index,
+            diagonals=index.diagonals.expand(batch, -1, -1).contiguous(),
+            columns=index.columns.expand(batch, -1, -1).contiguous(),
+        )
+
+    def keep(self, layer: int, index: SparseIndex) -> None:
+        """Remember a layer's index, if it is the step's first and is to be held."""
+        if self._step is None or not self.refresh.holds or layer in self._fresh:
+            return
+        if index.blocks is not None:
+            raise UserError(
+                f"pattern.refresh: the pattern of layer {layer} lists blocks, which each rank holds its share of; only "
+                "columns and slashes can be held: use pattern.refresh=every_step with it."
+            )
+        first = (index.diagonals[:1].clone(), index.columns[:1].clone())
+        self._fresh[layer] = replace(index, diagonals=first[0], columns=first[1])
+
+    def cover(self, index: SparseIndex) -> SparseIndex:
+        """``index`` with this step's share of all block diagonals.
+
+        Head h is given diagonals d with (d - h - step) divisible by ``coverage``: over that many steps every distance,
+        and at any one step different distances in different heads, so that a striped ring stays balanced.
+        """
+        if self._step is None or not self.coverage:
+            return index
+        device = index.diagonals.device
+        head = torch.arange(index.diagonals.shape[1], device=device)
+        distance = torch.arange(index.num_blocks, device=device)
+        extra = (distance - head[:, None] - self._step) % self.coverage == 0
+        return replace(index, diagonals=index.diagonals | extra)
+
+    def count(self, layer: int, index: SparseIndex) -> None:
+        """Note which block distances of a layer receive gradient; patterns that list blocks are not counted."""
+        if self._step is None or index.blocks is not None:
+            return
+        selected = index.diagonals.any(0)
+        self._now[layer] = self._now[layer] | selected if layer in self._now else selected
+
+    def uncovered(self, seq_len: int) -> dict[str, float]:
+        """Share of the block distances that no tile of a head joined: their pairs had no slash to bring a gradient.
+
+        Means over layers and heads; columns, which reach any distance at a few keys, are left aside. Call it after a
+        step; collective over the replicas.
+
+        Returns:
+            ``uncovered``: in the last step; ``uncovered_run``: ever since training began; and both again with ``_far``
+            for distances beyond 32,768 tokens (half the sequence, where that is less). Empty when nothing was counted.
+        """
+        found: dict[str, float] = {}
+        for name, by_layer in (("uncovered", self._now), ("uncovered_run", self._ever)):
+            missed = [(~joined).float() for joined in self._over_replicas(by_layer).values()]
+            if missed:
+                far = min(FAR_TOKENS, seq_len // 2) / seq_len
+                beyond = [layer[:, int(far * layer.shape[1]) :] for layer in missed]
+                found[name] = torch.stack([layer.mean() for layer in missed]).mean().item()
+                found[f"{name}_far"] = torch.stack([layer.mean() for layer in beyond]).mean().item()
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep, on the CPU, the same on every rank. Collective over the replicas."""
+        state = {"held_step": torch.tensor(self._held_step)}
+        for layer, index in self._held.items():
+            state[f"diagonals_{layer}"] = index.diagonals.to("cpu", torch.uint8)
+            state[f"columns_{layer}"] = index.columns.cpu()
+            state[f"shape_{layer}"] = torch.tensor([index.seq_len, index.block_size])
+        for layer, distances in self._over_replicas(self._ever).items():
+            state[f"ever_{layer}"] = distances.to("cpu", torch.uint8)
+        return state
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Go on from :meth:`state`."""
+        self._held_step = int(state["held_step"])
+        for name, tensor in state.items():
+            kind, _, layer = name.rpartition("_")
+            if kind == "ever":
+                self._ever[int(layer)] = tensor.to(device).bool()
+            elif kind == "shape":
+                seq_len, block_size = tensor.tolist()
+                self._held[int(layer)] = SparseIndex(
+                    seq_len,
+                    block_size,
+                    state[f"diagonals_{layer}"].to(device).bool(),
+                    state[f"columns_{layer}"].to(device),
+                )
+
+    def _from_first_replica(self, index: SparseIndex) -> SparseIndex:
+        if self._dp_mesh is None:
+            return index
+        group = self._dp_mesh.get_group()
+        diagonals, columns = index.diagonals.to(torch.uint8), index.columns.contiguous()
+        for tensor in (diagonals, columns):
+            dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+        return replace(index, diagonals=diagonals.bool(), columns=columns)
+
+    def _over_replicas(self, by_layer: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Block distances that any replica has: for each layer, bool (q_heads, num_blocks)."""
+        if self._dp_mesh is None:
+            return dict(sorted(by_layer.items()))
+        joined = {layer: by_layer[layer].to(torch.uint8) for layer in sorted(by_layer)}
+        for distances in joined.values():
+            dist.all_reduce(distances, op=dist.ReduceOp.MAX, group=self._dp_mesh.get_group())
+        return {layer: distances.bool() for layer, distances in joined.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Remembered(Pattern):
+    """A layer's pattern under an :class:`IndexMemory`; outside a training step it is the inner pattern alone."""
+
+    layer: int = 0
+    inner: Pattern = Pattern()  # noqa: RUF009 - frozen
+    memory: IndexMemory = None  # type: ignore[assignment]
+
+    name = "remembered"
+
+    def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
+        index = self.memory.held(self.layer, q.shape[0], shard.seq_len)
+        if index is None:
+            index = self.inner.estimate(q, k, shard, scale)
+            self.memory.keep(self.layer, index)
+        index = self.memory.cover(index)
+        self.memory.count(self.layer, index)
+        return index
