@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from distributed import ProcessPool, Worker
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
-from mtraining.pattern import SequenceShard, VerticalSlash
+from mtraining.pattern import SequenceShard, VerticalSlash, build_pattern
 from mtraining.ring import IndexTape, Observer, sparse_ring_attention
 
 OPTIONS = {"block_size": 8, "top_p": 0.5, "max_columns": 9, "max_slashes": 9, "sinks": 2, "window": 3}
@@ -124,3 +124,43 @@ def test_observing_is_off_outside() -> None:
         pass
     gradients(torch.randn(1, 64, 4, 16), None, VerticalSlash(**OPTIONS))
     assert seen.stats == []
+
+
+def listed_job(worker: Worker, keep_outputs: bool) -> tuple[list[object], bool, int]:
+    """What two ranks see of a pattern with block lists, and whether recompute changes any gradient."""
+    torch.manual_seed(3)
+    layout, mesh = build_layout("zigzag", 8), worker.mesh()
+    pattern = build_pattern("moba", block_size=8, chunk=16, top_k=2)
+    x = layout.shard(
+        torch.randn(1, 128, 4, 16, dtype=torch.float64), worker.rank, worker.world
+    ).requires_grad_()
+
+    def layer(x: Tensor) -> Tensor:
+        q, k, v = x, x[:, :, :2] * 1.5, x[:, :, 2:].sin()
+        return sparse_ring_attention(q, k, v, pattern=pattern, layout=layout, mesh=mesh)
+
+    with Observer() as seen:
+        plain = layer(x)
+    (expected,) = torch.autograd.grad(plain.square().sum(), x)
+    tape = IndexTape(keep_outputs)
+    again = checkpoint(layer, x, use_reentrant=False, context_fn=lambda: (tape.record(), tape.replay()))
+    (got,) = torch.autograd.grad(again.square().sum(), x)
+    (stats,) = seen.stats
+    assert stats.index.block_rows is None
+    work = [stats.density, stats.tile_work.tolist(), stats.index.to_mask().sum().item()]
+    with tape.replay():
+        return work, torch.equal(got, expected), tape.read().index.nbytes()
+
+
+@pytest.mark.parametrize("keep_outputs", [False, True])
+def test_block_lists_are_whole_for_observers_and_local_on_the_tape(
+    pool: ProcessPool, keep_outputs: bool
+) -> None:
+    first, second = pool.run(listed_job, world=2, keep_outputs=keep_outputs)
+    assert first == second, "every rank must report the same"
+    (density, work, _), unchanged, held = first
+    assert unchanged
+    assert sum(map(sum, work)) == pytest.approx(density * 4 * 16 * 17 / 2)
+    assert held == 4 * (
+        16 + 8 * 2
+    )  # a head: 16 diagonals, and 2 bytes of bits for each of the rank's 8 query blocks
