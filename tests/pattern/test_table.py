@@ -15,12 +15,14 @@ from mtraining.errors import UserError
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
 from mtraining.pattern import (
+    AShape,
     Dense,
     Pattern,
     PerHead,
     SequenceShard,
     ToeplitzRandom,
     VerticalSlash,
+    build_pattern,
     load_table,
 )
 from mtraining.pattern.table import describe
@@ -31,7 +33,8 @@ TOKEN = VerticalSlash(**SMALL, top_p=None, top_k_columns=5, top_k_slashes=6)
 BLOCK = VerticalSlash(**SMALL, top_p=None, top_k_columns=9, slash_by="block", slash_density=0.4)
 SPREAD = VerticalSlash(**SMALL | {"probe_at": "spread"}, top_p=0.6)
 RANDOM = ToeplitzRandom(block_size=8, density=0.4, window=1, columns=12)
-MIXED = (TOKEN, Dense(block_size=8), BLOCK, SPREAD, TOKEN, RANDOM)
+LISTED = build_pattern("moba", block_size=8, chunk=16, top_k=2)
+MIXED = (TOKEN, Dense(block_size=8), BLOCK, LISTED, TOKEN, SPREAD)
 
 
 def mask_by_head(heads: tuple[Pattern, ...], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -52,7 +55,6 @@ def qkv(seed: int = 3) -> list[torch.Tensor]:
 def test_each_head_gets_its_own_pattern() -> None:
     q, k, _ = qkv()
     index = PerHead(block_size=8, heads=MIXED).estimate(q, k, SequenceShard.whole(128), 0.25)
-    # The random pattern of one head is drawn for that head alone, as it is in the group of one.
     assert torch.equal(index.to_mask(), mask_by_head(MIXED, q, k))
 
 
@@ -129,17 +131,16 @@ def test_the_published_minference_form(tmp_path: Path) -> None:
     )
     layers = load_table(table, slash_by="block", max_columns=2048, probe_at="spread")
 
-    def head(columns: int, slashes: int, **more: Any) -> VerticalSlash:
+    def head(columns: int, slashes: int) -> VerticalSlash:
         return VerticalSlash(
             top_p=None,
             top_k_columns=columns,
             top_k_slashes=slashes,
             slash_by="token",
             probe_at="spread",
-            **more,
         )
 
-    assert layers[0] == PerHead(heads=(head(1000, 6096), head(100, 800, sinks=100, window=800)))
+    assert layers[0] == PerHead(heads=(head(1000, 6096), AShape(sinks=100, window=800)))
     assert layers[1] == PerHead(heads=(head(30, 100), head(500, 700)))
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from mtraining.errors import UserError
+from mtraining.pattern.a_shape import AShape
 from mtraining.pattern.base import Pattern, build_from_table
 from mtraining.pattern.per_head import PerHead
 from mtraining.pattern.vertical_slash import VerticalSlash
@@ -142,23 +143,21 @@ class _Table:
                 f"pattern.table: {self._path}, {where}: {choice!r} is not [pattern, verticals, slashes, score]."
             )
         kind, columns, slashes = choice[0], int(choice[1]), int(choice[2])
-        fixed: dict[str, object] = {"top_p": None, "slash_by": "token"}
-        if (
-            kind == "vertical_and_slash"
-        ):  # what is always kept counts towards a budget, and may exceed a small one
-            base = build_from_table(self._known, VerticalSlash.name, self._shared(VerticalSlash.name))
-            assert isinstance(base, VerticalSlash)
-            fixed |= {
-                "top_k_columns": max(columns, base.sinks),
-                "top_k_slashes": max(slashes, base.window),
-            }
-        elif kind == "stream_llm":  # the first tokens and a local window, and nothing else
-            fixed |= {"top_k_columns": columns, "top_k_slashes": slashes, "sinks": columns, "window": slashes}
-        else:
+        if kind == "stream_llm":
+            return self._build(AShape.name, {"sinks": columns, "window": slashes}, where)
+        if kind != "vertical_and_slash":
             raise UserError(
                 f"pattern.table: {self._path}, {where}: {kind!r} is not supported; it takes vertical_and_slash and "
                 "stream_llm: search this head again with mtraining calibrate."
             )
+        base = build_from_table(self._known, VerticalSlash.name, self._shared(VerticalSlash.name))
+        assert isinstance(base, VerticalSlash)
+        fixed = {  # what is always kept counts towards a budget, and may exceed a small one
+            "top_p": None,
+            "slash_by": "token",
+            "top_k_columns": max(columns, base.sinks),
+            "top_k_slashes": max(slashes, base.window),
+        }
         return self._build(VerticalSlash.name, fixed, where)
 
     def _shared(self, name: str) -> dict[str, object]:
