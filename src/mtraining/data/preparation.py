@@ -48,7 +48,12 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> PrepareSummary
     existed = options.out.exists()
     fresh = not existed or (options.out.is_dir() and not _foreign(options.out))
     try:
-        state = _begin(options, sources)
+        try:
+            state = _begin(options, sources)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise UserError(
+                f"out '{options.out}' cannot be made: {error.strerror}; name another folder"
+            ) from None
         return _prepare(options, sources, state, progress)
     except UserError:
         if fresh:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mtraining.errors import UserError
@@ -49,7 +50,7 @@ def export_model(
     if mesh is None or mesh.get_local_rank() == 0:
         try:
             _write(model.hf_model, state, target, tokenizer, dtype)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             failure = [f"export: writing {target} failed ({error}); free space or choose another folder."]
     if mesh is not None:
         group = mesh.get_group()

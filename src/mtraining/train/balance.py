@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,9 +50,14 @@ def write_balance(config: Config, step: int, layers: Sequence[AttentionStats]) -
         for name in COMPARED_LAYOUTS
         if (entry := _entry(config, name, world, layers)) is not None
     ]
-    (config.output / BALANCE).write_text(
-        json.dumps({"step": step, "layouts": entries}, indent=1), encoding="utf-8"
-    )
+    fresh = config.output / f"{BALANCE}.new"
+    try:
+        fresh.write_text(json.dumps({"step": step, "layouts": entries}, indent=1), encoding="utf-8")
+        os.replace(fresh, config.output / BALANCE)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        if error.errno != errno.ENOSPC:  # a full disk is told by the metrics; the last balance stays
+            raise
 
 
 def _entry(config: Config, name: str, world: int, layers: Sequence[AttentionStats]) -> dict[str, Any] | None:

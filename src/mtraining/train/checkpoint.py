@@ -193,6 +193,10 @@ class Checkpointer:
         causes = [cause[0] if isinstance(cause, tuple) else cause for cause in causes]
         full = any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes)
         reason = "the disk is full" if full else " ".join(str(causes[-1]).split())
+        if (
+            "inline_container" in reason
+        ):  # torch's writer of a file, stopped short, hides the system's own error
+            reason = "a file could not be written to its end (is the disk full?)"
         return (
             f"checkpoint of step {step} was not saved in {self.store.folder}: {reason}; the last good checkpoint "
             f"{self.store.latest() or '(none yet)'} stays, and the next save tries again."

@@ -31,6 +31,7 @@ from mtraining.train.mesh import Runtime, runtime
 from mtraining.train.metrics import MetricsWriter
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Batch, NonFinite, Stepper, StepResult
+from mtraining.train.store import full_disk_told
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -52,7 +53,7 @@ def train(config: Config) -> RunResult:
             checkpoint that could not be written.
     """
     check_config(config)
-    with runtime(config) as place:
+    with runtime(config) as place, full_disk_told(config.output):
         torch.manual_seed(config.train.seed)
         model, tokenizer = parallel_model(config, place)
         dataset = build_dataset(config, place, vocab_size=model.hf_model.config.vocab_size)

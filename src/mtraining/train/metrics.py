@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,15 +16,24 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends one record a step. Resuming at `step` drops what an interrupted run logged beyond it."""
+    """Appends one record a step. Resuming at `step` drops what an interrupted run logged beyond it.
 
-    def __init__(self, run: Path, *, step: int = 0, tensorboard: bool = True) -> None:
+    A full disk ends no run, for a failed checkpoint may give space back: records of metrics.jsonl wait in memory until
+    they can be written, TensorBoard's curves end, and `tell` says so once.
+    """
+
+    def __init__(
+        self, run: Path, *, step: int = 0, tensorboard: bool = True, tell: Callable[[str], None] = print
+    ) -> None:
         path = run / METRICS
         kept = [record for record in read_metrics(run) if record["step"] <= step] if step else []
         fresh = path.with_suffix(".jsonl.new")
         fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(fresh, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._path, self._tell = path, tell
+        # Unbuffered, so that what a full disk did not take is known to the byte.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        self._waiting, self._told = b"", False
         self._board = None
         if tensorboard:
             try:
@@ -36,16 +46,22 @@ class MetricsWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one step's record. Lists (per-layer values) become one TensorBoard curve an entry."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(record).encode() + b"\n"
+        self._append()
+        if self._waiting and not self._told:
+            self._told = True
+            self._tell(f"{self._path}: the disk is full; metrics wait in memory until there is space.")
         if self._board is None:
             return
-        for key, value in record.items():
-            if isinstance(value, list):
-                for index, item in enumerate(value):
-                    self._board.add_scalar(f"{key}/{index:02d}", item, record["step"])
-            elif isinstance(value, (int, float)) and key != "step":
-                self._board.add_scalar(key, value, record["step"])
+        try:
+            for key, value in record.items():
+                if isinstance(value, list):
+                    for index, item in enumerate(value):
+                        self._board.add_scalar(f"{key}/{index:02d}", item, record["step"])
+                elif isinstance(value, (int, float)) and key != "step":
+                    self._board.add_scalar(key, value, record["step"])
+        except OSError as error:
+            self._drop_board(error)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -57,9 +73,35 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close both."""
+        self._append()
+        if self._waiting:
+            self._tell(
+                f"{self._path}: the disk is full; its last {self._waiting.count(10)} records are lost."
+            )
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:
+                self._drop_board(error)
+
+    def _append(self) -> None:
+        """Write what waits, or as much of it as the disk takes."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+
+    def _drop_board(self, error: OSError) -> None:
+        """Its background thread has ended and cannot be started again."""
+        if error.errno != errno.ENOSPC:
+            raise error
+        self._board = None
+        self._tell(
+            f"{self._path.parent / 'tensorboard'}: the disk is full; curves end here, metrics.jsonl has them."
+        )
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

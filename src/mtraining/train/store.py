@@ -9,10 +9,13 @@ must know before touching a tensor: the step, what fixes the order of samples, a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -149,3 +152,19 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def full_disk_told(run: Path) -> Iterator[None]:
+    """Whatever meets a full disk inside becomes one sentence, with where to go on from."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors, written in Rust, raises an error of its own and has the reason in its text only
+        if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        latest = CheckpointStore(run).latest()
+        raise UserError(
+            f"output={run}: the disk is full; free space there and run the same command again to go on from "
+            f"{latest or 'the start'}."
+        ) from None
