@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 _FLUSH_BYTES = 256 << 20  # several times any L2
+_PAUSE_CYCLES = 20_000_000  # about ten milliseconds
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,11 @@ class Timing:
 
 
 def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.5) -> Timing:
-    """Time ``run``: warm-up, then 3 to 50 repetitions in about ``seconds``, each after the L2 cache is overwritten."""
+    """Time ``run``: warm-up, then 3 to 50 repetitions in about ``seconds``, each after the L2 cache is overwritten.
+
+    The repetitions are queued together behind a pause, so that the time is the GPU's, as in a training step whose host
+    runs ahead, and not that of launching kernels onto an idle GPU.
+    """
     if device.type != "cuda":
         run()
         return Timing(statistics.median(_wall_ms(run) for _ in range(3)), None)
@@ -32,19 +37,21 @@ def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) / 2**20
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
-    estimate = _event_ms(run, flush)
-    times = [_event_ms(run, flush) for _ in range(max(3, min(50, int(1000 * seconds / max(estimate, 1e-3)))))]
+    estimate = _events_ms(run, flush, 1)[0]
+    times = _events_ms(run, flush, max(3, min(50, int(1000 * seconds / max(estimate, 1e-3)))))
     return Timing(statistics.median(times), peak)
 
 
-def _event_ms(run: Callable[[], object], flush: torch.Tensor) -> float:
-    flush.zero_()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+def _events_ms(run: Callable[[], object], flush: torch.Tensor, times: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
+    torch.cuda._sleep(_PAUSE_CYCLES)
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
 
 
 def _wall_ms(run: Callable[[], object]) -> float:

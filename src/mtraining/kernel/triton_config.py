@@ -27,12 +27,12 @@ Table = dict[str, dict[int, Tiles]]  # kernel -> largest padded head_dim served 
 
 # Data-centre Hopper and Blackwell: 227 KiB of shared memory, accumulators of a whole warp group.
 LARGE: Table = {
-    "tiles_forward": {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 128, 8, 2), 256: Tiles(128, 64, 8, 2)},
-    "tiles_dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2)},
-    "tiles_dkdv": {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
-    "columns_forward": {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 128, 8, 2), 256: Tiles(128, 64, 8, 2)},
-    "columns_dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2)},
-    "columns_dkdv": {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
+    "tiles_forward": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
+    "tiles_dq": {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
+    "tiles_dkdv": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 64, 8, 2)},
+    "columns_forward": {64: Tiles(64, 128, 4, 2), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
+    "columns_dq": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
+    "columns_dkdv": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 128, 8, 3), 256: Tiles(32, 64, 8, 2)},
 }
 # Ampere, Ada and small Blackwell: from 99 KiB of shared memory, accumulators of a warp.
 _SMALL_FORWARD = {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)}

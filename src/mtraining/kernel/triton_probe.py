@@ -179,7 +179,7 @@ def _tiles(probes: int, head_dim: int, itemsize: int) -> _Tiles:
     if itemsize == 4 and not interpreted():  # exact fp32 products, no tensor cores
         return _Tiles(32, 32, 4)
     queries = max(16, min(64, triton.next_power_of_2(probes)))
-    return _Tiles(queries, 128, 8) if head_dim <= 128 else _Tiles(queries, 64, 4)
+    return _Tiles(queries, 128 if head_dim <= 128 else 64, 4)
 
 
 def _launch(probe: Tensor, k: Tensor) -> tuple[tuple[int, int], dict[str, object]]:
