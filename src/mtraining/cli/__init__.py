@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mtraining.cli.bench import bench
+from mtraining.cli.calibrate import calibrate
 from mtraining.cli.demo import demo
 from mtraining.cli.export import export
 from mtraining.cli.prepare import prepare
@@ -15,7 +16,7 @@ from mtraining.cli.report import report
 from mtraining.cli.train import train
 from mtraining.errors import UserError
 
-COMMANDS = (train, prepare, export, report, demo)
+COMMANDS = (train, prepare, calibrate, export, report, demo)
 
 app = typer.Typer(
     name="mtraining",
