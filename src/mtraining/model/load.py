@@ -125,13 +125,13 @@ def _config_from_fields(fields: dict[str, Any]) -> Any:
     model_type = fields.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise UserError(
-            f"model.config.model_type={model_type!r} is not known{_nearest(model_type, CONFIG_MAPPING.keys())}."
+            f"model.config.model_type={model_type!r} is not known{_nearest(model_type, CONFIG_MAPPING.keys())}"
         )
     known = {*CONFIG_MAPPING[model_type]().to_dict(), "rope_theta", "rope_scaling"}
     for field in fields:
         if field not in known:
             raise UserError(
-                f"model.config.{field} is not a field of {model_type} configs{_nearest(field, known)}."
+                f"model.config.{field} is not a field of {model_type} configs{_nearest(field, known)}"
             )
     try:
         return AutoConfig.for_model(model_type, **fields)
@@ -176,7 +176,7 @@ def _tokenizer(options: ModelOptions, smollm2: SmolLM2 | None) -> Any:
 
 def _nearest(name: str, known: Any) -> str:
     found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    return f"; did you mean {found[0]!r}?" if found else "; correct or remove it."
 
 
 def _first_line(error: BaseException) -> str:

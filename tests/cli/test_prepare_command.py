@@ -1,0 +1,122 @@
+"""`mtraining prepare` as it is typed: every kind of source, and what it says of documents that it could not use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mtraining.cli import main
+from mtraining.data import TokenShards
+
+
+def mtraining(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """The exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["mtraining", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def documents(out: Path) -> dict[str, str]:
+    return {name: bytes(ids[:-1].tolist()).decode() for name, ids in TokenShards(out).documents()}
+
+
+def write_jsonl(folder: Path) -> Path:
+    (folder / "rows.jsonl").write_text('{"id": "a", "text": "one"}\n{"text": \n{"id": "b", "text": "two"}\n')
+    return folder / "rows.jsonl"
+
+
+def write_parquet(folder: Path) -> Path:
+    table = pa.table({"id": ["a", "x", "b"], "text": ["one", None, "two"]})
+    pq.write_table(table, folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+def write_folder(folder: Path) -> Path:
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a").with_suffix(".txt").write_text("one")
+    (folder / "texts" / "b.txt").write_text("two")
+    (folder / "texts" / "empty.txt").write_text("")
+    return folder / "texts"
+
+
+@pytest.mark.parametrize(
+    ("write", "options", "names", "skipped"),
+    [
+        (write_jsonl, ["--name-column", "id"], ["a", "b"], "rows.jsonl:2"),
+        (write_parquet, ["--name-column", "id"], ["a", "b"], "x"),
+        (write_folder, [], ["a.txt", "b.txt"], "empty.txt"),
+    ],
+)
+def test_kinds_of_source(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    write: object,
+    options: list[str],
+    names: list[str],
+    skipped: str,
+) -> None:
+    source = write(tmp_path)  # type: ignore[operator]
+    assert mtraining(monkeypatch, "prepare", source, tmp_path / "out", *options) == 0
+    assert documents(tmp_path / "out") == dict(zip(names, ("one", "two"), strict=True))
+    told = capsys.readouterr().out
+    assert skipped in told, told
+    assert "2 documents" in told
+
+
+def test_code_folder_with_holdout_and_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("aaa", "bbb", "ccc"):
+        (tmp_path / "code" / package).mkdir(parents=True)
+        (tmp_path / "code" / package / "main.py").write_text(f"# {package}\n")
+        (tmp_path / "code" / package / "data.bin").write_bytes(b"\0")
+    arguments = ("--kind", "code", "--holdout", "bbb", "--max-documents", "1", "--workers", "2")
+    assert mtraining(monkeypatch, "prepare", tmp_path / "code", tmp_path / "out", *arguments) == 0
+    assert [*documents(tmp_path / "out")] == ["aaa"]
+    assert [*documents(tmp_path / "out" / "holdout")] == ["bbb"]
+    assert "# aaa" in documents(tmp_path / "out")["aaa"]
+
+
+def test_the_installed_command_and_a_second_run(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path)
+    command = [sys.executable, "-m", "mtraining.cli", "prepare", str(source), str(tmp_path / "out")]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "2 documents" in first.stdout and "2 documents" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{t}/absent.jsonl", "{t}/out"], "does not exist; correct the path"),
+        (["{t}/rows.jsonl"], "at least one source and the folder to write"),
+        (["{t}/rows.jsonl", "{t}/out", "--kind", "jsn"], "did you mean 'jsonl'"),
+        (["{t}/rows.jsonl", "{t}/out", "--text-column", "txt"], "set it to 'text'"),
+        (["{t}/rows.jsonl", "{t}/out", "--tokenizer", "{t}/none"], "tokenizer"),
+        (["{t}/rows.jsonl", "{t}/rows.jsonl/out"], "cannot be made: Not a directory; name another folder"),
+        (["{t}/rows.jsonl", "/proc/none/out"], "cannot be made: No such file or directory; name another"),
+    ],
+)
+def test_mistakes_get_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    write_jsonl(tmp_path)
+    filled = [argument.replace("{t}", str(tmp_path)) for argument in arguments]
+    assert mtraining(monkeypatch, "prepare", *filled) == 2
+    errors = capsys.readouterr().err.strip()
+    assert errors.startswith("error: ") and sentence in errors
+    assert len(errors.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
