@@ -58,7 +58,8 @@ class MoBA(Pattern):
         future, present = chunk > own[:, None], chunk == own[:, None]
         gate = gate.masked_fill(future, -torch.inf).masked_fill(present, torch.inf)
         best = gate.topk(min(self.top_k, chunk.numel()), -1).indices
-        chosen = torch.zeros_like(gate, dtype=torch.bool).scatter(-1, best, True) & ~future
+        # where the past has fewer chunks than top_k, future ones fill up: an index ignores what lies ahead
+        chosen = torch.zeros_like(gate, dtype=torch.bool).scatter(-1, best, True)
         return shard.block_index(
             self.block_size, chosen.repeat_interleave(per_chunk, -1)[..., :num_blocks].contiguous()
         )
