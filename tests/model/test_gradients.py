@@ -25,7 +25,6 @@ from torch import Tensor
 from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
-from mtraining.model import attention as model_attention
 from mtraining.model import parallelize
 from mtraining.pattern import build_pattern
 from mtraining.ring import Ring, sparse_ring_attention
@@ -94,7 +93,7 @@ def expected_gradients(family: str, pattern: dict[str, Any]) -> tuple[float, dic
             return out
 
         model = parallelize(tiny_model(family), pattern=build_pattern(**pattern), recompute="none")
-        with mock.patch.object(model_attention, "sparse_ring_attention", spy):
+        with mock.patch("mtraining.ring.op.sparse_ring_attention", spy):
             model.hidden_states(batch.input_ids, batch.position_ids)
         assert len(masks) == 2
         densities = [

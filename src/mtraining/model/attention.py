@@ -6,29 +6,15 @@ one process never see each other's settings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from mtraining.errors import UserError
-from mtraining.layout import Layout
-from mtraining.pattern import Pattern
-from mtraining.ring import sparse_ring_attention
+from mtraining.ring import AttentionRuntime
 
 ATTENTION_NAME = "mtraining"
-
-
-@dataclass(frozen=True)
-class AttentionRuntime:
-    """What one layer attends with; ``mesh`` is the context-parallel mesh, None for one process."""
-
-    pattern: Pattern
-    layout: Layout
-    mesh: DeviceMesh | None
-    kernel: str
 
 
 def attach(module: nn.Module, runtime: AttentionRuntime) -> None:
@@ -85,17 +71,7 @@ def sparse_attention(
             raise UserError(
                 f"model: this forward asks for {what}, which sparse attention does not honour; remove it."
             )
-    out = sparse_ring_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        pattern=runtime.pattern,
-        layout=runtime.layout,
-        mesh=runtime.mesh,
-        scale=scaling,
-        kernel=runtime.kernel,
-    )
-    return out, None
+    return runtime(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling), None
 
 
 def no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:

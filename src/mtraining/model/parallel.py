@@ -253,6 +253,11 @@ def _recomputed(forward: Callable[..., Any], keep_outputs: bool) -> Callable[...
     """
 
     def contexts() -> tuple[Any, Any]:
+        if torch.compiler.is_compiling():
+            raise UserError(
+                "recompute: compiled code cannot contain it; compile each layer's forward before parallelize "
+                "(layer.forward = torch.compile(layer.forward)), or use recompute='none'."
+            )
         tape = IndexTape(keep_outputs=keep_outputs)
         return tape.record(), tape.replay()
 

@@ -3,10 +3,12 @@
 from mtraining.ring.attention import sparse_ring_attention
 from mtraining.ring.balance import Imbalance, imbalance, tile_work
 from mtraining.ring.observe import AttentionStats, Observer
+from mtraining.ring.op import AttentionRuntime
 from mtraining.ring.tape import IndexTape
 from mtraining.ring.topology import Ring
 
 __all__ = [
+    "AttentionRuntime",
     "AttentionStats",
     "Imbalance",
     "IndexTape",

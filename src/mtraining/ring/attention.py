@@ -58,32 +58,22 @@ def sparse_ring_attention(
         out (batch, local tokens, q_heads, head_dim) in q's dtype; with ``return_index`` (out, index).
 
     Raises:
-        UserError: shapes, lengths or a kernel that cannot be served, naming the option and the remedy.
+        UserError: shapes, lengths or a kernel that cannot be served, naming the option and the remedy; or a call from
+            compiled code, which goes through :class:`mtraining.ring.AttentionRuntime`.
     """
-    _check(q, k, v)
+    if torch.compiler.is_compiling():
+        raise UserError(
+            "sparse_ring_attention: torch.compile cannot trace it; make an mtraining.ring.AttentionRuntime outside of "
+            "the compiled code and call that."
+        )
     pattern = build_pattern(pattern) if isinstance(pattern, str) else pattern
     layout = build_layout(layout) if isinstance(layout, str) else layout
-    ring = Ring.over(mesh)
-    plan = make_plan(ring, layout, q.shape[1] * ring.world, pattern.block_size, q.device)
-    backend = select_backend(kernel, q.device, q.dtype, q.shape[-1])
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-
-    tape = current_tape()
-    if tape is not None and tape.replaying:
-        recorded = tape.read()
-    else:
-        recorded = Recorded(pattern.estimate(q.detach(), k.detach(), plan.shard(backend), scale))
-    call = _Call(plan, backend, recorded.index, scale)
-    out, lse = _SparseRingAttention.apply(q, k, v, call, recorded.out, recorded.lse)
-    if tape is None or not tape.replaying:
-        observe(q, k, lse, recorded.index, plan, backend, scale)
-        if tape is not None:
-            tape.write(Recorded(recorded.index, out.detach(), lse) if tape.keep_outputs else recorded)
-    return (out, recorded.index.whole(ring)) if return_index else out
+    out, call = _SparseRingAttention.apply(q, k, v, pattern, layout, mesh, scale, kernel)
+    return (out, call.index.whole(call.plan.ring)) if return_index else out
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What forward and backward share besides tensors that autograd tracks."""
 
     plan: RingPlan
@@ -99,33 +89,54 @@ class _Call:
 
 class _SparseRingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        call: _Call,
-        kept_out: Tensor | None,
-        kept_lse: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        if kept_out is not None and kept_lse is not None:
-            out, lse = kept_out.detach(), kept_lse.detach()
-        else:
-            out, lse = _ring_forward(q, k, v, call)
-            out = out.to(q.dtype)
-        ctx.call = call
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Call]:
+        out, lse, ctx.call = attend(q, k, v, *settings)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        return out, ctx.call
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = _ring_backward(dout, q, k, v, out, lse, ctx.call)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return *attend_backward(dout, q, k, v, out, lse, ctx.call), *(None,) * 5
 
 
-def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, mesh: DeviceMesh | None,
+    scale: float | None, kernel: str,
+) -> tuple[Tensor, Tensor, Call]:  # fmt: skip
+    """The forward pass without autograd: out in q's dtype, lse (batch, heads, rows), and what backward must know."""
+    _check(q, k, v)
+    ring = Ring.over(mesh)
+    plan = make_plan(ring, layout, q.shape[1] * ring.world, pattern.block_size, q.device)
+    backend = select_backend(kernel, q.device, q.dtype, q.shape[-1])
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+    tape = current_tape()
+    if tape is not None and tape.replaying:
+        recorded = tape.read()
+    else:
+        recorded = Recorded(pattern.estimate(q.detach(), k.detach(), plan.shard(backend), scale))
+    call = Call(plan, backend, recorded.index, scale)
+    if recorded.out is not None and recorded.lse is not None:
+        return recorded.out.detach(), recorded.lse, call
+    out, lse = _ring_forward(q, k, v, call)
+    out = out.to(q.dtype)
+    if tape is None or not tape.replaying:
+        observe(q, k, lse, recorded.index, plan, backend, scale)
+        if tape is not None:
+            tape.write(Recorded(recorded.index, out.detach(), lse) if tape.keep_outputs else recorded)
+    return out, lse, call
+
+
+def attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, in their dtypes."""
+    dq, dk, dv = _ring_backward(dout, q, k, v, out, lse, call)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Partial results in the accumulation dtype: out (batch, rows, heads, head_dim), lse (batch, heads, rows)."""
     plan, backend, index = call.plan, call.backend, call.index
     out: Tensor | None = None
@@ -143,7 +154,7 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor,
 
 
 def _ring_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the accumulation dtype, from the global out and lse: partial gradients simply add."""
     plan, backend, index, scale = call.plan, call.backend, call.index, call.scale
@@ -165,7 +176,7 @@ def _ring_backward(
     return dq, dk, dv
 
 
-def _start_columns(k: Tensor, v: Tensor, call: _Call) -> PendingSum | None:
+def _start_columns(k: Tensor, v: Tensor, call: Call) -> PendingSum | None:
     """Begin fetching every selected column's key and value: (2, batch, capacity, q_heads, head_dim), if any."""
     if call.index.columns.shape[-1] == 0:
         return None

@@ -1,0 +1,110 @@
+"""Compiled layers: one graph for all of them, without a break, and the numbers of eager mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_gradients import TOPOLOGIES, take
+from tiny_models import DENSE, SPARSE, relative_errors, tiny_batch, tiny_model
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from distributed import ProcessPool, Worker
+from mtraining.layout import build_layout
+from mtraining.model import parallelize
+from mtraining.pattern import build_pattern
+from mtraining.ring import Observer
+
+# torch.compile looks at .grad of every tensor that enters a graph
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
+
+
+def step(
+    worker: Worker, topology: str | None, recompute: Any, backend: str | None
+) -> tuple[float, dict[str, Tensor], list[float], int]:
+    """Job: loss and gradients of one step, densities of its layers, and graphs compiled; no backend is eager mode."""
+    torch._dynamo.reset()
+    mesh = worker.mesh(*TOPOLOGIES[topology]) if topology else None
+    layout = build_layout("striped", SPARSE["block_size"])
+    model = tiny_model("qwen2")
+    compiler = CompileCounterWithBackend(backend or "eager")
+    if backend is not None:
+        for layer in model.model.layers:
+            layer.forward = torch.compile(layer.forward, fullgraph=True, backend=compiler)
+    made = parallelize(
+        model,
+        mesh,
+        pattern=build_pattern(**SPARSE),
+        layer_patterns={1: build_pattern(**DENSE)},
+        layout=layout,
+        recompute=recompute,
+    )
+    batch = tiny_batch()
+    inputs = take(batch, layout, mesh) if mesh else (batch.input_ids, batch.position_ids, batch.labels)
+    with Observer() as seen:
+        loss = made(*inputs, batch.num_labels)
+        loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        gradients[name] = parameter.grad.full_tensor() if mesh else parameter.grad
+    return loss.item(), gradients, [stats.density for stats in seen.stats], compiler.frame_count
+
+
+@pytest.mark.parametrize(
+    "topology, recompute, backend",
+    [
+        (None, "none", "aot_eager"),
+        (None, "full", "aot_eager"),
+        (None, "keep_attention", "aot_eager"),
+        (None, "full", "inductor"),
+        ("cp2", "full", "aot_eager"),
+        ("cp2", "keep_attention", "aot_eager"),
+    ],
+)
+def test_compiled_layers_equal_eager_ones(
+    pool: ProcessPool, topology: str | None, recompute: str, backend: str
+) -> None:
+    world = 2 if topology else 1
+    eager, compiled = (
+        pool.run(step, world=world, topology=topology, recompute=recompute, backend=which)[0]
+        for which in (None, backend)
+    )
+    loss, gradients, densities, _ = eager
+    compiled_loss, compiled_gradients, compiled_densities, graphs = compiled
+    tolerance = 1e-12 if backend == "aot_eager" else 1e-5  # norms and rotary angles are fp32 in any model
+    assert compiled_loss == pytest.approx(loss, rel=tolerance)
+    errors = relative_errors(compiled_gradients, gradients)
+    assert max(errors.values()) <= tolerance, errors
+    assert compiled_densities == densities and len(densities) == 2
+    assert graphs == 1  # two layers of different patterns, and the recompute
+
+
+def test_the_whole_decoder_is_one_graph() -> None:
+    batch, results = tiny_batch(), []
+    for compiling in (False, True):
+        model = tiny_model("qwen2")
+        made = parallelize(model, pattern=build_pattern(**SPARSE), recompute="none")
+        if compiling:
+            model.model.compile(fullgraph=True, backend="aot_eager")
+        loss = made(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels)
+        loss.backward()
+        results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
+    (loss, gradients), (compiled_loss, compiled_gradients) = results
+    assert compiled_loss == pytest.approx(loss, rel=1e-12)
+    assert max(relative_errors(compiled_gradients, gradients).values()) <= 1e-12
+
+
+@pytest.mark.parametrize("recompute", ["full", "keep_attention"])
+def test_recompute_inside_compiled_code_is_refused(recompute: Any) -> None:
+    model = tiny_model("qwen2")
+    made, batch = parallelize(model, pattern=build_pattern(**SPARSE), recompute=recompute), tiny_batch()
+    model.model.layers[0].compile(backend="aot_eager")
+    with pytest.raises(
+        torch._dynamo.exc.BackendCompilerFailed, match="recompute: compiled code cannot contain it"
+    ):
+        made(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels)
