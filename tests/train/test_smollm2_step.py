@@ -32,8 +32,10 @@ def test_two_steps_of_a_pretrained_model(tmp_path: Path) -> None:
             "train.seq_len=256",
             "train.lr=1e-4",
             "train.warmup_steps=0",
-            "pattern.max_columns=40",
-            "pattern.max_slashes=110",
+            "pattern.sinks=4",
+            "pattern.max_columns=8",
+            "pattern.window=64",
+            "pattern.max_slashes=66",
             "distributed.device=cpu",
         ],
     )
