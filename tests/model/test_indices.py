@@ -164,6 +164,8 @@ def test_state_goes_round() -> None:
     assert new.indices.uncovered(TOKENS)["uncovered_run"] == old.indices.uncovered(TOKENS)["uncovered_run"]
     later = parallelize(tiny_model("qwen3"), pattern=pattern, refresh={"frozen_at": 4}, recompute="none")
     later.indices.restore(old.indices.state(), torch.device("cpu"))
+    counted = later.indices.uncovered(TOKENS)
+    assert counted["uncovered_run"] == old.indices.uncovered(TOKENS)["uncovered_run"]
     with pytest.raises(UserError, match="step 6 needs the indices of step 4, .* holds those of 1"):
         step(later, 6, [2])
 

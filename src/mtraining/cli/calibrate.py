@@ -64,6 +64,7 @@ def calibrate(
     if chart:
         draw(found, out.with_suffix(".svg"))
     typer.echo(f"expected density {found.density:.1%}, recall {found.recall:.1%} on rows that did not choose")
+    typer.echo("best one budget for all heads: density {:.1%}, recall {:.1%}".format(*found.best_uniform))
     typer.echo(
         f"wrote {out}" + (f" and {out.with_suffix('.svg')}" if chart else "") + "; use it as pattern.table"
     )

@@ -74,8 +74,9 @@ def candidates(base: VerticalSlash, tokens: int) -> list[Pattern]:
     found: list[Pattern] = []
     for columns in sorted({max(base.sinks, number) for number in COLUMNS if number <= tokens // 4}):
         for density in SLASH_DENSITIES:
-            budget = {"top_p": None, "top_k_columns": columns, "slash_by": "block", "slash_density": density}
-            found.append(replace(base, **budget))
+            found.append(
+                replace(base, top_p=None, top_k_columns=columns, slash_by="block", slash_density=density)
+            )
     windows = [number for number in WINDOWS if number <= tokens // 4]
     found += [AShape(block_size=base.block_size, sinks=base.sinks, window=window) for window in windows]
     return [*found, Dense(block_size=base.block_size)]
@@ -240,8 +241,9 @@ def draw(found: Calibration, path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "mtraining"}):
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
-        axes.scatter(*zip(*found.uniform, strict=True), s=12, color="0.6", label="one budget for all heads")
-        axes.plot(*zip(*found.curve, strict=True), color="C0", label="searched for each head")
+        one, searched = torch.tensor(found.uniform).T, torch.tensor(found.curve).T
+        axes.scatter(one[0], one[1], s=12, color="0.6", label="one budget for all heads")
+        axes.plot(searched[0], searched[1], color="C0", label="searched for each head")
         axes.plot(
             [found.density],
             [found.recall],
