@@ -17,9 +17,9 @@ from mtraining.model import parallelize
 from mtraining.pattern import build_pattern
 from mtraining.ring import Observer
 
-# torch.compile looks at .grad of every tensor that enters a graph
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+pytestmark = pytest.mark.filterwarnings(  # torch.compile's own
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    "ignore:.torch.jit.script_method. is :DeprecationWarning",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ class PerHead(Pattern):
     ) -> SparseIndex:
         if len(heads) < q.shape[2]:
             group = q.shape[2] // k.shape[2]
-            q, k = q[:, :, heads], k[:, :, [head // group for head in heads]]
+            kv_heads = tuple(head // group for head in heads)
+            q, k = q[:, :, _on_device(tuple(heads), q.device)], k[:, :, _on_device(kv_heads, q.device)]
         patterns = [self.heads[head] for head in heads]
         vertical_slash = tuple(pattern for pattern in patterns if isinstance(pattern, VerticalSlash))
         if vertical_slash:
@@ -91,10 +93,11 @@ def merge_heads(parts: Sequence[tuple[list[int], SparseIndex]], q_heads: int) ->
         rows = listed[0].blocks
         blocks = rows.new_zeros(batch, q_heads, *rows.shape[2:])
     for heads, index in parts:
-        diagonals[:, heads] = index.diagonals
-        columns[:, heads, : index.columns.shape[-1]] = index.columns
+        places = _on_device(tuple(heads), device)
+        diagonals[:, places] = index.diagonals
+        columns[:, places, : index.columns.shape[-1]] = index.columns
         if blocks is not None and index.blocks is not None:
-            blocks[:, heads] = index.blocks
+            blocks[:, places] = index.blocks
     return SparseIndex(
         first.seq_len,
         first.block_size,
@@ -103,3 +106,9 @@ def merge_heads(parts: Sequence[tuple[list[int], SparseIndex]], q_heads: int) ->
         blocks,
         listed[0].block_rows if listed else None,
     )
+
+
+@lru_cache(maxsize=256)
+def _on_device(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """Head numbers as an index, made once: a copy to the device would wait for it at every call."""
+    return torch.tensor(heads, device=device)

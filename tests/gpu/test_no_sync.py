@@ -1,0 +1,119 @@
+"""The whole of sparse ring attention on a GPU: nothing waits for the device, and the same bits come out twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtraining.layout import build_layout
+from mtraining.pattern import Pattern, VerticalSlash, build_pattern
+from mtraining.pattern.per_head import PerHead
+from mtraining.ring import AttentionRuntime, IndexTape, sparse_ring_attention
+
+pytestmark = pytest.mark.gpu
+
+FIXED = VerticalSlash(top_p=None, top_k_columns=300, top_k_slashes=200)
+MASS = VerticalSlash(top_p=0.7, max_columns=1000, max_slashes=500)
+BLOCKS = VerticalSlash(top_p=None, top_k_columns=300, slash_by="block", slash_density=0.2, probe_at="mixed")
+PATTERNS: dict[str, Pattern] = {
+    "top_p": MASS,
+    "top_k": FIXED,
+    "top_k, slashes by block": BLOCKS,
+    "no columns": VerticalSlash(top_p=None, top_k_columns=0, top_k_slashes=200, sinks=0),
+    "every head its own budget": PerHead(heads=(MASS, FIXED) * 4),
+    "heads of different kinds": PerHead(heads=(MASS, BLOCKS, build_pattern("a_shape"), FIXED) * 2),
+    "dense": build_pattern("dense"),
+}
+
+
+def inputs() -> list[Tensor]:
+    """q, k, v, dout; some keys are loud, so that there is something to find."""
+    made = torch.Generator("cuda").manual_seed(0)
+    tensors = [
+        torch.randn(1, 4096, heads, 128, generator=made, device="cuda", dtype=torch.bfloat16)
+        for heads in (8, 2, 2, 8)
+    ]
+    tensors[1][:, ::41] *= 2
+    return [x.requires_grad_(place < 3) for place, x in enumerate(tensors)]
+
+
+def attend(pattern: Pattern, layout: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    """out, dq, dk, dv."""
+    out = sparse_ring_attention(q, k, v, pattern=pattern, layout=layout, mesh=None, kernel="triton")
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Back to normal after the test, however it ends."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("layout", ["striped", "zigzag"])
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+def test_nothing_waits_for_the_device_from_q_to_gradients(name: str, layout: str) -> None:
+    tensors = inputs()
+    attend(PATTERNS[name], layout, *tensors)  # compiles, and makes what is kept for every later call
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    attend(PATTERNS[name], layout, *tensors)
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+def test_the_check_sees_a_wait() -> None:
+    x = torch.ones(1, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        x.item()
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_same_bits_twice(name: str) -> None:
+    tensors = inputs()
+    first, second = (attend(PATTERNS[name], "striped", *tensors) for _ in range(2))
+    equal = {
+        what: torch.equal(a, b) for what, a, b in zip(("out", "dq", "dk", "dv"), first, second, strict=True)
+    }
+    assert all(equal.values()), equal
+    assert all(x.isfinite().all() and x.any() for x in first)
+
+
+def test_replayed_index_gives_the_same_bits() -> None:
+    q, k, v, dout = inputs()
+    tape = IndexTape()
+    with tape.record():
+        first = attend(MASS, "striped", q, k, v, dout)
+    with tape.replay():
+        again = attend(MASS, "striped", q, k, v, dout)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.filterwarnings(
+    "ignore:Synchronization debug mode is a prototype:UserWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
+def test_compiled_attention_has_the_same_bits_and_waits_for_nothing() -> None:
+    q, k, v, dout = inputs()
+    runtime = AttentionRuntime(MASS, build_layout("striped"), None, "triton")
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return runtime(q, k, v) * 2
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (layer, compiled):
+        for mode in ("default", "error"):  # the first call compiles
+            torch.cuda.set_sync_debug_mode(mode)
+            out = call(q, k, v)
+            grads = torch.autograd.grad(out, (q, k, v), dout)
+            torch.cuda.set_sync_debug_mode("default")
+        results.append([out.detach(), *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
