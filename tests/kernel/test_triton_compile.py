@@ -28,7 +28,9 @@ SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227}  # a block may take at most, b
 HALF = {"q_ptr", "k_ptr", "v_ptr", "do_ptr"}
 
 
-def signature_type(name: str) -> str:
+def signature_type(name: str, tiles: Tiles, dim: int) -> str:
+    if name.endswith("_source"):
+        return f"tensordesc<bf16[1,{tiles.block_n},1,{dim}]>" if tiles.tma else "*bf16"
     if name in HALF:
         return "*bf16"
     if name.endswith("_ptr") and name not in ("columns_ptr", "words_ptr", "before_ptr", "upto_ptr"):
@@ -46,10 +48,11 @@ def compiled(name: str, capability: int, dim: int, tiles: Tiles) -> Any:
     chosen: dict[str, object] = {
         "HEAD_DIM": dim, "BLOCK_D": dim, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "SIZE": 128,
         "PRECISION": "tf32", "TOEPLITZ": True, "GROUP": 4, "SPLITS": 1, "HAS_PREV": True, "EVEN": True,
+        "TMA": tiles.tma,
     }  # fmt: skip
     chosen |= {row: 32 * dim for row in kernel.arg_names if re.fullmatch(r"\w+_r", row)}
     constants = {(i,): chosen[arg] for i, arg in enumerate(kernel.arg_names) if arg in chosen}
-    types = {arg: "constexpr" if arg in chosen else signature_type(arg) for arg in kernel.arg_names}
+    types = {arg: "constexpr" if arg in chosen else signature_type(arg, tiles, dim) for arg in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, arg in enumerate(kernel.arg_names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtraining.errors import UserError
 from mtraining.kernel import triton_columns, triton_tiles
@@ -38,6 +39,11 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     return None
 
 
+def _fits_copy_engine(x: Tensor) -> bool:
+    """Whether TMA can address ``x``: 16-byte aligned base and strides."""
+    return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in x.stride()[:3])
+
+
 class TritonBackend(TritonEstimation):
     """Implements :class:`mtraining.kernel.backend.Backend`; results repeat bit for bit."""
 
@@ -66,12 +72,15 @@ class TritonBackend(TritonEstimation):
         lists = tile_lists(index, placement, key_major=False)
         new_out, new_lse, merging = _partial(q, out, lse)
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
+        tma = tiles.tma and dim == padded(dim) and _fits_copy_engine(k) and _fits_copy_engine(v)
+        block = [1, tiles.block_n, 1, dim]
+        sources = [TensorDescriptor.from_tensor(x, block) for x in (k, v)] if tma else [k, v]
         triton_tiles.forward_kernel[(batch * heads * rows * (index.block_size // tiles.block_m),)](
-            q, k, v, new_out, new_lse, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
+            q, k, v, *sources, new_out, new_lse, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *new_out.stride()[:3],
             scale, kv_heads, rows, cols, lists.diagonal,
             HAS_PREV=merging, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=index.block_size, HEAD_DIM=dim,
-            BLOCK_D=padded(dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
+            BLOCK_D=padded(dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q), TMA=tma,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         return new_out, new_lse

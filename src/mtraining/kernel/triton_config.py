@@ -15,19 +15,21 @@ import triton
 
 
 class Tiles(NamedTuple):
-    """Tile of queries x tile of keys, and how many warps and pipeline stages work on it."""
+    """Tile of queries x tile of keys, how many warps and pipeline stages work on it, and whether the copy engine
+    (TMA, Hopper and Blackwell) fetches what the tile visits: it needs no registers for addresses."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 Table = dict[str, dict[int, Tiles]]  # kernel -> largest padded head_dim served -> tiles, for 2-byte inputs
 
 # Data-centre Hopper and Blackwell: 227 KiB of shared memory, accumulators of a whole warp group.
 LARGE: Table = {
-    "tiles_forward": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
+    "tiles_forward": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3, tma=True), 256: Tiles(128, 64, 8, 2)},
     "tiles_dq": {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
     "tiles_dkdv": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 64, 8, 2)},
     "columns_forward": {64: Tiles(64, 128, 4, 2), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
