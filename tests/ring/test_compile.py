@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtraining.layout import build_layout
 from mtraining.pattern import Pattern, VerticalSlash, build_pattern
-from mtraining.ring import AttentionRuntime, IndexTape, Observer, op
+from mtraining.ring import AttentionRuntime, IndexTape, Observer, attention, op
 
 OPTIONS = {"block_size": 8, "top_p": 0.5, "max_columns": 9, "max_slashes": 9, "sinks": 2, "window": 3}
 SHAPES = ("test_schema", "test_faketensor")
@@ -94,11 +94,19 @@ def test_tape_and_observer_work_around_compiled_code(keep_outputs: bool) -> None
     for call in (layer, compiled):
         x = torch.linspace(-2, 2, 64 * 4 * 16, dtype=torch.float64).sin().view(1, 64, 4, 16).requires_grad_()
         tape = IndexTape(keep_outputs)
-        with Observer(recall_rows=16) as seen:
+        with (
+            Observer(recall_rows=16) as seen,
+            mock.patch.object(
+                VerticalSlash, "estimate", autospec=True, side_effect=VerticalSlash.estimate
+            ) as estimate,
+            mock.patch.object(attention, "_ring_forward", side_effect=attention._ring_forward) as ring,
+        ):
             out = checkpoint(
                 call, x, use_reentrant=False, context_fn=lambda tape=tape: (tape.record(), tape.replay())
             )
             out.square().sum().backward()
+        assert estimate.call_count == 1
+        assert ring.call_count == (1 if keep_outputs else 2)
         results.append((out.detach(), x.grad, [(s.density, s.recall) for s in seen.stats]))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert results[0][2] == results[1][2] and len(results[0][2]) == 1
