@@ -15,7 +15,7 @@ import mtraining
 from distributed import ProcessPool, Worker
 from mtraining.layout import build_layout
 from mtraining.pattern import build_pattern
-from mtraining.ring import Ring
+from mtraining.ring import IndexTape, Ring
 from pattern_cases import FULL, SIZE, SPARSE
 
 TOPOLOGIES = [(1,), (2,), (4,), (8,), (2, 2), (2, 4), (4, 2)]
@@ -46,6 +46,7 @@ def peaked_inputs(case: dict[str, Any]) -> list[Tensor]:
 
 
 def ring_job(worker: Worker, case: dict[str, Any]) -> tuple[list[Tensor], Any, int]:
+    """This rank's [out, dq, dk, dv, lse], lse as (batch, tokens, heads); the index; the rank in the ring."""
     topology = case["topology"]
     if math.prod(topology) == 1:
         mesh = None
@@ -58,18 +59,23 @@ def ring_job(worker: Worker, case: dict[str, Any]) -> tuple[list[Tensor], Any, i
     for x in (q, k, v):
         x.requires_grad_()
     pattern = build_pattern(case["pattern"], **case["options"])
-    out, index = mtraining.sparse_ring_attention(
-        q,
-        k,
-        v,
-        pattern=pattern,
-        layout=layout,
-        mesh=mesh,
-        return_index=True,
-        kernel=case.get("kernel", "reference"),
-    )
+    tape = IndexTape(keep_outputs=True)
+    with tape.record():
+        out, index = mtraining.sparse_ring_attention(
+            q,
+            k,
+            v,
+            pattern=pattern,
+            layout=layout,
+            mesh=mesh,
+            return_index=True,
+            kernel=case.get("kernel", "reference"),
+        )
+    with tape.replay():
+        lse = tape.read().lse
+    assert lse is not None
     out.backward(dout)
-    return [x.detach() for x in (out, q.grad, k.grad, v.grad)], index, rank  # type: ignore[union-attr]
+    return [x.detach() for x in (out, q.grad, k.grad, v.grad, lse.transpose(1, 2))], index, rank  # type: ignore[union-attr]
 
 
 def check_parity(pool: ProcessPool, case: dict[str, Any]) -> None:
@@ -80,14 +86,17 @@ def check_parity(pool: ProcessPool, case: dict[str, Any]) -> None:
         for ours, theirs in zip(*((i.diagonals, i.columns, i.blocks) for i in (index, other)), strict=True):
             assert (ours is theirs is None) or torch.equal(ours, theirs)
     layout = build_layout(*case["layout"])
-    ours = [layout.unshard([tensors[i] for tensors, _, _ in results]) for i in range(4)]
+    ours = [layout.unshard([tensors[i] for tensors, _, _ in results]) for i in range(5)]
     q, k, v, dout = peaked_inputs(case)
     for x in (q, k, v):
         x.requires_grad_()
-    expected, _ = oracle(q, k, v, index.to_mask())
+    expected, lse = oracle(q, k, v, index.to_mask())
     expected.backward(dout)
     for name, got, want in zip(
-        ("out", "dq", "dk", "dv"), ours, (expected, q.grad, k.grad, v.grad), strict=True
+        ("out", "dq", "dk", "dv", "lse"),
+        ours,
+        (expected, q.grad, k.grad, v.grad, lse.transpose(1, 2)),
+        strict=True,
     ):
         assert want is not None
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
