@@ -25,7 +25,6 @@ def test_small_demo_runs_end_to_end(tmp_path: Path) -> None:
         "train.warmup_steps=1",
         "checkpoint.every=2",
         "pattern.max_columns=40",
-        "pattern.max_slashes=66",
         "pattern.window=64",
         "log.every=1",
     ]

@@ -35,7 +35,6 @@ def test_two_steps_of_a_pretrained_model(tmp_path: Path) -> None:
             "pattern.sinks=4",
             "pattern.max_columns=8",
             "pattern.window=64",
-            "pattern.max_slashes=66",
             "distributed.device=cpu",
         ],
     )
