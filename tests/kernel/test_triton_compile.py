@@ -52,7 +52,9 @@ def compiled(name: str, capability: int, dim: int, tiles: Tiles) -> Any:
     }  # fmt: skip
     chosen |= {row: 32 * dim for row in kernel.arg_names if re.fullmatch(r"\w+_r", row)}
     constants = {(i,): chosen[arg] for i, arg in enumerate(kernel.arg_names) if arg in chosen}
-    types = {arg: "constexpr" if arg in chosen else signature_type(arg, tiles, dim) for arg in kernel.arg_names}
+    types = {
+        arg: "constexpr" if arg in chosen else signature_type(arg, tiles, dim) for arg in kernel.arg_names
+    }
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, arg in enumerate(kernel.arg_names)

@@ -37,7 +37,13 @@ def _query_program(n_rows, kv_heads, GROUP: tl.constexpr, SUBTILES: tl.constexpr
     tile = tiles - 1 - pid % tiles
     head = (pid // tiles) % (kv_heads * GROUP)
     batch = pid // tiles // (kv_heads * GROUP)
-    return batch.to(tl.int64), head.to(tl.int64), (head // GROUP).to(tl.int64), tile // SUBTILES, tile % SUBTILES
+    return (
+        batch.to(tl.int64),
+        head.to(tl.int64),
+        (head // GROUP).to(tl.int64),
+        tile // SUBTILES,
+        tile % SUBTILES,
+    )
 
 
 @triton.jit
@@ -47,7 +53,9 @@ def _visited_tile(
 ):  # fmt: skip
     """BLOCK keys (or values) from local row ``start``; ``source`` is their tensor descriptor if TMA, else unused."""
     if TMA:
-        tile = source.load([batch.to(tl.int32), start.to(tl.int32), kv_head.to(tl.int32), 0]).reshape(BLOCK, BLOCK_D)
+        tile = source.load([batch.to(tl.int32), start.to(tl.int32), kv_head.to(tl.int32), 0]).reshape(
+            BLOCK, BLOCK_D
+        )
     else:
         tile = load_tile(base + start * stride, offsets, HEAD_DIM, BLOCK_D)
     return tile
@@ -91,8 +99,12 @@ def forward_kernel(
     for t in range(0, free + own * tl.cdiv((part + 1) * BLOCK_M, BLOCK_N)):
         start = tile_slot(entry, origin, TOEPLITZ, False) * SIZE + (t % SUB) * BLOCK_N
         entry = tl.load(row + tile_place(t + 1, lo, hi, own, SUB))
-        k = _visited_tile(k_source, k_base, k_offsets, batch, start, kv_head, k_r, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        v = _visited_tile(v_source, v_base, v_offsets, batch, start, kv_head, v_r, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        k = _visited_tile(
+            k_source, k_base, k_offsets, batch, start, kv_head, k_r, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
+        )
+        v = _visited_tile(
+            v_source, v_base, v_offsets, batch, start, kv_head, v_r, BLOCK_N, HEAD_DIM, BLOCK_D, TMA
+        )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if t >= free:
             key = (t % SUB) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,0 +1,143 @@
+"""Ring attention over the GPUs of one machine: right first, then its time against one GPU's share of the same work.
+
+torchrun --nproc-per-node 2 benchmarks/ring.py [OUT.csv]      (on a machine without GPUs: the gate alone, small)
+
+Gate: out and all gradients under an estimated index equal one process holding the whole sequence, in each layout. Then
+forward and backward under a prescribed index (5 % of tiles, 2048 columns, 16 query and 2 kv heads of 128), medians of
+four after a warm-up, beside one GPU that computes the whole sequence alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mtraining.kernel import SparseIndex
+from mtraining.layout import build_layout
+from mtraining.pattern import Pattern, SequenceShard, ToeplitzRandom, VerticalSlash
+from mtraining.ring import Ring, sparse_ring_attention
+
+CUDA = torch.cuda.is_available()
+DTYPE, TOLERANCE = (torch.bfloat16, 4e-3) if CUDA else (torch.float32, 1e-5)
+COLUMNS = "date commit gpu gpus torch seq_len density columns ring forward_ms backward_ms efficiency peak_gib".split()
+
+
+@dataclass(frozen=True)
+class Given(Pattern):
+    """An index decided elsewhere."""
+
+    index: SparseIndex | None = None
+    name = "given"
+
+    def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
+        assert self.index is not None
+        return self.index
+
+
+def random_inputs(tokens: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> list[Tensor]:
+    """q, k, v, dout."""
+    return [
+        torch.randn(1, tokens, h, dim, device=device).to(DTYPE) for h in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def forward_backward(inputs: list[Tensor], **options: Any) -> tuple[list[Tensor], SparseIndex]:
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    out, index = sparse_ring_attention(q, k, v, return_index=True, **options)
+    out.backward(inputs[3])
+    return [x.detach() for x in (out, q.grad, k.grad, v.grad)], index
+
+
+def gate(mesh: DeviceMesh, device: torch.device) -> bool:
+    """Whether every layout gives what one process gives; the same answer on every rank."""
+    tokens, block = (16384, 128) if CUDA else (512, 16)
+    ring, right = Ring.over(mesh), True
+    options = {
+        "max_columns": tokens // 16,
+        "sinks": 8,
+        "slash_by": "block",
+        "slash_density": 0.3,
+        "window": block,
+    }
+    pattern = VerticalSlash(block_size=block, top_p=0.9, **options)
+    for name in ("striped", "zigzag", "contiguous"):
+        for heads, kv_heads, dim in ((16, 2, 128), (9, 3, 64)):
+            torch.manual_seed(1)
+            layout, whole = build_layout(name, block), random_inputs(tokens, heads, kv_heads, dim, device)
+            mine = [layout.shard(x, ring.rank, ring.world) for x in whole]
+            ours, index = forward_backward(mine, pattern=pattern, layout=layout, mesh=mesh)
+            joined = [layout.unshard(ring.all_gather(x.contiguous()).unbind(0)) for x in ours]
+            alone, _ = forward_backward(whole, pattern=Given(block, index), layout=layout, mesh=None)
+            errors = [
+                float((a - b).float().norm() / b.float().norm()) for a, b in zip(joined, alone, strict=True)
+            ]
+            right &= max(errors) <= TOLERANCE
+            if dist.get_rank() == 0:
+                print(
+                    f"{name} {heads}/{kv_heads} heads of {dim}: "
+                    + " ".join(f"{error:.1e}" for error in errors)
+                )
+    return right
+
+
+def measure(mesh: DeviceMesh | None, tokens: int, device: torch.device) -> tuple[float, float, float]:
+    """Median forward and backward milliseconds, and peak GiB, of ``tokens`` local tokens."""
+    torch.cuda.reset_peak_memory_stats()
+    q, k, v, dout = random_inputs(tokens, 16, 2, 128, device)
+    for x in (q, k, v):
+        x.requires_grad_()
+    pattern, layout = ToeplitzRandom(density=0.05, columns=2048), build_layout("striped")
+    times = []
+    for _ in range(5):
+        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        dist.barrier()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(30_000_000)  # so that launching is ahead of the GPU, as in training
+        start.record()
+        out = sparse_ring_attention(q, k, v, pattern=pattern, layout=layout, mesh=mesh)
+        middle.record()
+        out.backward(dout)
+        end.record()
+        torch.cuda.synchronize()
+        times.append((start.elapsed_time(middle), middle.elapsed_time(end)))
+    forward, backward = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    return forward, backward, torch.cuda.max_memory_allocated() / 2**30
+
+
+def main() -> int:
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
+    if CUDA:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")
+    world = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("cp",))
+    right, rows = gate(mesh, device), []
+    for tokens in (131072, 262144) if CUDA and right else ():
+        alone, ring = measure(None, tokens, device), measure(mesh, tokens // world, device)
+        for gpus, (forward, backward, peak) in ((1, alone), (world, ring)):
+            ideal = (alone[0] + alone[1]) / gpus / (forward + backward)
+            name, commit = torch.cuda.get_device_name(), os.environ.get("MTRAINING_COMMIT", "")
+            what = [date.today(), commit, name, gpus, torch.__version__, tokens, 0.05, 2048]
+            times = [round(forward, 2), round(backward, 2), round(ideal, 3), round(peak, 2)]
+            rows.append([*what, "flat" if gpus > 1 else "none", *times])
+    if dist.get_rank() == 0:
+        print("right" if right else "WRONG: no number is reported")
+        if rows:
+            with open(sys.argv[1] if len(sys.argv) > 1 else "/dev/stdout", "w") as file:
+                csv.writer(file).writerows([COLUMNS, *rows])
+    dist.destroy_process_group()
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
