@@ -70,3 +70,32 @@ def test_gradients_come_home_with_every_share(pool: ProcessPool, topology: tuple
     world = math.prod(topology)
     for _, sources, low, high in pool.run(schedule_job, world=world, topology=topology):
         assert low == high == world * (100.0 * sources[0] + 1)
+
+
+def rejoin_job(worker: Worker) -> tuple[bool, bool]:
+    """Whether one mesh keeps its ring, and whether an equal mesh over groups made anew still has the old one."""
+    import tempfile
+
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    def join(store: str) -> DeviceMesh:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        return DeviceMesh("cpu", [0], mesh_dim_names=("cp",))
+
+    dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        mesh = join(folder + "/first")
+        first, again = Ring.over(mesh), Ring.over(mesh)
+        dist.destroy_process_group()
+        second = Ring.over(join(folder + "/second"))
+    return first is again, first is second
+
+
+def test_groups_made_anew_make_another_ring() -> None:
+    """A notebook that leaves its process groups and joins again must not send through the old ones."""
+    own = ProcessPool()
+    try:
+        assert own.run(rejoin_job, world=1) == [(True, False)]
+    finally:
+        own.close()

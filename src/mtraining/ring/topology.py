@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -48,10 +46,13 @@ class Ring:
         self.rank = inner_rank * self.outer + outer_rank
 
     @staticmethod
-    @cache
     def over(mesh: DeviceMesh | None) -> Ring:
-        """The ring of a mesh, made once."""
-        return Ring(mesh)
+        """The ring of a mesh, made once for its process groups: groups made anew make another ring, although the
+        meshes compare equal."""
+        groups = () if mesh is None else tuple(mesh.get_group(dim) for dim in range(mesh.ndim))
+        if groups not in _rings:
+            _rings[groups] = Ring(mesh)
+        return _rings[groups]
 
     @property
     def world(self) -> int:
@@ -107,6 +108,9 @@ class Ring:
         if self.inner > 1:
             x = _exchange(x, self._inner_group)
         return x.flatten(0, 1)
+
+
+_rings: dict[tuple[dist.ProcessGroup, ...], Ring] = {}
 
 
 def ring_offset(outer_step: int, inner_step: int, outer: int) -> int:
