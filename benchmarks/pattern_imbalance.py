@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import csv
-import subprocess
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtraining.bench.record import code_version
 from mtraining.evaluate.capture import visit_attention
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
@@ -149,9 +149,7 @@ def main() -> None:
 
     del model.model.layers[max(options.layers) + 1 :]
     visit_attention(model, ids, visit)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    commit = code_version()
     fresh = not options.out.exists()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(options.out, "a", encoding="utf-8", newline="") as file:

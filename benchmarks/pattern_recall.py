@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import subprocess
 from collections import defaultdict
 from datetime import date
 from itertools import pairwise, product
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtraining.bench.record import code_version
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
 from mtraining.kernel import ReferenceBackend, SparseIndex
@@ -103,9 +103,7 @@ def main() -> None:
     model, tokenizer = build_model(ModelOptions(init=options.model), seq_len=max(options.tokens))
     text = options.text.read_text(encoding="utf-8")[options.skip :]
     ids = tokenizer(text[: 8 * max(options.tokens)], return_tensors="pt").input_ids
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    commit = code_version()
     fresh = not options.out.exists()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(options.out, "a", encoding="utf-8", newline="") as file:

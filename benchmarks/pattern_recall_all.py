@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from pattern_recall import frontier
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mtraining.bench.record import code_version
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
 from mtraining.kernel import ReferenceBackend, SparseIndex
@@ -192,9 +192,7 @@ def main() -> None:
 
     del model.model.layers[max(options.layers) + 1 :]
     visit_attention(model, ids, visit)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    commit = code_version()
     source = [date.today(), commit, options.model, options.text.name, options.tokens]
     source += [" ".join(map(str, options.layers)), len(measured.rows)]
     cost = {curve: 1e3 * statistics.median(times) for curve, times in measured.times.items()}

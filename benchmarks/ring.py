@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from mtraining.bench.record import code_version
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
 from mtraining.pattern import Pattern, SequenceShard, ToeplitzRandom, VerticalSlash
@@ -126,7 +127,7 @@ def main() -> int:
         alone, ring = measure(None, tokens, device), measure(mesh, tokens // world, device)
         for gpus, (forward, backward, peak) in ((1, alone), (world, ring)):
             ideal = (alone[0] + alone[1]) / gpus / (forward + backward)
-            name, commit = torch.cuda.get_device_name(), os.environ.get("MTRAINING_COMMIT", "")
+            name, commit = torch.cuda.get_device_name(), code_version()
             what = [date.today(), commit, name, gpus, torch.__version__, tokens, 0.05, 2048]
             times = [round(forward, 2), round(backward, 2), round(ideal, 3), round(peak, 2)]
             rows.append([*what, "flat" if gpus > 1 else "none", *times])

@@ -1,10 +1,15 @@
-"""Small options of every estimated pattern, for tests that hold for all of them: blocks of 8, 64 tokens or more."""
+"""Small options of every estimated pattern, for tests that hold for all of them: blocks of 8, 64 tokens or more; and a
+pattern that counts its estimates."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
-from mtraining.pattern import Pattern, build_pattern
+from torch import Tensor
+
+from mtraining.kernel import SparseIndex
+from mtraining.pattern import Pattern, SequenceShard, VerticalSlash, build_pattern
 
 SIZE = 8
 
@@ -40,3 +45,14 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
 def build_case(case: tuple[str, dict[str, Any]]) -> Pattern:
     name, options = case
     return build_pattern(name, block_size=SIZE, **options)
+
+
+@dataclass(frozen=True)
+class Counting(VerticalSlash):
+    """Counts its estimates."""
+
+    calls: list[int] = field(default_factory=list)
+
+    def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
+        self.calls.append(1)
+        return super().estimate(q, k, shard, scale)

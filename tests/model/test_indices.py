@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ from mtraining.errors import UserError
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, Refresh, parallelize
-from mtraining.pattern import SequenceShard, ToeplitzRandom, VerticalSlash
+from mtraining.pattern import ToeplitzRandom, VerticalSlash
 from mtraining.ring import Observer, Ring
+from pattern_cases import Counting
 
 TOKENS, BLOCK = 128, 8
 OPTIONS: dict[str, Any] = {
@@ -28,17 +28,6 @@ OPTIONS: dict[str, Any] = {
     "sinks": 2,
     "window": 3,
 }
-
-
-@dataclass(frozen=True)
-class Counting(VerticalSlash):
-    """Counts its estimates."""
-
-    calls: list[int] = field(default_factory=list)
-
-    def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
-        self.calls.append(1)
-        return super().estimate(q, k, shard, scale)
 
 
 def batch(seed: int, rows: int = 1, tokens: int = TOKENS) -> dict[str, Tensor]:

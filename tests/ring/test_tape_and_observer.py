@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from distributed import ProcessPool, Worker
-from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
-from mtraining.pattern import SequenceShard, VerticalSlash, build_pattern
+from mtraining.pattern import VerticalSlash, build_pattern
 from mtraining.ring import IndexTape, Observer, sparse_ring_attention
+from pattern_cases import Counting
 
 OPTIONS = {"block_size": 8, "top_p": 0.5, "max_columns": 9, "max_slashes": 9, "sinks": 2, "window": 3}
-
-
-@dataclass(frozen=True)
-class Counting(VerticalSlash):
-    """Counts its estimates."""
-
-    calls: list[int] = field(default_factory=list)
-
-    def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
-        self.calls.append(1)
-        return super().estimate(q, k, shard, scale)
 
 
 def gradients(x: Tensor, tape: IndexTape | None, pattern: VerticalSlash) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,7 @@ class Layer:
 
     def backward(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv in the accumulation dtype."""
-        delta = self.backend.row_delta(out.to(lse.dtype), self.p.dout)
+        delta = self.backend.row_delta(out, self.p.dout)
         dq = torch.zeros_like(self.p.q, dtype=lse.dtype)
         grads = self.backward_columns(lse, delta, dq) if self.p.case.columns else None
         dk, dv = self.backward_tiles(lse, delta, dq)
@@ -147,7 +147,7 @@ class Layer:
             "backward": lambda: self.backward(out, lse),
         }
         if self.p.case.columns:
-            delta = self.backend.row_delta(out.to(lse.dtype), self.p.dout)
+            delta = self.backend.row_delta(out, self.p.dout)
             dq = torch.zeros_like(self.p.q, dtype=lse.dtype)
             phases |= {
                 "forward_columns": self.forward_columns,

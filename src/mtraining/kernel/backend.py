@@ -55,7 +55,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def row_delta(self, out: Tensor, dout: Tensor) -> Tensor:
-        """rowsum(dout * out): (batch, q_heads, rows), in out's dtype."""
+        """rowsum(dout * out): (batch, q_heads, rows), in the accumulation dtype."""
         ...
 
     def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ class ReferenceBackend(ReferenceEstimation):
     name = "reference"
 
     def row_delta(self, out: Tensor, dout: Tensor) -> Tensor:
-        return (out * dout.to(out.dtype)).sum(-1).transpose(1, 2)
+        dtype = accumulation_dtype(out.dtype)
+        return (out.to(dtype) * dout.to(dtype)).sum(-1).transpose(1, 2)
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,

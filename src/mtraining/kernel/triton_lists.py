@@ -116,6 +116,24 @@ def _toeplitz_kernel(
     tl.store(bounds + head * pitch + pitch - 1, count)
 
 
+@triton.jit
+def selected_tiles(
+    diagonals, blocks, col_blocks, mine, slot, there, pid, head, cols, num_blocks, row_bytes, HAS_BLOCKS: tl.constexpr,
+    KEY_MAJOR: tl.constexpr,
+):  # fmt: skip
+    """For row ``pid`` (global block ``mine`` of ``head``) and the local blocks ``slot``, where ``there``: 1 where the
+    tile is selected, and the global numbers of those blocks."""
+    other = tl.load(col_blocks + slot, mask=there, other=0)
+    query, key = (other, mine) if KEY_MAJOR else (mine, other)
+    causal = there & (query >= key)
+    bit = tl.load(diagonals + head * num_blocks + (query - key), mask=causal, other=0).to(tl.int32)
+    if HAS_BLOCKS:
+        row = head * cols + slot if KEY_MAJOR else pid
+        byte = tl.load(blocks + row * row_bytes + key // 8, mask=causal, other=0).to(tl.int32)
+        bit |= (byte >> (key % 8)) & 1
+    return bit, other
+
+
 @triton.jit(do_not_specialize=["num_blocks", "rows", "cols", "row_bytes"])
 def _explicit_kernel(
     diagonals, blocks, row_blocks, col_blocks, entries, bounds, num_blocks, rows, cols, row_bytes,
@@ -130,14 +148,21 @@ def _explicit_kernel(
         lane = start + tl.arange(0, CHUNK)
         there = lane < cols
         slot = lane if KEY_MAJOR else cols - 1 - lane
-        other = tl.load(col_blocks + slot, mask=there, other=0)
-        query, key = (other, mine) if KEY_MAJOR else (mine, other)
-        causal = there & (query >= key)
-        bit = tl.load(diagonals + head * num_blocks + (query - key), mask=causal, other=0).to(tl.int32)
-        if HAS_BLOCKS:
-            row = head * cols + slot if KEY_MAJOR else pid
-            byte = tl.load(blocks + row * row_bytes + key // 8, mask=causal, other=0).to(tl.int32)
-            bit |= (byte >> (key % 8)) & 1
+        bit, _ = selected_tiles(
+            diagonals,
+            blocks,
+            col_blocks,
+            mine,
+            slot,
+            there,
+            pid,
+            head,
+            cols,
+            num_blocks,
+            row_bytes,
+            HAS_BLOCKS,
+            KEY_MAJOR,
+        )
         upto = count + tl.cumsum(bit, 0)
         tl.store(entries + pid * cols + upto - 1, slot, mask=bit != 0)
         count += tl.sum(bit, 0)

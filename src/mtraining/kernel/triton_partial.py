@@ -16,6 +16,7 @@ from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton_common import load_tile_rows, store_tile_rows, tile_offsets
 from mtraining.kernel.triton_config import padded
+from mtraining.kernel.triton_lists import selected_tiles
 
 _CHUNK = 1024
 _BLOCK_M = 32
@@ -100,15 +101,22 @@ def _block_lists_kernel(
     for start in range(0, cols, CHUNK):
         slot = start + tl.arange(0, CHUNK)
         there = slot < cols
-        other = tl.load(col_blocks + slot, mask=there, other=0)
-        query, key = (other, mine) if KEY_MAJOR else (mine, other)
-        causal = there & (query >= key)
-        bit = tl.load(diagonals + head * num_blocks + (query - key), mask=causal, other=0).to(tl.int32)
-        if HAS_BLOCKS:
-            row = head * cols + slot if KEY_MAJOR else pid
-            byte = tl.load(blocks + row * row_bytes + key // 8, mask=causal, other=0).to(tl.int32)
-            bit |= (byte >> (key % 8)) & 1
-        own_bit = tl.where(query == key, bit, 0)
+        bit, other = selected_tiles(
+            diagonals,
+            blocks,
+            col_blocks,
+            mine,
+            slot,
+            there,
+            pid,
+            head,
+            cols,
+            num_blocks,
+            row_bytes,
+            HAS_BLOCKS,
+            KEY_MAJOR,
+        )
+        own_bit = tl.where(other == mine, bit, 0)
         own_count += tl.sum(own_bit, 0)
         own_slot += tl.sum(own_bit * slot, 0)
         bit -= own_bit

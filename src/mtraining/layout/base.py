@@ -67,6 +67,10 @@ class Layout:
         runs = torch.stack([(owners == rank).nonzero().squeeze(1) for rank in range(world)])
         return (runs[..., None] * run + torch.arange(run)).flatten(1)
 
+    def blocks(self, seq_len: int, world: int, block_size: int) -> Tensor:
+        """int64 (world, blocks a rank): the global number of each rank's blocks, in local order."""
+        return self.positions(seq_len, world)[:, ::block_size] // block_size
+
     def shard(self, x: Tensor, rank: int, world: int, dim: int = 1) -> Tensor:
         """This rank's part of ``x`` along ``dim`` (length seq_len), in local order."""
         return x.index_select(dim, self.positions(x.shape[dim], world)[rank].to(x.device))

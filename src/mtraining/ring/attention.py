@@ -158,7 +158,7 @@ def _ring_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the accumulation dtype, from the global out and lse: partial gradients simply add."""
     plan, backend, index, scale = call.plan, call.backend, call.index, call.scale
-    delta = backend.row_delta(out.to(lse.dtype), dout)
+    delta = backend.row_delta(out, dout)
     dq = torch.zeros_like(q, dtype=lse.dtype)
     columns, columns_home = _start_columns(k, v, call), None
     home = GradientRing(plan.ring)

@@ -31,7 +31,7 @@ class Imbalance:
 @lru_cache(maxsize=16)
 def _diagonal_counts(layout: Layout, seq_len: int, block_size: int, world: int) -> Tensor:
     """Blocks of each diagonal with queries on one rank, keys on the other: float64 (ranks, sources, num_blocks)."""
-    blocks = layout.positions(seq_len, world)[:, ::block_size] // block_size
+    blocks = layout.blocks(seq_len, world, block_size)
     num_blocks = seq_len // block_size
     counts = torch.zeros(world, world, num_blocks, dtype=torch.float64)
     for rank in range(world):
@@ -61,7 +61,7 @@ def tile_work(index: SparseIndex, layout: Layout, world: int) -> Tensor:
 def _listed_work(index: SparseIndex, layout: Layout, world: int) -> Tensor:
     """:func:`tile_work` of an index with block lists: every tile looked at."""
     device = index.diagonals.device
-    blocks = layout.positions(index.seq_len, world)[:, :: index.block_size] // index.block_size
+    blocks = layout.blocks(index.seq_len, world, index.block_size)
     holds = torch.zeros(world, index.num_blocks, dtype=torch.float64)
     holds.scatter_(1, blocks, 1.0)
     heads = torch.zeros(index.num_blocks, index.num_blocks, dtype=torch.float64, device=device)

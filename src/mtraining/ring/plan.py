@@ -54,8 +54,7 @@ def make_plan(ring: Ring, layout: Layout, seq_len: int, block_size: int, device:
         UserError: the layout cannot deal this length in whole blocks.
     """
     layout.check(seq_len, ring.world, block_size)
-    positions = layout.positions(seq_len, ring.world)
-    blocks = positions[:, ::block_size] // block_size
+    blocks = layout.blocks(seq_len, ring.world, block_size)
     on_device = blocks.to(device)
     placements = tuple(
         Placement(
@@ -63,4 +62,5 @@ def make_plan(ring: Ring, layout: Layout, seq_len: int, block_size: int, device:
         )
         for keys, host_keys in zip(on_device, blocks, strict=True)
     )
-    return RingPlan(ring, layout, block_size, positions.to(device), placements)
+    positions = layout.positions(seq_len, ring.world).to(device)
+    return RingPlan(ring, layout, block_size, positions, placements)

@@ -13,16 +13,7 @@ from mtraining.layout import build_layout
 ours, reference = TritonEstimation(), ReferenceEstimation()
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, or a number far out of range, so that an entry nobody wrote is seen."""
-    plain = torch.empty
-
-    def poison(*args: object, **options: object) -> Tensor:
-        x: Tensor = plain(*args, **options)  # type: ignore[call-overload]
-        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(torch.int32).max // 2)
-
-    monkeypatch.setattr(torch, "empty", poison)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def tokens(count: int, heads: int, dim: int, dtype: torch.dtype = torch.float32, batch: int = 2) -> Tensor:

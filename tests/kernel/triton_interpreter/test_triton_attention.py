@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from mtraining.errors import UserError
 from mtraining.kernel import Placement, SparseIndex, select_backend
@@ -41,18 +40,6 @@ CASES = {
     "zigzag, block mask": Case(k_blocks=(2, 5), block_share=0.5, **ZIGZAG),
     "not contiguous": whole(3, strided=True, size=16),
 }
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, or a number far out of range, so that an entry nobody wrote is seen."""
-    plain = torch.empty
-
-    def poison(*args: object, **options: object) -> Tensor:
-        x: Tensor = plain(*args, **options)  # type: ignore[call-overload]
-        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(torch.int32).max // 2)
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 @pytest.mark.usefixtures("poisoned")
