@@ -14,10 +14,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mtraining.errors import UserError
+from mtraining.model.support import check_rope
 
 logger = logging.getLogger(__name__)
-
-STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 class RopeOptions(BaseModel):
@@ -40,37 +39,6 @@ class RopeOptions(BaseModel):
     beta_fast: float | None = Field(default=None, gt=0)
     beta_slow: float | None = Field(default=None, gt=0)
     attention_factor: float | None = Field(default=None, gt=0)
-
-
-def check_rope(config: Any) -> None:
-    """Refuse rotary settings that are missing, differ by layer, or change with the positions a process happens to see.
-
-    Raises:
-        UserError: names the rope type and the remedy.
-    """
-    parameters = getattr(config, "rope_parameters", None)
-    name = config.model_type
-    if not parameters:
-        raise UserError(
-            f"model: {name} has no rotary embedding (rope_parameters); use a model with rotary positions."
-        )
-    if "rope_type" not in parameters:
-        raise UserError(
-            f"model: {name} has different rotary settings by layer type; use a model with one for all layers."
-        )
-    if parameters.get("mrope_section"):
-        raise UserError(
-            f"model: {name} has multi-axis rotary positions (mrope_section); use a text-only model."
-        )
-    rope_type = parameters["rope_type"]
-    if rope_type not in STATIC_ROPE_TYPES:
-        raise UserError(
-            f"model: rope type {rope_type!r} of {name} is not supported, since its frequencies may depend on "
-            f"the positions "
-            f"each process sees; set model.rope.type to yarn, linear or dynamic (resolved once at the "
-            f"training length), "
-            f"with model.rope.original_max_position_embeddings."
-        )
 
 
 def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:

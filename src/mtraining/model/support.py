@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from mtraining.errors import UserError
-from mtraining.model.rope import check_rope
 
 SUPPORTED_HEAD_DIMS = range(16, 257, 8)
 """Head sizes of the reference kernel; the GPU kernels take a subset and say so themselves."""
+
+STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 _DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 _SOFTCAP = re.compile(r"soft_?cap|logit_cap")
@@ -81,6 +82,37 @@ def check_config(config: Any) -> None:
         )
     _check_heads(config, name)
     check_rope(config)
+
+
+def check_rope(config: Any) -> None:
+    """Refuse rotary settings that are missing, differ by layer, or change with the positions a process happens to see.
+
+    Raises:
+        UserError: names the rope type and the remedy.
+    """
+    parameters = getattr(config, "rope_parameters", None)
+    name = config.model_type
+    if not parameters:
+        raise UserError(
+            f"model: {name} has no rotary embedding (rope_parameters); use a model with rotary positions."
+        )
+    if "rope_type" not in parameters:
+        raise UserError(
+            f"model: {name} has different rotary settings by layer type; use a model with one for all layers."
+        )
+    if parameters.get("mrope_section"):
+        raise UserError(
+            f"model: {name} has multi-axis rotary positions (mrope_section); use a text-only model."
+        )
+    rope_type = parameters["rope_type"]
+    if rope_type not in STATIC_ROPE_TYPES:
+        raise UserError(
+            f"model: rope type {rope_type!r} of {name} is not supported, since its frequencies may depend on "
+            f"the positions "
+            f"each process sees; set model.rope.type to yarn, linear or dynamic (resolved once at the "
+            f"training length), "
+            f"with model.rope.original_max_position_embeddings."
+        )
 
 
 def _check_windows(config: Any, name: str) -> None:

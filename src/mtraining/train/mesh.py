@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mtraining.errors import UserError
 from mtraining.ring import Ring
-from mtraining.train.config import Config, ParallelSection
+
+if TYPE_CHECKING:
+    from mtraining.train.config import Config, ParallelSection
 
 T = TypeVar("T")
 

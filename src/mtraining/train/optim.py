@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mtraining.train.config import TrainSection
+if TYPE_CHECKING:
+    from mtraining.train.config import TrainSection
 
 
 def build_optimizer(model: nn.Module, options: TrainSection, device: torch.device) -> torch.optim.AdamW:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from mtraining.train.config import TrainSection
+if TYPE_CHECKING:
+    from mtraining.train.config import TrainSection
 
 
 def learning_rate(step: int, options: TrainSection) -> float:

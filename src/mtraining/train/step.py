@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ from torch import Tensor
 from mtraining.errors import UserError
 from mtraining.model import ParallelLM
 from mtraining.ring import AttentionStats, Observer
-from mtraining.train.config import TrainSection
 from mtraining.train.mesh import Runtime
 from mtraining.train.optim import clip_gradients, gradient_norm, set_learning_rate
 from mtraining.train.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from mtraining.train.config import TrainSection
 
 Batch = Mapping[str, Tensor]
 IGNORED = -100
