@@ -2,8 +2,8 @@
 
     python benchmarks/pattern_imbalance.py --tokens 8192 --block-size 32
 
-Every pattern is brought to the asked sparsity in each layer (its threshold, diagonals or chunks set for it), then
-its tiles are dealt to ranks by each layout. A sequence of 8K tokens has few blocks of 128; smaller blocks give as many
+Every pattern is brought to the asked sparsity in each layer (its threshold, gamma, diagonals or chunks set for it),
+then its tiles are dealt to ranks by each layout. A sequence of 8K tokens has few blocks of 128; smaller blocks give as many
 blocks a rank as a long sequence has. Columns are left out: every rank computes the same ones.
 
 Degrees are max / mean: ``worker`` over ranks within a ring step (time lost when each step waits for its slowest rank),
@@ -18,6 +18,7 @@ import csv
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,16 +49,33 @@ def xattention(q: Tensor, k: Tensor, scale: float, block_size: int, density: flo
     mass = antidiagonal_mass(q, k, shard, scale, block_size, stride(block_size))
     block = torch.arange(mass.shape[-1])
     forced, causal = (block == 0) | (block == block[:, None]), block <= block[:, None]
+
+    def found(threshold: float) -> SparseIndex:
+        return shard.block_index(block_size, heaviest_blocks(mass, forced, threshold) & causal)
+
+    return by_bisection(found, density)
+
+
+def by_bisection(found: Callable[[float], SparseIndex], density: float) -> SparseIndex:
+    """The index whose tiles come nearest to the density from below, of a budget between 0 and 1."""
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        tiles = heaviest_blocks(mass, forced, middle) & causal
-        low, high = (
-            (middle, high)
-            if tiles.sum() < density * causal.sum() * tiles[..., 0, 0].numel()
-            else (low, middle)
-        )
-    return shard.block_index(block_size, heaviest_blocks(mass, forced, low))
+        low, high = (middle, high) if tile_density(found(middle)) < density else (low, middle)
+    return found(max(low, 2.0**-12))
+
+
+def flexprefill(
+    q: Tensor, k: Tensor, scale: float, block_size: int, density: float, tau: float = 0.1
+) -> SparseIndex:
+    """The pattern at the gamma that gives the density; which heads are query-aware depends on tau alone."""
+    shard = SequenceShard.whole(q.shape[1])
+
+    def found(gamma: float) -> SparseIndex:
+        pattern = build_pattern("flexprefill", block_size=block_size, gamma=gamma, tau=tau)
+        return pattern.estimate(q, k, shard, scale)
+
+    return by_bisection(found, density)
 
 
 def stride(block_size: int) -> int:
@@ -77,6 +95,19 @@ def moba(q: Tensor, k: Tensor, scale: float, block_size: int, density: float) ->
     return min((found(top_k) for top_k in range(1, 9)), key=lambda index: abs(tile_density(index) - density))
 
 
+def union(q: Tensor, k: Tensor, scale: float, block_size: int, density: float) -> SparseIndex:
+    """A window that takes half of the density, 32 sinks, and the number of chunks that comes nearest to the density."""
+    shard, chunk = SequenceShard.whole(q.shape[1]), max(block_size, q.shape[1] // CHUNKS)
+    stream = build_pattern("a_shape", block_size=block_size, sinks=32, window=int(q.shape[1] * density / 4))
+
+    def found(top_k: int) -> SparseIndex:
+        chunks = build_pattern("moba", block_size=block_size, chunk=chunk, top_k=top_k)
+        both = build_pattern("union", block_size=block_size, patterns=(chunks, stream))
+        return both.estimate(q, k, shard, scale)
+
+    return min((found(top_k) for top_k in range(1, 9)), key=lambda index: abs(tile_density(index) - density))
+
+
 def vertical_slash(q: Tensor, k: Tensor, scale: float, block_size: int, density: float) -> SparseIndex:
     pattern = VerticalSlash(
         block_size=block_size, top_p=None, top_k_columns=64, slash_by="block", slash_density=density, window=1
@@ -86,7 +117,10 @@ def vertical_slash(q: Tensor, k: Tensor, scale: float, block_size: int, density:
 
 PATTERNS: dict[str, tuple[str, Select]] = {
     "xattention": ("threshold by bisection", xattention),
+    "flexprefill": ("gamma by bisection", flexprefill),
+    "flexprefill, query-aware": ("gamma by bisection, tau 1", partial(flexprefill, tau=1.0)),
     "moba": (f"tokens / {CHUNKS} a chunk, nearest top_k", moba),
+    "union": ("moba, nearest top_k, and a window of half the density", union),
     "vertical_slash": ("slash_by block, 64 columns", vertical_slash),
 }
 
@@ -115,6 +149,7 @@ def main() -> None:
     parser.add_argument(
         "--text", type=Path, help="a text; by default the source of Python's own asyncio package"
     )
+    parser.add_argument("--skip", type=int, default=0, help="characters of the text to leave out")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument(
         "--layers", type=int, nargs="+", default=[1, 5, 9, 13], help="what comes after is not run"
@@ -128,7 +163,7 @@ def main() -> None:
 
     model, tokenizer = build_model(ModelOptions(init=options.model), seq_len=options.tokens)
     sources = [options.text] if options.text else sorted(Path(asyncio.__file__).parent.glob("*.py"))
-    text = "\n".join(source.read_text(encoding="utf-8") for source in sources)
+    text = "\n".join(source.read_text(encoding="utf-8") for source in sources)[options.skip :]
     ids = tokenizer(text[: 8 * options.tokens], return_tensors="pt").input_ids[:, : options.tokens]
     if ids.shape[1] < options.tokens:
         parser.error(f"the text has {ids.shape[1]} tokens, fewer than --tokens {options.tokens}")
@@ -170,7 +205,7 @@ def main() -> None:
                 PATTERNS[name][0],
             ]
             writer.writerow([*row, size, layout, ranks, *(f"{mean:.4f}" for mean in means)])
-            print(f"{name:15} {size:4} {ranks:3} ranks {layout:10}", *(f"{mean:.3f}" for mean in means))
+            print(f"{name:24} {size:4} {ranks:3} ranks {layout:10}", *(f"{mean:.3f}" for mean in means))
 
 
 if __name__ == "__main__":
