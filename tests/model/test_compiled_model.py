@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from distributed import ProcessPool, Worker
+from mtraining.errors import UserError
 from mtraining.layout import build_layout
-from mtraining.model import parallelize
+from mtraining.model import parallel, parallelize
+from mtraining.model.fused import fuse
 from mtraining.pattern import build_pattern
 from mtraining.ring import Observer
 
@@ -32,17 +36,16 @@ def step(
     layout = build_layout("striped", SPARSE["block_size"])
     model = tiny_model("qwen2")
     compiler = CompileCounterWithBackend(backend or "eager")
-    if backend is not None:
-        for layer in model.model.layers:
-            layer.forward = torch.compile(layer.forward, fullgraph=True, backend=compiler)
-    made = parallelize(
-        model,
-        mesh,
-        pattern=build_pattern(**SPARSE),
-        layer_patterns={1: build_pattern(**DENSE)},
-        layout=layout,
-        recompute=recompute,
-    )
+    with mock.patch.object(parallel, "fuse", functools.partial(fuse, backend=compiler)):
+        made = parallelize(
+            model,
+            mesh,
+            pattern=build_pattern(**SPARSE),
+            layer_patterns={1: build_pattern(**DENSE)},
+            layout=layout,
+            recompute=recompute,
+            fused="compile" if backend else "none",
+        )
     batch = tiny_batch()
     inputs = take(batch, layout, mesh) if mesh else (batch.input_ids, batch.position_ids, batch.labels)
     with Observer() as seen:
@@ -81,7 +84,7 @@ def test_compiled_layers_equal_eager_ones(
     errors = relative_errors(compiled_gradients, gradients)
     assert max(errors.values()) <= tolerance, errors
     assert compiled_densities == densities and len(densities) == 2
-    assert graphs == 1  # two layers of different patterns, and the recompute
+    assert graphs == 2  # one of two layers with different patterns and their recompute, one of the final norm
 
 
 def test_the_whole_decoder_is_one_graph() -> None:
@@ -108,3 +111,26 @@ def test_recompute_inside_compiled_code_is_refused(recompute: Any) -> None:
         torch._dynamo.exc.BackendCompilerFailed, match="recompute: compiled code cannot contain it"
     ):
         made(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels)
+
+
+def test_layers_that_do_not_compile_are_refused() -> None:
+    model, batch = tiny_model("qwen2"), tiny_batch()
+    plain = model.model.layers[1].forward
+
+    def breaks(*args: Any, **kwargs: Any) -> Any:
+        torch._dynamo.graph_break()
+        return plain(*args, **kwargs)
+
+    model.model.layers[1].forward = breaks
+    made = parallelize(model, pattern=build_pattern(**SPARSE), recompute="none", fused="compile")
+    with pytest.raises(
+        UserError, match=r"train.fused=compile: torch.compile cannot serve the layers of qwen2 here \(.*liger"
+    ):
+        made(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels)
+
+
+def test_unknown_fusion_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"train.fused='some' is not known; choose one of none, compile, liger"
+    ):
+        parallelize(tiny_model("qwen2"), fused="some")  # type: ignore[arg-type]

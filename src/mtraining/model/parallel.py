@@ -22,6 +22,7 @@ from mtraining.errors import UserError
 from mtraining.kernel import select_backend
 from mtraining.layout import Layout, build_layout
 from mtraining.model.attention import ATTENTION_NAME, AttentionRuntime, attach
+from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
 from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses
 from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
@@ -143,6 +144,7 @@ def parallelize(
     layout: Layout | str = "striped",
     kernel: str = "auto",
     recompute: Literal["full", "keep_attention", "none"] = "full",
+    fused: Literal["none", "compile", "liger"] = "none",
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = torch.float32,
     loss_chunk: int = 2048,
@@ -163,6 +165,8 @@ def parallelize(
         recompute: ``full`` recomputes each layer in backward from its input, with the attention index of the
             first pass; ``keep_attention`` also keeps each layer's attention output, so attention runs once;
             ``none`` keeps everything.
+        fused: how what surrounds attention is computed: ``none`` is transformers' own eager code, ``compile`` is
+            torch.compile of each layer (shapes are fixed: each new length compiles anew), ``liger`` is liger-kernel.
         param_dtype: dtype to compute in, when it differs from the parameters' own (needs FSDP).
         reduce_dtype: dtype in which gradients are summed over ranks; None is the compute dtype.
         loss_chunk: tokens whose logits exist at one time.
@@ -201,6 +205,7 @@ def parallelize(
         Refresh.parse(refresh), coverage, dp_mesh if dp_mesh is not None and dp_mesh.size() > 1 else None
     )
     _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel, indices)
+    fuse(model, fused, device)
     if recompute != "none":
         for layer in decoder_of(model).layers:
             layer.forward = _recomputed(layer.forward, keep_outputs=recompute == "keep_attention")
@@ -255,8 +260,8 @@ def _recomputed(forward: Callable[..., Any], keep_outputs: bool) -> Callable[...
     def contexts() -> tuple[Any, Any]:
         if torch.compiler.is_compiling():
             raise UserError(
-                "recompute: compiled code cannot contain it; compile each layer's forward before parallelize "
-                "(layer.forward = torch.compile(layer.forward)), or use recompute='none'."
+                "recompute: compiled code cannot contain it; let parallelize compile the layers inside it "
+                "(fused='compile'), or use recompute='none'."
             )
         tape = IndexTape(keep_outputs=keep_outputs)
         return tape.record(), tape.replay()

@@ -87,6 +87,7 @@ def parallel_model(config: Config, place: Runtime) -> tuple[ParallelLM, Any]:
         layout=build_layout(config.layout.name, config.layout.unit),
         kernel=config.train.kernel,
         recompute=config.train.recompute,
+        fused=config.train.fused,
         param_dtype=DTYPES[config.train.dtype],
         loss_chunk=config.train.loss_chunk,
     )
