@@ -3,8 +3,8 @@
     python benchmarks/pattern_imbalance.py --tokens 8192 --block-size 32
 
 Every pattern is brought to the asked sparsity in each layer (its threshold, gamma, diagonals or chunks set for it),
-then its tiles are dealt to ranks by each layout. A sequence of 8K tokens has few blocks of 128; smaller blocks give as many
-blocks a rank as a long sequence has. Columns are left out: every rank computes the same ones.
+then its tiles are dealt to ranks by each layout. A sequence of 8K tokens has few blocks of 128; smaller blocks give as
+many blocks a rank as a long sequence has. Columns are left out: every rank computes the same ones.
 
 Degrees are max / mean: ``worker`` over ranks within a ring step (time lost when each step waits for its slowest rank),
 ``total`` over ranks of all their steps together, ``step`` over steps. Means over layers.

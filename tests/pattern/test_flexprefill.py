@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtraining.errors import UserError
 from mtraining.pattern import SequenceShard, build_pattern
+from mtraining.pattern import flexprefill as module
 from mtraining.pattern.base import Alone
 from mtraining.pattern.flexprefill import heaviest_pairs, jensen_shannon_distance
 
@@ -87,6 +88,25 @@ def test_equals_brute_force(seed: int, gamma: float, tau: float) -> None:
     index = pattern.estimate(q, k, SequenceShard.whole(N), 0.35)
     assert torch.equal(index.to_mask()[0], expected)
     assert index.diagonals.any(-1)[0].logical_not().tolist() == aware
+
+
+def test_heads_may_be_taken_in_any_number_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, N, 8, 8, dtype=torch.float64) * 2, torch.randn(2, N, 4, 8, dtype=torch.float64)
+    pattern = build_pattern("flexprefill", block_size=SIZE, gamma=0.5, tau=0.25)
+    at_once = pattern.estimate(q, k, SequenceShard.whole(N), 0.35)
+    sizes = []
+
+    def counted(*args: Any) -> Tensor:
+        sizes.append(args[0].shape[1])
+        return heaviest_pairs(*args)
+
+    monkeypatch.setattr(module, "heaviest_pairs", counted)
+    monkeypatch.setattr(module, "_MAP", 2 * 6 * BLOCKS**2)  # three of four kv heads
+    in_parts = pattern.estimate(q, k, SequenceShard.whole(N), 0.35)
+    assert sizes == [6, 2]
+    assert torch.equal(in_parts.to_mask(), at_once.to_mask())
+    assert at_once.diagonals.any(-1).unique().tolist() == [False, True], "heads of both kinds"
 
 
 def test_both_kinds_of_head_occur() -> None:

@@ -83,6 +83,15 @@ class SequenceShard:
         """int64 (world, local blocks): global numbers of every rank's blocks, ascending for each rank."""
         return self.all_positions[:, ::block_size] // block_size
 
+    def host_blocks(self, block_size: int) -> Tensor:
+        """:meth:`all_blocks` on the CPU, for loops whose length depends on it. The first call copies the positions,
+        which waits for the device; a ring keeps its shards, so it happens once."""
+        return self._host_positions[:, ::block_size] // block_size
+
+    @cached_property
+    def _host_positions(self) -> Tensor:
+        return self.all_positions.cpu()
+
     def block_index(
         self, block_size: int, blocks: Tensor, diagonals: Tensor | None = None, columns: Tensor | None = None
     ) -> SparseIndex:

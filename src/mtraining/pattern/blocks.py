@@ -26,13 +26,16 @@ def grouped_products(q: Tensor, k: Tensor) -> Tensor:
     batch, rows, q_heads, dim = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     left = q.transpose(1, 2).reshape(batch * kv_heads, q_heads // kv_heads * rows, dim)
-    right = k.permute(0, 2, 3, 1).reshape(batch * kv_heads, dim, keys)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # tensor cores, without rounding the sums
-        scores = torch.bmm(left, right, out_dtype=torch.float32)
-    else:
-        dtype = accumulation_dtype(q.dtype)
-        scores = left.to(dtype) @ right.to(dtype)
-    return scores.view(batch, q_heads, rows, keys)
+    right = k.transpose(1, 2).reshape(batch * kv_heads, keys, dim)
+    return products(left, right).view(batch, q_heads, rows, keys)
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """(batch, m, dim) by (batch, n, dim) -> (batch, m, n), summed in fp32 (fp64 for fp64 inputs)."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):  # tensor cores, sums not rounded
+        return torch.bmm(left, right.transpose(1, 2), out_dtype=torch.float32)
+    dtype = accumulation_dtype(left.dtype)
+    return left.to(dtype) @ right.to(dtype).transpose(1, 2)
 
 
 def heaviest_blocks(mass: Tensor, forced: Tensor, share: float) -> Tensor:

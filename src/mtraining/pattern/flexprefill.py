@@ -25,6 +25,8 @@ from mtraining.pattern.blocks import block_means, grouped_products
 from mtraining.pattern.diagonals import distances_to_diagonals
 from mtraining.pattern.probe import column_and_distance_mass, share_rows
 
+_MAP = 2**24  # block pairs whose weights are in memory at a time
+
 
 @dataclass(frozen=True)
 class FlexPrefill(Pattern):
@@ -33,8 +35,8 @@ class FlexPrefill(Pattern):
     Every rank receives all mean keys, 4 * kv_heads * head_dim bytes a block (4 MB a layer for 512K tokens, 2 kv
     heads of 128), and takes part in the probe of the last block as in vertical_slash (sends 4 bytes a head for each
     of its tokens and for each token of the sequence). The cut of the query-aware map is searched bit by bit with
-    16 sums of 24 bytes a head, so that no rank sees another's rows of the map. Each rank chooses for its own
-    queries.
+    16 sums of 24 bytes a head, so that no rank sees another's rows of the map. The map is made for so many heads at a
+    time that it has 2^24 entries (67 MB, three times over). Each rank chooses for its own queries.
 
     Attributes:
         gamma: share of the attention to keep; 1 keeps everything.
@@ -63,20 +65,19 @@ class FlexPrefill(Pattern):
         queries = block_means(q, size)
         keys = queries.new_empty(batch, seq_len // size, *k.shape[2:])
         keys[:, all_blocks.flatten()] = comm.all_gather(block_means(k, size)).transpose(0, 1).flatten(1, 2)
-        block, own = torch.arange(seq_len // size, device=q.device), all_blocks[comm.rank]
-        future = block > own[:, None]
-        scores = (grouped_products(queries, keys) * scale).masked_fill_(future, -torch.inf)
-        pooled = scores.softmax(-1)
-
+        own = all_blocks[comm.rank]
         last = torch.arange(seq_len - size, seq_len, device=q.device)
         verticals, slashes = column_and_distance_mass(q, k, last, shard, scale)
         true = share_rows(verticals.unflatten(1, (-1, size)).sum(-1) / size, batch, q_heads, shard)
-        # the last block's row of the map, from the rank that holds it; the others add zeros
-        estimated = comm.all_sum((pooled * (own == block[-1])[:, None]).sum(2))
-        query_aware = jensen_shannon_distance(estimated, true) < self.tau
-
-        chosen = heaviest_pairs(pooled, self.gamma, seq_len // size, comm) & ~future
-        chosen |= (block == 0) | (block == own[:, None])
+        chosen = torch.empty(batch, q_heads, own.numel(), seq_len // size, dtype=torch.bool, device=q.device)
+        query_aware = torch.empty(batch, q_heads, dtype=torch.bool, device=q.device)
+        group = q_heads // k.shape[2]
+        width = max(1, _MAP // (chosen[:, :group].numel()))  # kv heads at a time
+        for first in range(0, k.shape[2], width):
+            kv, heads = slice(first, first + width), slice(first * group, (first + width) * group)
+            chosen[:, heads], query_aware[:, heads] = self._query_aware(
+                queries[:, :, heads], keys[:, :, kv], true[:, heads], own, scale, comm
+            )
         columns, diagonals = self._vertical_slash(verticals, slashes, shard)
         columns = share_rows(columns, batch, q_heads, shard)
         diagonals = share_rows(diagonals.to(torch.uint8), batch, q_heads, shard).bool()
@@ -86,6 +87,30 @@ class FlexPrefill(Pattern):
             diagonals & ~query_aware[..., None],
             columns.masked_fill(query_aware[..., None], seq_len),
         )
+
+    def _query_aware(
+        self, queries: Tensor, keys: Tensor, true: Tensor, own: Tensor, scale: float, comm: Collective
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks of some heads by pooled attention, and which of the heads are query-aware.
+
+        Args:
+            queries: means of this rank's query blocks ``own``, (batch, local blocks, q_heads, head_dim).
+            keys: means of all key blocks, (batch, blocks, kv_heads, head_dim).
+            true: the last block's attention by key block, (batch, q_heads, blocks).
+
+        Returns:
+            bool (batch, q_heads, local blocks, blocks), bool (batch, q_heads).
+        """
+        block = torch.arange(keys.shape[1], device=keys.device)
+        future = block > own[:, None]
+        scores = grouped_products(queries, keys).mul_(scale).masked_fill_(future, -torch.inf)
+        pooled = scores.softmax(-1)
+        del scores
+        # the last block's row of the map, from the rank that holds it; the others add zeros
+        estimated = comm.all_sum(pooled[:, :, -1] * (own[-1] == block[-1]))
+        chosen = heaviest_pairs(pooled, self.gamma, keys.shape[1], comm) & ~future
+        chosen |= (block == 0) | (block == own[:, None])
+        return chosen, jensen_shannon_distance(estimated, true) < self.tau
 
     def _vertical_slash(
         self, verticals: Tensor, slashes: Tensor, shard: SequenceShard

@@ -4,7 +4,7 @@ Section 2.1 of the paper: in every stride x stride square of the score matrix th
 summed, so each token has a part in it and every vertical and slash crosses it. With S the stride, square (i, j)
 has the score
 
-    a(i, j) = scale / S * sum over s < S of q[i S + S - 1 - s] . k[j S + s].
+    a(i, j) = scale / S * sum over s < S of q[i S + s] . k[j S + S - 1 - s].
 
 Section 2.2: a softmax over j of the causal squares (j <= i); block (I, J) has the sum over its squares; each
 row of blocks keeps the fewest blocks whose sum reaches the threshold of the row's total. As in the authors'
@@ -13,6 +13,7 @@ code the first block and the query's own are always kept and count first.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor
 from mtraining.kernel import SparseIndex
 from mtraining.kernel.reference import accumulation_dtype
 from mtraining.pattern.base import Pattern, SequenceShard, require
-from mtraining.pattern.blocks import grouped_products, heaviest_blocks
+from mtraining.pattern.blocks import heaviest_blocks, products
 
-_KEY_BLOCKS = 256  # key blocks of the whole sequence that are scored at a time
+_KEY_BLOCKS = 256  # key blocks of the whole sequence that travel at a time
+_SCORES = 2**25  # scores that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class XAttention(Pattern):
     (268 MB a layer for 512K tokens, 2 kv heads of 128 in bf16). They come in pieces of 256 blocks and are
     dropped after scoring; nobody holds all of them. What stays is 4 bytes for each row of squares and block of
     the sequence, for the query heads of one kv head at a time: 134 MB for 8 heads at 512K tokens over 32 ranks.
-    Each rank chooses for its own queries.
+    Scores themselves are made and dropped 2^25 at a time (134 MB, and as much for their softmax), those of the
+    future left out wherever a whole piece of them lies there. Each rank chooses for its own queries.
 
     Attributes:
         stride: side of the squares, a divisor of ``block_size``; the estimate multiplies 1 / stride of all scores.
@@ -57,11 +60,14 @@ class XAttention(Pattern):
 
     @torch.no_grad()
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
-        mass = antidiagonal_mass(q, k, shard, scale, self.block_size, self.stride)
-        key = torch.arange(mass.shape[-1], device=q.device)
         own = shard.all_blocks(self.block_size)[shard.comm.rank]
+        key = torch.arange(shard.seq_len // self.block_size, device=q.device)
         forced = (key == 0) | (key == own[:, None])
-        return shard.block_index(self.block_size, heaviest_blocks(mass, forced, self.threshold))
+        chosen = torch.zeros(q.shape[0], q.shape[2], *forced.shape, dtype=torch.bool, device=q.device)
+        for heads, rows, mass in block_mass(q, k, shard, scale, self.block_size, self.stride):
+            seen = mass.shape[-1]  # no row of these sees more
+            chosen[:, heads, rows, :seen] = heaviest_blocks(mass, forced[rows, :seen], self.threshold)
+        return shard.block_index(self.block_size, chosen)
 
 
 def antidiagonal_mass(
@@ -71,28 +77,113 @@ def antidiagonal_mass(
 
     A row sums to the block's rows of squares, block_size / stride. Collective over ``shard.comm``.
     """
-    batch, tokens, q_heads, _ = q.shape
-    kv_heads, group = k.shape[2], q_heads // k.shape[2]
-    squares, num_blocks = block_size // stride, shard.seq_len // block_size
-    local_blocks, all_blocks = tokens // block_size, shard.all_blocks(block_size)
-    inside = torch.arange(squares, device=q.device)
-    row = (all_blocks[shard.comm.rank][:, None] * squares + inside).flatten()
-    queries = q.unflatten(1, (-1, stride)).flip(2)  # (batch, rows of squares, stride, q_heads, head_dim)
-    width = max(1, _KEY_BLOCKS // shard.comm.world)
-    mass = []
+    shape = q.shape[0], q.shape[2], q.shape[1] // block_size, shard.seq_len // block_size
+    whole = q.new_zeros(shape, dtype=accumulation_dtype(q.dtype))
+    for heads, rows, mass in block_mass(q, k, shard, scale, block_size, stride):
+        whole[:, heads, rows, : mass.shape[-1]] = mass
+    return whole
+
+
+def block_mass(
+    q: Tensor, k: Tensor, shard: SequenceShard, scale: float, block_size: int, stride: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """:func:`antidiagonal_mass` in parts that are small: (query heads, local blocks, mass of those).
+
+    A part's last dimension ends where no row of it sees more. Collective over ``shard.comm``, part by part.
+    """
+    kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
     for head in range(kv_heads):
-        mine = queries[..., head * group : (head + 1) * group, :].transpose(2, 3).flatten(3)
-        by_block = q.new_empty(
-            batch, group, row.numel(), num_blocks, dtype=accumulation_dtype(q.dtype)
-        )  # log of the summed exponents
-        for first in range(0, local_blocks, width):
-            piece = k[:, first * block_size : (first + width) * block_size, head].contiguous()
-            keys = shard.comm.all_gather(piece).transpose(0, 1).reshape(batch, -1, 1, stride * k.shape[3])
-            blocks = all_blocks[:, first : first + width].flatten()
-            column = (blocks[:, None] * squares + inside).flatten()
-            scores = grouped_products(mine, keys) * (scale / stride)
-            scores.masked_fill_(column > row[:, None], -torch.inf)
-            by_block[..., blocks] = scores.unflatten(-1, (-1, squares)).logsumexp(-1)
-        share = (by_block - by_block.logsumexp(-1, keepdim=True)).exp_()
-        mass.append(share.unflatten(2, (local_blocks, squares)).sum(3))
-    return torch.cat(mass, 1)
+        heads = slice(head * group, (head + 1) * group)
+        scorer = _Scorer(q[:, :, heads], k[:, :, head], shard, scale, block_size, stride)
+        for rows, mass in scorer.alone() if shard.comm.world == 1 else scorer.with_others():
+            yield heads, rows, mass
+
+
+class _Scorer:
+    """The query heads of one kv head: q (batch, tokens, group, head_dim), k (batch, tokens, head_dim)."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float, block_size: int, stride: int
+    ) -> None:
+        self.q, self.k, self.shard = q, k, shard
+        self.factor, self.stride, self.size = scale / stride, stride, block_size
+        self.squares = block_size // stride  # in a block, along either side
+        self.blocks = q.shape[1] // block_size
+        self.inside = torch.arange(self.squares, device=q.device)
+        self.all_blocks = shard.all_blocks(block_size)
+        self.rows = self._in_squares(self.all_blocks[shard.comm.rank])
+
+    def alone(self) -> Iterator[tuple[slice, Tensor]]:
+        """One process has all keys: rows in chunks, each with its past only."""
+        keys = self._keys(self.k)
+        for chunk in self._chunks(0, self.shard.seq_len // self.size):
+            rows = self._of_squares(chunk)
+            scores = self._scores(chunk, keys[:, : rows.stop])
+            self._hide_future(scores[..., rows], rows, self.rows[rows])  # all before these is past
+            share = scores.softmax(-1).unflatten(2, (-1, self.squares)).sum(3)
+            yield chunk, share.unflatten(-1, (-1, self.squares)).sum(-1)
+
+    def with_others(self) -> Iterator[tuple[slice, Tensor]]:
+        """Keys come in pieces: each row's softmax within a piece, weighted at the end by what the piece weighs."""
+        comm, host = self.shard.comm, self.shard.host_blocks(self.size)
+        width = max(1, _KEY_BLOCKS // comm.world)
+        pieces = [slice(first, min(first + width, self.blocks)) for first in range(0, self.blocks, width)]
+        numbers = [self.all_blocks[:, piece].flatten() for piece in pieces]
+        shape = self.q.shape[0], self.q.shape[2], self.rows.numel()
+        dtype = accumulation_dtype(self.q.dtype)
+        weight = self.q.new_full((*shape, len(pieces)), -torch.inf, dtype=dtype)
+        shares = self.q.new_zeros(*shape, self.shard.seq_len // self.size, dtype=dtype)
+        of_piece = shares.split([blocks.numel() for blocks in numbers], -1)
+        for place, (piece, blocks, share) in enumerate(zip(pieces, numbers, of_piece, strict=True)):
+            mine = self.k[:, piece.start * self.size : piece.stop * self.size].contiguous()
+            keys = self._keys(comm.all_gather(mine).transpose(0, 1).flatten(1, 2))
+            # rows before the first see none of the piece
+            first = int(torch.searchsorted(host[comm.rank].contiguous(), host[:, piece].min()))
+            for chunk in self._chunks(first, blocks.numel()):
+                rows = self._of_squares(chunk)
+                scores = self._scores(chunk, keys)
+                self._hide_future(scores, rows, self._in_squares(blocks))
+                prob = scores.softmax(-1)
+                # The largest score and its probability tell the log-sum-exp; that of a row that sees nothing is so
+                # small that it weighs nothing.
+                weight[:, :, rows, place] = scores.amax(-1) - prob.amax(-1).log()
+                share[:, :, rows] = prob.unflatten(-1, (-1, self.squares)).sum(-1)
+        weight = (weight - weight.logsumexp(-1, keepdim=True)).exp_()
+        for place, share in enumerate(of_piece):
+            share.mul_(weight[..., place, None])
+        mass = shares.unflatten(2, (-1, self.squares)).sum(3)
+        yield slice(0, self.blocks), mass.index_select(-1, torch.cat(numbers).argsort())
+
+    def _chunks(self, first: int, key_blocks: int) -> Iterator[slice]:
+        """Local blocks from ``first`` on, as many at a time as :data:`_SCORES` allows."""
+        of_a_block = self.q.shape[0] * self.q.shape[2] * self.squares**2 * key_blocks
+        step = max(1, _SCORES // of_a_block)
+        for start in range(first, self.blocks, step):
+            yield slice(start, min(start + step, self.blocks))
+
+    def _keys(self, k: Tensor) -> Tensor:
+        """(batch, tokens, head_dim) -> (batch, squares, stride * head_dim), each square's keys from last to first."""
+        return k.unflatten(1, (-1, self.stride)).flip(2).flatten(2)
+
+    def _scores(self, rows: slice, keys: Tensor) -> Tensor:
+        """(batch, group, rows of squares, squares of keys)."""
+        q = self.q[:, rows.start * self.size : rows.stop * self.size].unflatten(1, (-1, self.stride))
+        batch, height, stride, group, dim = q.shape
+        left = q.permute(0, 3, 1, 2, 4).reshape(batch, group * height, stride * dim)
+        return products(left, keys).mul_(self.factor).view(batch, group, height, -1)
+
+    def _hide_future(self, scores: Tensor, rows: slice, columns: Tensor) -> None:
+        """Give squares of the future the least finite score (a row of -inf has no softmax), in place.
+
+        Args:
+            scores: (..., rows of squares, squares of keys).
+            columns: int64, global numbers of the squares of keys.
+        """
+        scores.masked_fill_(columns > self.rows[rows, None], torch.finfo(scores.dtype).min)
+
+    def _of_squares(self, blocks: slice) -> slice:
+        return slice(blocks.start * self.squares, blocks.stop * self.squares)
+
+    def _in_squares(self, blocks: Tensor) -> Tensor:
+        """Numbers of the squares along some blocks: int64 (blocks,) -> (blocks * squares,)."""
+        return (blocks[:, None] * self.squares + self.inside).flatten()
