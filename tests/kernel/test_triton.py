@@ -38,5 +38,6 @@ def test_triton_is_refused_on_the_cpu_with_the_remedy() -> None:
 def test_auto_says_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         backend = select_backend("auto", torch.device("cpu"), torch.float32, 48)
-    assert backend.name == "reference"
+    assert backend.name == "reference, dense flash"
     assert "auto chose 'reference'" in caplog.text
+    assert "for dense attention 'flash': the fastest there is; 'flash4' needs an NVIDIA GPU" in caplog.text

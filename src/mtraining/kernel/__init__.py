@@ -1,6 +1,7 @@
 """Attention over a given sparse index: tensors only, no process groups, no models."""
 
-from mtraining.kernel.backend import Backend, select_backend
+from mtraining.kernel.backend import Backend
+from mtraining.kernel.choice import select_backend
 from mtraining.kernel.index import SparseIndex, dense_index, pack_blocks
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.reference import ReferenceBackend, merge

@@ -1,21 +1,15 @@
-"""The interface that every kernel backend offers, and the choice among them."""
+"""The interface that every kernel backend offers."""
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from mtraining.errors import UserError
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 
-logger = logging.getLogger(__name__)
-
-KERNELS = ("auto", "reference", "triton", "flash4")
+KERNELS = ("auto", "reference", "triton", "flash4", "cudnn", "flash")
 
 
 class Backend(Protocol):
@@ -109,56 +103,3 @@ class Backend(Protocol):
             forced: bool (n,), always kept.
         """
         ...
-
-
-@cache
-def select_backend(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """The backend for ``kernel``; ``auto`` takes the fastest that supports the tensors and logs what it chose and why.
-
-    Raises:
-        UserError: unknown name, or a backend that cannot serve this device, dtype or head_dim.
-    """
-    from mtraining.kernel.reference import ReferenceBackend
-
-    if kernel not in KERNELS:
-        raise UserError(f"kernel: {kernel!r} is not known; choose one of {', '.join(KERNELS)}.")
-    if kernel == "auto":
-        kernel, why = _automatic(device)
-        logger.info(
-            "kernel: auto chose %r for %s, %s, head_dim %d: %s", kernel, device.type, dtype, head_dim, why
-        )
-    if kernel == "reference":
-        return ReferenceBackend()
-    if kernel == "triton":
-        return _triton(device, dtype, head_dim)
-    return _flash4(device, dtype, head_dim)
-
-
-def _automatic(device: torch.device) -> tuple[str, str]:
-    if device.type == "cuda":
-        return "triton", "the sparse kernels for NVIDIA GPUs"
-    return "reference", f"the only backend on {device.type}"
-
-
-def _triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    remedy = "kernel=reference takes anything, slowly"
-    try:
-        from mtraining.kernel.triton_backend import TritonBackend, unsupported
-    except ImportError as missing:
-        raise UserError(f"kernel: 'triton' needs the triton package ({missing}); {remedy}.") from missing
-    reason = unsupported(device, dtype, head_dim)
-    if reason is not None:
-        raise UserError(f"kernel: 'triton' {reason}; {remedy}.")
-    return TritonBackend()
-
-
-def _flash4(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    remedy = "use kernel=auto"
-    try:
-        from mtraining.kernel.flash4 import Flash4Backend, unsupported
-    except ImportError as missing:
-        raise UserError(f"kernel: 'flash4' needs the triton package ({missing}); {remedy}.") from missing
-    reason = unsupported(device, dtype, head_dim)
-    if reason is not None:
-        raise UserError(f"kernel: 'flash4' {reason}; {remedy}.")
-    return Flash4Backend()

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mtraining.kernel.placement import Placement
+from mtraining.kernel.placement import Piece, Placement
 
 
 class Gathering(Protocol):
@@ -55,6 +55,7 @@ class SparseIndex:
     columns: Tensor
     blocks: Tensor | None = None
     block_rows: Tensor | None = None
+    dense: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -173,14 +174,16 @@ class SparseIndex:
     def placement(self) -> Placement:
         """The placement of a sequence that one process holds whole."""
         blocks = torch.arange(self.num_blocks, device=self.diagonals.device)
-        return Placement(blocks, blocks, self.num_blocks, step=(1, 0))
+        every = slice(0, self.num_blocks)
+        whole = Piece(every, every, causal=True)
+        return Placement(blocks, blocks, self.num_blocks, step=(1, 0), pieces=(whole,))
 
 
 def dense_index(batch: int, q_heads: int, seq_len: int, block_size: int, device: torch.device) -> SparseIndex:
     """Every causal block selected: full attention as a sparse index."""
     diagonals = torch.ones(batch, q_heads, seq_len // block_size, dtype=torch.bool, device=device)
     columns = torch.empty(batch, q_heads, 0, dtype=torch.int32, device=device)
-    return SparseIndex(seq_len, block_size, diagonals, columns)
+    return SparseIndex(seq_len, block_size, diagonals, columns, dense=True)
 
 
 def pack_blocks(mask: Tensor) -> Tensor:

@@ -4,9 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+_MOST_PIECES = 8  # of one call: more of them are too small to be worth a launch each
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of causal attention over local blocks, as dense kernels take it.
+
+    Attributes:
+        queries, keys: local blocks, contiguous.
+        causal: keys are the blocks of the queries themselves, and the upper triangle is masked; else nothing is.
+    """
+
+    queries: slice
+    keys: slice
+    causal: bool
+
+    def rows(self, block_size: int) -> tuple[slice, slice]:
+        """Local tokens of the queries and of the keys."""
+        return _scaled(self.queries, block_size), _scaled(self.keys, block_size)
 
 
 @dataclass(frozen=True)
@@ -24,12 +45,15 @@ class Placement:
             ``q_blocks[i] - k_blocks[j] == stride * (i - j) + offset``; None where they are not, or where nobody looked.
             Known on the host, so that kernels can be launched without waiting for the device. :func:`progression`
             finds it.
+        pieces: full causal attention of these queries over these keys as a few dense rectangles; None where it takes
+            many, or where nobody looked. Known on the host. :func:`causal_pieces` finds them.
     """
 
     q_blocks: Tensor
     k_blocks: Tensor
     num_blocks: int
     step: tuple[int, int] | None = None
+    pieces: tuple[Piece, ...] | None = None
 
     @cached_property
     def q_slots(self) -> Tensor:
@@ -60,6 +84,32 @@ def progression(q_blocks: Tensor, k_blocks: Tensor) -> tuple[int, int] | None:
     if not bool((steps == stride).all()):
         return None
     return stride, int(q_blocks[0] - k_blocks[0])
+
+
+def causal_pieces(q_blocks: Tensor, k_blocks: Tensor) -> tuple[Piece, ...] | None:
+    """:attr:`Placement.pieces` for tables on the CPU (on a GPU this would wait for the device).
+
+    Both tables ascend, so the keys before a query block are a prefix of the local ones, whatever gaps there are. Query
+    blocks go together while their prefix stays the same, or while each is itself the key that ends it. So
+    contiguous and zigzag layouts take one piece a step of the ring, or none; and a rank's own keys one in any layout.
+    """
+    before = torch.searchsorted(k_blocks, q_blocks)
+    own = torch.isin(q_blocks, k_blocks)
+    starts = torch.ones_like(own)
+    starts[1:] = (own[1:] != own[:-1]) | (before.diff() != own[1:].long())
+    bounds = [*starts.nonzero().flatten().tolist()[: _MOST_PIECES + 1], q_blocks.numel()]
+    pieces: list[Piece] = []
+    for first, end in pairwise(bounds):
+        queries, prefix = slice(first, end), int(before[first])
+        if prefix:
+            pieces.append(Piece(queries, slice(0, prefix), causal=False))
+        if own[first]:
+            pieces.append(Piece(queries, slice(prefix, prefix + end - first), causal=True))
+    return tuple(pieces) if len(pieces) <= _MOST_PIECES and len(bounds) <= _MOST_PIECES + 1 else None
+
+
+def _scaled(blocks: slice, block_size: int) -> slice:
+    return slice(blocks.start * block_size, blocks.stop * block_size)
 
 
 def _slots(blocks: Tensor, num_blocks: int) -> Tensor:

@@ -217,12 +217,11 @@ class IndexMemory:
                 self._ever[int(layer)] = tensor.to(device).bool()
             elif kind == "shape":
                 seq_len, block_size = tensor.tolist()
+                diagonals, columns = state[f"diagonals_{layer}"].bool(), state[f"columns_{layer}"]
                 self._held[int(layer)] = SparseIndex(
-                    seq_len,
-                    block_size,
-                    state[f"diagonals_{layer}"].to(device).bool(),
-                    state[f"columns_{layer}"].to(device),
-                )
+                    seq_len, block_size, diagonals.to(device), columns.to(device),
+                    dense=bool(diagonals.all()) and not columns.numel(),
+                )  # fmt: skip
 
     def _from_first_replica(self, index: SparseIndex) -> SparseIndex:
         if self._dp_mesh is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtraining.kernel import Backend, Placement
-from mtraining.kernel.placement import progression
+from mtraining.kernel.placement import causal_pieces, progression
 from mtraining.layout import Layout
 from mtraining.pattern import SequenceShard
 from mtraining.ring.topology import Ring
@@ -56,11 +56,16 @@ def make_plan(ring: Ring, layout: Layout, seq_len: int, block_size: int, device:
     layout.check(seq_len, ring.world, block_size)
     blocks = layout.blocks(seq_len, ring.world, block_size)
     on_device = blocks.to(device)
+    mine = blocks[ring.rank]
     placements = tuple(
         Placement(
-            on_device[ring.rank], keys, seq_len // block_size, progression(blocks[ring.rank], host_keys)
+            on_device[ring.rank],
+            keys,
+            seq_len // block_size,
+            progression(mine, theirs),
+            causal_pieces(mine, theirs),
         )
-        for keys, host_keys in zip(on_device, blocks, strict=True)
+        for keys, theirs in zip(on_device, blocks, strict=True)
     )
     positions = layout.positions(seq_len, ring.world).to(device)
     return RingPlan(ring, layout, block_size, positions, placements)
