@@ -74,7 +74,7 @@ def test_state_dict_keeps_the_names_of_the_model() -> None:
 def test_no_recompute_without_gradient() -> None:
     model = parallelize(tiny_model("qwen2"), pattern=build_pattern(**SPARSE), recompute="full")
     batch = tiny_batch()
-    with mock.patch("mtraining.model.parallel.checkpoint") as checkpoint:
+    with mock.patch("mtraining.model.recompute.checkpoint") as checkpoint:
         losses = model.token_losses(batch.input_ids, batch.position_ids, batch.labels)
     checkpoint.assert_not_called()
     share = model(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels)

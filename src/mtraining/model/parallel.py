@@ -7,8 +7,7 @@ Parameter names stay the model's.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
 
 from mtraining.errors import UserError
 from mtraining.kernel import select_backend
@@ -25,11 +23,11 @@ from mtraining.model.attention import ATTENTION_NAME, AttentionRuntime, attach
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
 from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses
+from mtraining.model.recompute import recompute_layers
 from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
 from mtraining.pattern import Pattern, build_pattern
-from mtraining.ring import IndexTape, Ring
+from mtraining.ring import Ring
 
-RECOMPUTE = ("full", "keep_attention", "none")
 _CP_NAMES = (("cp",), ("cp_outer", "cp_inner"))
 
 
@@ -144,6 +142,7 @@ def parallelize(
     layout: Layout | str = "striped",
     kernel: str = "auto",
     recompute: Literal["full", "keep_attention", "none"] = "full",
+    offload: bool = False,
     fused: Literal["none", "compile", "liger"] = "none",
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = torch.float32,
@@ -165,6 +164,7 @@ def parallelize(
         recompute: ``full`` recomputes each layer in backward from its input, with the attention index of the
             first pass; ``keep_attention`` also keeps each layer's attention output, so attention runs once;
             ``none`` keeps everything.
+        offload: what recompute keeps waits in pinned host memory; on a CPU it stays where it is.
         fused: how what surrounds attention is computed: ``none`` is transformers' own eager code, ``compile`` is
             torch.compile of each layer (shapes are fixed: each new length compiles anew), ``liger`` is liger-kernel.
         param_dtype: dtype to compute in, when it differs from the parameters' own (needs FSDP).
@@ -182,8 +182,6 @@ def parallelize(
     check_supported(model)
     if model.config._attn_implementation == ATTENTION_NAME:
         raise UserError("model: this model was already given to parallelize; build a fresh one.")
-    if recompute not in RECOMPUTE:
-        raise UserError(f"recompute: {recompute!r} is not known; choose one of {', '.join(RECOMPUTE)}.")
     if loss_chunk < 1:
         raise UserError(f"loss_chunk={loss_chunk} must be at least 1 token.")
     cp_mesh = None if mesh is None else _context_mesh(mesh)
@@ -206,9 +204,7 @@ def parallelize(
     )
     _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel, indices)
     fuse(model, fused, device)
-    if recompute != "none":
-        for layer in decoder_of(model).layers:
-            layer.forward = _recomputed(layer.forward, keep_outputs=recompute == "keep_attention")
+    recompute_layers(model, recompute, offload, device)
     wrapped = ParallelLM(model, layout, loss_chunk, cp_mesh, fsdp_mesh, indices)
     if fsdp_mesh is not None:
         _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)
@@ -248,31 +244,6 @@ def _set_attention(
             f"model: {model.config.model_type} does not let its attention be chosen; use a model on transformers' "
             f"attention interface."
         )
-
-
-def _recomputed(forward: Callable[..., Any], keep_outputs: bool) -> Callable[..., Any]:
-    """``forward`` with its activations recomputed in backward, replaying the attention index of the first pass.
-
-    The wrapper sits on the instance's forward, inside the FSDP hooks: parameters are gathered once around
-    the recompute, and no name in the state dict changes.
-    """
-
-    def contexts() -> tuple[Any, Any]:
-        if torch.compiler.is_compiling():
-            raise UserError(
-                "recompute: compiled code cannot contain it; let parallelize compile the layers inside it "
-                "(fused='compile'), or use recompute='none'."
-            )
-        tape = IndexTape(keep_outputs=keep_outputs)
-        return tape.record(), tape.replay()
-
-    @functools.wraps(forward)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-    return wrapper
 
 
 def _context_mesh(mesh: DeviceMesh) -> DeviceMesh | None:

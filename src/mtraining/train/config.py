@@ -131,6 +131,7 @@ class TrainSection(Section):
     clip: PositiveFloat | None = 1.0
     dtype: Literal["bf16", "fp32"] = "fp32"
     recompute: Literal["full", "keep_attention", "none"] = "full"
+    offload: bool = False
     fused: Literal["none", "compile", "liger"] = "none"
     loss_chunk: PositiveInt = 2048
     kernel: str = "auto"

@@ -22,7 +22,8 @@ from mtraining.data import SequenceDataset, TokenShards, build_loader, step_wind
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, build_model, export_model, parallelize
-from mtraining.train.balance import attention_record, write_balance
+from mtraining.ring import Timeline
+from mtraining.train.balance import attention_record, ring_record, write_balance
 from mtraining.train.checkpoint import Checkpointer
 from mtraining.train.checks import check_config, check_table
 from mtraining.train.config import Config
@@ -87,6 +88,7 @@ def parallel_model(config: Config, place: Runtime) -> tuple[ParallelLM, Any]:
         layout=build_layout(config.layout.name, config.layout.unit),
         kernel=config.train.kernel,
         recompute=config.train.recompute,
+        offload=config.train.offload,
         fused=config.train.fused,
         param_dtype=DTYPES[config.train.dtype],
         loss_chunk=config.train.loss_chunk,
@@ -139,14 +141,17 @@ def _steps(
         for step in range(done, steps):
             start = time.perf_counter()
             observe = step == done or (step + 1) % config.log.every == 0 or step == steps - 1
+            timeline = Timeline() if observe and config.parallel.cp > 1 else None
             try:
-                result = stepper.run(batches, step, observe=observe, recall_rows=config.log.recall_rows)
+                with timeline or nullcontext():
+                    result = stepper.run(batches, step, observe=observe, recall_rows=config.log.recall_rows)
             except NonFinite as error:
                 checkpointer.finish()
                 raise UserError(_non_finite(error, step, config, dataset, checkpointer)) from None
             seconds = time.perf_counter() - start
+            ring = ring_record(timeline, place) if timeline is not None else {}
             if writer is not None:
-                record = _record(step, result, seconds, config, place.device)
+                record = _record(step, result, seconds, config, place.device) | ring
                 writer.write(record)
                 if result.attention:
                     write_balance(config, step + 1, result.attention)
