@@ -55,11 +55,6 @@ def _recomputed(
     """``forward`` with its activations recomputed in backward, replaying the attention index of the first pass."""
 
     def contexts(kept: Kept | None) -> tuple[Any, Any]:
-        if torch.compiler.is_compiling():
-            raise UserError(
-                "recompute: compiled code cannot contain it; let parallelize compile the layers inside it "
-                "(fused='compile'), or use recompute='none'."
-            )
         tape = OffloadedTape(kept) if keep_outputs and kept is not None else IndexTape(keep_outputs)
         return tape.record(), tape.replay()
 
@@ -67,6 +62,8 @@ def _recomputed(
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=_refuse, **kwargs)
         kept = keeper()
         with kept.hooks() if kept is not None else nullcontext():
             return checkpoint(
@@ -74,3 +71,11 @@ def _recomputed(
             )
 
     return wrapper
+
+
+def _refuse() -> tuple[Any, Any]:
+    """Called by the compiler; an error raised anywhere else would only make it leave this frame uncompiled."""
+    raise UserError(
+        "recompute: compiled code cannot contain it; let parallelize compile the layers inside it "
+        "(fused='compile'), or use recompute='none'."
+    )
