@@ -14,7 +14,15 @@ from torch import Tensor
 from mtraining.cli.calibrate import calibrate as command
 from mtraining.errors import UserError
 from mtraining.evaluate import calibrate as module
-from mtraining.evaluate.calibrate import bargains, calibrate, candidates, draw, read_sequences
+from mtraining.evaluate.calibrate import (
+    Calibration,
+    bargains,
+    calibrate,
+    candidates,
+    densities,
+    draw,
+    read_sequences,
+)
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
 from mtraining.kernel import SparseIndex
@@ -95,6 +103,28 @@ def test_what_it_expects_is_what_its_table_gives(crafted: None, tmp_path: Path) 
     assert yaml.safe_load(path.read_text())["about"]["expected_density"] == round(found.density, 4)
     draw(found, tmp_path / "chart.svg")
     assert (tmp_path / "chart.svg").read_text().startswith("<?xml")
+
+
+def test_dear_columns_are_bought_less(crafted: None) -> None:
+    ids = torch.zeros(1, TOKENS, dtype=torch.long)
+    fair, dear = (calibrate(None, ids, BASE, density=0.6, rows=64, price=price) for price in (1.0, 1.6))
+    assert fair.cost == fair.density and dear.cost > dear.density
+    assert dear.cost <= 0.6
+
+    def columns(found: Calibration) -> int:
+        chosen = (found.candidates[number] for layer in found.chosen for number in layer)
+        return sum(pattern.column_budget() for pattern in chosen if isinstance(pattern, VerticalSlash))
+
+    assert columns(dear) < columns(fair)
+    assert dear.best_uniform[0] <= dear.cost
+
+
+def test_density_is_that_of_tiles_and_of_columns() -> None:
+    index = SparseIndex(64, 8, torch.rand(2, 3, 8) < 0.4, torch.tensor([3, 17, 64]).int().expand(2, 3, -1))
+    tiles, columns = densities(index)
+    torch.testing.assert_close(tiles + columns, index.density().float())
+    alone = SparseIndex(64, 8, torch.zeros(2, 3, 8, dtype=torch.bool), index.columns)
+    torch.testing.assert_close(columns, alone.density().float())
 
 
 def test_bargains_are_the_best_for_what_they_cost() -> None:

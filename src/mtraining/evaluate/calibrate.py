@@ -2,9 +2,10 @@
 
 MInference (arXiv 2407.02490, section 3.2) gives every head the pattern that keeps most under one budget of FLOPs.
 Here the budget is the model's: heads are given candidates from cheap to dear, best bargain first (recall gained for
-tiles computed more), until their mean density reaches what was asked; so a head that needs little leaves room for
-one that needs much. Recall is taken on real text, exact attention, and rows outside the probe; half of
-these rows choose, the other half say what was gained.
+cost added), until their mean cost reaches what was asked; so a head that needs little leaves room for one that
+needs much. A head costs the area that a kernel computes for it over that of full attention, an entry of a column
+counted at its price beside one of a tile (:mod:`mtraining.bench.price`). Recall is taken on real text, exact
+attention, and rows outside the probe; half of these rows choose, the other half say what was gained.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from mtraining.errors import UserError
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
-from mtraining.kernel import SparseIndex
+from mtraining.kernel import SparseIndex, select_backend
 from mtraining.pattern import AShape, Dense, Pattern, SequenceShard, VerticalSlash
 from mtraining.pattern.probe import column_and_distance_mass, probe_positions
 from mtraining.pattern.table import describe
@@ -38,15 +39,17 @@ class Calibration:
     Attributes:
         candidates: the patterns tried.
         chosen: for each layer, the number of each head's candidate.
-        density: mean density over layers and heads.
+        density: mean density over layers and heads: computed area, a share of full attention's.
+        cost: the same with columns at their price; equal to the density at a price of 1.
         recall: mean recall over layers and heads, on rows that did not choose.
-        curve: (density, recall) of the search at every density up to full attention.
-        uniform: (density, recall) of every candidate given to all heads alike.
+        curve: (cost, recall) of the search at every cost up to full attention.
+        uniform: (cost, recall) of every candidate given to all heads alike.
     """
 
     candidates: list[Pattern]
     chosen: list[list[int]]
     density: float
+    cost: float
     recall: float
     curve: list[tuple[float, float]]
     uniform: list[tuple[float, float]]
@@ -54,7 +57,7 @@ class Calibration:
     @property
     def best_uniform(self) -> tuple[float, float]:
         """(density, recall) of the best one budget for all heads that costs no more than what was chosen."""
-        affordable = [point for point in self.uniform if point[0] <= self.density]
+        affordable = [point for point in self.uniform if point[0] <= self.cost]
         return max(affordable or [min(self.uniform)], key=lambda point: point[1])
 
     def table(self, about: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +66,11 @@ class Calibration:
         names = {number: _name(self.candidates[number]) for number in used}
         return {
             "about": about
-            | {"expected_density": round(self.density, 4), "expected_recall": round(self.recall, 4)},
+            | {
+                "expected_density": round(self.density, 4),
+                "expected_cost": round(self.cost, 4),
+                "expected_recall": round(self.recall, 4),
+            },
             "patterns": {names[number]: describe(self.candidates[number]) for number in used},
             "layers": [[names[number] for number in layer] for layer in self.chosen],
         }
@@ -83,7 +90,13 @@ def candidates(base: VerticalSlash, tokens: int) -> list[Pattern]:
 
 
 def calibrate(
-    hf_model: Any, sequences: Tensor, base: VerticalSlash, density: float, rows: int = 128, seed: int = 0
+    hf_model: Any,
+    sequences: Tensor,
+    base: VerticalSlash,
+    density: float,
+    rows: int = 128,
+    price: float = 1.0,
+    seed: int = 0,
 ) -> Calibration:
     """Search a model's heads on some sequences.
 
@@ -91,8 +104,9 @@ def calibrate(
         hf_model: a transformers causal language model, not yet parallelised.
         sequences: int64 (samples, tokens), on the model's device; each is run by itself.
         base: the vertical-slash whose budget is searched: its probe, sinks, window and block size are kept.
-        density: mean density that the heads may have, as a share of full attention.
+        density: mean cost that the heads may have, as a share of full attention.
         rows: query rows of each sequence whose attention is compared.
+        price: of an entry in a column beside one in a tile.
         seed: of the rows.
 
     Raises:
@@ -109,10 +123,11 @@ def calibrate(
             layers.setdefault(layer, []).append(_try(tried, base, q, k, scale, sampled).cpu())
 
         visit_attention(hf_model, sequence[None], visit)
-    # (layers, heads, candidates) of recall that chooses, recall that reports, density
-    chooses, reports, cost = torch.stack([torch.stack(layers[n]).mean(0) for n in sorted(layers)]).unbind(-1)
-    shape = cost.shape
-    chooses, reports, cost = (x.flatten(0, 1) for x in (chooses, reports, cost))
+    # (layers, heads, candidates) of recall that chooses, recall that reports, density of tiles, density of columns
+    means = torch.stack([torch.stack(layers[n]).mean(0) for n in sorted(layers)])
+    shape = means.shape[:2]
+    chooses, reports, tiles, columns = means.flatten(0, 1).unbind(-1)
+    cost = tiles + price * columns
     least = cost.amin(1).mean().item()
     if density < least:
         raise UserError(
@@ -129,8 +144,9 @@ def calibrate(
     assert chosen is not None  # the first state is the cheapest
     return Calibration(
         candidates=tried,
-        chosen=chosen.view(shape[:2]).tolist(),
-        density=cost.gather(1, chosen[:, None]).mean().item(),
+        chosen=chosen.view(shape).tolist(),
+        density=(tiles + columns).gather(1, chosen[:, None]).mean().item(),
+        cost=cost.gather(1, chosen[:, None]).mean().item(),
         recall=reports.gather(1, chosen[:, None]).mean().item(),
         curve=curve,
         uniform=list(zip(cost.mean(0).tolist(), reports.mean(0).tolist(), strict=True)),
@@ -175,8 +191,10 @@ def bargains(recall: Tensor, cost: Tensor) -> list[Tensor]:
 def _try(
     tried: Sequence[Pattern], base: VerticalSlash, q: Tensor, k: Tensor, scale: float, rows: Tensor
 ) -> Tensor:
-    """Every candidate on one layer: fp32 (q_heads, candidates, 3), recall on even rows, on odd rows, and density."""
-    shard = SequenceShard.whole(q.shape[1], q.device)
+    """Every candidate on one layer: fp32 (q_heads, candidates, 4), recall on even rows, on odd rows, and density of
+    tiles and of columns."""
+    positions = torch.arange(q.shape[1], device=q.device)[None]
+    shard = SequenceShard(positions, backend=select_backend("auto", q.device, q.dtype, q.shape[3]))
     attention = torch.stack([attention_rows(q, k, rows, head, scale) for head in range(q.shape[2])])
     probe = probe_positions(base.probe, base.probe_at, shard.seq_len, q.device)
     verticals, slashes = column_and_distance_mass(q, k, probe, shard, scale)
@@ -188,10 +206,15 @@ def _try(
         else:
             index = pattern.estimate(q, k, shard, scale)
         recall = index_recall(index, attention, rows)
-        found.append(
-            torch.stack([recall[:, ::2].mean(1), recall[:, 1::2].mean(1), index.density()[0].float()], -1)
-        )
+        tiles, columns = densities(index)
+        found.append(torch.stack([recall[:, ::2].mean(1), recall[:, 1::2].mean(1), tiles[0], columns[0]], -1))
     return torch.stack(found, 1)
+
+
+def densities(index: SparseIndex) -> tuple[Tensor, Tensor]:
+    """:meth:`SparseIndex.density` of tiles and of columns: fp32 (batch, q_heads) each."""
+    tiles = replace(index, columns=index.columns[..., :0]).density()
+    return tiles.float(), (index.density() - tiles).float()
 
 
 def _name(pattern: Pattern) -> str:
@@ -245,13 +268,13 @@ def draw(found: Calibration, path: Path) -> None:
         axes.scatter(one[0], one[1], s=12, color="0.6", label="one budget for all heads")
         axes.plot(searched[0], searched[1], color="C0", label="searched for each head")
         axes.plot(
-            [found.density],
+            [found.cost],
             [found.recall],
             "o",
             color="C3",
-            label=f"chosen: {found.density:.1%}, {found.recall:.1%}",
+            label=f"chosen: {found.cost:.1%}, {found.recall:.1%}",
         )
-        axes.set(xscale="log", xlabel="density (computed area over that of dense attention)")
+        axes.set(xscale="log", xlabel="density at the kernel's prices (share of full attention)")
         axes.set(ylabel="recall (attention mass kept)", ylim=(None, 1.005))
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")

@@ -36,12 +36,11 @@ def index_recall(index: SparseIndex, attention: Tensor, rows: Tensor) -> Tensor:
         index: of the whole sequence, as one process has it.
         attention: fp32 (q_heads, len(rows), tokens), :func:`attention_rows` of every head.
     """
+    size, seq_len = index.block_size, index.seq_len
     every = torch.arange(index.num_blocks, device=rows.device)
-    tiles = index.tile_mask(every, every)[0, :, rows // index.block_size]
-    kept = []
-    for head, row_mass in enumerate(attention):
-        mask = tiles[head].repeat_interleave(index.block_size, -1)
-        columns = index.columns[0, head].long()
-        mask[:, columns[columns < index.seq_len]] = True
-        kept.append((row_mass * mask).sum(-1))
-    return torch.stack(kept)
+    tiles = index.tile_mask(every, every)[0][:, rows // size]  # (q_heads, rows, blocks)
+    in_tiles = (attention.unflatten(-1, (-1, size)).sum(-1) * tiles).sum(-1)
+    columns = index.columns[0].long()[:, None].expand(-1, rows.numel(), -1)
+    place = columns.clamp(max=seq_len - 1)
+    outside = (columns < seq_len) & ~tiles.gather(-1, place // size)  # padding, and what a tile holds already
+    return in_tiles + (attention.gather(-1, place) * outside).sum(-1)
