@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_MOST_PIECES = 8  # of one call: more of them are too small to be worth a launch each
+_MOST_GROUPS = 8  # of query blocks in one call: more of them are too small to be worth launches of their own
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ def causal_pieces(q_blocks: Tensor, k_blocks: Tensor) -> tuple[Piece, ...] | Non
     own = torch.isin(q_blocks, k_blocks)
     starts = torch.ones_like(own)
     starts[1:] = (own[1:] != own[:-1]) | (before.diff() != own[1:].long())
-    bounds = [*starts.nonzero().flatten().tolist()[: _MOST_PIECES + 1], q_blocks.numel()]
+    bounds = [*starts.nonzero().flatten().tolist()[: _MOST_GROUPS + 1], q_blocks.numel()]
+    if len(bounds) > _MOST_GROUPS + 1:
+        return None
     pieces: list[Piece] = []
     for first, end in pairwise(bounds):
         queries, prefix = slice(first, end), int(before[first])
@@ -105,7 +107,7 @@ def causal_pieces(q_blocks: Tensor, k_blocks: Tensor) -> tuple[Piece, ...] | Non
             pieces.append(Piece(queries, slice(0, prefix), causal=False))
         if own[first]:
             pieces.append(Piece(queries, slice(prefix, prefix + end - first), causal=True))
-    return tuple(pieces) if len(pieces) <= _MOST_PIECES and len(bounds) <= _MOST_PIECES + 1 else None
+    return tuple(pieces)
 
 
 def _scaled(blocks: slice, block_size: int) -> slice:
