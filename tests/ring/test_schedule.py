@@ -14,8 +14,11 @@ from mtraining.ring.schedule import GradientRing, ring_steps
 from mtraining.ring.topology import Hop
 
 
-def schedule_job(worker: Worker, topology: tuple[int, ...]) -> tuple[list[str], list[int], float, float]:
-    """What happened in which order on this rank, the sources met, and whose gradient came home."""
+def schedule_job(
+    worker: Worker, topology: tuple[int, ...]
+) -> tuple[list[str], list[str], list[int], float, float]:
+    """What happened in which order on this rank to keys and to gradients, the sources met, and the gradient that came
+    home."""
     mesh = worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
     ring, events = Ring.over(mesh), []
     start, wait = Hop.__init__, Hop.wait
@@ -37,12 +40,14 @@ def schedule_job(worker: Worker, topology: tuple[int, ...]) -> tuple[list[str], 
             events.append("compute")
             sources.append(source)
         forward = list(events)
-        for source, _ in ring_steps(own, ring):
+        events.clear()
+        for source in sources:
             home.add(torch.full((2, 3), 100.0 * source + 1))
+            events.append("compute")
         total = home.finish()
     finally:
         Hop.__init__, Hop.wait = start, wait  # type: ignore[method-assign]
-    return forward, sources, float(total.min()), float(total.max())
+    return forward, events, sources, float(total.min()), float(total.max())
 
 
 @pytest.mark.parametrize("topology", [(4,), (2, 2), (2, 4), (4, 2)], ids=str)
@@ -58,18 +63,39 @@ def test_next_transfer_is_in_flight_during_compute(pool: ProcessPool, topology: 
             last_step = inner_step + 1 == inner
             expected += ["compute"] if last_step else ["inner sent", "compute", "waited"]
         expected += [] if last_round else ["waited"]
-    for events, sources, *_ in results:
+    for events, _, sources, *_ in results:
         assert events == expected
         assert sorted(sources) == list(range(world)), "every source is met once"
     for step in range(world):  # at each step all ranks hold keys at one and the same rank distance
-        assert len({(sources[0] - sources[step]) % world for _, sources, *_ in results}) == 1
+        assert len({(sources[0] - sources[step]) % world for _, _, sources, *_ in results}) == 1
 
 
 @pytest.mark.parametrize("topology", [(2,), (4,), (2, 2), (2, 4), (4, 2)], ids=str)
 def test_gradients_come_home_with_every_share(pool: ProcessPool, topology: tuple[int, ...]) -> None:
     world = math.prod(topology)
-    for _, sources, low, high in pool.run(schedule_job, world=world, topology=topology):
+    for _, _, sources, low, high in pool.run(schedule_job, world=world, topology=topology):
         assert low == high == world * (100.0 * sources[0] + 1)
+
+
+@pytest.mark.parametrize("topology", [(4,), (2, 2), (3, 2), (2, 4), (4, 1)], ids=str)
+def test_gradients_travel_while_steps_compute(pool: ProcessPool, topology: tuple[int, ...]) -> None:
+    """One hop a step, and a round's sum goes home across nodes once, under the whole next round."""
+    world = math.prod(topology)
+    outer, inner = topology if len(topology) == 2 else (1, *topology)
+    expected: list[str] = []
+    for outer_step in range(outer):
+        for inner_step in range(inner):
+            expected += ["waited"] if inner_step else []
+            if inner_step + 1 < inner:
+                expected += ["inner sent"]
+            else:  # the round before has come home by now
+                came_by_hop = inner > 1 or outer_step > 1
+                expected += ["waited"] if outer_step and came_by_hop else []
+                expected += ["outer sent"] if outer_step else ["inner sent"] if inner > 1 else []
+            expected += ["compute"]
+    expected += ["waited"]
+    for _, events, *_ in pool.run(schedule_job, world=world, topology=topology):
+        assert events == expected
 
 
 def rejoin_job(worker: Worker) -> tuple[bool, bool]:

@@ -58,6 +58,11 @@ def test_metrics_hold_what_was_asked(run: Path) -> None:
     assert observed["worker_imbalance"] >= 1
     assert observed["step_imbalance"] >= 1
     assert "density" not in records[1]
+    assert 0 < observed["ring_exposed_fraction"] <= observed["ring_exposed_fraction_max"] < 1
+    for phase in ("forward", "backward"):
+        assert len(observed[f"ring_{phase}_compute"]) == len(observed[f"ring_{phase}_exposed"]) == 2
+        assert all(seconds > 0 for seconds in observed[f"ring_{phase}_compute"])
+    assert not any(key.startswith("ring_") for key in records[1])
     assert records[5]["loss"] < records[0]["loss"]
 
 

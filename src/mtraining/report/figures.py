@@ -88,6 +88,26 @@ def density_figure(records: list[dict[str, Any]]) -> Figure | None:
     return figure
 
 
+def ring_figure(records: list[dict[str, Any]]) -> Figure | None:
+    """Computing and exposed waiting of each ring step, from the last record that has them; None where none has."""
+    timed = [record for record in records if "ring_forward_exposed" in record]
+    if not timed:
+        return None
+    figure = new_figure(figsize=(8, 3))
+    panels = figure.subplots(1, 2)
+    for axes, phase in zip(panels, ("forward", "backward"), strict=True):
+        compute, exposed = (
+            [1000 * x for x in timed[-1][f"ring_{phase}_{what}"]] for what in ("compute", "exposed")
+        )
+        axes.bar(range(len(compute)), compute, label="computing")
+        axes.bar(range(len(exposed)), exposed, bottom=compute, label="waiting for transfers")
+        axes.set_title(f"{phase}, step {timed[-1]['step']}", fontsize=10)
+        axes.set_xlabel("ring step")
+        axes.set_ylabel("ms (mean of ranks)")
+    panels[0].legend()
+    return figure
+
+
 def read_json(path: Path) -> Any:
     """A JSON file of a run folder.
 

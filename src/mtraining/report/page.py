@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtraining.errors import UserError
-from mtraining.report.figures import balance_figure, density_figure, read_json, training_figure
+from mtraining.report.figures import balance_figure, density_figure, read_json, ring_figure, training_figure
 from mtraining.train.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ WORLD = 8  # ranks of the balance figure, or the most that the run's sequences a
 
 
 def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Draw the first run's balance and density and every run's loss and throughput into ``out``.
+    """Draw the first run's balance, density and ring steps and every run's loss and throughput into ``out``.
 
     Args:
         runs: run folders; those after the first are only compared with it.
@@ -37,6 +37,7 @@ def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
         "balance": balance_figure(read_json(runs[0] / "balance.json")["layouts"], WORLD),
         "training": training_figure(metrics),
         "density": density_figure(metrics[runs[0].name]),
+        "ring": ring_figure(metrics[runs[0].name]),
     }
     out.mkdir(parents=True, exist_ok=True)
     written = []

@@ -2,9 +2,11 @@
 
 from mtraining.ring.attention import sparse_ring_attention
 from mtraining.ring.balance import Imbalance, imbalance, tile_work
+from mtraining.ring.links import slow_links
 from mtraining.ring.observe import AttentionStats, Observer
 from mtraining.ring.op import AttentionRuntime
 from mtraining.ring.tape import IndexTape
+from mtraining.ring.timeline import RingTimes, Timeline
 from mtraining.ring.topology import Ring
 
 __all__ = [
@@ -14,7 +16,10 @@ __all__ = [
     "IndexTape",
     "Observer",
     "Ring",
+    "RingTimes",
+    "Timeline",
     "imbalance",
+    "slow_links",
     "sparse_ring_attention",
     "tile_work",
 ]

@@ -21,6 +21,7 @@ from mtraining.ring.observe import observe
 from mtraining.ring.plan import RingPlan, make_plan
 from mtraining.ring.schedule import GradientRing, ring_steps
 from mtraining.ring.tape import Recorded, current_tape
+from mtraining.ring.timeline import timed_pass
 from mtraining.ring.topology import PendingSum, Ring
 
 
@@ -136,6 +137,7 @@ def attend_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
+@timed_pass("forward")
 def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Partial results in the accumulation dtype: out (batch, rows, heads, head_dim), lse (batch, heads, rows)."""
     plan, backend, index = call.plan, call.backend, call.index
@@ -153,6 +155,7 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, 
     return out, lse
 
 
+@timed_pass("backward")
 def _ring_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,14 +165,14 @@ def _ring_backward(
     dq = torch.zeros_like(q, dtype=lse.dtype)
     columns, columns_home = _start_columns(k, v, call), None
     home = GradientRing(plan.ring)
-    for step, (source, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring)):
-        if step == 0 and columns is not None:  # computed under the first transfer
-            ck, cv = columns.wait()
-            grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, plan.q_blocks, scale, dq)
-            columns_home = plan.ring.start_sum(torch.stack(grads))
+    for source, kv in ring_steps(torch.stack((k, v)), plan.ring):
         placement = plan.placements[source]
         share = backend.tiles_backward(dout, q, kv[0], kv[1], lse, delta, index, placement, scale, dq)
         home.add(torch.stack(share))
+    if columns is not None:  # computed under the last gradients' way home, for which no step is left
+        ck, cv = columns.wait()
+        grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, plan.q_blocks, scale, dq)
+        columns_home = plan.ring.start_sum(torch.stack(grads))
     dk, dv = home.finish().unbind(0)
     if columns_home is not None:
         backend.scatter_columns(columns_home.wait(), index.columns, call.slots, dk, dv)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from mtraining.ring.timeline import begin_step
 from mtraining.ring.topology import Hop, Ring
 
 
@@ -25,6 +26,7 @@ def ring_steps(own: Tensor, ring: Ring) -> Iterator[tuple[int, Tensor]]:
         payload = own
         for inner_step in range(ring.inner):
             inner_hop = ring.inner_hop(payload) if inner_step + 1 < ring.inner else None
+            begin_step(outer_step * ring.inner + inner_step)
             yield ring.source(outer_step, inner_step), payload
             if inner_hop is not None:
                 payload = inner_hop.wait()
@@ -33,44 +35,45 @@ def ring_steps(own: Tensor, ring: Ring) -> Iterator[tuple[int, Tensor]]:
 
 
 class GradientRing:
-    """Carries the gradients of travelling keys after them, adding each rank's share, and at last brings them home.
+    """Carries the gradients of travelling keys round each node, adding each rank's share, and every round's sum home.
 
     Call :meth:`add` once a step, in the order of :func:`ring_steps`, with this rank's share for that step's source;
-    :meth:`finish` returns the full gradient of this rank's own keys. Every wait comes one compute step
-    after its transfer began, but for the last hop home.
+    :meth:`finish` returns the full gradient of this rank's own keys. Within a round a sum follows its keys, one hop
+    a step, each under the next step's computing. From the last step it goes straight to its owner, across nodes under
+    the whole next round. The very last message has no step to hide under: compute something else before :meth:`finish`.
     """
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
         self._inner_step = self._outer_step = 0
-        self._inner_hop: Hop | None = None
-        self._round: Hop | Tensor | None = None  # a finished round's sum, perhaps on its last inner hop
-        self._outer_hop: Hop | None = None
+        self._hop: Hop | None = None  # this round's sum so far, from the rank before
+        self._home_hop: Hop | None = None  # the sum of the round before, from the rank where it ended
+        self._total: Tensor | None = None
 
     def add(self, share: Tensor) -> None:
         """Add this rank's share for the step's source; ``share`` is consumed."""
-        if self._inner_step == 0 and self._round is not None:
-            self._outer_hop = self._ring.outer_hop(self._round_total())
-            self._outer_step += 1
-        elif self._inner_hop is not None:
-            share += self._inner_hop.wait()
+        if self._hop is not None:
+            share += self._hop.wait()
+            self._hop = None
         self._inner_step += 1
-        self._inner_hop = self._ring.inner_hop(share) if self._ring.inner > 1 else None
-        if self._inner_step == self._ring.inner:
-            self._round = self._inner_hop or share
-            self._inner_step, self._inner_hop = 0, None
+        if self._inner_step < self._ring.inner:
+            self._hop = self._ring.inner_hop(share)
+            return
+        self._collect()
+        if self._ring.inner > 1 or self._outer_step:
+            self._home_hop = self._ring.home_hop(share, self._outer_step)
+        else:
+            self._total = share  # a node of one rank: the keys were its own
+        self._inner_step, self._outer_step = 0, self._outer_step + 1
 
     def finish(self) -> Tensor:
         """The summed gradient of this rank's own payload."""
-        total = self._round_total()
-        if self._ring.outer > 1:  # each round moved it one rank on
-            total = self._ring.outer_hop(total, by=-self._outer_step).wait()
-        return total
+        self._collect()
+        assert self._total is not None, "no round was finished"
+        return self._total
 
-    def _round_total(self) -> Tensor:
-        """The round just finished, with what earlier nodes summed for the same keys."""
-        assert self._round is not None, "no step was added"
-        total = self._round.wait() if isinstance(self._round, Hop) else self._round
-        if self._outer_hop is not None:
-            total += self._outer_hop.wait()
-        return total
+    def _collect(self) -> None:
+        """Add the sum that the round before sent home."""
+        if self._home_hop is not None:
+            arrived, self._home_hop = self._home_hop.wait(), None
+            self._total = arrived if self._total is None else self._total.add_(arrived)

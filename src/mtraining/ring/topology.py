@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
+from mtraining.ring.links import begin_transfer
+from mtraining.ring.timeline import waiting
 
 # torch 2.13 renamed it and warns under the old name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -31,7 +33,8 @@ class Ring:
         outer_rank = inner_rank = 0
         self._outer_group: dist.ProcessGroup | None = None
         self._inner_group: dist.ProcessGroup | None = None
-        self._whole_group: dist.ProcessGroup | None = None  # outer hops go between any two nodes' GPUs
+        # Outer hops go between any two nodes' GPUs, by a communicator of their own: they do not queue with inner ones.
+        self._whole_group: dist.ProcessGroup | None = None
         if mesh is not None:
             if mesh.ndim not in (1, 2) or (mesh.ndim == 2 and not mesh.mesh_dim_names):
                 raise UserError(
@@ -40,6 +43,7 @@ class Ring:
                     "mesh['cp_outer', 'cp_inner']."
                 )
             self._inner_group, self.inner, inner_rank = _dimension(mesh, mesh.ndim - 1)
+            self._whole_group = self._inner_group
             if mesh.ndim == 2 and mesh.size(0) > 1:
                 self._outer_group, self.outer, outer_rank = _dimension(mesh, 0)
                 self._whole_group = mesh._flatten().get_group()
@@ -67,9 +71,17 @@ class Ring:
         here = self.rank // self.outer
         return Hop(payload, self._inner_group, (here + 1) % self.inner, (here - 1) % self.inner)
 
-    def outer_hop(self, payload: Tensor, by: int = 1) -> Hop:
-        """Begin sending ``payload`` to rank + ``by``, on another node, and receiving from rank - ``by``."""
-        return Hop(payload, self._whole_group, self._place(self.rank + by), self._place(self.rank - by))
+    def outer_hop(self, payload: Tensor) -> Hop:
+        """Begin sending ``payload`` to the next rank, on the next node, and receiving from the previous."""
+        return Hop(payload, self._whole_group, self._place(self.rank + 1), self._place(self.rank - 1))
+
+    def home_hop(self, payload: Tensor, outer_step: int) -> Hop:
+        """Begin sending ``payload`` from the last step of a round to the rank whose keys were held there, and receiving
+        this rank's own."""
+        if outer_step == 0:
+            return self.inner_hop(payload)
+        away = ring_offset(outer_step, self.inner - 1, self.outer)
+        return Hop(payload, self._whole_group, self._place(self.rank - away), self._place(self.rank + away))
 
     def _place(self, rank: int) -> int:
         """Where a rank stands in the whole group, which counts node by node."""
@@ -87,7 +99,7 @@ class Ring:
 
     def start_sum(self, x: Tensor) -> PendingSum:
         """Begin summing ``x`` in place over all ranks, in the background."""
-        return PendingSum(x, self._stages())
+        return PendingSum(x, self._whole_group if self.world > 1 else None)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """(...) -> (world, ...), in rank order."""
@@ -119,18 +131,17 @@ def ring_offset(outer_step: int, inner_step: int, outer: int) -> int:
 
 
 class PendingSum:
-    """A sum over the ring under way."""
+    """A sum over the ring under way; over no group, one that is done."""
 
-    def __init__(self, x: Tensor, stages: list[dist.ProcessGroup]) -> None:
-        self._x, self._rest = x, stages[1:]
-        self._work = dist.all_reduce(x, group=stages[0], async_op=True) if stages else None
+    def __init__(self, x: Tensor, group: dist.ProcessGroup | None) -> None:
+        self._x = x
+        self._work = None if group is None else dist.all_reduce(x, group=group, async_op=True)
 
     def wait(self) -> Tensor:
         """Finish and return the summed tensor."""
         if self._work is not None:
-            self._work.wait()
-            for group in self._rest:
-                dist.all_reduce(self._x, group=group)
+            with waiting():
+                self._work.wait()
         return self._x
 
 
@@ -140,17 +151,16 @@ class Hop:
     def __init__(self, payload: Tensor, group: dist.ProcessGroup | None, to: int, sender: int) -> None:
         self._payload = payload  # kept alive, and unwritten, until the transfer is done
         self._received = torch.empty_like(payload)
-        self._works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, payload, group=group, group_peer=to),
-                dist.P2POp(dist.irecv, self._received, group=group, group_peer=sender),
-            ]
+        self._works = begin_transfer(
+            dist.P2POp(dist.isend, payload, group=group, group_peer=to),
+            dist.P2POp(dist.irecv, self._received, group=group, group_peer=sender),
         )
 
     def wait(self) -> Tensor:
         """Finish and return what was received."""
-        for work in self._works:
-            work.wait()
+        with waiting():
+            for work in self._works:
+                work.wait()
         return self._received
 
 

@@ -68,6 +68,8 @@ class Display:
         numbers = f"loss {record['loss']:.4f}  norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s"
         if "density" in record:
             numbers += f"  density {record['density']:.1%}"
+        if "ring_exposed_fraction" in record:
+            numbers += f"  ring waits {record['ring_exposed_fraction']:.1%}"
         if self._live is not None:
             self._live.update(self._task, completed=self._done, numbers=numbers)
         elif self._done in (self._started_at + 1, self._steps) or self._done % self._log_every == 0:

@@ -1,0 +1,117 @@
+"""Transfers between two ranks, and a benchmark's way of making those between nodes slow."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from mtraining.errors import UserError
+
+
+class Waitable(Protocol):
+    """What is left of :class:`torch.distributed.Work` here."""
+
+    def wait(self) -> object: ...
+
+
+def begin_transfer(send: dist.P2POp, receive: dist.P2POp) -> Sequence[Waitable]:
+    """Begin both at once, in the background; the transfer is done when all that is returned has been waited for."""
+    if _slow and (_slow[-1].between(send) or _slow[-1].between(receive)):
+        return _slow[-1].begin(send, receive)
+    return dist.batch_isend_irecv([send, receive])
+
+
+@contextmanager
+def slow_links(
+    node_size: int, delay_seconds: float = 0.0, bytes_per_second: float = math.inf
+) -> Iterator[None]:
+    """Pretend that every ``node_size`` neighbouring global ranks are a node, and that links between nodes are slow.
+
+    For benchmarks on one machine; enter it on all ranks alike. Each rank has one link to other nodes, as with one
+    network card a GPU, which carries one message at a time: delay_seconds + bytes / bytes_per_second each. Slowed are
+    the ring's hops (keys, values and their gradients); collectives (columns, estimation) are not.
+
+    On a GPU the sender's link is a stream that spins for that long before the message is handed to NCCL, so neither
+    the host nor computing is held up but where it waits for the message. Elsewhere messages go at once, and both ends
+    see theirs arrive that much after they asked for it.
+
+    Raises:
+        UserError: no nodes of such a size, a negative delay, or no bandwidth.
+    """
+    if node_size < 1 or delay_seconds < 0 or not bytes_per_second > 0:
+        raise UserError(
+            f"slow_links: node_size={node_size}, delay_seconds={delay_seconds}, bytes_per_second={bytes_per_second} is "
+            "no network; use a node_size of at least 1, a delay of at least 0 and a bandwidth above 0."
+        )
+    links = _SlowLinks(node_size, delay_seconds, bytes_per_second)
+    _slow.append(links)
+    try:
+        yield
+    finally:
+        _slow.remove(links)
+
+
+@dataclass(eq=False)
+class _SlowLinks:
+    node_size: int
+    delay_seconds: float
+    bytes_per_second: float
+    free_at: float = 0.0  # when this rank's link has carried all it was given, on CPUs
+    streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
+
+    def between(self, operation: dist.P2POp) -> bool:
+        """Whether it crosses nodes."""
+        return operation.peer // self.node_size != dist.get_rank() // self.node_size
+
+    def begin(self, send: dist.P2POp, receive: dist.P2POp) -> Sequence[Waitable]:
+        seconds = self.delay_seconds + send.tensor.nbytes / self.bytes_per_second
+        if send.tensor.is_cuda:
+            return self._begin_on_gpu(send, receive, seconds)
+        self.free_at = max(self.free_at, time.perf_counter()) + seconds
+        return [*dist.batch_isend_irecv([send, receive]), _Arrival(self.free_at)]
+
+    def _begin_on_gpu(self, send: dist.P2POp, receive: dist.P2POp, seconds: float) -> Sequence[Waitable]:
+        """NCCL's stream waits for the one that is current when it is called: here, for the spinning link."""
+        device = send.tensor.device
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device, priority=-1)
+        link = self.streams[device]
+        link.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(link):
+            if self.between(send):
+                torch.cuda._sleep(round(seconds * _cycles_per_second(device)))
+            return dist.batch_isend_irecv([send, receive])
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A moment, by time.perf_counter."""
+
+    at: float
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self.at - time.perf_counter()))
+
+
+@cache
+def _cycles_per_second(device: torch.device) -> float:
+    """The clock of torch.cuda._sleep, measured once: the caller's stream and the host wait for it."""
+    cycles = 20_000_000
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(cycles)
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    end.synchronize()
+    return cycles * 1000 / begin.elapsed_time(end)
+
+
+_slow: list[_SlowLinks] = []

@@ -1,0 +1,138 @@
+"""The timeline sees what a transfer costs: all of it when nothing is computed, nothing when computing takes longer."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from distributed import ProcessPool, Worker
+from mtraining.errors import UserError
+from mtraining.kernel.reference import ReferenceBackend
+from mtraining.layout import build_layout
+from mtraining.pattern import VerticalSlash
+from mtraining.ring import AttentionRuntime, IndexTape, RingTimes, Timeline, slow_links, sparse_ring_attention
+
+OPTIONS = {"block_size": 8, "top_p": None, "top_k_columns": 8, "top_k_slashes": 3, "sinks": 2, "window": 2}
+DELAY = 0.15  # seconds a message: far above what the attention of 64 tokens takes, and above a busy machine's noise
+
+
+def inputs() -> list[Tensor]:
+    return [torch.randn(1, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+
+
+def slow_job(worker: Worker, compute: float, delay: float) -> tuple[list[RingTimes], float, float]:
+    """Forward and backward where each kernel call takes ``compute`` seconds more, and each message ``delay``."""
+
+    def slowed(kernel: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(compute)
+            return kernel(*args, **kwargs)
+
+        return call
+
+    names = ("tiles_forward", "tiles_backward", "columns_forward", "columns_backward")
+    originals = {name: getattr(ReferenceBackend, name) for name in names}
+    tensors, layout = inputs(), build_layout("striped", 8)
+
+    def step() -> None:
+        out = sparse_ring_attention(
+            *tensors, pattern=VerticalSlash(**OPTIONS), layout=layout, mesh=worker.mesh(), kernel="reference"
+        )
+        out.sum().backward()
+
+    step()  # what is made once is made here
+    dist.barrier()
+    try:
+        for name, kernel in originals.items():
+            setattr(ReferenceBackend, name, slowed(kernel))
+        with slow_links(node_size=1, delay_seconds=delay), Timeline() as timeline:
+            step()
+    finally:
+        for name, kernel in originals.items():
+            setattr(ReferenceBackend, name, kernel)
+    return timeline.passes, timeline.exposed, timeline.exposed_fraction
+
+
+def test_without_computing_every_transfer_is_exposed(pool: ProcessPool) -> None:
+    for passes, exposed, fraction in pool.run(slow_job, world=2, compute=0.0, delay=DELAY):
+        assert [times.phase for times in passes] == ["forward", "backward"]
+        assert [len(times.compute) for times in passes] == [2, 2]
+        # forward: keys and values, once; backward: the same, and two gradient hops, of which the last starts later
+        assert exposed > 3.2 * DELAY
+        assert passes[0].exposed[0] > 0.7 * DELAY > passes[0].exposed[1]
+        assert passes[1].exposed[1] > 0.7 * DELAY, "gradients' way home"
+        assert fraction > 0.5
+
+
+def test_computing_hides_transfers(pool: ProcessPool) -> None:
+    """Keys under the first step, gradients' last way home under the columns."""
+    for _, exposed, fraction in pool.run(slow_job, world=2, compute=1.5 * DELAY, delay=DELAY):
+        assert exposed < DELAY
+        assert fraction < 0.2
+
+
+def calls(compiled: bool, tape: IndexTape | None) -> Timeline:
+    q, k, v = inputs()
+    runtime = AttentionRuntime(VerticalSlash(**OPTIONS), build_layout("striped", 8), None)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return runtime(q, k, v) * 2
+
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    with Timeline() as timeline:
+        if tape is None:
+            out = call(q, k, v)
+        else:
+            context = lambda: (tape.record(), tape.replay())  # noqa: E731
+            out = checkpoint(call, q, k, v, use_reentrant=False, context_fn=context)
+        out.sum().backward()
+    call(q, k, v).sum().backward()  # no longer timed
+    return timeline
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("tape", "phases"),
+    [
+        (None, ["forward", "backward"]),
+        (IndexTape(), ["forward", "forward", "backward"]),
+        (IndexTape(keep_outputs=True), ["forward", "backward"]),
+    ],
+    ids=["none", "full", "keep_attention"],
+)
+def test_recompute_and_compiled_code_are_timed(
+    tape: IndexTape | None, phases: list[str], compiled: bool
+) -> None:
+    torch._dynamo.reset()
+    timeline = calls(compiled, tape)
+    assert [times.phase for times in timeline.passes] == phases
+    assert all(times.compute[0] > 0 and times.exposed == [0.0] for times in timeline.passes)
+    assert timeline.exposed_fraction == 0.0
+
+
+def test_sums_over_passes() -> None:
+    timeline = Timeline()
+    assert timeline.exposed_fraction == 0.0
+    timeline.passes += [
+        RingTimes("forward", [1.0, 2.0], [0.5, 0.0]),
+        RingTimes("backward", [4.0, 5.0], [0.0, 1.0]),
+        RingTimes("forward", [1.0, 1.0], [0.5, 0.0]),
+    ]
+    assert timeline.by_step("forward") == ([2.0, 3.0], [1.0, 0.0])
+    assert timeline.by_step("backward") == ([4.0, 5.0], [0.0, 1.0])
+    assert timeline.exposed_fraction == pytest.approx(2 / 16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"node_size": 0}, {"node_size": 1, "delay_seconds": -1}, {"node_size": 1, "bytes_per_second": 0}],
+)
+def test_impossible_links_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"slow_links: node_size=.* is no network"), slow_links(**options):
+        pass
