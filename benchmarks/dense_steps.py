@@ -25,9 +25,10 @@ from mtraining.kernel.placement import causal_pieces
 from mtraining.layout import build_layout
 
 BLOCK, HEADS, KV_HEADS, DIM = 128, 16, 2, 128
-COLUMNS = "date commit gpu torch seq_len ranks kernel step".split() + [
-    "forward_ms", "backward_ms", "forward_tflops", "backward_tflops",
-]  # fmt: skip
+COLUMNS = (
+    "date", "commit", "gpu", "torch", "seq_len", "ranks", "kernel", "step", "forward_ms", "backward_ms",
+    "forward_tflops", "backward_tflops",
+)  # fmt: skip
 
 
 def main(seq_len: int = 524288, ranks: int = 4, path: Path | None = None) -> int:

@@ -14,7 +14,7 @@ from mtraining.errors import UserError
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, Refresh, parallelize
-from mtraining.pattern import ToeplitzRandom, VerticalSlash
+from mtraining.pattern import Dense, Pattern, ToeplitzRandom, VerticalSlash
 from mtraining.ring import Observer, Ring
 from pattern_cases import Counting
 
@@ -157,6 +157,20 @@ def test_state_goes_round() -> None:
     assert counted["uncovered_run"] == old.indices.uncovered(TOKENS)["uncovered_run"]
     with pytest.raises(UserError, match="step 6 needs the indices of step 4, .* holds those of 1"):
         step(later, 6, [2])
+
+
+@pytest.mark.parametrize("pattern", [Dense(block_size=BLOCK), VerticalSlash(**OPTIONS)], ids=lambda p: p.name)
+def test_a_restored_index_is_dense_if_it_was(pattern: Pattern) -> None:
+    """Or a resumed run would compute it with another kernel."""
+    old, new = (
+        parallelize(tiny_model("qwen3"), pattern=pattern, refresh={"frozen_at": 1}, recompute="none")
+        for _ in "12"
+    )
+    step(old, 1, [1])
+    new.indices.restore(old.indices.state(), torch.device("cpu"))
+    for memory in (old.indices, new.indices):
+        assert memory._held
+        assert all(index.dense == isinstance(pattern, Dense) for index in memory._held.values())
 
 
 def replicas_job(worker: Worker) -> tuple[list[SparseIndex], dict[str, float], list[SparseIndex]]:
