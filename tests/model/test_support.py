@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCK, DENSE, SPARSE, tiny_batch, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_models import BLOCK, DENSE, FAMILIES, SPARSE, tiny_batch, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from mtraining.errors import UserError
 from mtraining.model import check_supported, parallelize
@@ -140,7 +140,7 @@ def test_attention_without_parallelize_is_refused() -> None:
     ("change", "message"),
     [
         ({"attention_mask": torch.ones(2, 128, dtype=torch.long)}, "attention_mask is not supported"),
-        ({"attention_mask": torch.zeros(2, 1, 128, 128)}, "asks for an attention mask"),
+        ({"attention_mask": torch.zeros(2, 1, 128, 128)}, "attention_mask is not supported"),
         ({"is_causal": False}, "asks for non-causal attention"),
         ({"softcap": 30.0}, "asks for soft-capping"),
     ],
@@ -149,6 +149,27 @@ def test_forward_arguments_that_cannot_be_honoured_are_refused(change: Any, mess
     model = parallelize(tiny_model("llama"), pattern=Dense(block_size=BLOCK))
     with pytest.raises(UserError, match=message):
         model.hf_model(tiny_batch().input_ids, use_cache=False, **change)
+
+
+def test_a_mask_that_reaches_a_layer_is_refused() -> None:
+    model = parallelize(tiny_model("llama"), pattern=Dense(block_size=BLOCK))
+    layer, hidden = model.hf_model.model.layers[0], torch.zeros(1, 128, 48, dtype=torch.float64)
+    rotary = model.hf_model.model.rotary_emb(hidden, torch.arange(128)[None])
+    with pytest.raises(UserError, match="asks for an attention mask"):
+        layer(hidden, position_embeddings=rotary, attention_mask=torch.zeros(1, 1, 128, 128))
+
+
+def test_no_forward_looks_for_packed_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' search waits for the device."""
+
+    def search(*_: Any) -> None:
+        raise AssertionError("it looked")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", search)
+    batch = tiny_batch()
+    for family in FAMILIES:
+        model = parallelize(tiny_model(family), pattern=Dense(block_size=BLOCK))
+        model(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels)
 
 
 def test_a_cached_prefix_is_refused() -> None:

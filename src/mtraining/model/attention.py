@@ -1,4 +1,4 @@
-"""The bridge from a transformers model to the ring: one attention function and one mask function, named "mtraining".
+"""The bridge from a transformers model to the ring: one attention function, named "mtraining".
 
 What a layer needs to attend (pattern, layout, mesh, kernel) hangs on its attention module, so two models in
 one process never see each other's settings.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from mtraining.errors import UserError
 from mtraining.ring import AttentionRuntime
@@ -74,18 +74,18 @@ def sparse_attention(
     return runtime(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling), None
 
 
-def no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:
-    """transformers' mask function: no mask is ever built.
+def refuse_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before the decoder's forward: transformers would drop a padding mask in silence.
 
-    transformers takes the jumps in a rank's striped position ids for packed documents and passes a mask function that
-    separates them; positions here are global, so that guess is dropped. A padding mask from the caller is refused:
-    without this function transformers would drop it in silence.
+    It builds no mask for an attention that has no mask function. One registered to refuse masks would be asked too
+    late: transformers first looks for packed documents in the position ids, which waits for the device, and takes the
+    jumps in a rank's striped positions for some.
     """
-    if attention_mask is not None:
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if mask is not None:
         raise UserError(
             "model: attention_mask is not supported; pass whole sequences and mark padding by labels of -100."
         )
 
 
 AttentionInterface.register(ATTENTION_NAME, sparse_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, no_mask)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from mtraining.errors import UserError
 from mtraining.kernel import select_backend
 from mtraining.layout import Layout, build_layout
-from mtraining.model.attention import ATTENTION_NAME, AttentionRuntime, attach
+from mtraining.model.attention import ATTENTION_NAME, AttentionRuntime, attach, refuse_mask
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
 from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses
@@ -238,6 +238,7 @@ def _set_attention(
     for index, module in attention_modules(model):
         patterns[index].check_heads(index, model.config.num_attention_heads)
         attach(module, AttentionRuntime(indices.wrap(index, patterns[index]), layout, cp_mesh, kernel))
+    decoder_of(model).register_forward_pre_hook(refuse_mask, with_kwargs=True)
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:
         raise UserError(

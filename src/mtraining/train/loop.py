@@ -121,7 +121,7 @@ def _steps(
     config: Config,
     place: Runtime,
     model: ParallelLM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     dataset: SequenceDataset,
     checkpointer: Checkpointer,
     done: int,

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(model: nn.Module, options: TrainSection, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter; weight decay spares vectors (norms and biases). Fused on CUDA."""
+    """AdamW over every trainable parameter; weight decay spares vectors (norms and biases).
+
+    Fused: one kernel, which `step_where_finite` can hold back on the device itself; on the meta device there is none.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
@@ -25,7 +28,7 @@ def build_optimizer(model: nn.Module, options: TrainSection, device: torch.devic
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,
-        fused=device.type == "cuda",
+        fused=device.type != "meta",
     )
 
 
@@ -42,6 +45,15 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, limit: float | None) -> None:
-    """Scale all gradients so that their global norm is at most `limit`; None leaves them alone."""
+    """Scale all gradients so that their global norm is at most `limit`; None leaves them alone, and so does a norm that
+    is not finite, so that one can still see where they went wrong."""
     if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        usable = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, usable)
+
+
+def step_where_finite(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> None:
+    """Update if `finite` (0-d bool, on the parameters' device) is true, else change nothing, moments and step counts
+    included. The device decides: the host does not wait for the answer."""
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # what gradient scalers give to fused kernels
+    optimizer.step()

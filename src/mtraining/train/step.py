@@ -2,6 +2,9 @@
 
 The loss of a step is the sum of all token losses over ranks and micro-batches, divided by the global number of labels;
 so the gradient is that of one large batch, however it is cut.
+
+Counts, loss and norm stay on the device, which itself holds the update back when one of them is not finite; the host
+launches a whole step before it waits once, to read three numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from mtraining.errors import UserError
 from mtraining.model import ParallelLM
 from mtraining.ring import AttentionStats, Observer
 from mtraining.train.mesh import Runtime
-from mtraining.train.optim import clip_gradients, gradient_norm, set_learning_rate
+from mtraining.train.optim import clip_gradients, gradient_norm, set_learning_rate, step_where_finite
 from mtraining.train.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -56,7 +59,7 @@ class Stepper:
     def __init__(
         self,
         model: ParallelLM,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.AdamW,
         options: TrainSection,
         place: Runtime,
         accumulation: int,
@@ -70,7 +73,7 @@ class Stepper:
         """Take this step's micro-batches from `batches` and make optimizer step `step` (0-based). Collective.
 
         Raises:
-            NonFinite: before the optimizer has changed anything.
+            NonFinite: the optimizer has changed nothing.
             UserError: when no token of the step has a label.
         """
         device = self._place.device
@@ -80,10 +83,6 @@ class Stepper:
         ]
         labels = torch.stack([(piece["labels"] != IGNORED).sum() for piece in pieces]).sum()
         labels = self._place.sum(labels)
-        if int(labels) == 0:
-            raise UserError(
-                f"step {step + 1}: no token of the batch has a label, so there is nothing to learn; check data.path."
-            )
         attention: list[AttentionStats] = []
         local = torch.zeros((), dtype=torch.float64, device=device)
         with self._model.training_step(step + 1):
@@ -96,17 +95,25 @@ class Stepper:
                 share.backward()
                 local += share.detach().double()
         uncovered = self._model.indices.uncovered(self._options.seq_len) if observe else {}
-        loss = float(self._place.sum(local.clone()))
-        self._require_finite("the loss", loss, local)
+        loss = self._place.sum(local.clone())
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         norm = gradient_norm(parameters)
-        self._require_finite("the gradient norm", float(norm), None)
         clip_gradients(parameters, norm, self._options.clip)
         lr = learning_rate(step, self._options)
         set_learning_rate(self._optimizer, lr)
-        self._optimizer.step()
+        step_where_finite(self._optimizer, loss.isfinite() & norm.isfinite())
+        # The step's only wait for the device, with the update already under way there.
+        labels_seen, loss_seen, norm_seen = torch.stack([labels.double(), loss, norm.double()]).tolist()
+        if labels_seen == 0:
+            raise UserError(
+                f"step {step + 1}: no token of the batch has a label, so there is nothing to learn; check data.path."
+            )
+        self._require_finite("the loss", loss_seen, local)
+        self._require_finite("the gradient norm", norm_seen, None)
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss, grad_norm=float(norm), lr=lr, attention=attention, uncovered=uncovered)
+        return StepResult(
+            loss=loss_seen, grad_norm=norm_seen, lr=lr, attention=attention, uncovered=uncovered
+        )
 
     def _require_finite(self, what: str, value: float, local: Tensor | None) -> None:
         """`value` is equal on all ranks, so all ranks raise together; only then does it cost a second collective."""

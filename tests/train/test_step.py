@@ -1,0 +1,162 @@
+"""One optimizer step on stand-in models: what is updated, and when the host waits."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distributed import ProcessPool, Worker
+from mtraining.errors import UserError
+from mtraining.train.config import TrainSection
+from mtraining.train.mesh import Runtime
+from mtraining.train.optim import build_optimizer, step_where_finite
+from mtraining.train.step import NonFinite, Stepper
+
+OPTIONS = TrainSection(seq_len=8, steps=5, lr=0.1)
+CPU = torch.device("cpu")
+
+
+class Alone(Runtime):
+    """One process without a group."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def gather(self, value: float) -> list[float]:
+        return [value]
+
+
+class Model(nn.Module):
+    """A matrix and a vector, with the signature of `ParallelLM`; one number of the batch is the loss's factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.vector = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8))
+        self.indices = SimpleNamespace(uncovered=lambda _: {})
+        self.factor = 1.0
+
+    def training_step(self, _: int) -> Any:
+        return nullcontext()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, num_labels: Tensor) -> Tensor:
+        return ((self.matrix @ input_ids.float() + self.vector) * self.factor).square().sum() / num_labels
+
+
+def batch(labels: int = 8) -> dict[str, Tensor]:
+    ids = torch.arange(8)
+    return {"input_ids": ids, "position_ids": ids, "labels": torch.where(ids < labels, ids, -100)}
+
+
+def stepper(model: Any) -> tuple[Stepper, torch.optim.AdamW]:
+    optimizer = build_optimizer(model, OPTIONS, CPU)
+    place = Alone(CPU, None, rank=0, world=1, dp_rank=0, cp_rank=0)  # type: ignore[arg-type]
+    return Stepper(model, optimizer, OPTIONS, place, accumulation=1), optimizer
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Parameters, moments and step counts, copied."""
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    return [tensor.detach().clone() for tensor in (*model.parameters(), *state)]
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e30])
+def test_nothing_changes_in_a_step_that_is_not_finite(factor: float) -> None:
+    """A factor of 1e30, squared, is infinite in fp32."""
+    model = Model()
+    step, optimizer = stepper(model)
+    step.run(iter([batch()]), 0)
+    before = everything(model, optimizer)
+    assert len(before) == 8
+    model.factor = factor
+    with pytest.raises(NonFinite) as caught:
+        step.run(iter([batch()]), 1)
+    assert (caught.value.what, caught.value.ranks) == ("the loss", [0])
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss() -> None:
+    model = Model()
+    step, optimizer = stepper(model)
+    step.run(iter([batch()]), 0)
+    before = everything(model, optimizer)
+    hook = model.vector.register_hook(lambda grad: grad / 0)
+    with pytest.raises(NonFinite) as caught:
+        step.run(iter([batch()]), 1)
+    assert (caught.value.what, caught.value.ranks) == ("the gradient norm", [0])
+    assert (
+        model.matrix.grad is not None and model.matrix.grad.isfinite().all()
+    )  # one can see where it went wrong
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer), strict=True))
+    hook.remove()
+    optimizer.zero_grad()
+    step.run(iter([batch()]), 1)
+    assert not torch.equal(before[0], model.matrix)
+
+
+def test_a_batch_without_labels_is_refused_and_changes_nothing() -> None:
+    model = Model()
+    step, optimizer = stepper(model)
+    before = everything(model, optimizer)
+    with pytest.raises(UserError, match="step 3: no token of the batch has a label"):
+        step.run(iter([batch(labels=0)]), 2)
+    assert torch.equal(before[0], model.matrix)
+
+
+class Reads(TorchDispatchMode):
+    """Notes the optimizer's kernel, and every number that the host asks of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "_fused_adamw_", "nonzero", "equal", "is_nonzero"):
+            self.log.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_once_and_only_after_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, _ = stepper(Model())
+    reads = Reads()
+    tolist = Tensor.tolist
+
+    def noted(self: Tensor) -> Any:
+        reads.log.append("tolist")
+        return tolist(self)
+
+    monkeypatch.setattr(Tensor, "tolist", noted)
+    with reads:
+        step.run(iter([batch()]), 0)
+    assert reads.log == ["_fused_adamw_"] * 2 + ["tolist"]  # matrices, vectors
+
+
+def sharded_job(worker: Worker) -> list[list[Tensor]]:
+    """Job: two updates of sharded parameters, a held one between; all state after each."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    fully_shard(model, mesh=worker.mesh())
+    optimizer = build_optimizer(model, OPTIONS, CPU)
+    seen = []
+    for finite in (True, False, True):
+        model(torch.ones(2, 8)).square().sum().backward()
+        step_where_finite(optimizer, torch.tensor(finite))
+        optimizer.zero_grad()
+        state = [value for entry in optimizer.state.values() for value in entry.values()]
+        tensors = (*model.parameters(), *state)
+        seen.append([x.full_tensor() if hasattr(x, "full_tensor") else x.clone() for x in tensors])
+    return seen
+
+
+def test_sharded_parameters_are_held_too(pool: ProcessPool) -> None:
+    first, held, last = pool.run(sharded_job, world=2)[0]
+    assert len(first) == 8
+    assert all(torch.equal(a, b) for a, b in zip(first, held, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, last, strict=True))
