@@ -7,10 +7,12 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,9 +52,6 @@ class Row:
     ratio: float | None
     index_mib: float | None
     peak_mib: float | None
-
-
-COLUMNS = tuple(field.name for field in fields(Row))
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,18 @@ def _git(folder: Path, *args: str) -> str:
     return done.stdout.strip()
 
 
-def write_csv(rows: list[Row], folder: Path, name: str) -> Path:
-    """Append the rows to ``folder``/name-GPU-DATE.csv, with a header where it is new; returns its path."""
+def write_csv(rows: Sequence[Any], folder: Path, name: str) -> Path:
+    """Append rows to ``folder``/name-GPU-DATE.csv, with a header where it is new; returns its path.
+
+    Args:
+        rows: dataclasses of one kind, with ``gpu`` and ``date``.
+    """
     slug = re.sub(r"[^a-z0-9]+", "-", rows[0].gpu.lower().removeprefix("nvidia ")).strip("-")
     path = folder / f"{name}-{slug}-{rows[0].date}.csv"
     folder.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
         if new:
             writer.writeheader()
         for row in rows:

@@ -58,3 +58,68 @@ def attention(
     console.print(f"wrote {path}" if path else "no number to write", soft_wrap=True)
     if result.failures:
         raise typer.Exit(1)
+
+
+@bench.command()
+def train(
+    preset: Annotated[str, typer.Option(help="table or tiny; default: table, on a CPU tiny.")] = "",
+    model: Annotated[str, typer.Option(help="Shape of the model: qwen2.5-3b or tiny.")] = "",
+    seq_len: Annotated[
+        list[str] | None, typer.Option(help="Tokens a sequence, such as 512K; may be repeated.")
+    ] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="Computed share of attention, such as 0.05; may be repeated.")
+    ] = None,
+    layout: Annotated[
+        list[str] | None, typer.Option(help="striped, zigzag or contiguous; may be repeated.")
+    ] = None,
+    ring: Annotated[
+        list[str] | None, typer.Option(help="flat, or OUTERxINNER such as 2x2; may be repeated.")
+    ] = None,
+    recompute: Annotated[
+        list[str] | None, typer.Option(help="full, keep_attention or none; may be repeated.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Decoder layers, of both sides.")] = None,
+    dense: Annotated[bool | None, typer.Option(help="Time the dense step too.")] = None,
+    kernel: Annotated[str, typer.Option(help="Attention backend of sparse steps.")] = "",
+    dense_kernel: Annotated[str, typer.Option(help="Attention backend of dense steps.")] = "",
+    fused: Annotated[str, typer.Option(help="What surrounds attention: none, compile or liger.")] = "",
+    offload: Annotated[bool | None, typer.Option(help="Keep activations in host memory.")] = None,
+    warmup: Annotated[int, typer.Option(help="Steps before the timed ones.")] = 1,
+    steps: Annotated[int, typer.Option(help="Timed steps at most; the median counts.")] = 5,
+    seconds: Annotated[float, typer.Option(help="Time fewer steps where they would take longer.")] = 60.0,
+    device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = "",
+    nproc: Annotated[int | None, typer.Option(help="Processes; default: one a GPU, two on a CPU.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("benchmarks/results"),
+    chart: Annotated[Path | None, typer.Option(help="Draw the result into this SVG file.")] = None,
+) -> None:
+    """Time whole training steps, sparse beside dense, on all GPUs; nothing wrong is timed. Writes a CSV."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mtraining.bench.train import Choice
+    from mtraining.bench.train import bench as run
+    from mtraining.bench.train_record import table
+
+    console = Console()
+    choice = Choice(
+        preset, model, seq_len or (), density or (), layout or (), ring or (), recompute or (), layers, dense, kernel,
+        dense_kernel, fused, offload, warmup, steps, seconds, device, nproc, str(out), str(chart or ""),
+    )  # fmt: skip
+    outcome = run(choice)
+    if outcome is None:  # torchrun's first process tells
+        return
+    heads, cells = table(outcome.rows)
+    shown = Table(*heads, title="Training steps")
+    for row in cells:
+        shown.add_row(*row)
+    # a narrow terminal may break lines, but a cell cut short would be no number
+    console.width = max(
+        console.width, console.measure(shown, options=console.options.update(max_width=500)).maximum
+    )
+    console.print(shown)
+    for line in (*outcome.failures, *outcome.notes):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    console.print(f"wrote {outcome.path}" if outcome.path else "no number to write", soft_wrap=True)
+    if outcome.failures:
+        raise typer.Exit(1)
