@@ -35,15 +35,17 @@ def schedule_job(
     try:
         sources, home = [], GradientRing(ring)
         own = torch.full((2, 3), float(ring.rank))
-        for source, payload in ring_steps(own, ring):
-            assert (payload == source).all(), "the payload must be the source's"
+        for step, payload in ring_steps(own, ring):
+            assert (payload == step.source).all(), "the payload must be the source's"
             events.append("compute")
-            sources.append(source)
+            sources.append(step.source)
         forward = list(events)
+        backward = list(ring_steps(own, ring, own_node_last=True))
+        assert all((payload == step.source).all() for step, payload in backward)
         events.clear()
-        for source in sources:
-            home.add(torch.full((2, 3), 100.0 * source + 1))
-            events.append("compute")
+        for step, _ in backward:
+            events.append(f"{step.outer}.{step.inner}")
+            home.add(torch.full((2, 3), 100.0 * step.source + 1), step)
         total = home.finish()
     finally:
         Hop.__init__, Hop.wait = start, wait  # type: ignore[method-assign]
@@ -70,32 +72,28 @@ def test_next_transfer_is_in_flight_during_compute(pool: ProcessPool, topology: 
         assert len({(sources[0] - sources[step]) % world for _, _, sources, *_ in results}) == 1
 
 
-@pytest.mark.parametrize("topology", [(2,), (4,), (2, 2), (2, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("topology", [(2,), (4,), (2, 2), (3, 2), (2, 4), (4, 2), (4, 1)], ids=str)
 def test_gradients_come_home_with_every_share(pool: ProcessPool, topology: tuple[int, ...]) -> None:
     world = math.prod(topology)
     for _, _, sources, low, high in pool.run(schedule_job, world=world, topology=topology):
         assert low == high == world * (100.0 * sources[0] + 1)
 
 
-@pytest.mark.parametrize("topology", [(4,), (2, 2), (3, 2), (2, 4), (4, 1)], ids=str)
+IN, OUT, WAIT = "inner sent", "outer sent", "waited"
+BACKWARD = {
+    (3,): ["0.0", IN, "0.1", WAIT, IN, "0.2", WAIT, IN, WAIT],
+    # One message between nodes for each other node, collected when two younger ones are under way, or at the end.
+    (2, 2): ["0.0", IN, "1.0", IN, "1.1", WAIT, OUT, "0.1", WAIT, IN, WAIT, WAIT],
+    (3, 2): ["0.0", IN, "1.0", IN, "1.1", WAIT, OUT, "2.0", IN, "2.1", WAIT, OUT, "0.1", WAIT, IN, WAIT, WAIT, WAIT],
+    (2, 3): ["0.0", IN, "0.1", WAIT, IN, "1.0", IN, "1.1", WAIT, IN, "1.2", WAIT, OUT, "0.2", WAIT, IN, WAIT, WAIT],
+    (4, 1): ["0.0", "1.0", OUT, "2.0", OUT, "3.0", OUT, WAIT, WAIT, WAIT],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("topology", BACKWARD, ids=str)
 def test_gradients_travel_while_steps_compute(pool: ProcessPool, topology: tuple[int, ...]) -> None:
-    """One hop a step, and a round's sum goes home across nodes once, under the whole next round."""
-    world = math.prod(topology)
-    outer, inner = topology if len(topology) == 2 else (1, *topology)
-    expected: list[str] = []
-    for outer_step in range(outer):
-        for inner_step in range(inner):
-            expected += ["waited"] if inner_step else []
-            if inner_step + 1 < inner:
-                expected += ["inner sent"]
-            else:  # the round before has come home by now
-                came_by_hop = inner > 1 or outer_step > 1
-                expected += ["waited"] if outer_step and came_by_hop else []
-                expected += ["outer sent"] if outer_step else ["inner sent"] if inner > 1 else []
-            expected += ["compute"]
-    expected += ["waited"]
-    for _, events, *_ in pool.run(schedule_job, world=world, topology=topology):
-        assert events == expected
+    for _, events, *_ in pool.run(schedule_job, world=math.prod(topology), topology=topology):
+        assert events == BACKWARD[topology]
 
 
 def rejoin_job(worker: Worker) -> tuple[bool, bool]:

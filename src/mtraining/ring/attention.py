@@ -144,12 +144,12 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, 
     out: Tensor | None = None
     lse: Tensor | None = None
     columns = _start_columns(k, v, call)  # ahead of the first transfer, for they are needed first
-    for step, (source, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring)):
-        if step == 0 and columns is not None:  # computed under the first transfer
+    for step, kv in ring_steps(torch.stack((k, v)), plan.ring):
+        if out is None and columns is not None:  # computed under the first transfer
             ck, cv = columns.wait()
             out, lse = backend.columns_forward(q, ck, cv, index, plan.q_blocks, call.scale, out, lse)
         out, lse = backend.tiles_forward(
-            q, kv[0], kv[1], index, plan.placements[source], call.scale, out, lse
+            q, kv[0], kv[1], index, plan.placements[step.source], call.scale, out, lse
         )
     assert out is not None and lse is not None
     return out, lse
@@ -165,10 +165,10 @@ def _ring_backward(
     dq = torch.zeros_like(q, dtype=lse.dtype)
     columns, columns_home = _start_columns(k, v, call), None
     home = GradientRing(plan.ring)
-    for source, kv in ring_steps(torch.stack((k, v)), plan.ring):
-        placement = plan.placements[source]
+    for step, kv in ring_steps(torch.stack((k, v)), plan.ring, own_node_last=True):
+        placement = plan.placements[step.source]
         share = backend.tiles_backward(dout, q, kv[0], kv[1], lse, delta, index, placement, scale, dq)
-        home.add(torch.stack(share))
+        home.add(torch.stack(share), step)
     if columns is not None:  # computed under the last gradients' way home, for which no step is left
         ck, cv = columns.wait()
         grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, plan.q_blocks, scale, dq)

@@ -96,7 +96,7 @@ class _Pass:
 
     phase: Phase
     device: torch.device
-    step: int = 0
+    step: int = -1
     moments: list[tuple[int, bool, float | torch.cuda.Event]] = field(default_factory=list)
 
     def mark(self, waiting: bool = False) -> None:
@@ -104,7 +104,7 @@ class _Pass:
         if self.device.type == "cuda":
             now = torch.cuda.Event(enable_timing=True)
             now.record(torch.cuda.current_stream(self.device))
-        self.moments.append((self.step, waiting, now))
+        self.moments.append((max(self.step, 0), waiting, now))
 
     def times(self) -> RingTimes:
         steps = self.moments[-1][0] + 1
@@ -147,10 +147,10 @@ def timed_pass(phase: Phase) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return decorate
 
 
-def begin_step(step: int) -> None:
-    """What follows belongs to this ring step."""
+def begin_step() -> None:
+    """What follows belongs to the next ring step; to the first one, so does what came before."""
     for under_way in _passes:
-        under_way.step = step
+        under_way.step += 1
         under_way.mark()
 
 
