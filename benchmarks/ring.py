@@ -4,7 +4,7 @@ torchrun --nproc-per-node 2 benchmarks/ring.py [OUT.csv]      (on a machine with
 
 Gate: out and all gradients under an estimated index equal one process holding the whole sequence, in each layout. Then
 forward and backward under a prescribed index (5 % of tiles, 2048 columns, 16 query and 2 kv heads of 128), medians of
-four after a warm-up, beside one GPU that computes the whole sequence alone.
+five after a warm-up, beside one GPU that computes the whole sequence alone.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from mtraining.bench.record import code_version
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
 from mtraining.pattern import Pattern, SequenceShard, ToeplitzRandom, VerticalSlash
-from mtraining.ring import Ring, sparse_ring_attention
+from mtraining.ring import Ring, Timeline, sparse_ring_attention
 
 CUDA = torch.cuda.is_available()
 DTYPE, TOLERANCE = (torch.bfloat16, 4e-3) if CUDA else (torch.float32, 1e-5)
-COLUMNS = "date commit gpu gpus torch seq_len density columns ring forward_ms backward_ms efficiency peak_gib".split()
+COLUMNS = "date commit gpu gpus torch seq_len density columns ring forward_ms backward_ms efficiency peak_gib exposed_fraction".split()
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def forward_backward(inputs: list[Tensor], **options: Any) -> tuple[list[Tensor]
     return [x.detach() for x in (out, q.grad, k.grad, v.grad)], index
 
 
-def gate(mesh: DeviceMesh, device: torch.device) -> bool:
+def gate(topology: str, mesh: DeviceMesh, device: torch.device) -> bool:
     """Whether every layout gives what one process gives; the same answer on every rank."""
     tokens, block = (16384, 128) if CUDA else (512, 16)
     ring, right = Ring.over(mesh), True
@@ -85,34 +85,36 @@ def gate(mesh: DeviceMesh, device: torch.device) -> bool:
             right &= max(errors) <= TOLERANCE
             if dist.get_rank() == 0:
                 print(
-                    f"{name} {heads}/{kv_heads} heads of {dim}: "
+                    f"{topology} {name} {heads}/{kv_heads} heads of {dim}: "
                     + " ".join(f"{error:.1e}" for error in errors)
                 )
     return right
 
 
-def measure(mesh: DeviceMesh | None, tokens: int, device: torch.device) -> tuple[float, float, float]:
-    """Median forward and backward milliseconds, and peak GiB, of ``tokens`` local tokens."""
+def measure(mesh: DeviceMesh | None, tokens: int, device: torch.device) -> tuple[float, float, float, float]:
+    """Median forward and backward milliseconds, peak GiB, and this rank's share of exposed waits, of ``tokens`` local
+    tokens."""
     torch.cuda.reset_peak_memory_stats()
     q, k, v, dout = random_inputs(tokens, 16, 2, 128, device)
     for x in (q, k, v):
         x.requires_grad_()
     pattern, layout = ToeplitzRandom(density=0.05, columns=2048), build_layout("striped")
     times = []
-    for _ in range(5):
+    for _ in range(6):
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         dist.barrier()
         torch.cuda.synchronize()
         torch.cuda._sleep(30_000_000)  # so that launching is ahead of the GPU, as in training
-        start.record()
-        out = sparse_ring_attention(q, k, v, pattern=pattern, layout=layout, mesh=mesh)
-        middle.record()
-        out.backward(dout)
-        end.record()
+        with Timeline() as timeline:
+            start.record()
+            out = sparse_ring_attention(q, k, v, pattern=pattern, layout=layout, mesh=mesh)
+            middle.record()
+            out.backward(dout)
+            end.record()
         torch.cuda.synchronize()
-        times.append((start.elapsed_time(middle), middle.elapsed_time(end)))
-    forward, backward = (statistics.median(column) for column in zip(*times[1:], strict=True))
-    return forward, backward, torch.cuda.max_memory_allocated() / 2**30
+        times.append((start.elapsed_time(middle), middle.elapsed_time(end), timeline.exposed_fraction))
+    forward, backward, exposed = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    return forward, backward, torch.cuda.max_memory_allocated() / 2**30, exposed
 
 
 def main() -> int:
@@ -121,16 +123,22 @@ def main() -> int:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")
     world = dist.get_world_size()
-    mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("cp",))
-    right, rows = gate(mesh, device), []
-    for tokens in (131072, 262144) if CUDA and right else ():
-        alone, ring = measure(None, tokens, device), measure(mesh, tokens // world, device)
-        for gpus, (forward, backward, peak) in ((1, alone), (world, ring)):
+    meshes = {"flat": init_device_mesh(device.type, (world,), mesh_dim_names=("cp",))}
+    if world % 2 == 0 and world > 2:
+        shape, names = (2, world // 2), ("cp_outer", "cp_inner")
+        meshes[f"2x{world // 2}"] = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    right, rows = all([gate(name, mesh, device) for name, mesh in meshes.items()]), []
+    for tokens in (131072, 262144, 524288) if CUDA and right else ():
+        alone = measure(None, tokens, device)
+        rings = [
+            (topology, world, measure(mesh, tokens // world, device)) for topology, mesh in meshes.items()
+        ]
+        for topology, gpus, (forward, backward, peak, exposed) in [("none", 1, alone), *rings]:
             ideal = (alone[0] + alone[1]) / gpus / (forward + backward)
             name, commit = torch.cuda.get_device_name(), code_version()
             what = [date.today(), commit, name, gpus, torch.__version__, tokens, 0.05, 2048]
             times = [round(forward, 2), round(backward, 2), round(ideal, 3), round(peak, 2)]
-            rows.append([*what, "flat" if gpus > 1 else "none", *times])
+            rows.append([*what, topology, *times, round(exposed, 4)])
     if dist.get_rank() == 0:
         print("right" if right else "WRONG: no number is reported")
         if rows:

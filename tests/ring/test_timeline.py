@@ -26,8 +26,11 @@ def inputs() -> list[Tensor]:
     return [torch.randn(1, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
 
 
-def slow_job(worker: Worker, compute: float, delay: float) -> tuple[list[RingTimes], float, float]:
-    """Forward and backward where each kernel call takes ``compute`` seconds more, and each message ``delay``."""
+def slow_job(
+    worker: Worker, compute: float, delay: float, node_size: int = 1, topology: tuple[int, ...] | None = None
+) -> tuple[list[RingTimes], float, float]:
+    """Forward and backward; each kernel call takes ``compute`` seconds more, each message between nodes ``delay``."""
+    mesh = worker.mesh() if topology is None else worker.mesh(topology, ("cp_outer", "cp_inner"))
 
     def slowed(kernel: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -42,7 +45,7 @@ def slow_job(worker: Worker, compute: float, delay: float) -> tuple[list[RingTim
 
     def step() -> None:
         out = sparse_ring_attention(
-            *tensors, pattern=VerticalSlash(**OPTIONS), layout=layout, mesh=worker.mesh(), kernel="reference"
+            *tensors, pattern=VerticalSlash(**OPTIONS), layout=layout, mesh=mesh, kernel="reference"
         )
         out.sum().backward()
 
@@ -51,7 +54,7 @@ def slow_job(worker: Worker, compute: float, delay: float) -> tuple[list[RingTim
     try:
         for name, kernel in originals.items():
             setattr(ReferenceBackend, name, slowed(kernel))
-        with slow_links(node_size=1, delay_seconds=delay), Timeline() as timeline:
+        with slow_links(node_size=node_size, delay_seconds=delay), Timeline() as timeline:
             step()
     finally:
         for name, kernel in originals.items():
@@ -75,6 +78,29 @@ def test_computing_hides_transfers(pool: ProcessPool) -> None:
     for _, exposed, fraction in pool.run(slow_job, world=2, compute=1.5 * DELAY, delay=DELAY):
         assert exposed < DELAY
         assert fraction < 0.2
+
+
+def test_links_between_nodes_slow_a_flat_ring_and_not_a_hierarchical_one(pool: ProcessPool) -> None:
+    """METHOD.md section 4, on two nodes of two: messages that take as long as 1.5 steps."""
+    step, delay = 0.08, 0.12
+    flat, nested = (
+        pool.run(slow_job, world=4, compute=step, delay=delay, node_size=2, topology=topology)
+        for topology in (None, (2, 2))
+    )
+    for passes, exposed, _ in flat:
+        assert sum(passes[0].exposed) > 1.5 * (delay - step), (
+            "two of three transfers have but one step to hide under"
+        )
+        assert exposed > 3 * step
+    for (passes, exposed, fraction), (_, flat_exposed, flat_fraction) in zip(nested, flat, strict=True):
+        assert len(passes[0].exposed) == 4
+        assert exposed < flat_exposed / 2
+        assert fraction < flat_fraction / 2
+
+
+def test_links_within_a_node_are_not_slowed(pool: ProcessPool) -> None:
+    for _, exposed, _ in pool.run(slow_job, world=2, compute=0.0, delay=2.0, node_size=2):
+        assert exposed < 2.0
 
 
 def calls(compiled: bool, tape: IndexTape | None) -> Timeline:
