@@ -30,7 +30,10 @@ from mtraining.ring import Ring, Timeline, sparse_ring_attention
 
 CUDA = torch.cuda.is_available()
 DTYPE, TOLERANCE = (torch.bfloat16, 4e-3) if CUDA else (torch.float32, 1e-5)
-COLUMNS = "date commit gpu gpus torch seq_len density columns ring forward_ms backward_ms efficiency peak_gib exposed_fraction".split()
+COLUMNS = (
+    "date commit gpu gpus torch seq_len density columns ring forward_ms backward_ms efficiency peak_gib "
+    "exposed_fraction"
+).split()
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def main() -> int:
     if world % 2 == 0 and world > 2:
         shape, names = (2, world // 2), ("cp_outer", "cp_inner")
         meshes[f"2x{world // 2}"] = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    right, rows = all([gate(name, mesh, device) for name, mesh in meshes.items()]), []
+    right, rows = all(gate(name, mesh, device) for name, mesh in meshes.items()), []
     for tokens in (131072, 262144, 524288) if CUDA and right else ():
         alone = measure(None, tokens, device)
         rings = [
