@@ -124,7 +124,7 @@ def test_layers_that_do_not_compile_are_refused() -> None:
     model.model.layers[1].forward = breaks
     made = parallelize(model, pattern=build_pattern(**SPARSE), recompute="none", fused="compile")
     with pytest.raises(
-        UserError, match=r"train.fused=compile: torch.compile cannot serve the layers of qwen2 here \(.*liger"
+        UserError, match=r"train.fused: torch.compile cannot serve the layers of qwen2 here \(.*fused=none"
     ):
         made(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels)
 

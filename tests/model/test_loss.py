@@ -34,6 +34,19 @@ def test_equals_plain_cross_entropy(chunk: int) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), expected, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is :DeprecationWarning")
+def test_compiled_equals_eager() -> None:
+    """The last of its chunks is a short one."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        hidden, weight, labels = inputs()
+        loss = chunked_cross_entropy(hidden, weight, labels, 19, 16, compiled)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for eager, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-12, atol=1e-14)
+
+
 def test_gradcheck() -> None:
     hidden, weight, labels = inputs()
     assert torch.autograd.gradcheck(

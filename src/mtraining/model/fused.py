@@ -45,7 +45,10 @@ def fuse(model: Any, how: str, device: torch.device, backend: str = "inductor") 
         decoder = decoder_of(model)
         norm = getattr(decoder, "norm", None)
         for module in (*decoder.layers, *([norm] if isinstance(norm, nn.Module) else ())):
-            module.forward = _compiled(module.forward, model.config.model_type, backend)
+            # One graph serves all layers, since they differ in tensors only.
+            module.forward = compiled_whole(
+                module.forward, f"the layers of {model.config.model_type}", backend
+            )
     elif how == "liger":
         if device.type == "cpu":
             raise UserError(
@@ -54,18 +57,18 @@ def fuse(model: Any, how: str, device: torch.device, backend: str = "inductor") 
         use_liger(model)
 
 
-def _compiled(forward: Callable[..., Any], model_type: str, backend: str) -> Callable[..., Any]:
-    """``forward`` compiled whole: one graph serves all layers, since they differ in tensors only."""
-    compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
+def compiled_whole(function: Callable[..., Any], what: str, backend: str = "inductor") -> Callable[..., Any]:
+    """``function`` compiled as one graph for the shapes it meets; an error names ``what`` cannot be compiled."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
-    @functools.wraps(forward)
+    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
-                f"train.fused=compile: torch.compile cannot serve the layers of {model_type} here "
-                f"({str(error).strip().splitlines()[0]}); use train.fused=liger or train.fused=none."
+                f"train.fused: torch.compile cannot serve {what} here "
+                f"({str(error).strip().splitlines()[0]}); use train.fused=none."
             ) from error
 
     return call

@@ -51,6 +51,7 @@ class ParallelLM(nn.Module):
         cp_mesh: DeviceMesh | None,
         fsdp_mesh: DeviceMesh | None,
         indices: IndexMemory,
+        compiled_loss: bool = False,
     ) -> None:
         super().__init__()
         self.hf_model = hf_model
@@ -59,6 +60,7 @@ class ParallelLM(nn.Module):
         self.cp_mesh = cp_mesh
         self.fsdp_mesh = fsdp_mesh
         self.indices = indices
+        self._compiled_loss = compiled_loss
         self._checked_lengths: set[int] = set()
 
     def forward(
@@ -84,7 +86,9 @@ class ParallelLM(nn.Module):
                 "`with model.training_step(step):`, steps counted from 1."
             )
         hidden = self._decode(input_ids, position_ids)
-        return chunked_cross_entropy(hidden, self._head_weight(), labels, num_labels, self.loss_chunk)
+        return chunked_cross_entropy(
+            hidden, self._head_weight(), labels, num_labels, self.loss_chunk, self._compiled_loss
+        )
 
     def training_step(self, step: int) -> AbstractContextManager[None]:
         """Around all forwards and backwards of optimizer step ``step`` (from 1), when indices are held, covered or
@@ -166,7 +170,8 @@ def parallelize(
             ``none`` keeps everything.
         offload: what recompute keeps waits in pinned host memory; on a CPU it stays where it is.
         fused: how what surrounds attention is computed: ``none`` is transformers' own eager code, ``compile`` is
-            torch.compile of each layer (shapes are fixed: each new length compiles anew), ``liger`` is liger-kernel.
+            torch.compile of each layer (shapes are fixed: each new length compiles anew), ``liger`` is liger-kernel;
+            with either, the softmax of the loss is compiled.
         param_dtype: dtype to compute in, when it differs from the parameters' own (needs FSDP).
         reduce_dtype: dtype in which gradients are summed over ranks; None is the compute dtype.
         loss_chunk: tokens whose logits exist at one time.
@@ -205,7 +210,7 @@ def parallelize(
     _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel, indices)
     fuse(model, fused, device)
     recompute_layers(model, recompute, offload, device)
-    wrapped = ParallelLM(model, layout, loss_chunk, cp_mesh, fsdp_mesh, indices)
+    wrapped = ParallelLM(model, layout, loss_chunk, cp_mesh, fsdp_mesh, indices, fused != "none")
     if fsdp_mesh is not None:
         _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)
     return wrapped

@@ -1,0 +1,169 @@
+"""A whole training step on a GPU: fused and offloaded layers give eager numbers, and the host waits once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mtraining.layout import build_layout
+from mtraining.model import ParallelLM, parallelize
+from mtraining.model.loss import chunked_cross_entropy
+from mtraining.pattern import VerticalSlash
+from mtraining.train.mesh import Runtime
+from mtraining.train.optim import build_optimizer
+from mtraining.train.step import Batch, Stepper, StepResult
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+        "ignore:.torch.jit.script_method. is :DeprecationWarning",
+        "ignore:Synchronization debug mode is a prototype:UserWarning",
+    ),
+]
+SEQ_LEN, VOCAB = 4096, 1000
+
+
+class Options:
+    """What a step and its optimizer read of the `train` section."""
+
+    seq_len, steps, warmup_steps, schedule = SEQ_LEN, 10, 0, "constant"
+    lr, min_lr, weight_decay, betas, eps, clip = 1e-3, 0.0, 0.1, (0.9, 0.95), 1e-8, 1.0
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Runtime]:
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cuda", (1, 1), mesh_dim_names=("dp", "cp"))
+    yield Runtime(torch.device("cuda", 0), mesh, rank=0, world=1, dp_rank=0, cp_rank=0)
+    dist.destroy_process_group()
+
+
+def make(place: Runtime, family: str = "qwen2", **options: Any) -> ParallelLM:
+    """Three layers in bf16, sharded over one process, the same weights each time."""
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCAB,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=SEQ_LEN,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    pattern = VerticalSlash(
+        top_p=None, top_k_columns=300, slash_by="block", slash_density=0.2, probe_at="spread"
+    )
+    return parallelize(
+        model,
+        place.mesh,
+        pattern=pattern,
+        layout=build_layout("striped"),
+        param_dtype=torch.bfloat16,
+        **options,
+    )
+
+
+def batches() -> Iterator[Batch]:
+    tokens = torch.randint(VOCAB, (1, SEQ_LEN + 1), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(SEQ_LEN)[None]
+    batch = {
+        "input_ids": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "position_ids": positions,
+    }
+    while True:
+        yield {name: x.pin_memory() for name, x in batch.items()}
+
+
+def steps(
+    place: Runtime, count: int, family: str = "qwen2", **options: Any
+) -> tuple[list[StepResult], ParallelLM]:
+    model = make(place, family, **options)
+    settings = cast(Any, Options())
+    stepper = Stepper(model, build_optimizer(model, settings, place.device), settings, place, accumulation=1)
+    data = batches()
+    return [stepper.run(data, step) for step in range(count)], model
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute": "none"},
+        {"recompute": "keep_attention"},
+        {"recompute": "full", "offload": True},
+        {"recompute": "keep_attention", "offload": True},
+        {"recompute": "keep_attention", "fused": "compile"},
+        {"recompute": "full", "fused": "compile", "offload": True},
+        {"recompute": "keep_attention", "fused": "liger"},
+    ],
+    ids=str,
+)
+def test_every_way_learns_the_same(place: Runtime, family: str, options: dict[str, Any]) -> None:
+    if options.get("fused") == "liger":
+        pytest.importorskip("liger_kernel")
+    expected, _ = steps(place, 3, family, recompute="full")
+    found, _ = steps(place, 3, family, **options)
+    exact = "fused" not in options
+    for one, other in zip(expected, found, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=0 if exact else 1e-3, abs=0)
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=0 if exact else 2e-2, abs=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute": "full"},
+        {"recompute": "keep_attention", "offload": True},
+        {"recompute": "keep_attention", "fused": "compile", "offload": True},
+    ],
+    ids=str,
+)
+def test_the_host_waits_once_a_step(place: Runtime, options: dict[str, Any]) -> None:
+    model, settings = make(place, **options), cast(Any, Options())
+    stepper = Stepper(model, build_optimizer(model, settings, place.device), settings, place, accumulation=1)
+    data = batches()
+    pieces = [next(data) for _ in range(3)]
+    for step in range(2):
+        stepper.run(iter([pieces[step]]), step)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            stepper.run(iter([pieces[2]]), 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
+    assert len(waits) == 1, waits
+    assert "step.py" in waits[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("vocab", [1000, 151_936])
+def test_the_loss_in_bf16(compiled: bool, vocab: int) -> None:
+    """Against fp32 on the same bf16 inputs; the last chunk is a short one."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 1100, 256, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(vocab, 256, device="cuda") * 0.1).bfloat16().requires_grad_()
+    labels = torch.randint(vocab, (1, 1100), device="cuda")
+    labels[0, 100:140] = -100
+    found = chunked_cross_entropy(hidden, weight, labels, 1060, 512, compiled=compiled)
+    gradients: list[Tensor] = list(torch.autograd.grad(found, (hidden, weight)))
+    logits = hidden[0].float() @ weight.float().T
+    expected = torch.nn.functional.cross_entropy(logits, labels[0], reduction="sum") / 1060
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    for gradient, right in zip(gradients, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        assert ((gradient - right).float().norm() / right.float().norm()).item() < 1e-2
