@@ -144,6 +144,15 @@ def test_the_published_minference_form(tmp_path: Path) -> None:
     assert layers[1] == PerHead(heads=(head(30, 100), head(500, 700)))
 
 
+def test_the_published_form_with_shares_of_mass(tmp_path: Path) -> None:
+    """As in MTraining's own file for Qwen2.5-3B."""
+    head = ["flex_vertical_and_slash", [0.95, 4096], [0.95, 2048], 0.0]
+    table = write(tmp_path / "Qwen2.5_3B_flex_0.95.json", [{"0": head, "1": ["stream_llm", 4, 8, 1.0]}])
+    (layer,) = load_table(table, probe=256, top_k_columns=7, top_p=None)
+    flex = VerticalSlash(top_p=0.95, max_columns=4096, max_slashes=2048, slash_by="token", probe=256)
+    assert layer == PerHead(heads=(flex, AShape(sinks=4, window=8)))
+
+
 def test_a_stream_llm_head_is_sinks_and_window_alone(tmp_path: Path) -> None:
     table = write(tmp_path / "t.json", [{"0": ["stream_llm", 4, 8, 1.0]}])
     (layer,) = load_table(table, block_size=8)
@@ -175,6 +184,15 @@ def test_described_patterns_read_back(tmp_path: Path, pattern: Pattern) -> None:
         ),
         ([{"0": ["block_sparse", 100, 0, 1]}], "layer 0, head 0: 'block_sparse' is not supported"),
         ([{"0": ["stream_llm", 10, 0, 1]}], "layer 0, head 0: pattern.window: 0"),
+        (
+            [{"0": ["flex_vertical_and_slash", [0.95, 9], [0.9, 9], 1]}],
+            "layer 0, head 0: a top_p of 0.95 .* and 0.9",
+        ),
+        (
+            [{"0": ["flex_vertical_and_slash", 100, 100, 1]}],
+            "layer 0, head 0: .* has no numbers of verticals",
+        ),
+        ([{"0": ["vertical_and_slash", [0.95, 9], 9, 1]}], "layer 0, head 0: .* has no numbers of verticals"),
         ([{"0": "dense"}], "layer 0, head 0: 'dense' is not"),
     ],
 )

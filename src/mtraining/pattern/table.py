@@ -9,9 +9,11 @@ Our own form names each choice once and then lists, for each layer, the choice o
       - b                   # layer 0, all heads
       - [a, a, b, a]        # layer 1, head by head
 
-MInference's form is a list with one mapping per layer, from the head's number to [pattern, verticals, slashes, score]:
+MInference's form is a list with one mapping per layer, from the head's number to [pattern, verticals, slashes, score];
+with `flex_vertical_and_slash`, which MTraining's own files have, verticals and slashes are [top_p, at most]:
 
-    [{"0": ["vertical_and_slash", 1000, 6096, 0.9], "1": ["stream_llm", 100, 800, 0.9], ...}, ...]
+    [{"0": ["vertical_and_slash", 1000, 6096, 0.9], "1": ["stream_llm", 100, 800, 0.9], ...},
+     {"0": ["flex_vertical_and_slash", [0.95, 4096], [0.95, 4096], 0.0], ...}, ...]
 """
 
 from __future__ import annotations
@@ -70,6 +72,9 @@ _BUDGET = (
     "slash_by",
     "slash_density",
 )
+
+
+_MINFERENCE = ("vertical_and_slash", "flex_vertical_and_slash", "stream_llm")
 
 
 class _Table:
@@ -142,23 +147,38 @@ class _Table:
             raise UserError(
                 f"pattern.table: {self._path}, {where}: {choice!r} is not [pattern, verticals, slashes, score]."
             )
-        kind, columns, slashes = choice[0], int(choice[1]), int(choice[2])
+        kind, columns, slashes = choice[:3]
+        if kind not in _MINFERENCE:
+            raise UserError(
+                f"pattern.table: {self._path}, {where}: {kind!r} is not supported; it takes {', '.join(_MINFERENCE)}: "
+                "search this head again with mtraining calibrate."
+            )
+        shares: tuple[float | None, float | None] = (None, None)
+        try:
+            if kind == "flex_vertical_and_slash":
+                shares, (columns, slashes) = zip(columns, slashes, strict=True)
+            columns, slashes = int(columns), int(slashes)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"pattern.table: {self._path}, {where}: {choice!r} has no numbers of verticals and slashes "
+                f"as {kind} has them; see docs/patterns.md for the form."
+            ) from None
+        if shares[0] != shares[1]:
+            raise UserError(
+                f"pattern.table: {self._path}, {where}: a top_p of {shares[0]} for verticals and {shares[1]} for "
+                "slashes; give both the same."
+            )
         if kind == "stream_llm":
             return self._build(AShape.name, {"sinks": columns, "window": slashes}, where)
-        if kind != "vertical_and_slash":
-            raise UserError(
-                f"pattern.table: {self._path}, {where}: {kind!r} is not supported; it takes vertical_and_slash and "
-                "stream_llm: search this head again with mtraining calibrate."
-            )
         base = build_from_table(self._known, VerticalSlash.name, self._shared(VerticalSlash.name))
         assert isinstance(base, VerticalSlash)
-        fixed = {  # what is always kept counts towards a budget, and may exceed a small one
-            "top_p": None,
-            "slash_by": "token",
-            "top_k_columns": max(columns, base.sinks),
-            "top_k_slashes": max(slashes, base.window),
-        }
-        return self._build(VerticalSlash.name, fixed, where)
+        # what is always kept counts towards a budget, and may exceed a small one
+        columns, slashes = max(columns, base.sinks), max(slashes, base.window)
+        if kind == "flex_vertical_and_slash":
+            budget = {"top_p": shares[0], "max_columns": columns, "max_slashes": slashes}
+        else:
+            budget = {"top_p": None, "top_k_columns": columns, "top_k_slashes": slashes}
+        return self._build(VerticalSlash.name, budget | {"slash_by": "token"}, where)
 
     def _shared(self, name: str) -> dict[str, object]:
         """What entries of a pattern start from."""
