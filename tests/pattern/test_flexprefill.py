@@ -134,6 +134,9 @@ def test_equal_weights_are_chosen_together_and_zeros_only_when_all_is_asked() ->
     weights = torch.tensor([0.5, 0.25, 0.25, 0.0]).view(1, 1, 1, 4)
     assert heaviest_pairs(weights, 0.6, 1.0, Alone()).flatten().tolist() == [True, True, True, False]
     assert heaviest_pairs(weights, 1.0, 1.0, Alone()).all()
+    one = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)  # the largest weight there is
+    for dtype in (torch.float32, torch.float64):
+        assert heaviest_pairs(one.to(dtype), 0.5, 1.0, Alone()).flatten().tolist() == [False, True]
 
 
 def test_distance_of_distributions() -> None:

@@ -35,7 +35,7 @@ class FlexPrefill(Pattern):
     Every rank receives all mean keys, 4 * kv_heads * head_dim bytes a block (4 MB a layer for 512K tokens, 2 kv
     heads of 128), and takes part in the probe of the last block as in vertical_slash (sends 4 bytes a head for each
     of its tokens and for each token of the sequence). The cut of the query-aware map is searched bit by bit with
-    16 sums of 24 bytes a head, so that no rank sees another's rows of the map. The map is made for so many heads at a
+    15 sums of 24 bytes a head, so that no rank sees another's rows of the map. The map is made for so many heads at a
     time that it has 2^24 entries (67 MB, three times over). Each rank chooses for its own queries.
 
     Attributes:
@@ -150,11 +150,9 @@ def heaviest_pairs(weights: Tensor, share: float, total: float, comm: Collective
     integer = torch.int64 if weights.dtype == torch.float64 else torch.int32
     bits = weights.contiguous().view(integer)
     cut = bits.new_zeros(*weights.shape[:2], 1, 1)
-    for shift in range(torch.iinfo(integer).bits - 2, -1, -2):
-        # the sign bit is 0 throughout, so the first two bits are 00 or 01
-        candidates = [
-            cut + (step << shift) for step in range(1, 2 if shift == torch.iinfo(integer).bits - 2 else 4)
-        ]
+    # the sign bit is 0 throughout, and so is the next: it would make a weight of 2 or more
+    for shift in range(torch.iinfo(integer).bits - 4, -1, -2):
+        candidates = [cut + (step << shift) for step in range(1, 4)]
         reached = [
             (weights * (bits >= c)).sum((-2, -1), keepdim=True, dtype=torch.float64) for c in candidates
         ]
