@@ -25,8 +25,8 @@ from mtraining.ring import attention
 
 TOLD = Provenance("2026-01-01", "abc123", "cpu test", torch.__version__, "none")
 TINY = SHAPES["tiny"]
-DENSE = TrainCase(TINY, 256, None, "zigzag", "flat", "keep_attention", 2)
-SPARSE = TrainCase(TINY, 256, 0.5, "striped", "flat", "keep_attention", 2)
+DENSE = TrainCase(TINY, 128, None, "zigzag", "flat", "keep_attention", 2)
+SPARSE = TrainCase(TINY, 128, 0.5, "striped", "flat", "keep_attention", 2)
 ONCE = Effort(warmup=1, steps=1)
 WANTED = (
     "date commit gpu gpus model seq_len density pattern layout ring recompute step_seconds tokens_per_second "
@@ -80,11 +80,12 @@ def test_rows_of_two_ranks_with_their_dense_step(pool: ProcessPool, tmp_path: Pa
     assert found["failures"] == [] and found["notes"] == [] and found["ended"] == {0, 1, 2}
     dense, sparse, alone = found["rows"]
     assert dense.density == 1 and dense.pattern == "dense" and sparse.pattern == "toeplitz_random"
-    assert sparse.density == pytest.approx(0.5, abs=0.03)
+    assert sparse.density == pytest.approx(0.5, abs=0.05)
     assert sparse.dense_step_seconds == dense.step_seconds > 0
     assert sparse.speedup == pytest.approx(dense.step_seconds / sparse.step_seconds)
-    assert sparse.tokens_per_second == pytest.approx(256 / sparse.step_seconds)
+    assert sparse.tokens_per_second == pytest.approx(128 / sparse.step_seconds)
     assert sparse.gpus == 2 and 0 < sparse.ring_exposed_fraction < 1 and sparse.estimate_seconds > 0
+    assert 0 < alone.predicted_gib < sparse.predicted_gib < 1
     assert alone.speedup is None and alone.dense_step_seconds is None
 
 
@@ -131,8 +132,8 @@ def count_estimates(worker: Worker) -> tuple[int, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VerticalSlash, "estimate", lambda self, *args: counted.append(1) or real(self, *args))
         place = train_model.place_for(SPARSE, torch.device("cpu"), worker.rank, worker.world)
-        model = train_model.parallel(SPARSE, train_model.build_model(TINY, 256, 2, place.device), place)
-        data = train_model.batches(SPARSE, train_model.random_sequence(256, 256), place)
+        model = train_model.parallel(SPARSE, train_model.build_model(TINY, 128, 2, place.device), place)
+        data = train_model.batches(SPARSE, train_model.random_sequence(256, 128), place)
         train_model.stepper(SPARSE, model, place).run(data, 0)
         return len(counted), SPARSE.layers
 

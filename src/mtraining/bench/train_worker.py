@@ -33,6 +33,7 @@ from mtraining.layout import build_layout
 from mtraining.pattern import VerticalSlash
 from mtraining.ring import Ring, Timeline
 from mtraining.ring.plan import make_plan
+from mtraining.train.memory import GIB, Prediction, Workload, predict
 from mtraining.train.mesh import Runtime
 
 Say = Callable[[str], None]
@@ -67,6 +68,9 @@ def run_cases(
         say(case.describe())
         try:
             place = place_for(case, device, rank, world)
+            if device.type == "cuda":  # a run out of memory costs all processes a new start
+                memory = torch.cuda.get_device_properties(device).total_memory
+                _predicted(case, world, device).check(1.1 * memory)  # a prediction may be that far off
             key = shortened(case, world)
             if key not in passed:
                 passed[key] = _gate(case, place)
@@ -114,6 +118,27 @@ class _Timed:
     seconds: float
     exposed: float
     peak: float | None
+
+
+def _predicted(case: TrainCase, world: int, device: torch.device) -> Prediction:
+    """The memory of each rank."""
+    outer = case.outer(world)
+    return predict(
+        Workload(
+            build_model(case.shape, case.seq_len, case.layers, torch.device("meta")),
+            world=world,
+            ring=(outer, world // outer),
+            seq_len=case.seq_len,
+            batch=1,
+            accumulation=1,
+            patterns=[case.pattern()],
+            layout=build_layout(case.layout, case.shape.block_size),
+            recompute=case.recompute,
+            offload=case.offload,
+            fused=case.fused,
+            compute=compute_dtype(device),
+        )
+    )
 
 
 def _time(case: TrainCase, effort: Effort, place: Runtime) -> _Timed:
@@ -167,8 +192,8 @@ def _measure(case: TrainCase, effort: Effort, place: Runtime, told: Provenance) 
         tokens_per_second=case.seq_len / timed.seconds,
         dense_step_seconds=None,
         speedup=None,
-        peak_gib=None if timed.peak is None else timed.peak / 2**30,
-        predicted_gib=None,
+        peak_gib=None if timed.peak is None else timed.peak / GIB,
+        predicted_gib=_predicted(case, place.world, place.device).peak / GIB,
         ring_exposed_fraction=timed.exposed,
         estimate_seconds=None if case.density is None else _estimate(case, place),
     )

@@ -1,0 +1,131 @@
+"""A real step on CPU processes whose allocations are counted, and what is predicted for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from distributed import Worker
+from mtraining.layout import build_layout
+from mtraining.model import parallelize
+from mtraining.pattern import Pattern, build_pattern
+from mtraining.ring import attention
+from mtraining.train.memory import Prediction, Workload, predict
+from mtraining.train.memory_trace import META, ShapeBackend
+from mtraining.train.mesh import Runtime, build_mesh
+from mtraining.train.optim import build_optimizer
+from mtraining.train.step import Stepper
+
+
+@dataclass(frozen=True)
+class Grid:
+    dp: int
+    cp: int
+    cp_outer: int = 1
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """Sizes at which allocations of 16 bytes and Python's own do not matter."""
+
+    seq_len: int = 4096
+    layers: int = 4
+    hidden: int = 128
+    mlp: int = 512
+    vocab: int = 1024
+    recompute: str = "full"
+    pattern: str = "toeplitz_random"
+    world: int = 2
+    cp_outer: int = 1
+    dp: int = 1
+    accumulation: int = 1
+    tied: bool = True
+    loss_chunk: int = 512
+    dtype: torch.dtype = torch.bfloat16
+
+    def model(self, device: torch.device | str) -> Any:
+        config = Qwen2Config(
+            vocab_size=self.vocab, hidden_size=self.hidden, intermediate_size=self.mlp, num_hidden_layers=self.layers,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=self.seq_len,
+            tie_word_embeddings=self.tied,
+        )  # fmt: skip
+        with torch.device(device):
+            return Qwen2ForCausalLM(config)
+
+    def build(self) -> Pattern:
+        options = {"density": 0.3, "columns": 256, "window": 2} if self.pattern == "toeplitz_random" else {}
+        return build_pattern(self.pattern, block_size=16, **options)
+
+    @property
+    def layout(self) -> str:
+        return "zigzag" if self.pattern == "dense" else "striped"
+
+    def predicted(self) -> Prediction:
+        cp = self.world // self.dp
+        return predict(
+            Workload(
+                self.model(META), self.world, (self.cp_outer, cp // self.cp_outer), self.seq_len, 1, self.accumulation,
+                [self.build()], build_layout(self.layout, 16), self.recompute, False, "none", self.dtype,
+                self.loss_chunk,
+            )
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    seq_len: int
+    steps: int = 10
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+
+
+def measured(worker: Worker, case: MemoryCase) -> int:
+    """Peak bytes that torch has allocated in the second step, this rank's, parameters and all."""
+    cpu = torch.device("cpu")
+    cp = case.world // case.dp
+    mesh = build_mesh(Grid(case.dp, cp, case.cp_outer), "cpu")  # type: ignore[arg-type]
+    dims = tuple(name for name in mesh.mesh_dim_names if name != "dp")
+    from mtraining.ring import Ring
+
+    place = Runtime(cpu, mesh, worker.rank, worker.world, worker.rank // cp, Ring.over(mesh[dims]).rank)
+    layout = build_layout(case.layout, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        # The eager reference works in masks and copies that no GPU kernel has.
+        patch.setattr(attention, "select_backend", lambda *args: ShapeBackend())
+        model = parallelize(
+            case.model("cpu"), mesh, pattern=case.build(), layout=layout, recompute=case.recompute,
+            param_dtype=case.dtype, loss_chunk=case.loss_chunk,
+        )  # fmt: skip
+        options: Any = Options(case.seq_len)
+        stepper = Stepper(model, build_optimizer(model, options, cpu), options, place, case.accumulation)
+        whole = {
+            "input_ids": torch.ones(1, case.seq_len, dtype=torch.int64),
+            "labels": torch.ones(1, case.seq_len, dtype=torch.int64),
+            "position_ids": torch.arange(case.seq_len)[None],
+        }
+        batch = {name: layout.shard(x, place.cp_rank, cp).contiguous() for name, x in whole.items()}
+        stepper.run(iter([batch] * case.accumulation), 0)
+        standing = sum(
+            x.numel() * x.element_size()
+            for p in model.parameters()
+            for x in (p.to_local(), *(s.to_local() for s in stepper._optimizer.state[p].values() if s.ndim))
+        )
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+            stepper.run(iter([batch] * case.accumulation), 1)
+    changes = [event.nbytes() for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = highest = 0
+    for change in changes:
+        total += change
+        highest = max(highest, total)
+    return standing + highest

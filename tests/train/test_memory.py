@@ -1,0 +1,156 @@
+"""Predicted memory against what torch's allocator counts in a real step, and `mtraining train --dry-run`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory_cases import MemoryCase, measured
+from typer.testing import CliRunner
+
+from distributed import ProcessPool
+from mtraining.cli import app
+from mtraining.errors import UserError
+from mtraining.layout import build_layout
+from mtraining.pattern import build_pattern
+from mtraining.train.config import load_config
+from mtraining.train.memory import GIB, Prediction, Workload, columns_of, predict
+from mtraining.train.memory_report import predict_config
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "qwen2.5-3b-512k.yaml"
+FOUR = ["parallel.cp=4", "parallel.cp_outer=1"]
+
+# Each makes another part of the formula the largest: layers, kept tensors, everything, dense pieces, ring of rings,
+# parameters, the loss, gradients over micro-batches, fp32, deep models, untied embeddings.
+CASES = {
+    "full": MemoryCase(),
+    "keep_attention": MemoryCase(recompute="keep_attention", layers=8),
+    "none": MemoryCase(recompute="none"),
+    "dense": MemoryCase(pattern="dense"),
+    "alone": MemoryCase(world=1, seq_len=2048),
+    "hierarchical": MemoryCase(world=4, cp_outer=2),
+    "parameters": MemoryCase(hidden=512, mlp=2048, seq_len=512),
+    "loss": MemoryCase(vocab=16384, seq_len=1024),
+    "accumulation": MemoryCase(dp=2, accumulation=2, seq_len=2048),
+    "fp32": MemoryCase(dtype=torch.float32, seq_len=2048),
+    "deep": MemoryCase(layers=12, mlp=256),
+    "shallow": MemoryCase(layers=1, mlp=2048, seq_len=1024),
+    "untied": MemoryCase(tied=False, vocab=8192),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prediction_is_within_a_tenth_of_what_is_measured(pool: ProcessPool, name: str) -> None:
+    case = CASES[name]
+    found = max(pool.run(measured, case.world, case=case))
+    assert case.predicted().peak == pytest.approx(found, rel=0.10)
+
+
+def test_cases_have_their_peaks_at_different_moments() -> None:
+    moments = {name: case.predicted().moment for name, case in CASES.items()}
+    assert moments["loss"] == "in the loss" and moments["parameters"] == "in the first layer's backward"
+    assert moments["full"] == "in the last layer's backward"
+
+
+def test_components_add_up_and_scale() -> None:
+    case = CASES["keep_attention"]
+    found = case.predicted()
+    assert found.peak == pytest.approx(max(found.moments.values()))
+    lse = 4 * 4 * case.seq_len // 2  # fp32, four heads
+    outputs = case.layers * (2 * case.hidden * case.seq_len // 2 + lse)
+    assert found.components["kept: attention outputs"] == outputs
+    inputs = case.layers * 2 * case.hidden * case.seq_len // 2
+    assert found.components["kept: layer inputs"] == pytest.approx(inputs, rel=0.05)
+    assert "kept: attention outputs" not in replace(case, recompute="full").predicted().components
+    assert 0 < found.attention < found.components["working set of a layer"]
+
+
+def alone(case: MemoryCase, fused: str = "none", offload: bool = False) -> Prediction:
+    """Of one process, with what a CPU cannot do."""
+    work = Workload(
+        case.model("meta"), 1, (1, 1), case.seq_len, 1, 1, [case.build()], build_layout("striped", 16),
+        case.recompute, offload, fused, case.dtype, case.loss_chunk,
+    )  # fmt: skip
+    return predict(work)
+
+
+def test_offload_leaves_three_layers_and_fusion_halves_the_layer() -> None:
+    case = MemoryCase(layers=12, mlp=2048, seq_len=32768, vocab=512)
+    plain, away, fused = alone(case), alone(case, offload=True), alone(case, fused="liger")
+    backward = "in the last layer's backward"
+    kept = 2 * case.hidden * case.seq_len
+    assert plain.moments[backward] - away.moments[backward] == pytest.approx(9 * kept, rel=0.02)
+    name = "working set of a layer"
+    assert 0.4 < fused.components[name] / plain.components[name] < 0.75
+
+
+def test_capacity_of_the_columns_of_every_kind_of_pattern() -> None:
+    wanted = {
+        "vertical_slash": 4096,
+        "dense": 0,
+        "toeplitz_random": 2048,
+        "a_shape": 1024,
+        "moba": 0,
+        "flexprefill": 4096,
+        "xattention": 0,
+    }
+    assert {name: columns_of(build_pattern(name), 1 << 20) for name in wanted} == wanted
+    assert columns_of(build_pattern("vertical_slash"), 1000) == 1000
+
+
+def test_a_large_model_is_predicted_in_seconds_and_fits_the_target() -> None:
+    start = time.perf_counter()
+    for recompute in ("full", "keep_attention"):
+        config = load_config(RECIPE, [*FOUR, f"train.recompute={recompute}"])
+        found = predict_config(config)
+        assert 40 * GIB < found.peak < 100 * GIB  # 512K tokens on four GPUs
+        assert found.components["parameters (shard)"] == pytest.approx(3.0859e9 * 4 / 4, rel=0.01)
+    assert time.perf_counter() - start < 10
+
+
+def dry_run(*options: str) -> Any:
+    sets = [part for option in FOUR for part in ("--set", option)]
+    return CliRunner().invoke(app, ["train", str(RECIPE), "--dry-run", *sets, *options])
+
+
+def test_dry_run_prints_components_and_what_fits() -> None:
+    told = dry_run("--memory-gib", "139")
+    assert told.exit_code == 0, told.output
+    for part in (
+        "parameters (shard)",
+        "optimizer state",
+        "kept: layer inputs",
+        "working set of a layer",
+        "fits into",
+    ):
+        assert part in told.output
+    assert not (Path("runs") / "qwen2.5-3b-512k").exists()
+
+
+def test_dry_run_refuses_what_cannot_fit() -> None:
+    told = dry_run("--memory-gib", "40")
+    assert isinstance(told.exception, UserError)  # which the command turns into exit status 2
+    sentence = str(told.exception)
+    for remedy in ("train.recompute=full", "train.offload=true", "parallel.cp", "train.seq_len"):
+        assert remedy in sentence
+    assert "40.0 GiB" in sentence and sentence.count(". ") == 0
+
+
+def test_dry_run_without_a_gpu_says_how_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = dry_run()
+    assert told.exit_code == 0 and "--memory-gib" in told.output
+
+
+def test_memory_without_dry_run_is_refused() -> None:
+    told = CliRunner().invoke(app, ["train", str(RECIPE), "--memory-gib", "80"])
+    assert isinstance(told.exception, UserError) and "--dry-run" in str(told.exception)
+
+
+def test_a_sequence_that_cannot_be_dealt_is_refused() -> None:
+    told = dry_run("--set", "train.seq_len=524300")
+    assert isinstance(told.exception, UserError) and "524" in str(told.exception)
