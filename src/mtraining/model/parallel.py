@@ -150,7 +150,7 @@ def parallelize(
     fused: Literal["none", "compile", "liger"] = "none",
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = torch.float32,
-    loss_chunk: int = 2048,
+    loss_chunk: int = 8192,
     fsdp: bool = True,
     layer_patterns: Mapping[int, Pattern | str] | None = None,
     refresh: Refresh | str | Mapping[Any, int] = "every_step",

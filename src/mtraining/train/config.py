@@ -133,7 +133,7 @@ class TrainSection(Section):
     recompute: Literal["full", "keep_attention", "none"] = "full"
     offload: bool = False
     fused: Literal["none", "compile", "liger"] = "none"
-    loss_chunk: PositiveInt = 2048
+    loss_chunk: PositiveInt = 8192
     kernel: str = "auto"
     seed: int = 0
 
