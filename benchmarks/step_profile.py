@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mtraining.bench.record import code_version
-from mtraining.bench.train_cases import SHAPES, Shape, TrainCase, parse_tokens
+from mtraining.bench.train_cases import SHAPES, TrainCase, parse_tokens
 from mtraining.bench.train_model import batches, build_model, parallel, place_for, random_sequence, stepper
 from mtraining.model import loss
 from mtraining.pattern import Pattern
@@ -171,12 +171,16 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def outside_flops(shape: Shape, layers: int, tokens: int, recompute: str) -> float:
-    """Matmuls outside attention for ``tokens`` tokens: forward, backward (twice that), and the layers' recompute."""
-    kv = shape.hidden // shape.heads * shape.kv_heads
+def outside_flops(case: TrainCase, tokens: int) -> float:
+    """Matmuls made outside attention for ``tokens`` tokens: forward, backward (twice that), and the layers' recompute.
+
+    Eager recompute ends where nothing more is kept, before the last projection; a compiled layer runs to its end.
+    """
+    shape, kv = case.shape, case.shape.hidden // case.shape.heads * case.shape.kv_heads
     layer = 2 * shape.hidden * (shape.hidden + kv) + 3 * shape.hidden * shape.mlp
-    passes = 3 if recompute == "none" else 4
-    return 2.0 * tokens * (passes * layers * layer + 3 * shape.vocab * shape.hidden)
+    again = layer - (0 if case.fused == "compile" else shape.hidden * shape.mlp)
+    passes = 3 * layer + (0 if case.recompute == "none" else again)
+    return 2.0 * tokens * (case.layers * passes + 3 * shape.vocab * shape.hidden)
 
 
 def parse() -> argparse.Namespace:
@@ -241,7 +245,7 @@ def main() -> int:
         rows = summary(found, statistics.median(seconds[2:]) * 1e3, on_gpu)
         rows["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0
         outside = sum(ms for name, ms in rows.items() if name in OUTSIDE) / 1e3
-        flops = outside_flops(shape, case.layers, case.seq_len // world, case.recompute)
+        flops = outside_flops(case, case.seq_len // world)
         rows["rate outside attention"] = flops / outside / rate if outside else 0.0
         report(rows, options, case, device, world)
     dist.destroy_process_group()
