@@ -112,9 +112,11 @@ def predict(work: Workload) -> Prediction:
         "parameters (shard)": stored,
         "optimizer state (shard)": 2 * stored,
     }
-    gathered = {"gathered parameters": compute * (sizes.root + 2 * sizes.layer)}
-    # Of the layer whose backward runs: gradients in the compute dtype, and a copy that is being summed over ranks.
-    summed = {"gradients being summed": (compute + reduce) * sizes.layer}
+    # The layer that runs, and the next one on its way.
+    gathered = {"gathered parameters": compute * (sizes.root + min(2, layers) * sizes.layer)}
+    # Of the layer whose backward runs; and of the one before it, on their way round.
+    whole = {"gradients (whole, of a layer)": compute * sizes.layer}
+    summed = {"gradients being summed": reduce * sizes.layer} if layers > 1 else {}
     resident = min(layers, _OFFLOAD_RESIDENT) if work.offload else layers
     attended = _attention_outputs(work) if work.recompute == "keep_attention" else 0.0
     kept = {
@@ -137,9 +139,9 @@ def predict(work: Workload) -> Prediction:
         "in the last layer's forward": owned | gathered | shards(0)
         | activations("working set of a layer", seen.forward),
         "in the loss": owned | gathered | shards(0) | activations("loss", seen.loss),
-        "in the last layer's backward": owned | gathered | summed | shards(0)
+        "in the last layer's backward": owned | gathered | whole | shards(0)
         | activations("working set of a layer", seen.backward),
-        "in the first layer's backward": owned | gathered | summed | shards(layers - 1)
+        "in the first layer's backward": owned | gathered | whole | summed | shards(layers - 1)
         | {"working set of a layer": seen.last},
         "when the embeddings' gradients are summed": owned | shards(layers)
         | {"gathered parameters": compute * sizes.root, "gradients being summed": (compute + reduce) * sizes.root},
