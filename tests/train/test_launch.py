@@ -1,8 +1,10 @@
 """Real launches: our own --nproc, a killed rank, and torchrun."""
 
+import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 import yaml
-from tiny_run import raw_config
+from tiny_run import raw_config, run_job
 
+from distributed import ProcessPool
+from mtraining.train import watch
 from mtraining.train.metrics import read_metrics
 from mtraining.train.store import CheckpointStore
 
@@ -46,24 +52,44 @@ def workers(launcher: int) -> list[int]:
     return sorted(found)
 
 
-def test_a_killed_rank_ends_the_run_in_seconds(tmp_path: Path, shards: Path) -> None:
-    recipe = write_recipe(
-        tmp_path,
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def long_recipe(folder: Path, shards: Path, device: str, cp: int) -> Path:
+    """A run that does not end by itself, with a checkpoint every other step."""
+    if device == "cuda" and torch.cuda.device_count() < cp:
+        pytest.skip(f"needs {cp} GPUs")
+    return write_recipe(
+        folder,
         shards,
-        parallel={"cp": 2},
-        train={"steps": 100_000},
+        parallel={"cp": cp},
+        train={"steps": 100_000, "kernel": "reference"},
         checkpoint={"every": 2, "async": False},
+        distributed={"device": device, "timeout_seconds": 600},
     )
-    store = CheckpointStore(tmp_path / "run")
+
+
+def wait_for_steps(run: Path, processes: list[subprocess.Popen[str]]) -> None:
+    """Until there is a checkpoint and a step beyond it."""
+    deadline = time.monotonic() + 200
+    while CheckpointStore(run).latest() is None or len(read_metrics(run)) < 4:
+        for process in processes:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_killed_rank_ends_the_run_in_seconds_and_it_resumes(
+    tmp_path: Path, shards: Path, pool: ProcessPool, device: str
+) -> None:
+    recipe, run = long_recipe(tmp_path, shards, device, cp=2), tmp_path / "run"
+    store = CheckpointStore(run)
     with subprocess.Popen(
         [*COMMAND, str(recipe), "--nproc", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            deadline = time.monotonic() + 200
-            while store.latest() is None or len(read_metrics(tmp_path / "run")) < 4:
-                assert process.poll() is None, process.stderr.read() if process.stderr else ""
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            wait_for_steps(run, [process])
             ranks = workers(process.pid)
             assert len(ranks) == 2
             os.kill(ranks[1], signal.SIGKILL)
@@ -78,9 +104,93 @@ def test_a_killed_rank_ends_the_run_in_seconds(tmp_path: Path, shards: Path) -> 
     assert told[0].startswith(
         "error: rank 1 was killed by SIGKILL, so the other ranks were ended; the last good checkpoint"
     )
-    assert str(store.latest()) in told[0]
+    latest = store.latest()
+    assert latest is not None and str(latest) in told[0]
     assert "Traceback" not in errors
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+    saved = int(latest.name.removeprefix("step_"))
+    before = {record["step"]: record["loss"] for record in read_metrics(run)}
+    raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    raw["train"]["steps"] = saved + 2
+    if device == "cpu":
+        pool.run(run_job, world=2, raw=raw)
+    else:
+        recipe.write_text(yaml.safe_dump(raw), encoding="utf-8")
+        subprocess.run([*COMMAND, str(recipe), "--nproc", "2"], capture_output=True, timeout=200, check=True)
+    records = read_metrics(run)
+    assert [record["step"] for record in records] == list(range(1, saved + 3))
+    assert [record["loss"] for record in records[:saved]] == [before[step] for step in range(1, saved + 1)]
+    assert store.latest() == store.path(saved + 2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_without_a_common_launcher_the_ranks_notice_who_died(
+    tmp_path: Path, shards: Path, device: str
+) -> None:
+    """As on several machines: nobody but the ranks themselves can end the others and name the dead one."""
+    world = 2 if device == "cpu" else 4
+    recipe = long_recipe(tmp_path, shards, device, cp=world)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [*COMMAND, str(recipe)],
+            env=os.environ | {k: str(v) for k, v in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        wait_for_steps(tmp_path / "run", processes)
+        processes[-1].kill()
+        killed = time.monotonic()
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert time.monotonic() - killed < 30
+    assert [process.returncode for process in processes] == [1] * (world - 1) + [-signal.SIGKILL]
+    told = re.findall(r"^error: .*", errors[0], flags=re.MULTILINE)
+    assert len(told) == 1
+    assert told[0].startswith(f"error: rank {world - 1} stopped answering")
+    assert str(CheckpointStore(tmp_path / "run").latest()) in told[0]
+
+
+@pytest.mark.parametrize("error", [ValueError("out of luck"), dist.DistBackendError("NCCL error")])
+def test_a_rank_that_fails_names_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    """Two ranks as two watches on one store: the one that fails is named, also when it looked like a victim first."""
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(watch, "launcher_store", lambda: dist.TCPStore("localhost", store.port))
+    for name in ("BEAT_SECONDS", "SUSPECT_SECONDS", "GRACE_SECONDS"):
+        monkeypatch.setattr(watch, name, getattr(watch, name) / 20)
+    monkeypatch.setattr(watch, "_numbers", itertools.repeat(0))
+    ended: list[int] = []
+
+    def fail() -> None:
+        time.sleep(0.2)
+        raise error
+
+    monkeypatch.setattr(watch, "exit_now", ended.append)
+    watch._Watch(tmp_path, 0, 2)
+    with pytest.raises(type(error)), watch.watched(tmp_path, 1, 2):
+        fail()
+    deadline = time.monotonic() + 10
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ended[:1] == [1]
+    told = capfd.readouterr().err.splitlines()[0]
+    assert told.startswith(
+        f"error: rank 1 failed ({type(error).__name__}: {error}), so rank 0 ends too; there is no"
+    )
 
 
 def test_bad_input_found_by_the_ranks_is_told_once(tmp_path: Path, shards: Path) -> None:

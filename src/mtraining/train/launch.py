@@ -11,11 +11,10 @@ import os
 import signal
 import sys
 import tempfile
-import time
+import traceback
 import uuid
 from pathlib import Path
 
-import torch.distributed as dist
 import yaml
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import (
@@ -31,11 +30,7 @@ from mtraining.train.config import Config, parse_config
 from mtraining.train.display import quiet_libraries
 from mtraining.train.loop import train
 from mtraining.train.mesh import check_world
-from mtraining.train.store import CheckpointStore
-
-# A rank whose peer has died fails a moment later, in its own collective. It waits this long before it says so, that the
-# launcher may meet the true cause first.
-VICTIM_SECONDS = 3.0
+from mtraining.train.watch import exit_now, launcher_store, way_on
 
 
 class RunStopped(Exception):
@@ -78,11 +73,13 @@ def launch(config: Config, nproc: int) -> None:
             raise _cause(rank, failure, config.output) from None
         except SignalException as error:
             name = signal.Signals(error.sigval).name
-            raise RunStopped(f"stopped by {name}; {_way_on(config.output)}", 128 + error.sigval) from None
+            raise RunStopped(f"stopped by {name}; {way_on(config.output)}", 128 + error.sigval) from None
 
 
 def run_launched(config: Config) -> None:
-    """Run `config` as one of the processes that torchrun started; one rank tells of bad input, all exit with 2."""
+    """Run `config` as one of the processes of torchrun, or of any launcher that sets RANK and its companions; one rank
+    tells of bad input, all exit with 2."""
+    handler = get_error_handler()
     quiet_libraries()
     try:
         train(config)
@@ -90,6 +87,11 @@ def run_launched(config: Config) -> None:
         if _first_to_tell():
             raise
         raise SystemExit(2) from error
+    except Exception as error:
+        handler.record_exception(error)
+        traceback.print_exc()
+        print(f"error: rank {os.environ.get('RANK')} failed: {error}", file=sys.stderr)
+        exit_now(1)
 
 
 def _worker(text: str) -> None:
@@ -100,18 +102,10 @@ def _worker(text: str) -> None:
         train(parse_config(yaml.safe_load(text)))
     except UserError as error:
         handler.record_exception(error)
-        _exit(2)
+        exit_now(2)
     except Exception as error:
         handler.record_exception(error)
-        time.sleep(VICTIM_SECONDS)
-        _exit(1)
-
-
-def _exit(code: int) -> None:
-    """Leave at once: a normal exit would wait for background threads that wait for other ranks."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        exit_now(1)
 
 
 def _cause(rank: int, failure: ProcessFailure, run: Path) -> UserError | RunStopped:
@@ -126,23 +120,13 @@ def _cause(rank: int, failure: ProcessFailure, run: Path) -> UserError | RunStop
     else:
         how = f"failed (exit code {failure.exitcode})"
         print(record.get("extraInfo", {}).get("py_callstack", ""), file=sys.stderr)
-    return RunStopped(f"rank {rank} {how}, so the other ranks were ended; {_way_on(run)}")
-
-
-def _way_on(run: Path) -> str:
-    latest = CheckpointStore(run).latest()
-    if latest is None:
-        return "there is no checkpoint yet."
-    return f"the last good checkpoint is {latest}: run the same command again to go on from it."
+    return RunStopped(f"rank {rank} {how}, so the other ranks were ended; {way_on(run)}")
 
 
 def _first_to_tell() -> bool:
     """True on the first rank that asks: through the launcher's store, so that no other rank need come along."""
     try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        rank = int(os.environ["RANK"])
-        store = dist.TCPStore(host, port, is_master=not agent and rank == 0 and not dist.is_initialized())
+        store = launcher_store()
         return store.add(f"mtraining/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
     except (KeyError, RuntimeError):
         return os.environ.get("RANK", "0") == "0"

@@ -109,6 +109,8 @@ def runtime(config: Config) -> Iterator[Runtime]:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if not joined:
+        # A transfer that becomes ready beside a kernel of thousands of blocks is not to queue behind all of them.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         alone = "RANK" not in os.environ
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -128,9 +130,13 @@ def runtime(config: Config) -> Iterator[Runtime]:
             dp_rank=rank // config.parallel.cp,
             cp_rank=Ring.over(mesh[cp_dims]).rank,
         )
-    finally:
-        if not joined:
+    except BaseException as error:
+        # Other ranks may be amid a collective, for whose end NCCL would wait here; bad input is every rank's.
+        if not joined and (world == 1 or isinstance(error, UserError)):
             dist.destroy_process_group()
+        raise
+    if not joined:
+        dist.destroy_process_group()
 
 
 def build_mesh(parallel: ParallelSection, device_type: str) -> DeviceMesh:

@@ -1,0 +1,144 @@
+"""Every rank of a run notices within seconds that another one died or failed, and says which.
+
+A launcher does this for its own machine. What it cannot do is end the ranks of other machines, or name the rank whose
+silence they see as a broken connection, or (NCCL between GPUs that share memory) as a wait without end. So a thread of
+each rank says through the launcher's store that the rank lives, and looks for its neighbour.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mtraining.errors import UserError
+from mtraining.train.store import CheckpointStore
+
+BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 15.0  # a rank is dead that has not been heard for so long
+SUSPECT_SECONDS = 4.0  # ... or for so long when a connection has just broken
+GRACE_SECONDS = (
+    4.0  # between the verdict and the end of the others: a launcher is to meet the true cause first
+)
+
+_numbers = itertools.count()  # a process may run more than once, as all ranks do
+
+
+@contextmanager
+def watched(run: Path, rank: int, world: int) -> Iterator[None]:
+    """End this process when another rank of the run dies or fails, and tell the others when this one fails.
+
+    Does nothing for processes that no launcher started. Leaving is collective: ranks that are done wait for the others.
+    """
+    if world == 1 or "RANK" not in os.environ:
+        yield
+        return
+    watch = _Watch(run, rank, world)
+    try:
+        yield
+    except Exception as error:
+        watch.fail(error)
+        raise
+    watch.leave()
+
+
+def way_on(run: Path) -> str:
+    """How to go on after a run has ended early."""
+    latest = CheckpointStore(run).latest()
+    if latest is None:
+        return "there is no checkpoint yet."
+    return f"the last good checkpoint is {latest}: run the same command again to go on from it."
+
+
+def launcher_store() -> dist.TCPStore:
+    """A connection of its own to the store of the launcher, or of rank 0, to be used by one thread.
+
+    Raises:
+        KeyError, ValueError: no launcher has said where it is.
+        RuntimeError: it is not there.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank = int(os.environ["RANK"])
+    return dist.TCPStore(host, port, is_master=not agent and rank == 0 and not dist.is_initialized())
+
+
+class _Watch:
+    def __init__(self, run: Path, rank: int, world: int) -> None:
+        self._run, self._rank, self._world = run, rank, world
+        self._prefix = f"mtraining/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_numbers)}"
+        self._store = launcher_store()  # the main thread's
+        self._suspicious = threading.Event()
+        self._leaving = threading.Event()
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
+
+    def fail(self, error: Exception) -> None:
+        """Tell the others; but where this rank may only have met another's end, the thread finds out first."""
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            self._suspicious.set()
+            time.sleep(
+                SUSPECT_SECONDS + GRACE_SECONDS + 5 * BEAT_SECONDS
+            )  # the thread ends the process meanwhile
+        self._leaving.set()
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(RuntimeError):  # where the store is gone, the others see it by themselves
+            self._verdict(self._store, self._rank, f"failed ({what.strip().partition(chr(10))[0]})")
+
+    def leave(self) -> None:
+        """Wait for all; from here on a store that has gone away is no failure."""
+        with contextlib.suppress(RuntimeError):
+            self._store.add(f"{self._prefix}/done", 1)
+            while self._store.add(f"{self._prefix}/done", 0) < self._world:
+                time.sleep(BEAT_SECONDS / 20)
+        self._leaving.set()
+
+    def _look(self) -> None:
+        store, beat = launcher_store(), 0
+        neighbour = (self._rank + 1) % self._world
+        heard: dict[int, tuple[str, float]] = {}
+        try:
+            while not self._leaving.wait(BEAT_SECONDS):
+                beat += 1
+                store.set(f"{self._prefix}/beat/{self._rank}", str(beat))
+                suspicious = self._suspicious.is_set()
+                for other in range(self._world) if suspicious else (neighbour,):
+                    key, now = f"{self._prefix}/beat/{other}", time.monotonic()
+                    told = store.get(key).decode() if store.check([key]) else ""
+                    if heard.get(other, ("", 0.0))[0] != told or other not in heard:
+                        heard[other] = told, now
+                    limit = SUSPECT_SECONDS if suspicious else SILENCE_SECONDS
+                    if other != self._rank and now - heard[other][1] > limit:
+                        self._verdict(
+                            store, other, "stopped answering: it was killed, or its machine is gone"
+                        )
+                if store.check([f"{self._prefix}/verdict"]):
+                    return self._end(store.get(f"{self._prefix}/verdict").decode())
+        except RuntimeError:  # the store's connection broke
+            if not self._leaving.wait(GRACE_SECONDS):
+                self._end("rank 0 or its launcher, which keeps the ranks in touch, stopped answering")
+
+    def _verdict(self, store: dist.TCPStore, rank: int, what: str) -> None:
+        """The first one holds."""
+        store.compare_set(f"{self._prefix}/verdict", "", f"rank {rank} {what}")
+
+    def _end(self, verdict: str) -> None:
+        if self._leaving.wait(GRACE_SECONDS):
+            return
+        if self._suspicious.is_set() or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {verdict}, so rank {self._rank} ends too; {way_on(self._run)}", file=sys.stderr)
+        exit_now(1)
+
+
+def exit_now(code: int) -> None:
+    """Leave at once: a normal exit would wait for background threads that wait for other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
