@@ -111,7 +111,10 @@ class Kept:
         """Around `torch.utils.checkpoint.checkpoint`: it saves the layer's input under these."""
 
         def pack(tensor: Tensor) -> Tensor | int:
-            return self.keep(tensor) if tensor.is_floating_point() else tensor
+            activation = (
+                tensor.is_floating_point() and tensor.numel() > 0
+            )  # torch 2.11 saves an empty one besides
+            return self.keep(tensor) if activation else tensor
 
         def unpack(packed: Tensor | int) -> Tensor:
             return self.take(packed) if isinstance(packed, int) else packed
