@@ -19,7 +19,7 @@ from mtraining.layout import build_layout
 from mtraining.pattern import build_pattern
 from mtraining.train.config import load_config
 from mtraining.train.memory import GIB, Prediction, Workload, columns_of, predict
-from mtraining.train.memory_report import predict_config
+from mtraining.train.memory_report import MemoryLog, predict_config
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen2.5-3b-512k.yaml"
 FOUR = ["parallel.cp=4", "parallel.cp_outer=1"]
@@ -53,7 +53,7 @@ def test_prediction_is_within_a_tenth_of_what_is_measured(pool: ProcessPool, nam
 def test_cases_have_their_peaks_at_different_moments() -> None:
     moments = {name: case.predicted().moment for name, case in CASES.items()}
     assert moments["loss"] == "in the loss" and moments["parameters"] == "in the first layer's backward"
-    assert moments["full"] == "in the last layer's backward"
+    assert moments["keep_attention"] == "in the last layer's backward"
 
 
 def test_components_add_up_and_scale() -> None:
@@ -154,3 +154,18 @@ def test_memory_without_dry_run_is_refused() -> None:
 def test_a_sequence_that_cannot_be_dealt_is_refused() -> None:
     told = dry_run("--set", "train.seq_len=524300")
     assert isinstance(told.exception, UserError) and "524" in str(told.exception)
+
+
+def test_the_log_tells_what_is_predicted_and_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(RECIPE, [*FOUR, "model.config.num_hidden_layers=2"])
+    told: list[str] = []
+    state = torch.get_rng_state()
+    log = MemoryLog(config, None, torch.device("cuda"), told.append)
+    assert torch.equal(state, torch.get_rng_state())  # or ranks that do not tell would draw other numbers
+    assert len(told) == 1 and "working set of a layer" in told[0] and "optimizer state (shard)" in told[0]
+    monkeypatch.setattr(
+        torch.cuda, "max_memory_allocated", lambda device: 2 * int(predict_config(config).peak)
+    )
+    for _ in range(3):
+        log.step_done()
+    assert len(told) == 2 and "measured" in told[1] and "2.00 of what was predicted" in told[1]

@@ -28,11 +28,13 @@ from mtraining.train.checkpoint import Checkpointer
 from mtraining.train.checks import check_config, check_table
 from mtraining.train.config import Config
 from mtraining.train.display import Display
+from mtraining.train.memory_report import MemoryLog
 from mtraining.train.mesh import Runtime, runtime
 from mtraining.train.metrics import MetricsWriter
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Batch, NonFinite, Stepper, StepResult
 from mtraining.train.store import full_disk_told
+from mtraining.train.watch import watched
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -54,7 +56,11 @@ def train(config: Config) -> RunResult:
             checkpoint that could not be written.
     """
     check_config(config)
-    with runtime(config) as place, full_disk_told(config.output):
+    with (
+        runtime(config) as place,
+        watched(config.output, place.rank, place.world),
+        full_disk_told(config.output),
+    ):
         torch.manual_seed(config.train.seed)
         model, tokenizer = parallel_model(config, place)
         dataset = build_dataset(config, place, vocab_size=model.hf_model.config.vocab_size)
@@ -137,6 +143,7 @@ def _steps(
     display = Display(
         steps=steps, done=done, title=config.pattern.name, log_every=config.log.every, console=console
     )
+    memory = MemoryLog(config, model.hf_model, place.device, display.tell) if writer is not None else None
     with display, writer or nullcontext():
         for step in range(done, steps):
             start = time.perf_counter()
@@ -156,6 +163,8 @@ def _steps(
                 if result.attention:
                     write_balance(config, step + 1, result.attention)
                 display.update(record)
+            if memory is not None:
+                memory.step_done()
             checkpointer.poll()
             if step == steps - 1 or (every and (step + 1) % every == 0):
                 checkpointer.save(step + 1)

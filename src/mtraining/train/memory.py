@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Workload:
     offload: bool
     fused: str
     compute: torch.dtype
-    loss_chunk: int = 2048
+    loss_chunk: int = signature(parallelize).parameters["loss_chunk"].default
     reduce: torch.dtype = torch.float32
 
 
@@ -98,7 +99,8 @@ class Prediction:
         return [
             *rows,
             (f"peak, {self.moment}", self.peak / GIB),
-            ("CUDA context, NCCL (outside)", OUTSIDE / GIB),
+            ("of a layer, ring attention at most", self.attention / GIB),
+            ("beside PyTorch: CUDA context, NCCL", OUTSIDE / GIB),
         ]
 
 
@@ -178,7 +180,10 @@ def _traced(work: Workload) -> Trace:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1] * LAYERS  # they are all alike
     config._attn_implementation = "eager"  # not yet ours: parallelize sets that
-    with META:
+    with (
+        torch.random.fork_rng(devices=[]),
+        META,
+    ):  # a run on its way to the same weights on every rank is not disturbed
         short = type(work.hf_model)(config).to(work.compute)
     pattern = max(work.patterns, key=lambda pattern: columns_of(pattern, work.seq_len))
     model = parallelize(
@@ -186,7 +191,7 @@ def _traced(work: Workload) -> Trace:
         pattern=pattern,
         layout=work.layout,
         recompute=work.recompute,  # type: ignore[arg-type]
-        loss_chunk=work.loss_chunk,
+        loss_chunk=_eager_chunk(work),
     )
     if work.fused != "none":
         fuse_shapes(short)
@@ -195,6 +200,15 @@ def _traced(work: Workload) -> Trace:
         pattern, work.layout, ring, work.seq_len, work.batch, heads, columns_of(pattern, work.seq_len)
     )
     return trace(model, call, work.batch, work.seq_len // (ring[0] * ring[1]))
+
+
+def _eager_chunk(work: Workload) -> int:
+    """Tokens whose logits take as much eagerly as the loss's chunk takes as it is computed: compiled, the loss works in
+    the logits alone; eager, it has them twice more in fp32."""
+    if work.fused == "none":
+        return work.loss_chunk
+    logit = work.compute.itemsize
+    return max(1, work.loss_chunk * logit // (logit + 2 * 4 if logit < 4 else 2 * logit))
 
 
 def _attention_outputs(work: Workload) -> float:

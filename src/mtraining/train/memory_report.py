@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,24 @@ def predict_config(config: Config, hf_model: Any = None) -> Prediction:
             compute=COMPUTE[train.dtype],
         )
     )
+
+
+class MemoryLog:
+    """Tells what a run's memory is predicted to be as it begins, and the measured peak beside it after two steps, when
+    the optimizer has its state. Measured on GPUs only: elsewhere nobody counts tensors apart from the process."""
+
+    def __init__(
+        self, config: Config, hf_model: Any, device: torch.device, tell: Callable[[str], None]
+    ) -> None:
+        self._device, self._tell, self._steps = device, tell, 0
+        self._prediction = predict_config(config, hf_model)
+        tell(render(self._prediction))
+
+    def step_done(self) -> None:
+        """After every step."""
+        self._steps += 1
+        if self._steps == 2 and self._device.type == "cuda":
+            self._tell(render_measured(self._prediction, torch.cuda.max_memory_allocated(self._device)))
 
 
 def render(prediction: Prediction) -> str:

@@ -97,19 +97,21 @@ class ShapeBackend:
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Any, scale: float,
-        out: Tensor | None, lse: Tensor | None,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         part = (
             torch.zeros_like(q) if index.dense else None
         )  # a dense kernel's own result, before it is merged
-        new = self._partial(q, out, lse)
+        new, new_lse = self._partial(q, out, lse)
         del part
-        return new
+        return new.to(q.dtype) if final else new, new_lse
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Any, scale: float, dq: Tensor,
+        placement: Any, scale: float, dq: Tensor, *, fresh: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if fresh:
+            dq.zero_()
         # a dense kernel has its own dq, which it sums in fp32
         work = (torch.zeros_like(dq), torch.zeros_like(q)) if index.dense else None
         shares = torch.zeros_like(k, dtype=dq.dtype), torch.zeros_like(v, dtype=dq.dtype)
@@ -118,14 +120,17 @@ class ShapeBackend:
 
     def columns_forward(
         self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
-        out: Tensor | None, lse: Tensor | None,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return self._partial(q, out, lse)
+        new, new_lse = self._partial(q, out, lse)
+        return new.to(q.dtype) if final else new, new_lse
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        q_blocks: Tensor, scale: float, dq: Tensor,
+        q_blocks: Tensor, scale: float, dq: Tensor, *, fresh: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if fresh:
+            dq.zero_()
         return torch.zeros_like(ck, dtype=dq.dtype), torch.zeros_like(cv, dtype=dq.dtype)
 
     def row_delta(self, out: Tensor, dout: Tensor) -> Tensor:
