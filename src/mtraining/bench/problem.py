@@ -109,19 +109,18 @@ class Layer:
 
     def forward_tiles(self, out: Tensor | None = None, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
         p = self.p
-        return self.backend.tiles_forward(p.q, p.k, p.v, p.index, p.place, p.scale, out, lse)
+        return self.backend.tiles_forward(p.q, p.k, p.v, p.index, p.place, p.scale, out, lse, final=True)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """out in q's dtype, lse."""
-        out, lse = self.forward_tiles(*(self.forward_columns() if self.p.case.columns else (None, None)))
-        return out.to(self.p.q.dtype), lse
+        return self.forward_tiles(*(self.forward_columns() if self.p.case.columns else (None, None)))
 
     def backward(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv in the accumulation dtype."""
         delta = self.backend.row_delta(out, self.p.dout)
-        dq = torch.zeros_like(self.p.q, dtype=lse.dtype)
-        grads = self.backward_columns(lse, delta, dq) if self.p.case.columns else None
+        dq = torch.empty_like(self.p.q, dtype=lse.dtype)
         dk, dv = self.backward_tiles(lse, delta, dq)
+        grads = self.backward_columns(lse, delta, dq) if self.p.case.columns else None
         if grads is not None:
             self.backend.scatter_columns(grads, self.p.index.columns, self.slots, dk, dv)
         return dq, dk, dv
@@ -137,7 +136,9 @@ class Layer:
 
     def backward_tiles(self, lse: Tensor, delta: Tensor, dq: Tensor) -> tuple[Tensor, Tensor]:
         p = self.p
-        return self.backend.tiles_backward(p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, dq)
+        return self.backend.tiles_backward(
+            p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, dq, fresh=True
+        )
 
     def phases(self) -> dict[str, Callable[[], object]]:
         """Whole passes, and with columns their two halves apart."""

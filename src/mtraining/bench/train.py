@@ -180,8 +180,13 @@ def work(choice: Choice, path: Path, say: Say = print) -> int:
     if choice.on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if choice.on_gpu else "gloo", timeout=_STUCK)
-    progress = Progress(path)
-    dist.all_reduce(torch.zeros(1))  # all have read it before the first writes on
+    if rank == 0 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        path.unlink(missing_ok=True)  # another run's, where torchrun's agent had the same number
+    box = [Progress(path)]
+    dist.broadcast_object_list(box)
+    progress = box[
+        0
+    ]  # the first rank's: what it goes on to write is no news, and other nodes have no such file
 
     def keep(row: TrainRow) -> None:
         progress.tell(path=str(write_csv([row], Path(choice.out), "train")))

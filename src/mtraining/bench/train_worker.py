@@ -149,12 +149,14 @@ def _time(case: TrainCase, effort: Effort, place: Runtime) -> _Timed:
     _free(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    taken = [_slowest(place, partial(step.run, data, number)) for number in range(effort.warmup)]
-    times = int(min(effort.steps, max(1, effort.seconds // taken[-1])))
+    for number in range(effort.warmup):
+        step.run(data, number)
+    taken: list[float] = []
     with Timeline() as timeline:
-        taken = [_slowest(place, partial(step.run, data, effort.warmup + number)) for number in range(times)]
+        while not taken or (len(taken) < effort.steps and sum(taken) + taken[-1] <= effort.seconds):
+            taken.append(_slowest(place, partial(step.run, data, effort.warmup + len(taken))))
     peak = max(place.gather(torch.cuda.max_memory_allocated(device))) if device.type == "cuda" else None
-    return _Timed(times, statistics.median(taken), max(place.gather(timeline.exposed_fraction)), peak)
+    return _Timed(len(taken), statistics.median(taken), max(place.gather(timeline.exposed_fraction)), peak)
 
 
 def _slowest(place: Runtime, run: Callable[[], object]) -> float:
