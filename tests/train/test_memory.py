@@ -131,6 +131,11 @@ def test_dry_run_prints_components_and_what_fits() -> None:
     assert not (Path("runs") / "qwen2.5-3b-512k").exists()
 
 
+def test_readmes_dry_run() -> None:
+    told = CliRunner().invoke(app, ["train", str(RECIPE), "--dry-run", "--memory-gib", "80"])
+    assert told.exit_code == 0 and "32 GPUs" in told.output and "fits into 80.0 GiB" in told.output
+
+
 def test_dry_run_refuses_what_cannot_fit() -> None:
     told = dry_run("--memory-gib", "40")
     assert isinstance(told.exception, UserError)  # which the command turns into exit status 2
