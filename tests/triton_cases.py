@@ -95,15 +95,41 @@ NAMES = ("out", "delta", "dq", "dk", "dv", "dck", "dcv")
 
 
 def solve(backend: Backend, p: Problem) -> tuple[Tensor, dict[str, Tensor]]:
-    """lse, and everything else by name: columns first, then tiles merged into them, then both backward passes."""
-    blocks = p.place.q_blocks
-    out, lse = backend.columns_forward(p.q, p.ck, p.cv, p.index, blocks, p.scale, None, None)
+    """lse, and everything else by name: columns, if any, then tiles merged into them, then both backward passes."""
+    blocks, out, lse = p.place.q_blocks, None, None
+    if p.index.columns.shape[-1]:
+        out, lse = backend.columns_forward(p.q, p.ck, p.cv, p.index, blocks, p.scale, None, None)
     out, lse = backend.tiles_forward(p.q, p.k, p.v, p.index, p.place, p.scale, out, lse)
     delta = backend.row_delta(out, p.dout)
     dq = torch.zeros_like(p.q, dtype=lse.dtype)
     dk, dv = backend.tiles_backward(p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, dq)
     dck, dcv = backend.columns_backward(p.dout, p.q, p.ck, p.cv, lse, delta, p.index, blocks, p.scale, dq)
     return lse, dict(zip(NAMES, (out, delta, dq, dk, dv, dck, dcv), strict=True))
+
+
+def assert_ends(backend: Backend, p: Problem) -> None:
+    """A final pass rounds the result of any other, and a fresh one writes what another adds to zeros, bit for bit."""
+    blocks, forward, backward = p.place.q_blocks, backend.columns_forward, backend.columns_backward
+    passes = [
+        (backend.tiles_forward, backend.tiles_backward, (p.k, p.v), (p.index, p.place, p.scale)),
+        (forward, backward, (p.ck, p.cv), (p.index, blocks, p.scale)),
+    ]
+    before = forward(p.q, p.ck, p.cv, p.index, blocks, p.scale, None, None)
+    for attend, differentiate, keys, rest in passes:
+        for previous in ((None, None), before):
+            out, lse = attend(p.q, *keys, *rest, *(x if x is None else x.clone() for x in previous))
+            last, last_lse = attend(
+                p.q, *keys, *rest, *(x if x is None else x.clone() for x in previous), final=True
+            )
+            assert last.dtype == p.q.dtype
+            assert torch.equal(last, out.to(p.q.dtype))
+            assert torch.equal(last_lse, lse)
+        delta = backend.row_delta(out, p.dout)
+        zeros = torch.zeros_like(p.q, dtype=lse.dtype)
+        nans = torch.full_like(zeros, torch.nan)
+        differentiate(p.dout, p.q, *keys, lse, delta, *rest, zeros)
+        differentiate(p.dout, p.q, *keys, lse, delta, *rest, nans, fresh=True)
+        assert torch.equal(zeros, nans)
 
 
 def reference(p: Problem) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, select_backend
+from mtraining.kernel.hopper_backend import HopperBackend, unsupported
 from mtraining.kernel.triton_backend import TritonBackend
-from triton_cases import Case, assert_equal, build, reference, relative_error, solve, whole
+from triton_cases import Case, assert_ends, assert_equal, build, reference, relative_error, solve, whole
 
 pytestmark = pytest.mark.gpu
 
@@ -53,27 +54,43 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison)
 
 
+@pytest.fixture(params=["portable", "hopper"])
+def backend(request: pytest.FixtureRequest) -> TritonBackend:
+    """The portable kernels, and those for Hopper where there is one."""
+    if request.param == "portable":
+        return TritonBackend()
+    reason = unsupported(torch.device("cuda"), torch.bfloat16, 128)
+    if reason is not None:
+        pytest.skip(reason)
+    return HopperBackend()
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_bf16(name: str) -> None:
-    p = build(CASES[name], "cuda")
-    assert_equal(solve(TritonBackend(), p), reference(p), TOLERANCE[torch.bfloat16])
+def test_bf16(name: str, backend: TritonBackend) -> None:
+    case = CASES[name]
+    if case.dim not in (64, 128) and isinstance(backend, HopperBackend):
+        pytest.skip("select_backend does not choose it for this head_dim")
+    p = build(case, "cuda")
+    assert_equal(solve(backend, p), reference(p), TOLERANCE[torch.bfloat16])
+    assert_ends(backend, p)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_other_dtypes(dtype: torch.dtype, dim: int) -> None:
     p = build(replace(CASES["group of 4"], dtype=dtype, dim=dim), "cuda")
-    assert_equal(solve(TritonBackend(), p), reference(p), TOLERANCE[dtype])
+    backend = select_backend("triton", torch.device("cuda"), dtype, dim)
+    assert_equal(solve(backend, p), reference(p), TOLERANCE[dtype])
 
 
-def test_same_bits_twice() -> None:
+def test_same_bits_twice(backend: TritonBackend) -> None:
     p = build(whole(64, q_heads=8, kv_heads=2, columns=1024, diagonal_share=0.2, **BF16), "cuda")
-    (lse, first), (lse_again, second) = (solve(TritonBackend(), p) for _ in range(2))
+    (lse, first), (lse_again, second) = (solve(backend, p) for _ in range(2))
     assert torch.equal(lse, lse_again)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def test_offsets_past_2_to_the_31() -> None:
+def test_offsets_past_2_to_the_31(backend: TritonBackend) -> None:
     """512K tokens of 32 heads: the last blocks against the reference on a slice of the same tensors."""
     n, size, heads, kv_heads, dim = 4096, 128, 32, 8, 128
     if torch.cuda.mem_get_info()[0] < 45 * 2**30:
@@ -89,7 +106,7 @@ def test_offsets_past_2_to_the_31() -> None:
     diagonals[..., :2] = True
     columns = torch.arange(64, device="cuda", dtype=torch.int32).expand(1, heads, 64).contiguous()
     index = SparseIndex(n * size, size, diagonals, columns)
-    place, scale, backend = index.placement(), dim**-0.5, TritonBackend()
+    place, scale = index.placement(), dim**-0.5
     out, lse = backend.columns_forward(q, ck, cv, index, place.q_blocks, scale, None, None)
     out, lse = backend.tiles_forward(q, k, v, index, place, scale, out, lse)
     delta = backend.row_delta(out, dout)
@@ -125,12 +142,12 @@ def no_waiting() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-def test_nothing_waits_for_the_device() -> None:
+def test_nothing_waits_for_the_device(backend: TritonBackend) -> None:
     for name in ("group of 4", "block mask", "zigzag, others"):
         p = build(CASES[name], "cuda")
-        solve(TritonBackend(), p)  # compiled now, and constants of the placement are on the device
+        solve(backend, p)  # compiled now, and constants of the placement are on the device
         torch.cuda.set_sync_debug_mode("error")
-        solve(TritonBackend(), p)
+        solve(backend, p)
         torch.cuda.set_sync_debug_mode("default")
 
 

@@ -48,7 +48,7 @@ def compiled(name: str, capability: int, dim: int, tiles: Tiles) -> Any:
     chosen: dict[str, object] = {
         "HEAD_DIM": dim, "BLOCK_D": dim, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "SIZE": 128,
         "PRECISION": "tf32", "TOEPLITZ": True, "GROUP": 4, "SPLITS": 1, "HAS_PREV": True, "EVEN": True,
-        "TMA": tiles.tma,
+        "TMA": tiles.tma, "ADD": True,
     }  # fmt: skip
     chosen |= {row: 32 * dim for row in kernel.arg_names if re.fullmatch(r"\w+_r", row)}
     constants = {(i,): chosen[arg] for i, arg in enumerate(kernel.arg_names) if arg in chosen}

@@ -19,9 +19,10 @@ class Backend(Protocol):
     ck, cv (batch, capacity, q_heads, head_dim) in the order of ``index.columns``; out like q in the
     accumulation dtype (fp32, or fp64 for fp64 inputs); lse (batch, q_heads, rows) in the same dtype, natural
     log, -inf (with out = 0) for rows that saw no key yet. ``out``/``lse`` given to a forward pass hold the
-    previous partial result; the pass returns the merged one and may reuse their memory. Backward passes take
-    the *global* lse and delta = rowsum(dout * out), add to ``dq`` in place and return fresh key gradients in
-    the accumulation dtype.
+    previous partial result; the pass returns the merged one and may reuse their memory; the last pass is told so
+    (``final``) and returns out in q's dtype. Backward passes take the *global* lse and delta = rowsum(dout * out), add
+    to ``dq`` in place (the first one, told by ``fresh``, overwrites what stands there) and return fresh key gradients
+    in the accumulation dtype.
     """
 
     name: str
@@ -30,22 +31,22 @@ class Backend(Protocol):
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
-        out: Tensor | None, lse: Tensor | None,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor,
+        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def columns_forward(
         self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
-        out: Tensor | None, lse: Tensor | None,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        q_blocks: Tensor, scale: float, dq: Tensor,
+        q_blocks: Tensor, scale: float, dq: Tensor, *, fresh: bool = False,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def row_delta(self, out: Tensor, dout: Tensor) -> Tensor:

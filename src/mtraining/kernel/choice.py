@@ -57,7 +57,8 @@ def select_backend(kernel: str, device: torch.device, dtype: torch.dtype, head_d
 
 def _sparse(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Backend, str]:
     if device.type == "cuda":
-        return _triton(device, dtype, head_dim), "the sparse kernels for NVIDIA GPUs"
+        backend = _triton(device, dtype, head_dim)
+        return backend, f"the sparse kernels for NVIDIA GPUs, {_hopper_told(device, dtype, head_dim)}"
     return ReferenceBackend(), f"the only backend on {device.type}"
 
 
@@ -86,7 +87,24 @@ def _triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     reason = unsupported(device, dtype, head_dim)
     if reason is not None:
         raise UserError(f"kernel: 'triton' {reason}; {remedy}.")
-    return TritonBackend()
+    if _hopper_unsupported(device, dtype, head_dim) is not None:
+        return TritonBackend()
+    from mtraining.kernel.hopper_backend import HopperBackend
+
+    return HopperBackend()
+
+
+def _hopper_told(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    reason = _hopper_unsupported(device, dtype, head_dim)
+    return "in their form for Hopper" if reason is None else f"portable, for their form for Hopper {reason}"
+
+
+def _hopper_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    try:
+        from mtraining.kernel.hopper_backend import unsupported
+    except ImportError as missing:  # Gluon is young, and other releases of Triton may lack parts of it
+        return f"needs Triton 3.6 ({missing})"
+    return unsupported(device, dtype, head_dim)
 
 
 def _flash4(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:

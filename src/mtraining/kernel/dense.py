@@ -41,11 +41,11 @@ class WithDense:
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
-        out: Tensor | None, lse: Tensor | None,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         pieces = self._pieces(index, placement)
         if pieces is None:
-            return self._tiles.tiles_forward(q, k, v, index, placement, scale, out, lse)
+            return self._tiles.tiles_forward(q, k, v, index, placement, scale, out, lse, final=final)
         for piece in pieces:
             rows, keys = piece.rows(index.block_size)
             part = self._dense.forward(q[:, rows], k[:, keys], v[:, keys], scale, piece.causal)
@@ -59,15 +59,21 @@ class WithDense:
             if new_out is not old_out:
                 old_out.copy_(new_out)
             old_lse.copy_(new_lse)
-        return _nothing(q) if out is None or lse is None else (out, lse)
+        if out is None or lse is None:
+            out, lse = _nothing(q)
+        return out.to(q.dtype) if final else out, lse
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor,
+        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         pieces = self._pieces(index, placement)
         if pieces is None:
-            return self._tiles.tiles_backward(dout, q, k, v, lse, delta, index, placement, scale, dq)
+            return self._tiles.tiles_backward(
+                dout, q, k, v, lse, delta, index, placement, scale, dq, fresh=fresh
+            )
+        if fresh:
+            dq.zero_()
         dk, dv = torch.zeros_like(k, dtype=dq.dtype), torch.zeros_like(v, dtype=dq.dtype)
         for piece in pieces:
             rows, keys = piece.rows(index.block_size)

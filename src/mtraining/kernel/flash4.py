@@ -69,7 +69,7 @@ class Flash4Backend(TritonBackend):
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
-        out: Tensor | None, lse: Tensor | None,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         check_call(index, deterministic=torch.are_deterministic_algorithms_enabled())
         lists = block_lists(index, placement, key_major=False)
@@ -77,11 +77,12 @@ class Flash4Backend(TritonBackend):
             q, k, v, softmax_scale=scale, mask_mod=_diagonal_tile(), block_sparse_tensors=_as_blocks(lists),
             return_lse=True, pack_gqa=False,
         )  # fmt: skip
-        return merge_partial(part, part_lse, out, lse)
+        out, lse = merge_partial(part, part_lse, out, lse)
+        return out.to(q.dtype) if final else out, lse
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor,
+        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         check_call(index, deterministic=torch.are_deterministic_algorithms_enabled())
         lists = block_lists(index, placement, key_major=True)
@@ -90,7 +91,7 @@ class Flash4Backend(TritonBackend):
             q, k, v, zero, dout.to(q.dtype), lse.contiguous(), softmax_scale=scale, mask_mod=_diagonal_tile(),
             block_sparse_tensors=_as_blocks(lists), dlse=-delta,
         )  # fmt: skip
-        dq += dq_share
+        dq.copy_(dq_share) if fresh else dq.add_(dq_share)
         return dk.float(), dv.float()
 
 

@@ -85,7 +85,7 @@ class ReferenceBackend(ReferenceEstimation):
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
-        out: Tensor | None, lse: Tensor | None,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         size = index.block_size
         qh, kh, vh = _Heads(q, size), _Heads(k, size), _Heads(v, size)
@@ -95,11 +95,11 @@ class ReferenceBackend(ReferenceEstimation):
             keys, values = kh.blocks[b, hk, js].flatten(0, 1), vh.blocks[b, hk, js].flatten(0, 1)
             scores = _causal(qh.blocks[b, h, i] @ keys.T * scale, own, size)
             oh.blocks[b, h, i], lse_blocks[b, h, i] = _softmax_times(scores, values)
-        return _merged(oh.to_rows(), new_lse, out, lse)
+        return _merged(oh.to_rows(), new_lse, out, lse, q.dtype if final else None)
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor,
+        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         size = index.block_size
         qh, kh, vh, doh = (_Heads(x, size) for x in (q, k, v, dout))
@@ -113,12 +113,12 @@ class ReferenceBackend(ReferenceEstimation):
             dqh.blocks[b, h, i] = dscore @ keys * scale
             dkh.blocks[b, hk].index_add_(0, js, (dscore.T @ rows * scale).unflatten(0, (-1, size)))
             dvh.blocks[b, hk].index_add_(0, js, (prob.T @ grad).unflatten(0, (-1, size)))
-        dq += dqh.to_rows()
+        dq.copy_(dqh.to_rows() if fresh else dq + dqh.to_rows())
         return dkh.to_rows(), dvh.to_rows()
 
     def columns_forward(
         self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
-        out: Tensor | None, lse: Tensor | None,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         size = index.block_size
         qh, kh, vh = _Heads(q, size), _Heads(ck, 1), _Heads(cv, 1)
@@ -128,11 +128,11 @@ class ReferenceBackend(ReferenceEstimation):
             keys, values = kh.flat[b, h, :prefix], vh.flat[b, h, :prefix]
             scores = (qh.blocks[b, h, i] @ keys.T * scale).masked_fill_(hidden, -torch.inf)
             oh.blocks[b, h, i], lse_blocks[b, h, i] = _softmax_times(scores, values)
-        return _merged(oh.to_rows(), new_lse, out, lse)
+        return _merged(oh.to_rows(), new_lse, out, lse, q.dtype if final else None)
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        q_blocks: Tensor, scale: float, dq: Tensor,
+        q_blocks: Tensor, scale: float, dq: Tensor, *, fresh: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         size = index.block_size
         qh, doh, dqh = _Heads(q, size), _Heads(dout, size), _Heads(torch.zeros_like(q), size)
@@ -147,16 +147,17 @@ class ReferenceBackend(ReferenceEstimation):
             dqh.blocks[b, h, i] = dscore @ keys * scale
             dkh.flat[b, h, :prefix] += dscore.T @ rows * scale
             dvh.flat[b, h, :prefix] += prob.T @ grad
-        dq += dqh.to_rows()
+        dq.copy_(dqh.to_rows() if fresh else dq + dqh.to_rows())
         return dkh.to_rows(), dvh.to_rows()
 
 
 def _merged(
-    new_out: Tensor, new_lse: Tensor, out: Tensor | None, lse: Tensor | None
+    new_out: Tensor, new_lse: Tensor, out: Tensor | None, lse: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    if out is None or lse is None:
-        return new_out, new_lse
-    return merge(out, lse, new_out, new_lse)
+    """``dtype``: of a final result; None leaves the accumulation dtype."""
+    if out is not None and lse is not None:
+        new_out, new_lse = merge(out, lse, new_out, new_lse)
+    return new_out if dtype is None else new_out.to(dtype), new_lse
 
 
 def _causal(scores: Tensor, own: int, size: int) -> Tensor:

@@ -62,10 +62,10 @@ class TritonBackend(TritonEstimation):
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
-        out: Tensor | None, lse: Tensor | None,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         q, k, v = _lined_up(q), _lined_up(k), _lined_up(v)
-        _check(index, scale)
+        check_call(index, scale)
         batch, _, heads, dim = q.shape
         kv_heads, group = k.shape[2], heads // k.shape[2]
         tiles = choose_tiles("tiles_forward", q, index.block_size)
@@ -83,15 +83,15 @@ class TritonBackend(TritonEstimation):
             BLOCK_D=padded(dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q), TMA=tma,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        return new_out, new_lse
+        return new_out.to(q.dtype) if final else new_out, new_lse
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor,
+        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         dout, q, k, v = _lined_up(dout), _lined_up(q), _lined_up(k), _lined_up(v)
         lse, delta = lse.contiguous(), delta.contiguous()
-        _check(index, scale)
+        check_call(index, scale)
         dout = dout.to(q.dtype)
         batch, _, heads, dim = q.shape
         kv_heads, group, size = k.shape[2], heads // k.shape[2], index.block_size
@@ -102,12 +102,12 @@ class TritonBackend(TritonEstimation):
         tiles = choose_tiles("tiles_dq", q, size)
         lists = tile_lists(index, placement, key_major=False)
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
-        with _Added(dq) as into:
+        with Gradient(dq) as into:
             triton_tiles.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
                 dout, q, k, v, lse, delta, into, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
                 *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *into.stride()[:3],
                 scale, kv_heads, rows, cols, lists.diagonal,
-                TOEPLITZ=lists.toeplitz, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+                ADD=not fresh, TOEPLITZ=lists.toeplitz, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
                 num_warps=tiles.warps, num_stages=tiles.stages, **shared,
             )  # fmt: skip
 
@@ -115,7 +115,7 @@ class TritonBackend(TritonEstimation):
         if not lists.toeplitz:
             lists = tile_lists(index, placement, key_major=True)
         programs = batch * kv_heads * cols * (size // tiles.block_n)
-        splits = _split(programs, group, q.device)
+        splits = ways_to_split(programs, group, q.device)
         while group % splits:
             splits -= 1
         dk, dv = (
@@ -129,14 +129,14 @@ class TritonBackend(TritonEstimation):
             TOEPLITZ=lists.toeplitz, SPLITS=splits, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             num_warps=tiles.warps, num_stages=tiles.stages, **shared,
         )  # fmt: skip
-        return _summed(dk, splits), _summed(dv, splits)
+        return summed(dk, splits), summed(dv, splits)
 
     def columns_forward(
         self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
-        out: Tensor | None, lse: Tensor | None,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         q, ck, cv = _lined_up(q), _lined_up(ck), _lined_up(cv)
-        _check(index, scale)
+        check_call(index, scale)
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
         tiles = choose_tiles("columns_forward", q, size)
@@ -150,38 +150,40 @@ class TritonBackend(TritonEstimation):
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        return new_out, new_lse
+        return new_out.to(q.dtype) if final else new_out, new_lse
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        q_blocks: Tensor, scale: float, dq: Tensor,
+        q_blocks: Tensor, scale: float, dq: Tensor, *, fresh: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         dout, q, ck, cv = _lined_up(dout), _lined_up(q), _lined_up(ck), _lined_up(cv)
         lse, delta = lse.contiguous(), delta.contiguous()
-        _check(index, scale)
+        check_call(index, scale)
         dout = dout.to(q.dtype)
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
         if capacity == 0:
+            if fresh:
+                dq.zero_()
             return torch.zeros_like(ck, dtype=torch.float32), torch.zeros_like(cv, dtype=torch.float32)
         tables = column_tables(index, q_blocks)
         words_row = tables.words.shape[-1]
         shared = {"SIZE": size, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "PRECISION": _precision(q)}
 
         tiles = choose_tiles("columns_dq", q, size)
-        with _Added(dq) as into:
+        with Gradient(dq) as into:
             triton_columns.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
                 dout, q, ck, cv, lse, delta, into, tables.columns, tables.words, tables.q_blocks, tables.before,
                 tables.upto,
                 *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *into.stride()[:3],
                 scale, heads, rows, capacity, index.num_blocks, words_row,
-                EVEN=capacity % tiles.block_n == 0, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+                ADD=not fresh, EVEN=capacity % tiles.block_n == 0, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
                 num_warps=tiles.warps, num_stages=tiles.stages, **shared,
             )  # fmt: skip
 
         tiles = choose_tiles("columns_dkdv", q, size)
         programs = batch * heads * triton.cdiv(capacity, tiles.block_n)
-        splits = _split(programs, rows, q.device)
+        splits = ways_to_split(programs, rows, q.device)
         dk, dv = (
             torch.empty(splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device) for _ in "kv"
         )
@@ -194,7 +196,7 @@ class TritonBackend(TritonEstimation):
             EVEN=capacity % tiles.block_n == 0, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             num_warps=tiles.warps, num_stages=tiles.stages, **shared,
         )  # fmt: skip
-        return _summed(dk, splits), _summed(dv, splits)
+        return summed(dk, splits), summed(dv, splits)
 
 
 def _lined_up(x: Tensor) -> Tensor:
@@ -202,7 +204,7 @@ def _lined_up(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check(index: SparseIndex, scale: float) -> None:
+def check_call(index: SparseIndex, scale: float) -> None:
     if index.block_size % 16:
         raise UserError(
             f"block_size: kernel=triton needs a multiple of 16 tokens, not {index.block_size}; "
@@ -226,7 +228,7 @@ def _partial(q: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor,
     return _lined_up(out), lse.contiguous(), True
 
 
-class _Added:
+class Gradient:
     """A tensor with unit stride along head_dim that stands for ``total``; copied back where it is another."""
 
     def __init__(self, total: Tensor) -> None:
@@ -240,7 +242,7 @@ class _Added:
             self.total.copy_(self.view)
 
 
-def _split(programs: int, most: int, device: torch.device) -> int:
+def ways_to_split(programs: int, most: int, device: torch.device) -> int:
     """How many ways to split each program's work so that the GPU is full; at most ``most``, and at most 16."""
     if device.type != "cuda":
         return min(2, most)  # the interpreter tests take the split path too
@@ -248,5 +250,5 @@ def _split(programs: int, most: int, device: torch.device) -> int:
     return max(1, min(most, 16, triton.cdiv(wanted, programs)))
 
 
-def _summed(partial: Tensor, splits: int) -> Tensor:
+def summed(partial: Tensor, splits: int) -> Tensor:
     return partial if splits == 1 else partial.unflatten(0, (splits, -1)).sum(0)

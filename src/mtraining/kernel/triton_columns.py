@@ -123,14 +123,14 @@ def query_gradient_kernel(
     v_b, v_r: tl.constexpr, v_h,
     dq_b, dq_r: tl.constexpr, dq_h,
     scale, heads, rows, capacity, num_blocks, words_row,
-    EVEN: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr, EVEN: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq the gradient of one tile of queries over its columns."""
+    """dq of one tile of queries, added to what is there if ADD, over its columns."""
     batch, head, i, part = _query_program(rows, heads, SIZE // BLOCK_M)
     bh = batch * heads + head
     upto = tl.load(upto_ptr + bh * rows + i)
-    if upto == 0:
+    if ADD and upto == 0:
         return
     whole = tl.load(before_ptr + bh * rows + i) // BLOCK_N
     block = tl.load(q_blocks + i)
@@ -169,8 +169,10 @@ def query_gradient_kernel(
         dq = query_gradient_step(dq, scores, dout, k, v, lse2, delta, scale_log2, PRECISION)
 
     dq_offsets = tile_offsets(dq_r, BLOCK_M, BLOCK_D)
-    earlier = load_tile(dq_base, dq_offsets, HEAD_DIM, BLOCK_D)
-    store_tile(dq_base, dq_offsets, earlier + dq * scale, HEAD_DIM, BLOCK_D)
+    dq = dq * scale
+    if ADD:
+        dq += load_tile(dq_base, dq_offsets, HEAD_DIM, BLOCK_D)
+    store_tile(dq_base, dq_offsets, dq, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["batches", "heads", "rows", "capacity", "num_blocks", "words_row", "splits"])

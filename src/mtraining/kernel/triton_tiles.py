@@ -122,16 +122,16 @@ def query_gradient_kernel(
     do_b, do_r: tl.constexpr, do_h, q_b, q_r: tl.constexpr, q_h, k_b, k_r: tl.constexpr, k_h,
     v_b, v_r: tl.constexpr, v_h, dq_b, dq_r: tl.constexpr, dq_h,
     scale, kv_heads, n_rows, n_cols, diagonal,
-    TOEPLITZ: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, TOEPLITZ: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq the gradient of one tile of queries over its slash tiles."""
+    """dq of one tile of queries, added to what is there if ADD, over its slash tiles."""
     batch, head, kv_head, i, part = _query_program(n_rows, kv_heads, GROUP, SIZE // BLOCK_M)
     bh = batch * kv_heads * GROUP + head
     row, lo, hi, origin, own = tile_row(
         entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ, False
     )
-    if hi == lo:
+    if ADD and hi == lo:
         return
     first_row = i.to(tl.int64) * SIZE + part * BLOCK_M
     q_base = q_ptr + batch * q_b + head * q_h + first_row * q_r
@@ -166,8 +166,10 @@ def query_gradient_kernel(
         dq = query_gradient_step(dq, scores, dout, k, v, lse2, delta, scale_log2, PRECISION)
 
     dq_offsets = tile_offsets(dq_r, BLOCK_M, BLOCK_D)
-    before = load_tile(dq_base, dq_offsets, HEAD_DIM, BLOCK_D)
-    store_tile(dq_base, dq_offsets, before + dq * scale, HEAD_DIM, BLOCK_D)
+    dq = dq * scale
+    if ADD:
+        dq += load_tile(dq_base, dq_offsets, HEAD_DIM, BLOCK_D)
+    store_tile(dq_base, dq_offsets, dq, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["batches", "kv_heads", "n_rows", "n_cols", "diagonal"])

@@ -121,7 +121,6 @@ def attend(
     if recorded.out is not None and recorded.lse is not None:
         return recorded.out.detach(), recorded.lse, call
     out, lse = _ring_forward(q, k, v, call)
-    out = out.to(q.dtype)
     if tape is None or not tape.replaying:
         observe(q, k, lse, recorded.index, plan, backend, scale)
         if tape is not None:
@@ -139,17 +138,18 @@ def attend_backward(
 
 @timed_pass("forward")
 def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Partial results in the accumulation dtype: out (batch, rows, heads, head_dim), lse (batch, heads, rows)."""
+    """out (batch, rows, heads, head_dim) in q's dtype, lse (batch, heads, rows) in the accumulation dtype."""
     plan, backend, index = call.plan, call.backend, call.index
     out: Tensor | None = None
     lse: Tensor | None = None
     columns = _start_columns(k, v, call)  # ahead of the first transfer, for they are needed first
-    for step, kv in ring_steps(torch.stack((k, v)), plan.ring):
+    for number, (step, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring)):
         if out is None and columns is not None:  # computed under the first transfer
             ck, cv = columns.wait()
             out, lse = backend.columns_forward(q, ck, cv, index, plan.q_blocks, call.scale, out, lse)
+        final = number + 1 == plan.ring.world
         out, lse = backend.tiles_forward(
-            q, kv[0], kv[1], index, plan.placements[step.source], call.scale, out, lse
+            q, kv[0], kv[1], index, plan.placements[step.source], call.scale, out, lse, final=final
         )
     assert out is not None and lse is not None
     return out, lse
@@ -162,12 +162,14 @@ def _ring_backward(
     """dq, dk, dv in the accumulation dtype, from the global out and lse: partial gradients simply add."""
     plan, backend, index, scale = call.plan, call.backend, call.index, call.scale
     delta = backend.row_delta(out, dout)
-    dq = torch.zeros_like(q, dtype=lse.dtype)
+    dq = torch.empty_like(q, dtype=lse.dtype)
     columns, columns_home = _start_columns(k, v, call), None
     home = GradientRing(plan.ring)
-    for step, kv in ring_steps(torch.stack((k, v)), plan.ring, own_node_last=True):
-        placement = plan.placements[step.source]
-        share = backend.tiles_backward(dout, q, kv[0], kv[1], lse, delta, index, placement, scale, dq)
+    for number, (step, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring, own_node_last=True)):
+        placement, fresh = plan.placements[step.source], number == 0
+        share = backend.tiles_backward(
+            dout, q, kv[0], kv[1], lse, delta, index, placement, scale, dq, fresh=fresh
+        )
         home.add(torch.stack(share), step)
     if columns is not None:  # computed under the last gradients' way home, for which no step is left
         ck, cv = columns.wait()

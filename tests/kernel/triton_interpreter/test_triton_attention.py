@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mtraining.errors import UserError
-from mtraining.kernel import Placement, SparseIndex, select_backend
+from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, select_backend
 from mtraining.kernel.triton_backend import TritonBackend
-from triton_cases import Case, assert_equal, build, reference, solve, whole
+from triton_cases import Case, assert_ends, assert_equal, build, reference, solve, whole
 
 STRIPED = {"q_blocks": range(1, 8, 2), "num_blocks": 8}
 ZIGZAG = {"q_blocks": (1, 6), "num_blocks": 8, "size": 16}
@@ -54,6 +54,12 @@ def test_fp32(name: str) -> None:
 def test_fp16(name: str) -> None:
     problem = build(replace(CASES[name], dtype=torch.float16))
     assert_equal(solve(TritonBackend(), problem), reference(problem), 1e-3)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_first_and_last_passes() -> None:
+    for backend in (TritonBackend(), ReferenceBackend()):
+        assert_ends(backend, build(whole(3, q_heads=2, size=16, dtype=torch.float16)))
 
 
 def test_same_bits_twice() -> None:

@@ -1,0 +1,213 @@
+"""The Triton backend on Hopper: its kernels there are written in Gluon, Triton's lower level (``hopper_common``).
+
+Serves 16-bit inputs, head_dim 64 and 128, blocks of 128; whatever else comes goes to the portable kernels, which give
+the same results more slowly.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mtraining.kernel import hopper_backward, hopper_forward, hopper_keys
+from mtraining.kernel.index import SparseIndex
+from mtraining.kernel.placement import Placement
+from mtraining.kernel.triton_backend import Gradient, TritonBackend, check_call, summed, ways_to_split
+from mtraining.kernel.triton_hidden import column_tables
+from mtraining.kernel.triton_lists import tile_lists
+
+BLOCK = 128
+HEAD_DIMS = (64, 128)
+_HALF = BLOCK // 2  # rows of one warp group
+_QUERIES = 64  # that the key-major kernels visit at a time
+# Tiles in shared memory, being fetched or in use: as many as fit beside what stays.
+_FORWARD_STAGES, _QUERY_STAGES, _KEY_STAGES = 2, 2, 3
+_WARPS = 4  # of the first warp group; the kernels add the others
+_COPY_BYTES = 16  # the copy engine wants addresses and strides to be multiples of
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why these kernels cannot serve such tensors; None where they can."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "needs a Hopper GPU"
+    if not triton.__version__.startswith("3.6."):
+        return f"is written for Triton 3.6, and {triton.__version__} is installed"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim not in HEAD_DIMS:
+        return f"takes head_dim {' or '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    return None
+
+
+class HopperBackend(TritonBackend):
+    """Implements :class:`mtraining.kernel.backend.Backend`; results repeat bit for bit."""
+
+    name = "triton"
+
+    def tiles_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if index.block_size != BLOCK:
+            return super().tiles_forward(q, k, v, index, placement, scale, out, lse, final=final)
+        check_call(index, scale)
+        batch, _, heads, dim = q.shape
+        kv_heads = k.shape[2]
+        lists = tile_lists(index, placement, key_major=False)
+        rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
+        target = _Target(q, out, lse, final)
+        hopper_forward.tiles_kernel[(batch * heads * rows,)](
+            _tiles(q, _HALF), _tiles(k, BLOCK), _tiles(v, BLOCK), target.tiles,
+            target.previous, target.out, target.lse,
+            lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks, *target.previous.stride()[:3],
+            scale, kv_heads, rows, cols, lists.diagonal,
+            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=lists.toeplitz, GROUP=heads // kv_heads, SIZE=BLOCK,
+            HEAD_DIM=dim, STAGES=_FORWARD_STAGES, num_warps=_WARPS,
+        )  # fmt: skip
+        return target.out, target.lse
+
+    def columns_forward(
+        self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
+        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if index.block_size != BLOCK or index.columns.shape[2] == 0:
+            return super().columns_forward(q, ck, cv, index, q_blocks, scale, out, lse, final=final)
+        check_call(index, scale)
+        batch, _, heads, dim = q.shape
+        rows = q_blocks.numel()
+        tables = column_tables(index, q_blocks)
+        target = _Target(q, out, lse, final)
+        hopper_forward.columns_kernel[(batch * heads * rows,)](
+            _tiles(q, _HALF), _tiles(ck, BLOCK), _tiles(cv, BLOCK), target.tiles,
+            target.previous, target.out, target.lse,
+            tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto, *target.previous.stride()[:3],
+            scale, heads, rows, index.columns.shape[2], tables.words.shape[-1],
+            HAS_PREV=target.merging, FINAL=final, SIZE=BLOCK, HEAD_DIM=dim, STAGES=_FORWARD_STAGES,
+            num_warps=_WARPS,
+        )  # fmt: skip
+        return target.out, target.lse
+
+    def tiles_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
+        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if index.block_size != BLOCK:
+            return super().tiles_backward(dout, q, k, v, lse, delta, index, placement, scale, dq, fresh=fresh)
+        check_call(index, scale)
+        dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
+        batch, _, heads, dim = q.shape
+        kv_heads, group = k.shape[2], heads // k.shape[2]
+        lists = tile_lists(index, placement, key_major=False)
+        rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
+        with Gradient(dq) as into:
+            hopper_backward.query_tiles_kernel[(batch * heads * rows,)](
+                _tiles(q, _HALF), _tiles(dout, _HALF), _tiles(k, BLOCK), _tiles(v, BLOCK), into, lse2, delta,
+                lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks, *into.stride()[:3],
+                scale, kv_heads, rows, cols, lists.diagonal,
+                ADD=not fresh, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=BLOCK, HEAD_DIM=dim, STAGES=_QUERY_STAGES,
+                num_warps=_WARPS,
+            )  # fmt: skip
+
+        if not lists.toeplitz:
+            lists = tile_lists(index, placement, key_major=True)
+        splits = ways_to_split(batch * kv_heads * cols, group, q.device)
+        while group % splits:
+            splits -= 1
+        dk, dv = _shares(k, splits), _shares(v, splits)
+        hopper_keys.key_tiles_kernel[(batch * kv_heads * cols * splits,)](
+            _tiles(q, _QUERIES), _tiles(dout, _QUERIES), _tiles(k, _HALF), _tiles(v, _HALF), _rows(lse2), _rows(delta),
+            dk, dv,
+            lists.entries, lists.bounds, placement.k_blocks.int(), placement.q_blocks.int(), *dk.stride()[:3],
+            scale, batch, kv_heads, cols, rows, lists.diagonal,
+            TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES,
+            STAGES=_KEY_STAGES, num_warps=_WARPS,
+        )  # fmt: skip
+        return summed(dk, splits), summed(dv, splits)
+
+    def columns_backward(
+        self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
+        q_blocks: Tensor, scale: float, dq: Tensor, *, fresh: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if index.block_size != BLOCK or index.columns.shape[2] == 0:
+            return super().columns_backward(
+                dout, q, ck, cv, lse, delta, index, q_blocks, scale, dq, fresh=fresh
+            )
+        check_call(index, scale)
+        dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
+        batch, _, heads, dim = q.shape
+        rows, capacity = q_blocks.numel(), index.columns.shape[2]
+        tables = column_tables(index, q_blocks)
+        words = tables.words.shape[-1]
+        with Gradient(dq) as into:
+            hopper_backward.query_columns_kernel[(batch * heads * rows,)](
+                _tiles(q, _HALF), _tiles(dout, _HALF), _tiles(ck, BLOCK), _tiles(cv, BLOCK), into, lse2, delta,
+                tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto, *into.stride()[:3],
+                scale, heads, rows, capacity, words,
+                ADD=not fresh, SIZE=BLOCK, HEAD_DIM=dim, STAGES=_QUERY_STAGES, num_warps=_WARPS,
+            )  # fmt: skip
+
+        tiles = triton.cdiv(capacity, BLOCK)
+        splits = ways_to_split(batch * heads * tiles, rows, q.device)
+        dk, dv = _shares(ck, splits), _shares(cv, splits)
+        every = torch.arange(index.num_blocks + 1, dtype=torch.int32, device=q.device)
+        first_slot = torch.searchsorted(tables.q_blocks, every, out_int32=True)
+        hopper_keys.key_columns_kernel[(batch * heads * tiles * splits,)](
+            _tiles(q, _QUERIES), _tiles(dout, _QUERIES), _tiles(ck, _HALF), _tiles(cv, _HALF), _rows(lse2),
+            _rows(delta), dk, dv, tables.columns, tables.words, tables.q_blocks, first_slot, *dk.stride()[:3],
+            scale, batch, heads, rows, capacity, index.num_blocks, words, splits,
+            SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES, STAGES=_KEY_STAGES, num_warps=_WARPS,
+        )  # fmt: skip
+        return summed(dk, splits), summed(dv, splits)
+
+
+class _Target:
+    """Where a forward kernel writes: fp32 in the memory of what it merges with, or the final ``out`` in q's dtype.
+
+    ``previous`` is fp32 with unit stride along head_dim, and only its strides count where nothing is merged;
+    ``tiles`` addresses ``out`` for the copy engine where the result is final, else any tensor.
+    """
+
+    def __init__(self, q: Tensor, out: Tensor | None, lse: Tensor | None, final: bool) -> None:
+        batch, rows, heads, _ = q.shape
+        self.merging = out is not None and lse is not None
+        fresh = torch.empty(q.shape, dtype=q.dtype if final else torch.float32, device=q.device)
+        if out is None or lse is None:
+            self.previous, self.out = fresh, fresh
+            self.lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
+        else:
+            self.previous = out if out.stride(-1) == 1 else out.contiguous()
+            self.out, self.lse = fresh if final else self.previous, lse.contiguous()
+        self.tiles = _tiles(self.out if final else q, _HALF)
+
+
+def _shares(like: Tensor, splits: int) -> Tensor:
+    """Room for (splits x batch) key gradients."""
+    return torch.empty(splits * like.shape[0], *like.shape[1:], dtype=torch.float32, device=like.device)
+
+
+def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of ``rows`` tokens of one head of ``x`` (batch, tokens, heads, head_dim), for the copy engine."""
+    step = _COPY_BYTES // x.element_size()
+    strides = [s if n > 1 else step for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    if x.stride(-1) != 1 or x.data_ptr() % _COPY_BYTES or any(s % step or s == 0 for s in strides):
+        x = x.clone(memory_format=torch.contiguous_format)
+        strides = [s if n > 1 else step for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, x.shape[-1]], layout)
+
+
+def _log2(lse: Tensor) -> Tensor:
+    """``lse`` in units of log2, contiguous; rows that see nothing get 0, so that no difference becomes NaN."""
+    return (lse * math.log2(math.e)).masked_fill_(lse.isneginf(), 0.0).contiguous()
+
+
+def _rows(statistic: Tensor) -> TensorDescriptor:
+    """Values of the queries that the key-major kernels visit at a time, of a contiguous (batch, heads, rows) tensor."""
+    flat = statistic.flatten(0, 1)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(flat, list(flat.shape), [flat.shape[1], 1], [1, _QUERIES], layout)
