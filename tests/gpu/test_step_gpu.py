@@ -30,13 +30,21 @@ pytestmark = [
     ),
 ]
 SEQ_LEN, VOCAB = 4096, 1000
+# Relative, of loss and gradient norm: of the first step, which rounds otherwise at the same weights, and of those after
+# it. Norms and gates off by one rounding (qwen3, six seeds, CPU) stay within 6e-5, 4e-3 and 2.2e-4, 1.1e-2; a key norm
+# left out, an eps of 1e-3, and a query norm that returns no gradient do not.
+FUSED_TOLERANCE = ((2e-4, 1e-2), (1e-3, 2e-2))
 
 
 class Options:
-    """What a step and its optimizer read of the `train` section."""
+    """What a step and its optimizer read of the `train` section.
+
+    The learning rate is small: at 1e-3 without warm-up qwen3's third step overshoots (gradient norm 1.2 -> 7.3), where
+    one rounding of bf16 in a norm or a gate moves the loss by up to 1.3e-3. At 1e-4 the same moves it by 2e-4.
+    """
 
     seq_len, steps, warmup_steps, schedule = SEQ_LEN, 10, 0, "constant"
-    lr, min_lr, weight_decay, betas, eps, clip = 1e-3, 0.0, 0.1, (0.9, 0.95), 1e-8, 1.0
+    lr, min_lr, weight_decay, betas, eps, clip = 1e-4, 0.0, 0.1, (0.9, 0.95), 1e-8, 1.0
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +125,10 @@ def test_every_way_learns_the_same(place: Runtime, family: str, options: dict[st
         pytest.importorskip("liger_kernel")
     expected, _ = steps(place, 3, family, recompute="full")
     found, _ = steps(place, 3, family, **options)
-    exact = "fused" not in options
-    for one, other in zip(expected, found, strict=True):
-        assert other.loss == pytest.approx(one.loss, rel=0 if exact else 1e-3, abs=0)
-        assert other.grad_norm == pytest.approx(one.grad_norm, rel=0 if exact else 2e-2, abs=0)
+    for step, (one, other) in enumerate(zip(expected, found, strict=True)):
+        loss, norm = (0.0, 0.0) if "fused" not in options else FUSED_TOLERANCE[min(step, 1)]
+        assert other.loss == pytest.approx(one.loss, rel=loss, abs=0), step
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=norm, abs=0), step
 
 
 @pytest.mark.parametrize(
