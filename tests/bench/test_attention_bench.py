@@ -81,16 +81,16 @@ class Broken(ReferenceBackend):
     def __init__(self, spoil: str) -> None:
         self.spoil = spoil
 
-    def tiles_forward(self, *args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = super().tiles_forward(*args)
+    def tiles_forward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = super().tiles_forward(*args, **options)
         if self.spoil == "out":
             out[:, -1] *= 1.01
         if self.spoil == "unwritten":
             out[:, -1] = torch.empty(out.shape[2:])
         return out, lse + 1e-3 if self.spoil == "lse" else lse
 
-    def tiles_backward(self, *args: Any) -> tuple[Tensor, Tensor]:
-        dk, dv = super().tiles_backward(*args)
+    def tiles_backward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        dk, dv = super().tiles_backward(*args, **options)
         args[-1].mul_(1.001 if self.spoil == "dq" else 1.0)
         return dk * (1.001 if self.spoil == "dk" else 1.0), dv * (1.001 if self.spoil == "dv" else 1.0)
 
