@@ -110,10 +110,8 @@ def draw(rows: Sequence[TrainRow], path: Path) -> None:
         labels.append(f"{tokens(row.seq_len)}, {row.layers} layers, {what}, {row.layout} {row.ring}")
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    axes.set_xlim(low / 1.5, high * 2.5)
-    axes.set_xlabel("seconds a training step (log scale)")
+    axes.set_xlim(0, 1.2 * max(row.step_seconds for row in rows))  # room for the numbers
+    axes.set_xlabel("seconds a training step")
     first = rows[0]
     axes.set_title(f"{first.model}, {first.gpus} x {first.gpu}, commit {first.commit}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
