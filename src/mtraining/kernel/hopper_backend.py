@@ -7,6 +7,7 @@ the same results more slowly.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -14,19 +15,19 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mtraining.kernel import hopper_backward, hopper_forward, hopper_keys
+from mtraining.kernel import hopper_forward, hopper_keys, hopper_queries
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton_backend import Gradient, TritonBackend, check_call, summed, ways_to_split
-from mtraining.kernel.triton_hidden import column_tables
-from mtraining.kernel.triton_lists import tile_lists
+from mtraining.kernel.triton_hidden import ColumnTables, column_tables
+from mtraining.kernel.triton_lists import TileLists, tile_lists
 
 BLOCK = 128
 HEAD_DIMS = (64, 128)
 _HALF = BLOCK // 2  # rows of one warp group
 _QUERIES = 64  # that the key-major kernels visit at a time
 # Tiles in shared memory, being fetched or in use: as many as fit beside what stays.
-_FORWARD_STAGES, _QUERY_STAGES, _KEY_STAGES = 2, 2, 3
+_STAGES, _KEY_STAGES = 2, 3
 _WARPS = 4  # of the first warp group; the kernels add the others
 _COPY_BYTES = 16  # the copy engine wants addresses and strides to be multiples of
 
@@ -57,17 +58,15 @@ class HopperBackend(TritonBackend):
             return super().tiles_forward(q, k, v, index, placement, scale, out, lse, final=final)
         check_call(index, scale)
         batch, _, heads, dim = q.shape
-        kv_heads = k.shape[2]
         lists = tile_lists(index, placement, key_major=False)
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         target = _Target(q, out, lse, final)
-        hopper_forward.tiles_kernel[(batch * heads * rows,)](
-            _tiles(q, _HALF), _tiles(k, BLOCK), _tiles(v, BLOCK), target.tiles,
-            target.previous, target.out, target.lse,
-            lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks, *target.previous.stride()[:3],
-            scale, kv_heads, rows, cols, lists.diagonal,
-            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=lists.toeplitz, GROUP=heads // kv_heads, SIZE=BLOCK,
-            HEAD_DIM=dim, STAGES=_FORWARD_STAGES, num_warps=_WARPS,
+        items = batch * heads * rows
+        hopper_forward.forward_kernel[(_programs(items, q.device),)](
+            _tiles(q, _HALF), _tiles(k, BLOCK), _tiles(v, BLOCK), *target.arguments(), *_lists(lists),
+            *target.previous.stride()[:3], scale, items, rows, heads, cols, lists.diagonal,
+            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=lists.toeplitz, COLUMNS=False, GROUP=heads // k.shape[2],
+            SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
         )  # fmt: skip
         return target.out, target.lse
 
@@ -82,13 +81,12 @@ class HopperBackend(TritonBackend):
         rows = q_blocks.numel()
         tables = column_tables(index, q_blocks)
         target = _Target(q, out, lse, final)
-        hopper_forward.columns_kernel[(batch * heads * rows,)](
-            _tiles(q, _HALF), _tiles(ck, BLOCK), _tiles(cv, BLOCK), target.tiles,
-            target.previous, target.out, target.lse,
-            tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto, *target.previous.stride()[:3],
-            scale, heads, rows, index.columns.shape[2], tables.words.shape[-1],
-            HAS_PREV=target.merging, FINAL=final, SIZE=BLOCK, HEAD_DIM=dim, STAGES=_FORWARD_STAGES,
-            num_warps=_WARPS,
+        items = batch * heads * rows
+        hopper_forward.forward_kernel[(_programs(items, q.device),)](
+            _tiles(q, _HALF), _tiles(ck, BLOCK), _tiles(cv, BLOCK), *target.arguments(), *_tables(tables),
+            *target.previous.stride()[:3], scale, items, rows, heads, index.columns.shape[2], tables.words.shape[-1],
+            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=False, COLUMNS=True, GROUP=1,
+            SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
         )  # fmt: skip
         return target.out, target.lse
 
@@ -105,12 +103,12 @@ class HopperBackend(TritonBackend):
         lists = tile_lists(index, placement, key_major=False)
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         with Gradient(dq) as into:
-            hopper_backward.query_tiles_kernel[(batch * heads * rows,)](
+            items = batch * heads * rows
+            hopper_queries.query_gradient_kernel[(_programs(items, q.device),)](
                 _tiles(q, _HALF), _tiles(dout, _HALF), _tiles(k, BLOCK), _tiles(v, BLOCK), into, lse2, delta,
-                lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks, *into.stride()[:3],
-                scale, kv_heads, rows, cols, lists.diagonal,
-                ADD=not fresh, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=BLOCK, HEAD_DIM=dim, STAGES=_QUERY_STAGES,
-                num_warps=_WARPS,
+                *_lists(lists), *into.stride()[:3], scale, items, rows, heads, cols, lists.diagonal,
+                ADD=not fresh, TOEPLITZ=lists.toeplitz, COLUMNS=False, GROUP=group,
+                SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
             )  # fmt: skip
 
         if not lists.toeplitz:
@@ -144,11 +142,12 @@ class HopperBackend(TritonBackend):
         tables = column_tables(index, q_blocks)
         words = tables.words.shape[-1]
         with Gradient(dq) as into:
-            hopper_backward.query_columns_kernel[(batch * heads * rows,)](
+            items = batch * heads * rows
+            hopper_queries.query_gradient_kernel[(_programs(items, q.device),)](
                 _tiles(q, _HALF), _tiles(dout, _HALF), _tiles(ck, BLOCK), _tiles(cv, BLOCK), into, lse2, delta,
-                tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto, *into.stride()[:3],
-                scale, heads, rows, capacity, words,
-                ADD=not fresh, SIZE=BLOCK, HEAD_DIM=dim, STAGES=_QUERY_STAGES, num_warps=_WARPS,
+                *_tables(tables), *into.stride()[:3], scale, items, rows, heads, capacity, words,
+                ADD=not fresh, TOEPLITZ=False, COLUMNS=True, GROUP=1,
+                SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
             )  # fmt: skip
 
         tiles = triton.cdiv(capacity, BLOCK)
@@ -183,6 +182,25 @@ class _Target:
             self.previous = out if out.stride(-1) == 1 else out.contiguous()
             self.out, self.lse = fresh if final else self.previous, lse.contiguous()
         self.tiles = _tiles(self.out if final else q, _HALF)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the kernels take them, one after the other."""
+        return self.tiles, self.previous, self.out, self.lse
+
+
+def _programs(items: int, device: torch.device) -> int:
+    """Of a kernel that goes through ``items`` blocks of queries: one a multiprocessor, whose shared memory it fills."""
+    return min(items, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _lists(lists: TileLists) -> tuple[Tensor, ...]:
+    """As ``hopper_common.query_item`` takes them."""
+    return lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks, lists.bounds
+
+
+def _tables(tables: ColumnTables) -> tuple[Tensor, ...]:
+    """As ``hopper_common.query_item`` takes them."""
+    return tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto
 
 
 def _shares(like: Tensor, splits: int) -> Tensor:

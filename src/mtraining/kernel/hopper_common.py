@@ -1,13 +1,16 @@
 """What the Hopper kernels share: a program's shared memory and barriers, hidden entries, the steps of a softmax.
 
-Each kernel is one program a block of 128 rows, in three parts that run side by side: two warp groups that compute, 64
-rows each, and a warp that has the copy engine (TMA) fetch what they visit, ahead of them. While one group is busy
+A program works on one block of 128 rows at a time, in three parts that run side by side: two warp groups that compute,
+64 rows each, and a warp that has the copy engine (TMA) fetch what they visit, ahead of them. While one group is busy
 with exponentials the other has the tensor cores, and within a group the next tile's scores are multiplied while this
 one's are used. Portable Triton has neither: its tiles of 128 rows leave one program a multiprocessor, whose warps
 all do the same thing at the same time (``docs/log.md``).
 
-A full barrier completes when a tile has arrived, an empty one when both groups have done with it; step ``t`` uses stage
-``t % STAGES``.
+Query-major kernels start as many programs as there are multiprocessors, and each goes through every so many blocks of
+rows: while a group writes its result, the next block's tiles are on their way.
+
+A full barrier completes when a tile has arrived, an empty one when both groups have done with it; the ``t``-th tile
+that a program fetches uses stage ``t % STAGES``.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from mtraining.kernel.triton_common import tile_row
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -42,6 +47,52 @@ def key_buffers(k_desc, v_desc, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAG
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, SIZE, 1, HEAD_DIM], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, SIZE, 1, HEAD_DIM], v_desc.layout)
     return k, v, barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 1), barriers(STAGES, 2)
+
+
+@gluon.jit
+def query_item(
+    item,
+    n_rows,
+    heads,
+    a,
+    b,
+    c,
+    d,
+    e,
+    n,
+    m,
+    TOEPLITZ: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SIZE: gl.constexpr,
+):
+    """Block of queries number ``item``: within a head the longest rows first.
+
+    Args:
+        a, b, c, d, n, m: of slash tiles ``entries``, ``bounds``, ``row_blocks``, ``col_blocks`` (``triton_lists``),
+            number of key blocks, and entry of the causal diagonal.
+        a, b, c, d, e, n, m: of columns ``columns``, ``words``, ``q_blocks``, ``before``, ``upto`` (``triton_hidden``),
+            capacity, and words a row.
+
+    Returns:
+        batch, head, local block, steps; of slash tiles: 1 if the first is the diagonal one, list, origin (for
+        ``tile_slot``); of columns: words, first step inside the block, position of its first token.
+    """
+    i = n_rows - 1 - item % n_rows
+    head = (item // n_rows) % heads
+    batch = item // n_rows // heads
+    bh = (batch * heads + head).to(gl.int64)
+    if COLUMNS:
+        steps = gl.cdiv(gl.load(e + bh * n_rows + i), SIZE)
+        own, row, origin = 0, a + bh * n, 0
+        words = b + (bh * n_rows + i) * m
+        whole = gl.load(d + bh * n_rows + i) // SIZE
+        position = gl.load(c + i) * SIZE
+    else:
+        row, lo, hi, origin, own = tile_row(a, b, c, d, bh, i, n_rows, n, m, TOEPLITZ, False)
+        row += lo
+        steps = hi - lo
+        words, whole, position = row, 0, 0
+    return batch, head, i, steps, own, row, origin, words, whole, position
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""Key-major gradients on Hopper: dK and dV of slash tiles and of columns (``hopper_backward`` has dQ).
+"""Key-major gradients on Hopper: dK and dV of slash tiles and of columns (``hopper_queries`` has dQ).
 
 One program owns 128 keys (or columns), 64 a warp group, and walks the queries that see them, 64 at a time; their
 log-sum-exp and delta come with them through the copy engine.
