@@ -28,6 +28,7 @@ _HALF = BLOCK // 2  # rows of one warp group
 _QUERIES = 64  # that the key-major kernels visit at a time
 # Tiles in shared memory, being fetched or in use: as many as fit beside what stays.
 _STAGES, _KEY_STAGES = 2, 3
+_ROUNDS = 32  # from so many blocks of queries a multiprocessor on, equal shares of them are equal work
 _WARPS = 4  # of the first warp group; the kernels add the others
 _COPY_BYTES = 16  # the copy engine wants addresses and strides to be multiples of
 
@@ -189,8 +190,13 @@ class _Target:
 
 
 def _programs(items: int, device: torch.device) -> int:
-    """Of a kernel that goes through ``items`` blocks of queries: one a multiprocessor, whose shared memory it fills."""
-    return min(items, torch.cuda.get_device_properties(device).multi_processor_count)
+    """Of a kernel that goes through ``items`` blocks of queries.
+
+    One a multiprocessor, whose shared memory it fills; or one an item where these are few, and equal shares of rows of
+    such different lengths would not be equal work.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return processors if items >= _ROUNDS * processors else items
 
 
 def _lists(lists: TileLists) -> tuple[Tensor, ...]:
