@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, select_backend
+from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, hopper_backend, select_backend
 from mtraining.kernel.hopper_backend import HopperBackend, unsupported
 from mtraining.kernel.triton_backend import TritonBackend
 from triton_cases import Case, assert_ends, assert_equal, build, reference, relative_error, solve, whole
@@ -73,6 +73,17 @@ def test_bf16(name: str, backend: TritonBackend) -> None:
     p = build(case, "cuda")
     assert_equal(solve(backend, p), reference(p), TOLERANCE[torch.bfloat16])
     assert_ends(backend, p)
+
+
+@pytest.mark.parametrize("name", ["every tile", "group of 4", "striped, later rank"])
+def test_hopper_programs_that_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes through many blocks of queries, as in long sequences: here one program through all of them."""
+    reason = unsupported(torch.device("cuda"), torch.bfloat16, 128)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(hopper_backend, "_programs", lambda items, device: 1)
+    p = build(CASES[name], "cuda")
+    assert_equal(solve(HopperBackend(), p), reference(p), TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

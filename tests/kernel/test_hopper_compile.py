@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
@@ -17,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mtraining.kernel import hopper_forward, hopper_keys, hopper_queries
+from mtraining.kernel import hopper_backend, hopper_forward, hopper_keys, hopper_queries
 
 SHARED = 227 * 1024
 SWIZZLED = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
@@ -98,3 +100,11 @@ def test_assembles_well(name: str, dim: int, tmp_path: Path) -> None:
     spilled = re.search(r"(\d+) bytes spill stores", told)
     assert spilled is not None
     assert int(spilled[1]) <= (1024 if "columns" in name else 64)
+
+
+def test_programs_stay_only_where_equal_shares_are_equal_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    many = 132 * hopper_backend._ROUNDS
+    assert hopper_backend._programs(many, torch.device("cuda")) == 132
+    assert hopper_backend._programs(many - 1, torch.device("cuda")) == many - 1

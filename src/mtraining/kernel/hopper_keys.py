@@ -46,18 +46,9 @@ def _row_of(
         row, count, origin, own = entries, end - begin, 0, 0
     else:
         row, lo, hi, origin, own = tile_row(
-            entries,
-            bounds,
-            row_blocks,
-            col_blocks,
-            bh.to(gl.int64),
-            j,
-            n_rows,
-            n_cols,
-            diagonal,
-            TOEPLITZ,
+            entries, bounds, row_blocks, col_blocks, bh.to(gl.int64), j, n_rows, n_cols, diagonal, TOEPLITZ,
             True,
-        )
+        )  # fmt: skip
         row += lo
         count = hi - lo
     return row, count, origin, own
@@ -77,20 +68,9 @@ def _producer(
     done = 0
     for g in range(0, HEADS):
         row, count, origin, _ = _row_of(
-            entries,
-            bounds,
-            row_blocks,
-            col_blocks,
-            bh0 + g,
-            j,
-            n_rows,
-            n_cols,
-            diagonal,
-            begin,
-            end,
-            TOEPLITZ,
-            COLUMNS,
-        )
+            entries, bounds, row_blocks, col_blocks, bh0 + g, j, n_rows, n_cols, diagonal, begin, end,
+            TOEPLITZ, COLUMNS,
+        )  # fmt: skip
         for t in range(0, count * SUB):
             if COLUMNS:
                 at = begin * SIZE + t * BLOCK_M
@@ -183,20 +163,9 @@ def _consumer(
     done = 0
     for g in range(0, HEADS):
         _, count, _, own = _row_of(
-            entries,
-            bounds,
-            row_blocks,
-            col_blocks,
-            bh0 + g,
-            j,
-            n_rows,
-            n_cols,
-            diagonal,
-            begin,
-            end,
-            TOEPLITZ,
-            COLUMNS,
-        )
+            entries, bounds, row_blocks, col_blocks, bh0 + g, j, n_rows, n_cols, diagonal, begin, end,
+            TOEPLITZ, COLUMNS,
+        )  # fmt: skip
         if count > 0:
             stage = done % STAGES
             mbarrier.wait(full.index(stage), (done // STAGES) & 1)
