@@ -13,7 +13,6 @@ and keys. Phases of vertical_slash: ``probe_lse`` and ``probe_mass`` score the p
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtraining.bench.record import provenance
+from mtraining.bench.record import appended, provenance
 from mtraining.bench.timing import measure
 from mtraining.kernel import Backend, select_backend
 from mtraining.pattern import Pattern, SequenceShard, VerticalSlash, build_pattern
@@ -153,11 +152,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{name}: {check(name, pattern, heads, backend, device, dtype):.3%} of entries differ from the reference"
         )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not options.out.exists()
-    with open(options.out, "a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if fresh:
-            writer.writerow(FIELDS)
+    with appended(options.out, FIELDS) as write:
         for tokens in options.tokens:
             q, k = inputs(tokens, heads, device, dtype)
             shard = shard_of(tokens, backend, device)
@@ -166,9 +161,8 @@ def main(argv: list[str] | None = None) -> None:
                     held = torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
                     timing = measure(run, device, options.seconds)
                     mib = "" if timing.peak_mib is None else f"{timing.peak_mib - held:.0f}"
-                    writer.writerow([*origin, tokens, *heads, name, phase, f"{timing.ms:.4g}", mib])
+                    write([*origin, tokens, *heads, name, phase, f"{timing.ms:.4g}", mib])
                     print(f"{tokens:7} {name:48} {phase:10} {timing.ms:9.3f} ms {mib:>6} MiB", flush=True)
-                file.flush()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ estimated anew would keep. ``shared`` is the share of its entries that the measu
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import defaultdict
 from datetime import date
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtraining.bench.record import code_version
+from mtraining.bench.record import appended, code_version
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
 from mtraining.kernel import SparseIndex
@@ -96,17 +95,12 @@ def main() -> None:
                 common = overlap(held, index[name, measured, layer])
                 found[name, estimated, measured].append((recall, held.density()[0], common))
     source = [date.today(), code_version(), options.model, options.tokens, " ".join(map(str, options.layers))]
-    fresh = not options.out.exists()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if fresh:
-            writer.writerow(FIELDS.split())
+    with appended(options.out, FIELDS.split()) as write:
         for key, layers in found.items():
             recall, density, common = (torch.cat(part) for part in zip(*layers, strict=True))
             worst = recall.sort().values[: max(1, len(recall) // 10)].mean()
             means = [f"{x.mean().item():.4f}" for x in (density, recall, worst, common)]
-            writer.writerow([*source, len(rows), *key, *means])
+            write([*source, len(rows), *key, *means])
             print(f"{key[0]:40} {key[1]:>16} -> {key[2]:16}", *means)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtraining.bench.record import code_version
+from mtraining.bench.record import appended, code_version
 from mtraining.evaluate.capture import visit_attention
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
@@ -185,12 +184,7 @@ def main() -> None:
     del model.model.layers[max(options.layers) + 1 :]
     visit_attention(model, ids, visit)
     commit = code_version()
-    fresh = not options.out.exists()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if fresh:
-            writer.writerow(FIELDS)
+    with appended(options.out, FIELDS) as write:
         for (name, size, ranks, layout), found in measured.items():
             means = torch.tensor(found).mean(0).tolist()
             source = options.text.name if options.text else "asyncio"
@@ -204,7 +198,7 @@ def main() -> None:
                 name,
                 PATTERNS[name][0],
             ]
-            writer.writerow([*row, size, layout, ranks, *(f"{mean:.4f}" for mean in means)])
+            write([*row, size, layout, ranks, *(f"{mean:.4f}" for mean in means)])
             print(f"{name:24} {size:4} {ranks:3} ranks {layout:10}", *(f"{mean:.3f}" for mean in means))
 
 

@@ -10,7 +10,6 @@ over that of dense attention. Variants are compared at equal density, along the 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import defaultdict
 from datetime import date
 from itertools import pairwise, product
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtraining.bench.record import code_version
+from mtraining.bench.record import appended, code_version
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
 from mtraining.kernel import ReferenceBackend, SparseIndex
@@ -104,12 +103,7 @@ def main() -> None:
     text = options.text.read_text(encoding="utf-8")[options.skip :]
     ids = tokenizer(text[: 8 * max(options.tokens)], return_tensors="pt").input_ids
     commit = code_version()
-    fresh = not options.out.exists()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if fresh:
-            writer.writerow(FIELDS.split())
+    with appended(options.out, FIELDS.split()) as write:
         for tokens in options.tokens:
             probes = [probe_positions(count, at, tokens, torch.device("cpu")) for at, count in PROBES]
             rows = held_out_rows(tokens, options.rows, torch.cat(probes))
@@ -129,7 +123,7 @@ def main() -> None:
                 budget = pattern.top_k_slashes if pattern.slash_by == "token" else pattern.slash_density
                 curve = (pattern.probe_at, pattern.probe, pattern.slash_by)
                 curves[curve].append((density, recall.mean().item(), worst))
-                writer.writerow(
+                write(
                     [
                         *(date.today(), commit, options.model, options.text.name, tokens),
                         *(
@@ -142,7 +136,6 @@ def main() -> None:
                         *(f"{recall.mean():.4f}", f"{worst:.4f}", f"{density:.4f}"),
                     ]
                 )
-            file.flush()
             print(f"\n{options.text.name}, {tokens} tokens: recall (worst decile of heads) at density")
             print("| probe | slash_by |", " | ".join(f"{target:.0%}" for target in TARGETS), "|")
             for (at, count, slash_by), points in curves.items():

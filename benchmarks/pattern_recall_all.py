@@ -14,7 +14,6 @@ middle of its sweep, one thread of this CPU: the median over layers of the bette
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections import defaultdict
@@ -30,7 +29,7 @@ from pattern_recall import frontier
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mtraining.bench.record import code_version
+from mtraining.bench.record import appended, code_version
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
 from mtraining.kernel import ReferenceBackend, SparseIndex
@@ -197,16 +196,11 @@ def main() -> None:
     source += [" ".join(map(str, options.layers)), len(measured.rows)]
     cost = {curve: 1e3 * statistics.median(times) for curve, times in measured.times.items()}
     curves: dict[Curve, list[tuple[float, float, float]]] = defaultdict(list)
-    fresh = not options.out.exists()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if fresh:
-            writer.writerow(FIELDS.split())
+    with appended(options.out, FIELDS.split()) as write:
         for (curve, pattern), (density, recall, worst) in measured.points().items():
             curves[curve].append((density, recall, worst))
             numbers = (f"{recall:.4f}", f"{worst:.4f}", f"{density:.4f}", f"{cost[curve]:.1f}")
-            writer.writerow([*source, *curve, described(pattern), *numbers])
+            write([*source, *curve, described(pattern), *numbers])
     print(f"dense attention: {1e3 * statistics.median(measured.dense):.0f} ms a layer")
     print("| pattern | block |", " | ".join(f"{target:.0%}" for target in TARGETS), "| cheapest | ms |")
     for (label, size), points in curves.items():

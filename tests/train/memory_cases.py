@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from distributed import Worker
+from mtraining.bench.train_model import Optimisation
 from mtraining.layout import build_layout
 from mtraining.model import parallelize
 from mtraining.pattern import Pattern, build_pattern
@@ -76,20 +77,6 @@ class MemoryCase:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Options:
-    seq_len: int
-    steps: int = 10
-    lr: float = 1e-4
-    min_lr: float = 0.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-
-
 def measured(worker: Worker, case: MemoryCase) -> int:
     """Peak bytes that torch has allocated in the second step, this rank's, parameters and all."""
     cpu = torch.device("cpu")
@@ -107,7 +94,7 @@ def measured(worker: Worker, case: MemoryCase) -> int:
             case.model("cpu"), mesh, pattern=case.build(), layout=layout, recompute=case.recompute,
             param_dtype=case.dtype, loss_chunk=case.loss_chunk,
         )  # fmt: skip
-        options: Any = Options(case.seq_len)
+        options: Any = Optimisation(case.seq_len)
         stepper = Stepper(model, build_optimizer(model, options, cpu), options, place, case.accumulation)
         whole = {
             "input_ids": torch.ones(1, case.seq_len, dtype=torch.int64),

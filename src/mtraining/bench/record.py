@@ -7,7 +7,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib import metadata
@@ -100,6 +101,23 @@ def code_version() -> str:
 def _git(folder: Path, *args: str) -> str:
     done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+@contextmanager
+def appended(path: Path, header: Sequence[str]) -> Iterator[Callable[[Iterable[object]], None]]:
+    """Append to a CSV file, made with its folder and ``header`` where it is new: gives what writes a row, at once."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+
+        def write(row: Iterable[object]) -> None:
+            writer.writerow(row)
+            file.flush()
+
+        if new:
+            write(header)
+        yield write
 
 
 def write_csv(rows: Sequence[Any], folder: Path, name: str) -> Path:

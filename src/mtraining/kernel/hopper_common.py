@@ -19,7 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from mtraining.kernel.triton_common import tile_row
+from mtraining.kernel.triton_common import tile_row, tile_slot
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -100,6 +100,16 @@ def fetch_halves(desc, batch, first_row, head, full, smem, HALF: gl.constexpr):
     """Begin copying the rows of both groups; ``full`` already expects their bytes."""
     for w in gl.static_range(2):
         tma.async_copy_global_to_shared(desc, [batch, first_row + w * HALF, head, 0], full, smem.index(w))
+
+
+@gluon.jit
+def visited_keys(t, row, origin, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, SIZE: gl.constexpr):
+    """First local row of the keys that step ``t`` of a block of queries visits; list and origin of ``query_item``."""
+    if COLUMNS:
+        start = t * SIZE
+    else:
+        start = tile_slot(gl.load(row + t), origin, TOEPLITZ, False).to(gl.int32) * SIZE
+    return start
 
 
 @gluon.jit

@@ -30,8 +30,8 @@ from mtraining.kernel.hopper_common import (
     product_layout,
     query_item,
     softmax_weights,
+    visited_keys,
 )
-from mtraining.kernel.triton_common import tile_slot
 
 
 @gluon.jit
@@ -50,10 +50,7 @@ def _producer(
         if steps > 0 or not IN_PLACE:
             for t in range(0, gl.maximum(steps, 1)):
                 if t < steps:
-                    if COLUMNS:
-                        start = t * SIZE
-                    else:
-                        start = tile_slot(gl.load(row + t), origin, TOEPLITZ, False).to(gl.int32) * SIZE
+                    start = visited_keys(t, row, origin, TOEPLITZ, COLUMNS, SIZE)
                     fetch_keys(
                         done + t, start, batch, head // GROUP, k_desc, v_desc, k, v, k_full, k_empty, v_full, v_empty,
                         STAGES,

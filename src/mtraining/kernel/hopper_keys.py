@@ -315,7 +315,7 @@ def key_columns_kernel(
     batch = (pid // splits // heads) % batches
     tile = (
         pid // splits // heads // batches
-    )  # the longest first, of all heads: they are few, and the last must be short
+    )  # the longest first, of all heads: few, and the last must be short
     bh = batch * heads + head
     columns = columns_ptr + bh.to(gl.int64) * capacity + tile * SIZE
     present = capacity - tile * SIZE

@@ -28,8 +28,8 @@ from mtraining.kernel.hopper_common import (
     key_buffers,
     product_layout,
     query_item,
+    visited_keys,
 )
-from mtraining.kernel.triton_common import tile_slot
 
 
 @gluon.jit
@@ -51,10 +51,7 @@ def _producer(
             fetch_halves(q_desc, batch, i * SIZE, head, q_full.index(0), q, SIZE // 2)
             fetch_halves(do_desc, batch, i * SIZE, head, q_full.index(0), do, SIZE // 2)
             for t in range(0, steps):
-                if COLUMNS:
-                    start = t * SIZE
-                else:
-                    start = tile_slot(gl.load(row + t), origin, TOEPLITZ, False).to(gl.int32) * SIZE
+                start = visited_keys(t, row, origin, TOEPLITZ, COLUMNS, SIZE)
                 fetch_keys(
                     done + t, start, batch, head // GROUP, k_desc, v_desc, k, v, k_full, k_empty, v_full, v_empty,
                     STAGES,
