@@ -95,41 +95,69 @@ NAMES = ("out", "delta", "dq", "dk", "dv", "dck", "dcv")
 
 
 def solve(backend: Backend, p: Problem) -> tuple[Tensor, dict[str, Tensor]]:
-    """lse, and everything else by name: columns, if any, then tiles merged into them, then both backward passes."""
-    blocks, out, lse = p.place.q_blocks, None, None
-    if p.index.columns.shape[-1]:
-        out, lse = backend.columns_forward(p.q, p.ck, p.cv, p.index, blocks, p.scale, None, None)
-    out, lse = backend.tiles_forward(p.q, p.k, p.v, p.index, p.place, p.scale, out, lse)
+    """lse, and everything else by name: one pass over tiles and columns, if any, forward and backward."""
+    columns = (p.ck, p.cv) if p.index.columns.shape[-1] else None
+    out, lse = backend.tiles_forward(p.q, p.k, p.v, p.index, p.place, p.scale, None, None, columns=columns)
     delta = backend.row_delta(out, p.dout)
-    dq = torch.zeros_like(p.q, dtype=lse.dtype)
-    dk, dv = backend.tiles_backward(p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, dq)
-    dck, dcv = backend.columns_backward(p.dout, p.q, p.ck, p.cv, lse, delta, p.index, blocks, p.scale, dq)
+    dq, dk, dv = backend.tiles_backward(
+        p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, None, columns=columns
+    )
+    if columns is None:
+        dck, dcv = (torch.zeros_like(x, dtype=lse.dtype) for x in (p.ck, p.cv))
+    else:
+        dck, dcv = backend.columns_backward(
+            p.dout, p.q, p.ck, p.cv, lse, delta, p.index, p.place.q_blocks, p.scale
+        )
     return lse, dict(zip(NAMES, (out, delta, dq, dk, dv, dck, dcv), strict=True))
 
 
-def assert_ends(backend: Backend, p: Problem) -> None:
-    """A final pass rounds the result of any other, and a fresh one writes what another adds to zeros, bit for bit."""
-    blocks, forward, backward = p.place.q_blocks, backend.columns_forward, backend.columns_backward
-    passes = [
-        (backend.tiles_forward, backend.tiles_backward, (p.k, p.v), (p.index, p.place, p.scale)),
-        (forward, backward, (p.ck, p.cv), (p.index, blocks, p.scale)),
-    ]
-    before = forward(p.q, p.ck, p.cv, p.index, blocks, p.scale, None, None)
-    for attend, differentiate, keys, rest in passes:
-        for previous in ((None, None), before):
-            out, lse = attend(p.q, *keys, *rest, *(x if x is None else x.clone() for x in previous))
-            last, last_lse = attend(
-                p.q, *keys, *rest, *(x if x is None else x.clone() for x in previous), final=True
+def assert_passes(backend: Backend, p: Problem, tolerance: float) -> None:
+    """Every kind of pass of a ring, with and without columns, first or not, last or not: a final pass rounds the result
+    of any other, bit for bit, and one after another gives what the reference's give."""
+    q, dout, rest = p.q, p.dout, (p.index, p.place, p.scale)
+    pairs = (None, (p.ck, p.cv)) if p.index.columns.shape[-1] else (None,)
+    zeros = torch.zeros_like(q, dtype=torch.float32)
+    lse_shape = (q.shape[0], q.shape[2], q.shape[1])
+    earlier = torch.randn_like(zeros), torch.randn(lse_shape, device=q.device)
+    wide, delta = torch.randn(lse_shape, device=q.device) + 8, torch.randn(lse_shape, device=q.device)
+    truth = ReferenceBackend()
+    exact = [x.double() for x in (q, p.k, p.v, dout)]
+    for columns in pairs:
+        compact = None if columns is None else (p.ck.double(), p.cv.double())
+        for previous in ((None, None), earlier):
+            old = [None if x is None else x.clone() for x in (*previous, *previous)]
+            out, lse = backend.tiles_forward(q, p.k, p.v, *rest, old[0], old[1], columns=columns)
+            last, last_lse = backend.tiles_forward(
+                q, p.k, p.v, *rest, old[2], old[3], columns=columns, final=True
             )
-            assert last.dtype == p.q.dtype
-            assert torch.equal(last, out.to(p.q.dtype))
+            assert last.dtype == q.dtype
+            assert torch.equal(last, out.to(q.dtype))
             assert torch.equal(last_lse, lse)
-        delta = backend.row_delta(out, p.dout)
-        zeros = torch.zeros_like(p.q, dtype=lse.dtype)
-        nans = torch.full_like(zeros, torch.nan)
-        differentiate(p.dout, p.q, *keys, lse, delta, *rest, zeros)
-        differentiate(p.dout, p.q, *keys, lse, delta, *rest, nans, fresh=True)
-        assert torch.equal(zeros, nans)
+            want, want_lse = truth.tiles_forward(
+                *exact[:3], *rest, *(None if x is None else x.double() for x in previous), columns=compact
+            )
+            assert relative_error(out, want) < tolerance
+            seen = ~want_lse.isneginf()
+            assert torch.equal(seen, ~lse.isneginf())
+            assert (lse - want_lse)[seen].abs().max() < 1e-4 if seen.any() else True
+        for sum_before in (None, earlier[0]):
+            grads = []
+            for final in (False, True):
+                dq = None if sum_before is None else sum_before.clone()
+                grads.append(
+                    backend.tiles_backward(
+                        dout, q, p.k, p.v, wide, delta, *rest, dq, columns=columns, final=final
+                    )
+                )
+            assert grads[1][0].dtype == q.dtype
+            assert torch.equal(grads[1][0], grads[0][0].to(q.dtype))
+            assert all(torch.equal(a, b) for a, b in zip(grads[0][1:], grads[1][1:], strict=True))
+            wanted = truth.tiles_backward(
+                exact[3], *exact[:3], wide.double(), delta.double(), *rest,
+                None if sum_before is None else sum_before.double(), columns=compact,
+            )  # fmt: skip
+            for got, want in zip(grads[0], wanted, strict=True):
+                assert relative_error(got, want) < tolerance
 
 
 def reference(p: Problem) -> tuple[Tensor, dict[str, Tensor]]:

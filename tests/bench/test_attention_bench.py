@@ -89,10 +89,12 @@ class Broken(ReferenceBackend):
             out[:, -1] = torch.empty(out.shape[2:])
         return out, lse + 1e-3 if self.spoil == "lse" else lse
 
-    def tiles_backward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        dk, dv = super().tiles_backward(*args, **options)
-        args[-1].mul_(1.001 if self.spoil == "dq" else 1.0)
-        return dk * (1.001 if self.spoil == "dk" else 1.0), dv * (1.001 if self.spoil == "dv" else 1.0)
+    def tiles_backward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = super().tiles_backward(*args, **options)
+        spoiled = [
+            x * (1.001 if self.spoil == name else 1.0) for name, x in (("dq", dq), ("dk", dk), ("dv", dv))
+        ]
+        return spoiled[0], spoiled[1], spoiled[2]
 
     def scatter_columns(self, *args: Any) -> None:
         if self.spoil != "columns":
@@ -121,7 +123,7 @@ def test_a_right_kernel_passes_and_a_crash_is_a_failure(monkeypatch: pytest.Monk
     assert run(Broken("nothing"), competitors=()).failures == []
 
     class Crashing(ReferenceBackend):
-        def columns_forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        def columns_backward(self, *args: Any) -> Tensor:
             raise RuntimeError("no such kernel image")
 
     kept: list[int] = []

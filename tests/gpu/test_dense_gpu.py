@@ -77,10 +77,11 @@ def solve(
     q, k, v, dout = inputs
     scale = q.shape[-1] ** -0.5
     out, lse = served.tiles_forward(q, k, v, index, placement, scale, *(x.clone() for x in before))
-    dq = torch.zeros_like(out)
     wide = before[1] + 6.0
     delta = before[0].sum(-1).transpose(1, 2).to(lse.dtype).contiguous()
-    dk, dv = served.tiles_backward(dout, q, k, v, wide, delta, index, placement, scale, dq)
+    dq, dk, dv = served.tiles_backward(
+        dout, q, k, v, wide, delta, index, placement, scale, torch.zeros_like(out)
+    )
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
@@ -129,11 +130,14 @@ def turn(kernel: str, layout_name: str, world: int, whole: list[Tensor]) -> list
             out, lse = served.tiles_forward(q, *shards[source][1:3], index, place, scale, out, lse)
         assert out is not None and lse is not None
         outs.append(out.to(q.dtype))
-        dq, delta = torch.zeros_like(out), served.row_delta(outs[-1], dout)
+        dq, delta = None, served.row_delta(outs[-1], dout)
         for source, place in steps:
-            share = served.tiles_backward(dout, q, *shards[source][1:3], lse, delta, index, place, scale, dq)
+            dq, *share = served.tiles_backward(
+                dout, q, *shards[source][1:3], lse, delta, index, place, scale, dq
+            )
             for total, part in zip(sums[source], share, strict=True):
                 total += part
+        assert dq is not None
         dqs.append(dq)
     return [layout.unshard(list(x)) for x in (outs, dqs, *zip(*sums, strict=True))]
 

@@ -92,8 +92,8 @@ def test_attention_over_one_ranks_rows_is_that_part_of_the_whole() -> None:
 
     def attend(index: SparseIndex, mine: Tensor) -> tuple[Tensor, Tensor]:
         rows = q.unflatten(1, (BLOCKS, SIZE))[:, mine].flatten(1, 2)
-        out, lse = backend.columns_forward(rows, ck, cv, index, mine, 0.3, None, None)
-        return backend.tiles_forward(rows, k, v, index, Placement(mine, every, BLOCKS), 0.3, out, lse)
+        place = Placement(mine, every, BLOCKS)
+        return backend.tiles_forward(rows, k, v, index, place, 0.3, None, None, columns=(ck, cv))
 
     out, lse = attend(whole, every)
     for part in shards(blocks, "zigzag"):

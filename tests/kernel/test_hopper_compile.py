@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
@@ -19,35 +17,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mtraining.kernel import hopper_backend, hopper_forward, hopper_keys, hopper_queries
+from mtraining.kernel import hopper_forward, hopper_keys, hopper_queries
 
 SHARED = 227 * 1024
 SWIZZLED = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
 PLAIN = "NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)"
-INT32 = set("abcde") | {
-    "entries",
-    "bounds",
-    "row_blocks",
-    "col_blocks",
-    "columns_ptr",
-    "words_ptr",
-    "q_blocks",
-    "first_slot",
-}
-VISITED = {"k_desc": 128, "v_desc": 128}  # rows of a tile; 64 of the others
+INT32 = {
+    "counter", "entries", "bounds", "row_blocks", "col_blocks", "columns", "words", "before", "upto", "columns_ptr",
+    "words_ptr", "q_blocks", "first_seen", "first_slot",
+}  # fmt: skip
+VISITED = {"k_desc": 128, "v_desc": 128, "ck_desc": 128, "cv_desc": 128}  # rows of a tile; 64 of the others
 KERNELS: dict[str, tuple[Any, dict[str, int], dict[str, object]]] = {
-    "forward, tiles": (
-        hopper_forward.forward_kernel,
-        VISITED,
-        {"COLUMNS": False, "FINAL": True, "STAGES": 2},
-    ),
-    "forward, columns": (
-        hopper_forward.forward_kernel,
-        VISITED,
-        {"COLUMNS": True, "FINAL": False, "STAGES": 2},
-    ),
-    "dq, tiles": (hopper_queries.query_gradient_kernel, VISITED, {"COLUMNS": False, "STAGES": 2}),
-    "dq, columns": (hopper_queries.query_gradient_kernel, VISITED, {"COLUMNS": True, "STAGES": 2}),
+    "forward, tiles": (hopper_forward.forward_kernel, VISITED, {"COLUMNS": False, "FINAL": True}),
+    "forward, columns too": (hopper_forward.forward_kernel, VISITED, {"FINAL": True, "HAS_PREV": False}),
+    "dq, tiles": (hopper_queries.query_gradient_kernel, VISITED, {"COLUMNS": False}),
+    "dq, columns too": (hopper_queries.query_gradient_kernel, VISITED, {"FINAL": True}),
     "dk and dv, tiles": (hopper_keys.key_tiles_kernel, {}, {"STAGES": 3}),
     "dk and dv, columns": (hopper_keys.key_columns_kernel, {}, {"STAGES": 3}),
 }
@@ -71,7 +55,7 @@ def compiled(name: str, dim: int) -> Any:
     kernel, rows, options = KERNELS[name]
     chosen: dict[str, object] = {
         "HEAD_DIM": dim, "SIZE": 128, "BLOCK_M": 64, "TOEPLITZ": True, "GROUP": 4, "SPLITS": 1, "HAS_PREV": True,
-        "ADD": True, "o_r": 32 * dim, "dq_r": 32 * dim, "dk_r": 8 * dim, **options,
+        "FINAL": False, "COLUMNS": True, "STAGES": 2, "o_r": 32 * dim, "dq_r": 32 * dim, "dk_r": 8 * dim, **options,
     }  # fmt: skip
     names = kernel.arg_names
     types = {arg: "constexpr" if arg in chosen else signature_type(arg, rows, dim) for arg in names}
@@ -100,11 +84,3 @@ def test_assembles_well(name: str, dim: int, tmp_path: Path) -> None:
     spilled = re.search(r"(\d+) bytes spill stores", told)
     assert spilled is not None
     assert int(spilled[1]) <= (1024 if "columns" in name else 64)
-
-
-def test_programs_stay_only_where_equal_shares_are_equal_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    many = 132 * hopper_backend._ROUNDS
-    assert hopper_backend._programs(many, torch.device("cuda")) == 132
-    assert hopper_backend._programs(many - 1, torch.device("cuda")) == many - 1

@@ -48,18 +48,16 @@ def inputs(heads: int, kv_heads: int, seq_len: int, dtype: torch.dtype = torch.f
 def run_backend(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, index: SparseIndex
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Columns, then tiles; all results of forward and backward."""
+    """Tiles and columns; all results of forward and backward."""
     backend, place, scale = ReferenceBackend(), index.placement(), 1 / math.sqrt(q.shape[-1])
     slots = torch.arange(index.seq_len)
     ck, cv = backend.gather_columns(k, v, index.columns, slots)
-    out, lse = backend.columns_forward(q, ck, cv, index, place.q_blocks, scale, None, None)
-    out, lse = backend.tiles_forward(q, k, v, index, place, scale, out, lse)
+    out, lse = backend.tiles_forward(q, k, v, index, place, scale, None, None, columns=(ck, cv))
     delta = backend.row_delta(out, dout)
-    dq = torch.zeros_like(q, dtype=lse.dtype)
-    dk, dv = backend.tiles_backward(dout, q, k, v, lse, delta, index, place, scale, dq)
-    grads = torch.stack(
-        backend.columns_backward(dout, q, ck, cv, lse, delta, index, place.q_blocks, scale, dq)
+    dq, dk, dv = backend.tiles_backward(
+        dout, q, k, v, lse, delta, index, place, scale, None, columns=(ck, cv)
     )
+    grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, place.q_blocks, scale)
     backend.scatter_columns(grads, index.columns, slots, dk, dv)
     return out, lse, dq, dk, dv
 
@@ -158,8 +156,7 @@ def test_computed_area_is_what_the_kernel_multiplies() -> None:
     backend, place = ReferenceBackend(), index.placement()
     ck, cv = backend.gather_columns(k, v, index.columns, torch.arange(64))
     with FlopCounterMode(display=False) as counter:
-        backend.columns_forward(q, ck, cv, index, place.q_blocks, 1.0, None, None)
-        backend.tiles_forward(q, k, v, index, place, 1.0, None, None)
+        backend.tiles_forward(q, k, v, index, place, 1.0, None, None, columns=(ck, cv))
     assert counter.get_total_flops() == 4 * q.shape[-1] * int(index.computed_area().sum())
 
 

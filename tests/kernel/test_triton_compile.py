@@ -39,7 +39,7 @@ def signature_type(name: str, tiles: Tiles, dim: int) -> str:
         return "i64"
     if name == "scale":
         return "fp32"
-    pointers = ("entries", "bounds", "row_blocks", "col_blocks", "q_blocks", "first_slot")
+    pointers = ("entries", "bounds", "row_blocks", "col_blocks", "q_blocks", "first_slot", "first_seen")
     return "*i32" if name.endswith("_ptr") or name in pointers else "i32"
 
 

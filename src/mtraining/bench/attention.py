@@ -132,8 +132,7 @@ class _Bench:
         share = 0.0
         for phase, run in layer.phases().items():
             timing = self._measure(run)
-            whole = phase in ("forward", "backward")
-            share += timing.ms if whole else 0.0
+            share += timing.ms
             self._row(backend.name, layer.p, phase, timing, dense)
         if case.estimate:
             self._estimate(backend, layer.p, share, dense)
@@ -211,7 +210,7 @@ class _Bench:
         """Append a row; returns its TFLOP/s (0 for the estimate, whose operations are not counted)."""
         case, index = p.case, p.index
         tflops = None if phase == "estimate" else p.flops(phase) / timing.ms / 1e9
-        name, rate = dense.best.get(phase.split("_")[0], (None, None)) if tflops else (None, None)
+        name, rate = dense.best.get(phase, (None, None)) if tflops else (None, None)
         tiles = torch.arange(index.num_blocks, 0, -1, device=index.diagonals.device)
         blocks = float((index.diagonals * tiles).sum(-1).double().mean()) / index.num_blocks
         mib = (index.nbytes() + p.columns_bytes()) / 2**20

@@ -14,7 +14,7 @@ from mtraining.kernel import select_backend
 def column_price(shape: tuple[int, int, int], tokens: int, block_size: int, like: Tensor) -> float:
     """What an entry of a column costs on this machine's kernel, forward and backward, beside an entry of a tile.
 
-    Measured on random tensors under a random index of some tiles and some columns; areas are counted as
+    Measured on random tensors under a random index of some tiles, with and without some columns; areas are counted as
     :meth:`SparseIndex.computed_area` counts them.
 
     Args:
@@ -23,13 +23,11 @@ def column_price(shape: tuple[int, int, int], tokens: int, block_size: int, like
     """
     some = max(block_size, min(2048, tokens // 8))
     blocks = max(2.0, min(26.0, tokens / block_size / 8))
-    case = Case(tokens, *shape, blocks, some, block_size=block_size, dtype=like.dtype)
     backend = select_backend("auto", like.device, like.dtype, shape[2])
-    layer = Layer(backend, build(case, like.device, seed=0))
-    runs = layer.phases()
-    tiles, columns = (
-        sum(measure(runs[f"{way}_{half}"], like.device).ms for way in ("forward", "backward"))
-        for half in ("tiles", "columns")
-    )
-    area_of_tiles, area_of_columns = (density.double().sum().item() for density in densities(layer.p.index))
-    return (columns / area_of_columns) / (tiles / area_of_tiles)
+    times, areas = [], []
+    for columns in (0, some):
+        case = Case(tokens, *shape, blocks, columns, block_size=block_size, dtype=like.dtype)
+        layer = Layer(backend, build(case, like.device, seed=0))
+        times.append(sum(measure(run, like.device).ms for run in layer.phases().values()))
+        areas.append(sum(density.double().sum().item() for density in densities(layer.p.index)))
+    return ((times[1] - times[0]) / (areas[1] - areas[0])) / (times[0] / areas[0])

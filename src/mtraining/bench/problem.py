@@ -39,11 +39,8 @@ class Problem:
         return float(slash.sum()), float(columns.sum())
 
     def flops(self, phase: str) -> float:
-        """Operations in the useful area of a pass ("forward", "backward") or of its half ("forward_tiles", ...)."""
-        slash, columns = self.areas
-        which, _, half = phase.partition("_")
-        area = {"": slash + columns, "tiles": slash, "columns": columns}[half]
-        return 4 * self.q.shape[-1] * area * (BACKWARD_FLOPS if which == "backward" else 1.0)
+        """Operations in the useful area of a pass, "forward" or "backward"."""
+        return 4 * self.q.shape[-1] * sum(self.areas) * (BACKWARD_FLOPS if phase == "backward" else 1.0)
 
     def columns_bytes(self) -> int:
         """Of the gathered keys and values."""
@@ -102,58 +99,35 @@ class Layer:
     def gather(self) -> Tensor:
         return self.backend.gather_columns(self.p.k, self.p.v, self.p.index.columns, self.slots)
 
-    def forward_columns(self) -> tuple[Tensor, Tensor]:
-        p = self.p
-        ck, cv = self.gather()
-        return self.backend.columns_forward(p.q, ck, cv, p.index, p.place.q_blocks, p.scale, None, None)
-
-    def forward_tiles(self, out: Tensor | None = None, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        p = self.p
-        return self.backend.tiles_forward(p.q, p.k, p.v, p.index, p.place, p.scale, out, lse, final=True)
+    def columns(self) -> Tensor | None:
+        """Gathered keys and values, if the case has columns."""
+        return self.gather() if self.p.case.columns else None
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """out in q's dtype, lse."""
-        return self.forward_tiles(*(self.forward_columns() if self.p.case.columns else (None, None)))
+        p, columns = self.p, self.columns()
+        return self.backend.tiles_forward(
+            p.q, p.k, p.v, p.index, p.place, p.scale, None, None, columns=_pair(columns), final=True
+        )
 
     def backward(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in the accumulation dtype."""
-        delta = self.backend.row_delta(out, self.p.dout)
-        dq = torch.empty_like(self.p.q, dtype=lse.dtype)
-        dk, dv = self.backward_tiles(lse, delta, dq)
-        grads = self.backward_columns(lse, delta, dq) if self.p.case.columns else None
-        if grads is not None:
-            self.backend.scatter_columns(grads, self.p.index.columns, self.slots, dk, dv)
+        """dq in q's dtype, dk and dv in the accumulation dtype."""
+        p, columns = self.p, _pair(self.columns())
+        delta = self.backend.row_delta(out, p.dout)
+        dq, dk, dv = self.backend.tiles_backward(
+            p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, None, columns=columns, final=True
+        )
+        if columns is not None:
+            grads = self.backend.columns_backward(
+                p.dout, p.q, *columns, lse, delta, p.index, p.place.q_blocks, p.scale
+            )
+            self.backend.scatter_columns(grads, p.index.columns, self.slots, dk, dv)
         return dq, dk, dv
 
-    def backward_columns(self, lse: Tensor, delta: Tensor, dq: Tensor) -> Tensor:
-        p = self.p
-        ck, cv = self.gather()
-        return torch.stack(
-            self.backend.columns_backward(
-                p.dout, p.q, ck, cv, lse, delta, p.index, p.place.q_blocks, p.scale, dq
-            )
-        )
-
-    def backward_tiles(self, lse: Tensor, delta: Tensor, dq: Tensor) -> tuple[Tensor, Tensor]:
-        p = self.p
-        return self.backend.tiles_backward(
-            p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, dq, fresh=True
-        )
-
     def phases(self) -> dict[str, Callable[[], object]]:
-        """Whole passes, and with columns their two halves apart."""
         out, lse = self.forward()
-        phases: dict[str, Callable[[], object]] = {
-            "forward": self.forward,
-            "backward": lambda: self.backward(out, lse),
-        }
-        if self.p.case.columns:
-            delta = self.backend.row_delta(out, self.p.dout)
-            dq = torch.zeros_like(self.p.q, dtype=lse.dtype)
-            phases |= {
-                "forward_columns": self.forward_columns,
-                "forward_tiles": self.forward_tiles,
-                "backward_columns": lambda: self.backward_columns(lse, delta, dq),
-                "backward_tiles": lambda: self.backward_tiles(lse, delta, dq),
-            }
-        return phases
+        return {"forward": self.forward, "backward": lambda: self.backward(out, lse)}
+
+
+def _pair(stacked: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if stacked is None else (stacked[0], stacked[1])

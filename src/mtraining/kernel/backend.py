@@ -9,20 +9,23 @@ from torch import Tensor
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 
+Columns = tuple[Tensor, Tensor]
 KERNELS = ("auto", "reference", "triton", "flash4", "cudnn", "flash")
 
 
 class Backend(Protocol):
-    """Attention over an index, in two passes (slash tiles, columns) that merge into one (out, lse).
+    """Attention over an index, in passes over tiles that merge into one (out, lse).
 
     Shapes: q, dout (batch, rows, q_heads, head_dim); k, v (batch, keys, kv_heads, head_dim); compact columns
-    ck, cv (batch, capacity, q_heads, head_dim) in the order of ``index.columns``; out like q in the
+    ck, cv (batch, capacity, q_heads, head_dim) in the order of ``index.columns``; out and dq like q in the
     accumulation dtype (fp32, or fp64 for fp64 inputs); lse (batch, q_heads, rows) in the same dtype, natural
-    log, -inf (with out = 0) for rows that saw no key yet. ``out``/``lse`` given to a forward pass hold the
-    previous partial result; the pass returns the merged one and may reuse their memory; the last pass is told so
-    (``final``) and returns out in q's dtype. Backward passes take the *global* lse and delta = rowsum(dout * out), add
-    to ``dq`` in place (the first one, told by ``fresh``, overwrites what stands there) and return fresh key gradients
-    in the accumulation dtype.
+    log, -inf (with out = 0) for rows that saw no key yet. ``out``/``lse``/``dq`` given to a pass hold the
+    previous partial result, None before the first; the pass returns the merged one and may reuse their memory; the
+    last pass is told so (``final``) and returns out or dq in q's dtype. Backward passes take the *global* lse and
+    delta = rowsum(dout * out) and return fresh key gradients in the accumulation dtype.
+
+    One pass takes the ``columns`` (ck, cv) along: it attends them too, for each query before its tiles. Backward, it
+    adds their share of dq; ``columns_backward`` has the gradients of ck and cv.
     """
 
     name: str
@@ -31,23 +34,24 @@ class Backend(Protocol):
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+        out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(out, lse)."""
+        ...
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-    def columns_forward(
-        self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """(dq, dk, dv)."""
+        ...
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        q_blocks: Tensor, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+        q_blocks: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Gradients of ck and cv, one tensor: (2, batch, capacity, q_heads, head_dim)."""
+        ...
 
     def row_delta(self, out: Tensor, dout: Tensor) -> Tensor:
         """rowsum(dout * out): (batch, q_heads, rows), in the accumulation dtype."""

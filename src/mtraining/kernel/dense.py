@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
-from mtraining.kernel.backend import Backend
+from mtraining.kernel.backend import Backend, Columns
 from mtraining.kernel.dense_kernels import DenseKernel
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Piece, Placement
@@ -34,18 +34,21 @@ class WithDense:
 
     def __init__(self, name: str, tiles: Backend, dense: DenseKernel, only: bool = False) -> None:
         self.name, self._tiles, self._dense, self._only = name, tiles, dense, only
-        self.columns_forward, self.columns_backward = tiles.columns_forward, tiles.columns_backward
+        self.columns_backward = tiles.columns_backward
         self.gather_columns, self.scatter_columns = tiles.gather_columns, tiles.scatter_columns
         self.row_delta, self.heaviest = tiles.row_delta, tiles.heaviest
         self.probe_lse, self.probe_mass = tiles.probe_lse, tiles.probe_mass
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
+        out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         pieces = self._pieces(index, placement)
         if pieces is None:
-            return self._tiles.tiles_forward(q, k, v, index, placement, scale, out, lse, final=final)
+            return self._tiles.tiles_forward(
+                q, k, v, index, placement, scale, out, lse, columns=columns, final=final
+            )
+        assert columns is None  # a dense index has none
         for piece in pieces:
             rows, keys = piece.rows(index.block_size)
             part = self._dense.forward(q[:, rows], k[:, keys], v[:, keys], scale, piece.causal)
@@ -65,15 +68,16 @@ class WithDense:
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         pieces = self._pieces(index, placement)
         if pieces is None:
             return self._tiles.tiles_backward(
-                dout, q, k, v, lse, delta, index, placement, scale, dq, fresh=fresh
+                dout, q, k, v, lse, delta, index, placement, scale, dq, columns=columns, final=final
             )
-        if fresh:
-            dq.zero_()
+        assert columns is None  # a dense index has none
+        if dq is None:
+            dq = torch.zeros_like(q, dtype=lse.dtype)
         dk, dv = torch.zeros_like(k, dtype=dq.dtype), torch.zeros_like(v, dtype=dq.dtype)
         for piece in pieces:
             rows, keys = piece.rows(index.block_size)
@@ -84,7 +88,7 @@ class WithDense:
             dq[:, rows] += share[0]
             dk[:, keys] += share[1]
             dv[:, keys] += share[2]
-        return dk, dv
+        return dq.to(q.dtype) if final else dq, dk, dv
 
     def _pieces(self, index: SparseIndex, placement: Placement) -> tuple[Piece, ...] | None:
         """What the dense kernel computes in this call; None where it computes nothing.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
+from mtraining.kernel.backend import Columns
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton_backend import TritonBackend
@@ -69,30 +70,36 @@ class Flash4Backend(TritonBackend):
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
+        out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         check_call(index, deterministic=torch.are_deterministic_algorithms_enabled())
+        if columns is not None:
+            out, lse = self._columns_forward(q, *columns, index, placement.q_blocks, scale, out, lse)
         lists = block_lists(index, placement, key_major=False)
         part, part_lse, *_ = _interface()._flash_attn_fwd(
             q, k, v, softmax_scale=scale, mask_mod=_diagonal_tile(), block_sparse_tensors=_as_blocks(lists),
             return_lse=True, pack_gqa=False,
         )  # fmt: skip
-        out, lse = merge_partial(part, part_lse, out, lse)
-        return out.to(q.dtype) if final else out, lse
+        return merge_partial(part, part_lse, out, lse, final=final)
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         check_call(index, deterministic=torch.are_deterministic_algorithms_enabled())
+        dout, lse = dout.to(q.dtype), lse.contiguous()
         lists = block_lists(index, placement, key_major=True)
         zero = torch.zeros(q.shape[-1], dtype=q.dtype, device=q.device).expand(q.shape)
         dq_share, dk, dv = _interface()._flash_attn_bwd(
-            q, k, v, zero, dout.to(q.dtype), lse.contiguous(), softmax_scale=scale, mask_mod=_diagonal_tile(),
+            q, k, v, zero, dout, lse, softmax_scale=scale, mask_mod=_diagonal_tile(),
             block_sparse_tensors=_as_blocks(lists), dlse=-delta,
         )  # fmt: skip
-        dq.copy_(dq_share) if fresh else dq.add_(dq_share)
-        return dk.float(), dv.float()
+        if final and dq is None and columns is None:
+            return dq_share, dk.float(), dv.float()
+        dq = dq_share.float() if dq is None else dq.add_(dq_share)
+        if columns is not None:
+            self._columns_dq(dout, q, *columns, lse, delta, index, placement.q_blocks, scale, dq)
+        return dq.to(q.dtype) if final else dq, dk.float(), dv.float()
 
 
 def check_call(index: SparseIndex, deterministic: bool) -> None:

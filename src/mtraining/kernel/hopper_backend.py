@@ -16,11 +16,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mtraining.kernel import hopper_forward, hopper_keys, hopper_queries
+from mtraining.kernel.backend import Columns
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
-from mtraining.kernel.triton_backend import Gradient, TritonBackend, check_call, summed, ways_to_split
-from mtraining.kernel.triton_hidden import ColumnTables, column_tables
-from mtraining.kernel.triton_lists import TileLists, tile_lists
+from mtraining.kernel.triton_backend import TritonBackend, check_call, gradient, summed, ways_to_split
+from mtraining.kernel.triton_hidden import column_tables
+from mtraining.kernel.triton_lists import tile_lists
 
 BLOCK = 128
 HEAD_DIMS = (64, 128)
@@ -28,7 +29,6 @@ _HALF = BLOCK // 2  # rows of one warp group
 _QUERIES = 64  # that the key-major kernels visit at a time
 # Tiles in shared memory, being fetched or in use: as many as fit beside what stays.
 _STAGES, _KEY_STAGES = 2, 3
-_ROUNDS = 32  # from so many blocks of queries a multiprocessor on, equal shares of them are equal work
 _WARPS = 4  # of the first warp group; the kernels add the others
 _COPY_BYTES = 16  # the copy engine wants addresses and strides to be multiples of
 
@@ -53,71 +53,58 @@ class HopperBackend(TritonBackend):
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
+        out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if index.block_size != BLOCK:
-            return super().tiles_forward(q, k, v, index, placement, scale, out, lse, final=final)
+            return super().tiles_forward(
+                q, k, v, index, placement, scale, out, lse, columns=columns, final=final
+            )
         check_call(index, scale)
-        batch, _, heads, dim = q.shape
-        lists = tile_lists(index, placement, key_major=False)
-        rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
+        heads, dim = q.shape[2:]
+        work = _QueryWork(q, k, v, index, placement, columns)
         target = _Target(q, out, lse, final)
-        items = batch * heads * rows
-        hopper_forward.forward_kernel[(_programs(items, q.device),)](
-            _tiles(q, _HALF), _tiles(k, BLOCK), _tiles(v, BLOCK), *target.arguments(), *_lists(lists),
-            *target.previous.stride()[:3], scale, items, rows, heads, cols, lists.diagonal,
-            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=lists.toeplitz, COLUMNS=False, GROUP=heads // k.shape[2],
-            SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
-        )  # fmt: skip
-        return target.out, target.lse
-
-    def columns_forward(
-        self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if index.block_size != BLOCK or index.columns.shape[2] == 0:
-            return super().columns_forward(q, ck, cv, index, q_blocks, scale, out, lse, final=final)
-        check_call(index, scale)
-        batch, _, heads, dim = q.shape
-        rows = q_blocks.numel()
-        tables = column_tables(index, q_blocks)
-        target = _Target(q, out, lse, final)
-        items = batch * heads * rows
-        hopper_forward.forward_kernel[(_programs(items, q.device),)](
-            _tiles(q, _HALF), _tiles(ck, BLOCK), _tiles(cv, BLOCK), *target.arguments(), *_tables(tables),
-            *target.previous.stride()[:3], scale, items, rows, heads, index.columns.shape[2], tables.words.shape[-1],
-            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=False, COLUMNS=True, GROUP=1,
-            SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
+        hopper_forward.forward_kernel[work.grid](
+            _tiles(q, _HALF), *work.keys, *target.arguments(), work.counter, *work.lists,
+            *target.previous.stride()[:3], scale, *work.counts,
+            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=work.toeplitz, COLUMNS=columns is not None,
+            GROUP=heads // k.shape[2], SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
         )  # fmt: skip
         return target.out, target.lse
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         if index.block_size != BLOCK:
-            return super().tiles_backward(dout, q, k, v, lse, delta, index, placement, scale, dq, fresh=fresh)
+            return super().tiles_backward(
+                dout, q, k, v, lse, delta, index, placement, scale, dq, columns=columns, final=final
+            )
         check_call(index, scale)
         dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
         batch, _, heads, dim = q.shape
         kv_heads, group = k.shape[2], heads // k.shape[2]
-        lists = tile_lists(index, placement, key_major=False)
-        rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
-        with Gradient(dq) as into:
-            items = batch * heads * rows
-            hopper_queries.query_gradient_kernel[(_programs(items, q.device),)](
-                _tiles(q, _HALF), _tiles(dout, _HALF), _tiles(k, BLOCK), _tiles(v, BLOCK), into, lse2, delta,
-                *_lists(lists), *into.stride()[:3], scale, items, rows, heads, cols, lists.diagonal,
-                ADD=not fresh, TOEPLITZ=lists.toeplitz, COLUMNS=False, GROUP=group,
-                SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
-            )  # fmt: skip
+        work = _QueryWork(q, k, v, index, placement, columns)
+        if final:
+            result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            previous, adding = (result, False) if dq is None else gradient(q, dq)
+        else:
+            previous, adding = gradient(q, dq)
+            result = previous
+        hopper_queries.query_gradient_kernel[work.grid](
+            _tiles(q, _HALF), _tiles(dout, _HALF), *work.keys, _tiles(result if final else q, _HALF), previous, result,
+            lse2, delta, work.counter, *work.lists, *previous.stride()[:3], scale, *work.counts,
+            HAS_PREV=adding, FINAL=final, TOEPLITZ=work.toeplitz, COLUMNS=columns is not None, GROUP=group,
+            SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
+        )  # fmt: skip
 
-        if not lists.toeplitz:
-            lists = tile_lists(index, placement, key_major=True)
+        lists = work.tile_lists if work.toeplitz else tile_lists(index, placement, key_major=True)
+        rows, cols = placement.q_blocks.numel(), placement.k_blocks.numel()
         splits = ways_to_split(batch * kv_heads * cols, group, q.device)
         while group % splits:
             splits -= 1
-        dk, dv = _shares(k, splits), _shares(v, splits)
+        dk, dv = (
+            torch.empty(splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device) for _ in "kv"
+        )
         hopper_keys.key_tiles_kernel[(batch * kv_heads * cols * splits,)](
             _tiles(q, _QUERIES), _tiles(dout, _QUERIES), _tiles(k, _HALF), _tiles(v, _HALF), _rows(lse2), _rows(delta),
             dk, dv,
@@ -126,43 +113,61 @@ class HopperBackend(TritonBackend):
             TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES,
             STAGES=_KEY_STAGES, num_warps=_WARPS,
         )  # fmt: skip
-        return summed(dk, splits), summed(dv, splits)
+        return result, summed(dk, splits), summed(dv, splits)
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        q_blocks: Tensor, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if index.block_size != BLOCK or index.columns.shape[2] == 0:
-            return super().columns_backward(
-                dout, q, ck, cv, lse, delta, index, q_blocks, scale, dq, fresh=fresh
-            )
+        q_blocks: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        if index.block_size != BLOCK:
+            return super().columns_backward(dout, q, ck, cv, lse, delta, index, q_blocks, scale)
         check_call(index, scale)
         dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
         batch, _, heads, dim = q.shape
         rows, capacity = q_blocks.numel(), index.columns.shape[2]
         tables = column_tables(index, q_blocks)
-        words = tables.words.shape[-1]
-        with Gradient(dq) as into:
-            items = batch * heads * rows
-            hopper_queries.query_gradient_kernel[(_programs(items, q.device),)](
-                _tiles(q, _HALF), _tiles(dout, _HALF), _tiles(ck, BLOCK), _tiles(cv, BLOCK), into, lse2, delta,
-                *_tables(tables), *into.stride()[:3], scale, items, rows, heads, capacity, words,
-                ADD=not fresh, TOEPLITZ=False, COLUMNS=True, GROUP=1,
-                SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
-            )  # fmt: skip
-
         tiles = triton.cdiv(capacity, BLOCK)
         splits = ways_to_split(batch * heads * tiles, rows, q.device)
-        dk, dv = _shares(ck, splits), _shares(cv, splits)
-        every = torch.arange(index.num_blocks + 1, dtype=torch.int32, device=q.device)
-        first_slot = torch.searchsorted(tables.q_blocks, every, out_int32=True)
+        grads = torch.empty(2, splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device)
         hopper_keys.key_columns_kernel[(batch * heads * tiles * splits,)](
             _tiles(q, _QUERIES), _tiles(dout, _QUERIES), _tiles(ck, _HALF), _tiles(cv, _HALF), _rows(lse2),
-            _rows(delta), dk, dv, tables.columns, tables.words, tables.q_blocks, first_slot, *dk.stride()[:3],
-            scale, batch, heads, rows, capacity, index.num_blocks, words, splits,
+            _rows(delta), *grads, tables.columns, tables.words, tables.q_blocks, tables.first_slot, tables.first_seen,
+            *grads.stride()[1:4], scale, batch, heads, rows, capacity, index.num_blocks, tables.words.shape[-1], splits,
             SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES, STAGES=_KEY_STAGES, num_warps=_WARPS,
         )  # fmt: skip
-        return summed(dk, splits), summed(dv, splits)
+        return summed(grads, splits, axis=1)
+
+
+class _QueryWork:
+    """What both query-major kernels are given, in their order: tiles of keys, lists, and counts."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: SparseIndex,
+        placement: Placement,
+        columns: Columns | None,
+    ) -> None:
+        lists = tile_lists(index, placement, key_major=False)
+        batch, _, heads, _ = q.shape
+        rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
+        items = batch * heads * rows
+        self.grid = (_programs(items, q.device),)
+        self.counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+        self.tile_lists, self.toeplitz = lists, lists.toeplitz
+        tiles = (lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks)
+        if columns is None:
+            self.keys = (_tiles(k, BLOCK), _tiles(v, BLOCK)) * 2
+            self.lists = (*tiles, *(lists.bounds,) * 4)
+            self.counts = (items, rows, heads, cols, lists.diagonal, 0, 0)
+        else:
+            tables = column_tables(index, placement.q_blocks)
+            self.keys = tuple(_tiles(x, BLOCK) for x in (k, v, *columns))
+            self.lists = (*tiles, tables.columns, tables.words, tables.before, tables.upto)
+            sizes = (index.columns.shape[2], tables.words.shape[-1])
+            self.counts = (items, rows, heads, cols, lists.diagonal, *sizes)
 
 
 class _Target:
@@ -190,28 +195,8 @@ class _Target:
 
 
 def _programs(items: int, device: torch.device) -> int:
-    """Of a kernel that goes through ``items`` blocks of queries.
-
-    One a multiprocessor, whose shared memory it fills; or one an item where these are few, and equal shares of rows of
-    such different lengths would not be equal work.
-    """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return processors if items >= _ROUNDS * processors else items
-
-
-def _lists(lists: TileLists) -> tuple[Tensor, ...]:
-    """As ``hopper_common.query_item`` takes them."""
-    return lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks, lists.bounds
-
-
-def _tables(tables: ColumnTables) -> tuple[Tensor, ...]:
-    """As ``hopper_common.query_item`` takes them."""
-    return tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto
-
-
-def _shares(like: Tensor, splits: int) -> Tensor:
-    """Room for (splits x batch) key gradients."""
-    return torch.empty(splits * like.shape[0], *like.shape[1:], dtype=torch.float32, device=like.device)
+    """One a multiprocessor, whose shared memory it fills; each takes block of queries after block of queries."""
+    return min(items, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _tiles(x: Tensor, rows: int) -> TensorDescriptor:

@@ -6,8 +6,9 @@ with exponentials the other has the tensor cores, and within a group the next ti
 one's are used. Portable Triton has neither: its tiles of 128 rows leave one program a multiprocessor, whose warps
 all do the same thing at the same time (``docs/log.md``).
 
-Query-major kernels start as many programs as there are multiprocessors, and each goes through every so many blocks of
-rows: while a group writes its result, the next block's tiles are on their way.
+Query-major kernels start as many programs as there are multiprocessors, and each takes the next block of rows when it
+is done with one (:func:`claim`): while a group writes its result, the next block's tiles are on their way. Who computes
+a block changes nothing in it, so results repeat bit for bit.
 
 A full barrier completes when a tile has arrived, an empty one when both groups have done with it; the ``t``-th tile
 that a program fetches uses stage ``t % STAGES``.
@@ -50,49 +51,74 @@ def key_buffers(k_desc, v_desc, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAG
 
 
 @gluon.jit
-def query_item(
-    item,
-    n_rows,
-    heads,
-    a,
-    b,
-    c,
-    d,
-    e,
-    n,
-    m,
-    TOEPLITZ: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    SIZE: gl.constexpr,
-):
-    """Block of queries number ``item``: within a head the longest rows first.
+def desk():
+    """Where the producer hands blocks of queries to both groups: (numbers, full, empty)."""
+    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return numbers, barriers(2, 1), barriers(2, 2)
 
-    Args:
-        a, b, c, d, n, m: of slash tiles ``entries``, ``bounds``, ``row_blocks``, ``col_blocks`` (``triton_lists``),
-            number of key blocks, and entry of the causal diagonal.
-        a, b, c, d, e, n, m: of columns ``columns``, ``words``, ``q_blocks``, ``before``, ``upto`` (``triton_hidden``),
-            capacity, and words a row.
 
-    Returns:
-        batch, head, local block, steps; of slash tiles: 1 if the first is the diagonal one, list, origin (for
-        ``tile_slot``); of columns: words, first step inside the block, position of its first token.
-    """
+@gluon.jit
+def hand_over(item, turn, numbers, full, empty):
+    """Tell both groups the ``turn``-th block of queries of this program."""
+    place = turn % 2
+    mbarrier.wait(empty.index(place), ((turn // 2) & 1) ^ 1)
+    numbers.index(place).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(full.index(place), count=1)
+
+
+@gluon.jit
+def taken(turn, numbers, full, empty):
+    """The ``turn``-th block of queries of this program; past the last one when there is none left."""
+    place = turn % 2
+    mbarrier.wait(full.index(place), (turn // 2) & 1)
+    item = gl.max(numbers.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(empty.index(place), count=1)
+    return item
+
+
+@gluon.jit
+def claim(counter):
+    """The next block of queries that no program has; the first ones go to the programs by their number."""
+    return gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+
+
+@gluon.jit
+def block_of(item, n_rows, heads):
+    """(batch, head, both in one, local block) of block of queries ``item``; a head's last rows, the longest, first."""
     i = n_rows - 1 - item % n_rows
     head = (item // n_rows) % heads
     batch = item // n_rows // heads
-    bh = (batch * heads + head).to(gl.int64)
+    return batch, head, (batch * heads + head).to(gl.int64), i
+
+
+@gluon.jit
+def tile_part(
+    entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ: gl.constexpr
+):
+    """Slash tiles of a block of queries: how many, their list, its origin (``triton_common.tile_slot``), and 1 if the
+    first is the one on the causal diagonal."""
+    row, lo, hi, origin, own = tile_row(
+        entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ, False
+    )
+    return hi - lo, row + lo, origin, own
+
+
+@gluon.jit
+def column_part(
+    columns, words, q_blocks, before, upto, bh, i, n_rows, capacity, words_row,
+    COLUMNS: gl.constexpr, SIZE: gl.constexpr,
+):  # fmt: skip
+    """Columns of a block of queries (``triton_hidden``): how many tiles, their positions, their hidden bits, the first
+    tile that may reach into the block, and the block's first position."""
     if COLUMNS:
-        steps = gl.cdiv(gl.load(e + bh * n_rows + i), SIZE)
-        own, row, origin = 0, a + bh * n, 0
-        words = b + (bh * n_rows + i) * m
-        whole = gl.load(d + bh * n_rows + i) // SIZE
-        position = gl.load(c + i) * SIZE
+        steps = gl.cdiv(gl.load(upto + bh * n_rows + i), SIZE)
+        row = columns + bh * capacity
+        bits = words + (bh * n_rows + i) * words_row
+        whole = gl.load(before + bh * n_rows + i) // SIZE
+        position = gl.load(q_blocks + i) * SIZE
     else:
-        row, lo, hi, origin, own = tile_row(a, b, c, d, bh, i, n_rows, n, m, TOEPLITZ, False)
-        row += lo
-        steps = hi - lo
-        words, whole, position = row, 0, 0
-    return batch, head, i, steps, own, row, origin, words, whole, position
+        steps, row, bits, whole, position = 0, columns, words, 0, 0
+    return steps, row, bits, whole, position
 
 
 @gluon.jit
@@ -100,16 +126,6 @@ def fetch_halves(desc, batch, first_row, head, full, smem, HALF: gl.constexpr):
     """Begin copying the rows of both groups; ``full`` already expects their bytes."""
     for w in gl.static_range(2):
         tma.async_copy_global_to_shared(desc, [batch, first_row + w * HALF, head, 0], full, smem.index(w))
-
-
-@gluon.jit
-def visited_keys(t, row, origin, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, SIZE: gl.constexpr):
-    """First local row of the keys that step ``t`` of a block of queries visits; list and origin of ``query_item``."""
-    if COLUMNS:
-        start = t * SIZE
-    else:
-        start = tile_slot(gl.load(row + t), origin, TOEPLITZ, False).to(gl.int32) * SIZE
-    return start
 
 
 @gluon.jit
@@ -125,6 +141,50 @@ def fetch_keys(
     mbarrier.wait(v_empty.index(stage), phase)
     mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(v_desc, [batch, start, head, 0], v_full.index(stage), v.index(stage))
+
+
+@gluon.jit
+def fetch_step(
+    t, done, batch, head, column_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
+    k, v, k_full, k_empty, v_full, v_empty,
+    COLUMNS: gl.constexpr, TOEPLITZ: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy what step ``t`` of a block of queries visits: its columns first, then its slash tiles."""
+    if t < column_steps:
+        if COLUMNS:
+            fetch_keys(
+                done + t,
+                t * SIZE,
+                batch,
+                head,
+                ck_desc,
+                cv_desc,
+                k,
+                v,
+                k_full,
+                k_empty,
+                v_full,
+                v_empty,
+                STAGES,
+            )
+    else:
+        start = tile_slot(gl.load(row + t - column_steps), origin, TOEPLITZ, False).to(gl.int32) * SIZE
+        fetch_keys(
+            done + t,
+            start,
+            batch,
+            head // GROUP,
+            k_desc,
+            v_desc,
+            k,
+            v,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            STAGES,
+        )
 
 
 @gluon.jit
@@ -174,6 +234,23 @@ def hide_columns(s, bias, t, columns, whole, position, capacity, W: gl.constexpr
         at = gl.convert_layout(at, gl.SliceLayout(0, S_MMA))
         row = position + W * (SIZE // 2) + gl.arange(0, SIZE // 2, layout=gl.SliceLayout(1, S_MMA))
         s = gl.where(at[None, :] > row[:, None], float("-inf"), s)
+    return s
+
+
+@gluon.jit
+def hide_first(
+    s, own, column_steps, bits, columns, whole, position, capacity, W: gl.constexpr,
+    COLUMNS: gl.constexpr, SIZE: gl.constexpr,
+):  # fmt: skip
+    """Scores of the first tile that a block of queries visits, of columns if it has any, with -inf where hidden."""
+    if COLUMNS:
+        if column_steps > 0:
+            word = hidden_word(bits, 0, column_steps, SIZE)
+            s = hide_columns(s, column_bias(word, SIZE), 0, columns, whole, position, capacity, W, SIZE)
+        else:
+            s = hide_after(s, own, W, SIZE)
+    else:
+        s = hide_after(s, own, W, SIZE)
     return s
 
 

@@ -1,4 +1,4 @@
-"""Forward on Hopper: slash tiles and columns, by the same groups of warps (``hopper_common``).
+"""Forward on Hopper: columns and slash tiles of a block of queries, one after the other (``hopper_common``).
 
 Within a group, the scores of the next tile are multiplied beside the values of this one, so that the exponentials of
 one tile run under the products of another.
@@ -20,53 +20,112 @@ from mtraining.kernel.hopper_common import (
     LN2,
     LOG2E,
     barriers,
+    block_of,
+    claim,
     column_bias,
+    column_part,
+    desk,
     fetch_halves,
-    fetch_keys,
+    fetch_step,
+    hand_over,
     hidden_word,
     hide_after,
     hide_columns,
+    hide_first,
     key_buffers,
     product_layout,
-    query_item,
     softmax_weights,
-    visited_keys,
+    taken,
+    tile_part,
 )
 
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, v_desc, q, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty,
-    items, n_rows, heads, a, b, c, d, e, n, m,
-    IN_PLACE: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr,
-    STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, ck_desc, cv_desc, q, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty,
+    numbers, number_full, number_empty, counter, items, n_rows, heads,
+    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity, words_row,
+    IN_PLACE: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr,
+    SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     done = 0
     number = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head, i, steps, _, row, origin, _, _, _ = query_item(
-            item, n_rows, heads, a, b, c, d, e, n, m, TOEPLITZ, COLUMNS, SIZE
+    turn = 0
+    item = gl.program_id(0)
+    hand_over(item, turn, numbers, number_full, number_empty)
+    while item < items:
+        batch, head, bh, i = block_of(item, n_rows, heads)
+        column_steps, _, _, _, _ = column_part(
+            columns, words, row_blocks, before, upto, bh, i, n_rows, capacity, words_row, COLUMNS, SIZE
         )
+        tile_steps, row, origin, _ = tile_part(
+            entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ
+        )
+        steps = column_steps + tile_steps
+        following = item
         if steps > 0 or not IN_PLACE:
             for t in range(0, gl.maximum(steps, 1)):
                 if t < steps:
-                    start = visited_keys(t, row, origin, TOEPLITZ, COLUMNS, SIZE)
-                    fetch_keys(
-                        done + t, start, batch, head // GROUP, k_desc, v_desc, k, v, k_full, k_empty, v_full, v_empty,
-                        STAGES,
+                    fetch_step(
+                        t, done, batch, head, column_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
+                        k, v, k_full, k_empty, v_full, v_empty, COLUMNS, TOEPLITZ, GROUP, SIZE, STAGES,
                     )  # fmt: skip
                 if t == 0:  # the keys first: the room of the queries is free last
                     mbarrier.wait(q_empty.index(0), (number & 1) ^ 1)
                     mbarrier.expect(q_full.index(0), 2 * q_desc.block_type.nbytes)
                     fetch_halves(q_desc, batch, i * SIZE, head, q_full.index(0), q, SIZE // 2)
+                if t == 1:  # while the groups have something to do
+                    following = claim(counter)
             done += steps
             number += 1
+        if following == item:
+            following = claim(counter)
+        item = following
+        turn += 1
+        hand_over(item, turn, numbers, number_full, number_empty)
+
+
+@gluon.jit
+def _step(
+    acc, p, top, total, done, bits, columns, whole, position, t, steps, capacity, own, scale_log2,
+    q, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+    W: gl.constexpr, COLUMN: gl.constexpr, OWN: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr, O_ROW: gl.constexpr, WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Scores of a tile beside the values of the one before: a COLUMN tile, number ``t`` of ``steps``, or a slash tile,
+    which is OWN if it may be the one on the causal diagonal. ``bits`` is the :func:`hidden_word` of the tile."""
+    before = done % STAGES
+    before_phase = (done // STAGES) & 1
+    done += 1
+    stage = done % STAGES
+    k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
+    v = v_smem.index(before).reshape([SIZE, HEAD_DIM])
+    mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
+    s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(before), before_phase)
+    acc_token = warpgroup_mma(p, v, acc, is_async=True)
+    if COLUMN:
+        bias = column_bias(bits, SIZE)
+    s = warpgroup_mma_wait(1, deps=[s_token])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    if COLUMN:
+        s = hide_columns(s, bias, t, columns, whole, position, capacity, W, SIZE)
+    if OWN:
+        s = hide_after(s, own, W, SIZE)
+    weights, alpha, top, total = softmax_weights(s, top, total, scale_log2, COLUMN)
+    acc, p = warpgroup_mma_wait(0, deps=[acc_token, p])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
+    p = gl.convert_layout(weights.to(q.dtype), WEIGHTS)
+    return acc, p, top, total, done
 
 
 @gluon.jit
 def _consumer(
-    q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, out_desc, prev_ptr, out_ptr, lse_ptr,
-    items, n_rows, heads, a, b, c, d, e, n, m, o_b, o_h, scale_log2,
+    q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty,
+    out_desc, prev_ptr, out_ptr, lse_ptr, items, n_rows, heads,
+    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity, words_row,
+    o_b, o_h, scale_log2,
     o_r: gl.constexpr, W: gl.constexpr, HAS_PREV: gl.constexpr, FINAL: gl.constexpr, TOEPLITZ: gl.constexpr,
     COLUMNS: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -80,17 +139,23 @@ def _consumer(
     q = q_smem.index(W).reshape([HALF, HEAD_DIM])
     done = 0
     number = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head, i, steps, own, row, _, words, whole, position = query_item(
-            item, n_rows, heads, a, b, c, d, e, n, m, TOEPLITZ, COLUMNS, SIZE
+    turn = 0
+    item = taken(turn, numbers, number_full, number_empty)
+    while item < items:
+        batch, head, bh, i = block_of(item, n_rows, heads)
+        column_steps, column_row, bits, whole, position = column_part(
+            columns, words, row_blocks, before, upto, bh, i, n_rows, capacity, words_row, COLUMNS, SIZE
         )
+        tile_steps, _, _, own = tile_part(
+            entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ
+        )
+        steps = column_steps + tile_steps
         if steps > 0 or FINAL or not HAS_PREV:
             first_row = i * SIZE + W * HALF
             at = batch.to(gl.int64) * o_b + head.to(gl.int64) * o_h + first_row.to(gl.int64) * o_r
             lane = gl.arange(0, HALF, layout=O_ROW)
             offsets = lane[:, None] * o_r + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_MMA))[None, :]
-            lse_ptrs = lse_ptr + (batch * heads + head).to(gl.int64) * n_rows * SIZE + first_row
-            lse_ptrs += gl.arange(0, HALF, layout=S_ROW)
+            lse_ptrs = lse_ptr + bh * n_rows * SIZE + first_row + gl.arange(0, HALF, layout=S_ROW)
             if HAS_PREV:
                 acc = gl.load(prev_ptr + at + offsets)
                 top = gl.load(lse_ptrs) * LOG2E
@@ -107,39 +172,33 @@ def _consumer(
                 k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
                 s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)
                 mbarrier.arrive(k_empty.index(stage), count=1)
-                if COLUMNS:
-                    word = hidden_word(words, 0, steps, SIZE)
-                    s = hide_columns(s, column_bias(word, SIZE), 0, row, whole, position, n, W, SIZE)
-                else:
-                    s = hide_after(s, own, W, SIZE)
+                s = hide_first(
+                    s, own, column_steps, bits, column_row, whole, position, capacity, W, COLUMNS, SIZE
+                )
                 weights, alpha, top, total = softmax_weights(s, top, total, scale_log2, COLUMNS)
                 acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
                 p = gl.convert_layout(weights.to(q_smem.dtype), WEIGHTS)
+                first_tile = 1
                 if COLUMNS:
-                    word = hidden_word(words, 1, steps, SIZE)
-                for t in range(1, steps):
-                    before = done % STAGES
-                    before_phase = (done // STAGES) & 1
-                    done += 1
-                    stage = done % STAGES
-                    k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
-                    v = v_smem.index(before).reshape([SIZE, HEAD_DIM])
-                    mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-                    s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-                    mbarrier.wait(v_full.index(before), before_phase)
-                    acc_token = warpgroup_mma(p, v, acc, is_async=True)
-                    if COLUMNS:
-                        bias = column_bias(word, SIZE)
-                        word = hidden_word(words, t + 1, steps, SIZE)  # a step ahead of its use
-                    s = warpgroup_mma_wait(1, deps=[s_token])
-                    mbarrier.arrive(k_empty.index(stage), count=1)
-                    if COLUMNS:
-                        s = hide_columns(s, bias, t, row, whole, position, n, W, SIZE)
-                    weights, alpha, top, total = softmax_weights(s, top, total, scale_log2, COLUMNS)
-                    acc, p = warpgroup_mma_wait(0, deps=[acc_token, p])
-                    mbarrier.arrive(v_empty.index(before), count=1)
-                    acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
-                    p = gl.convert_layout(weights.to(q_smem.dtype), WEIGHTS)
+                    word = hidden_word(bits, 1, column_steps, SIZE)
+                    for t in range(1, column_steps):
+                        this, word = (
+                            word,
+                            hidden_word(bits, t + 1, column_steps, SIZE),
+                        )  # a step ahead of its use
+                        acc, p, top, total, done = _step(
+                            acc, p, top, total, done, this, column_row, whole, position, t, column_steps, capacity,
+                            own, scale_log2, q, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                            W, True, False, SIZE, HEAD_DIM, STAGES, O_ROW, WEIGHTS,
+                        )  # fmt: skip
+                    first_tile = gl.where(column_steps > 0, 0, 1)
+                for t in range(first_tile, tile_steps):
+                    acc, p, top, total, done = _step(
+                        acc, p, top, total, done, bits, column_row, whole, position, t, tile_steps, capacity,
+                        gl.where(t == 0, own, 0), scale_log2,
+                        q, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                        W, False, COLUMNS, SIZE, HEAD_DIM, STAGES, O_ROW, WEIGHTS,
+                    )  # fmt: skip
                 last = done % STAGES
                 mbarrier.wait(v_full.index(last), (done // STAGES) & 1)
                 acc = warpgroup_mma(p, v_smem.index(last).reshape([SIZE, HEAD_DIM]), acc)
@@ -160,19 +219,26 @@ def _consumer(
                 mbarrier.arrive(q_empty.index(0), count=1)
                 gl.store(out_ptr + at + offsets, acc)
             number += 1
+        turn += 1
+        item = taken(turn, numbers, number_full, number_empty)
 
 
-@gluon.jit(do_not_specialize=["items", "n_rows", "heads", "n", "m"])
+@gluon.jit(do_not_specialize=["items", "n_rows", "heads", "n_cols", "diagonal", "capacity", "words_row"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, prev_ptr, out_ptr, lse_ptr, a, b, c, d, e, o_b, o_r: gl.constexpr, o_h,
-    scale, items, n_rows, heads, n, m,
-    HAS_PREV: gl.constexpr, FINAL: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr,
-    SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, ck_desc, cv_desc, out_desc, prev_ptr, out_ptr, lse_ptr, counter,
+    entries, bounds, row_blocks, col_blocks, columns, words, before, upto, o_b, o_r: gl.constexpr, o_h,
+    scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row,
+    HAS_PREV: gl.constexpr, FINAL: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr,
+    GROUP: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Every block of queries over its slash tiles or, COLUMNS, over compact keys and values; see ``query_item``."""
+    """Every block of queries over its columns, if there are any (COLUMNS), and its slash tiles.
+
+    counter: int32 (1,), 0; lists as in ``tile_part`` and ``column_part``.
+    """
     q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, HEAD_DIM], q_desc.layout)
     q_full, q_empty = barriers(1, 1), barriers(1, 2)
     k, v, k_full, k_empty, v_full, v_empty = key_buffers(k_desc, v_desc, SIZE, HEAD_DIM, STAGES)
+    numbers, number_full, number_empty = desk()
     fence_async_shared()
     scale_log2 = scale * LOG2E
     gl.warp_specialize(
@@ -180,25 +246,28 @@ def forward_kernel(
             (
                 _consumer,
                 (
-                    q, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, out_desc, prev_ptr, out_ptr, lse_ptr,
-                    items, n_rows, heads, a, b, c, d, e, n, m, o_b, o_h, scale_log2,
+                    q, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty,
+                    out_desc, prev_ptr, out_ptr, lse_ptr, items, n_rows, heads, entries, bounds, row_blocks, col_blocks,
+                    n_cols, diagonal, columns, words, before, upto, capacity, words_row, o_b, o_h, scale_log2,
                     o_r, 0, HAS_PREV, FINAL, TOEPLITZ, COLUMNS, SIZE, HEAD_DIM, STAGES,
                 ),
             ),
             (
                 _consumer,
                 (
-                    q, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, out_desc, prev_ptr, out_ptr, lse_ptr,
-                    items, n_rows, heads, a, b, c, d, e, n, m, o_b, o_h, scale_log2,
+                    q, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty,
+                    out_desc, prev_ptr, out_ptr, lse_ptr, items, n_rows, heads, entries, bounds, row_blocks, col_blocks,
+                    n_cols, diagonal, columns, words, before, upto, capacity, words_row, o_b, o_h, scale_log2,
                     o_r, 1, HAS_PREV, FINAL, TOEPLITZ, COLUMNS, SIZE, HEAD_DIM, STAGES,
                 ),
             ),
             (
                 _producer,
                 (
-                    q_desc, k_desc, v_desc, q, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty,
-                    items, n_rows, heads, a, b, c, d, e, n, m,
-                    HAS_PREV and not FINAL, TOEPLITZ, COLUMNS, GROUP, SIZE, STAGES,
+                    q_desc, k_desc, v_desc, ck_desc, cv_desc, q, q_full, q_empty, k, v,
+                    k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty, counter, items, n_rows, heads,
+                    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity,
+                    words_row, HAS_PREV and not FINAL, TOEPLITZ, COLUMNS, GROUP, SIZE, STAGES,
                 ),
             ),
         ],

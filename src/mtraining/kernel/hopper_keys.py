@@ -301,12 +301,12 @@ def key_tiles_kernel(
 @gluon.jit(do_not_specialize=["batches", "heads", "n_rows", "capacity", "num_blocks", "words_row", "splits"])
 def key_columns_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dk_ptr, dv_ptr, columns_ptr, words_ptr, q_blocks, first_slot,
-    dk_b, dk_r: gl.constexpr, dk_h, scale, batches, heads, n_rows, capacity, num_blocks, words_row, splits,
+    first_seen, dk_b, dk_r: gl.constexpr, dk_h, scale, batches, heads, n_rows, capacity, num_blocks, words_row, splits,
     SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of columns over one of ``splits`` equal shares of the queries that see it.
 
-    ``first_slot`` (num_blocks + 1,): the first local query block whose global number is at least the given one.
+    ``first_slot``, ``first_seen``: see ``triton_hidden.ColumnTables``.
     dk and dv are (splits, batch, capacity, heads, head_dim): the caller sums over the first axis.
     """
     pid = gl.program_id(0)
@@ -320,9 +320,11 @@ def key_columns_kernel(
     columns = columns_ptr + bh.to(gl.int64) * capacity + tile * SIZE
     present = capacity - tile * SIZE
     # Columns are sorted, and the padding (num_blocks * SIZE) comes last.
-    earliest = gl.load(columns)
     latest = gl.minimum(gl.load(columns + gl.minimum(present, SIZE) - 1), num_blocks * SIZE - 1)
-    lo = gl.load(first_slot + earliest // SIZE)
+    seen = first_seen + bh.to(gl.int64) * words_row + tile * (SIZE // 32)
+    lo = gl.load(seen)
+    for w in gl.static_range(1, SIZE // 32):
+        lo = gl.minimum(lo, gl.load(seen + w))
     masked_to = gl.load(first_slot + latest // SIZE + 1)
     share = gl.cdiv(n_rows - lo, splits)
     begin = lo + split * share

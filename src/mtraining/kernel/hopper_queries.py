@@ -1,4 +1,4 @@
-"""Query-major gradients on Hopper: dQ of slash tiles and of columns (``hopper_common``; ``hopper_keys`` has dK and dV).
+"""Query-major gradients on Hopper: dQ of columns and slash tiles (``hopper_common``; ``hopper_keys`` has dK and dV).
 
 No atomics, every sum in a fixed order. Within a step nothing but dP runs under the exponentials; the next tile's
 scores are multiplied beside this tile's gradients, and all products end before the step does: products in
@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -19,45 +20,67 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mtraining.kernel.hopper_common import (
     LOG2E,
     barriers,
+    block_of,
+    claim,
     column_bias,
+    column_part,
+    desk,
     fetch_halves,
-    fetch_keys,
+    fetch_step,
+    hand_over,
     hidden_word,
     hide_after,
     hide_columns,
+    hide_first,
     key_buffers,
     product_layout,
-    query_item,
-    visited_keys,
+    taken,
+    tile_part,
 )
 
 
 @gluon.jit
 def _producer(
-    q_desc, do_desc, k_desc, v_desc, q, do, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty,
-    items, n_rows, heads, a, b, c, d, e, n, m,
-    IN_PLACE: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr,
-    STAGES: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc, q, do, q_full, q_empty,
+    k, v, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty, counter, items, n_rows, heads,
+    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity, words_row,
+    IN_PLACE: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr,
+    SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     done = 0
     number = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head, i, steps, _, row, origin, _, _, _ = query_item(
-            item, n_rows, heads, a, b, c, d, e, n, m, TOEPLITZ, COLUMNS, SIZE
+    turn = 0
+    item = gl.program_id(0)
+    hand_over(item, turn, numbers, number_full, number_empty)
+    while item < items:
+        batch, head, bh, i = block_of(item, n_rows, heads)
+        column_steps, _, _, _, _ = column_part(
+            columns, words, row_blocks, before, upto, bh, i, n_rows, capacity, words_row, COLUMNS, SIZE
         )
+        tile_steps, row, origin, _ = tile_part(
+            entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ
+        )
+        steps = column_steps + tile_steps
+        following = item
         if steps > 0 or not IN_PLACE:
             mbarrier.wait(q_empty.index(0), (number & 1) ^ 1)
             mbarrier.expect(q_full.index(0), 4 * q_desc.block_type.nbytes)
             fetch_halves(q_desc, batch, i * SIZE, head, q_full.index(0), q, SIZE // 2)
             fetch_halves(do_desc, batch, i * SIZE, head, q_full.index(0), do, SIZE // 2)
             for t in range(0, steps):
-                start = visited_keys(t, row, origin, TOEPLITZ, COLUMNS, SIZE)
-                fetch_keys(
-                    done + t, start, batch, head // GROUP, k_desc, v_desc, k, v, k_full, k_empty, v_full, v_empty,
-                    STAGES,
+                fetch_step(
+                    t, done, batch, head, column_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
+                    k, v, k_full, k_empty, v_full, v_empty, COLUMNS, TOEPLITZ, GROUP, SIZE, STAGES,
                 )  # fmt: skip
+                if t == 1:  # while the groups have something to do
+                    following = claim(counter)
             done += steps
             number += 1
+        if following == item:
+            following = claim(counter)
+        item = following
+        turn += 1
+        hand_over(item, turn, numbers, number_full, number_empty)
 
 
 @gluon.jit
@@ -85,31 +108,71 @@ def _score_gradient(
 
 
 @gluon.jit
-def _consumer(
-    q_smem, do_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, dq_ptr, lse_ptr, delta_ptr,
-    items, n_rows, heads, a, b, c, d, e, n, m, dq_b, dq_h, scale,
-    dq_r: gl.constexpr, W: gl.constexpr, ADD: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr,
-    SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+def _step(
+    s, dq, done, bits, columns, whole, position, t, capacity, own, lse2, delta, scale_log2,
+    q, do, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+    W: gl.constexpr, COLUMN: gl.constexpr, OWN: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
-    """dq of 64 queries of each block, added to what is there if ADD."""
+    """Gradients of a tile, and the scores of the next: a COLUMN tile, number ``t``, or a slash tile, which is OWN if it
+    may be the one on the causal diagonal. ``bits`` is the :func:`hidden_word` of the next tile."""
+    stage = done % STAGES
+    v = v_smem.index(stage).reshape([SIZE, HEAD_DIM])
+    ds = _score_gradient(
+        s, do, v, v_full.index(stage), v_empty.index(stage), (done // STAGES) & 1, zero, lse2, delta,
+        scale_log2, q.dtype, OPERAND,
+    )  # fmt: skip
+    done += 1
+    after = done % STAGES
+    mbarrier.wait(k_full.index(after), (done // STAGES) & 1)
+    k = k_smem.index(after).reshape([SIZE, HEAD_DIM])
+    s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
+    dq_token = warpgroup_mma(ds, k, dq, is_async=True)
+    if COLUMN:
+        bias = column_bias(bits, SIZE)
+    s, dq, ds = warpgroup_mma_wait(0, deps=[s_token, dq_token, ds])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    if COLUMN:
+        s = hide_columns(s, bias, t, columns, whole, position, capacity, W, SIZE)
+    if OWN:
+        s = hide_after(s, own, W, SIZE)
+    return s, dq, done
+
+
+@gluon.jit
+def _consumer(
+    q_smem, do_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+    numbers, number_full, number_empty, dq_desc, prev_ptr, dq_ptr, lse_ptr, delta_ptr, items, n_rows, heads,
+    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity, words_row,
+    dq_b, dq_h, scale,
+    dq_r: gl.constexpr, W: gl.constexpr, HAS_PREV: gl.constexpr, FINAL: gl.constexpr, TOEPLITZ: gl.constexpr,
+    COLUMNS: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dq of 64 queries of each block, added to the previous one if HAS_PREV."""
     HALF: gl.constexpr = SIZE // 2
     S_MMA: gl.constexpr = product_layout(SIZE)
     O_MMA: gl.constexpr = product_layout(HEAD_DIM)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, O_MMA, 2)
-    dtype: gl.constexpr = q_smem.dtype
     q = q_smem.index(W).reshape([HALF, HEAD_DIM])
     do = do_smem.index(W).reshape([HALF, HEAD_DIM])
     scale_log2 = scale * LOG2E
     done = 0
     number = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head, i, steps, own, row, _, words, whole, position = query_item(
-            item, n_rows, heads, a, b, c, d, e, n, m, TOEPLITZ, COLUMNS, SIZE
+    turn = 0
+    item = taken(turn, numbers, number_full, number_empty)
+    while item < items:
+        batch, head, bh, i = block_of(item, n_rows, heads)
+        column_steps, column_row, bits, whole, position = column_part(
+            columns, words, row_blocks, before, upto, bh, i, n_rows, capacity, words_row, COLUMNS, SIZE
         )
-        if steps > 0 or not ADD:
+        tile_steps, _, _, own = tile_part(
+            entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ
+        )
+        steps = column_steps + tile_steps
+        if steps > 0 or FINAL or not HAS_PREV:
             first_row = i * SIZE + W * HALF
-            stat = (batch * heads + head).to(gl.int64) * n_rows * SIZE + first_row
-            stat += gl.arange(0, HALF, layout=gl.SliceLayout(1, S_MMA))
+            stat = bh * n_rows * SIZE + first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, S_MMA))
             lse2 = gl.load(lse_ptr + stat)
             delta = gl.load(delta_ptr + stat)
             zero = gl.zeros([HALF, SIZE], gl.float32, S_MMA)
@@ -120,95 +183,113 @@ def _consumer(
                 mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
                 k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
                 s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)
+                s = hide_first(
+                    s, own, column_steps, bits, column_row, whole, position, capacity, W, COLUMNS, SIZE
+                )
+                first_tile = 1
                 if COLUMNS:
-                    word = hidden_word(words, 0, steps, SIZE)
-                    s = hide_columns(s, column_bias(word, SIZE), 0, row, whole, position, n, W, SIZE)
-                    word = hidden_word(words, 1, steps, SIZE)
-                else:
-                    s = hide_after(s, own, W, SIZE)
-                for t in range(1, steps):
-                    stage = done % STAGES
-                    v = v_smem.index(stage).reshape([SIZE, HEAD_DIM])
-                    ds = _score_gradient(
-                        s, do, v, v_full.index(stage), v_empty.index(stage), (done // STAGES) & 1, zero, lse2, delta,
-                        scale_log2, dtype, OPERAND,
+                    word = hidden_word(bits, 1, column_steps, SIZE)
+                    for t in range(1, column_steps):
+                        this, word = (
+                            word,
+                            hidden_word(bits, t + 1, column_steps, SIZE),
+                        )  # a step ahead of its use
+                        s, dq, done = _step(
+                            s, dq, done, this, column_row, whole, position, t, capacity, own, lse2, delta, scale_log2,
+                            q, do, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                            W, True, False, SIZE, HEAD_DIM, STAGES, OPERAND,
+                        )  # fmt: skip
+                    first_tile = gl.where(column_steps > 0, 0, 1)
+                for t in range(first_tile, tile_steps):
+                    s, dq, done = _step(
+                        s, dq, done, bits, column_row, whole, position, t, capacity, gl.where(t == 0, own, 0),
+                        lse2, delta, scale_log2, q, do, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                        W, False, COLUMNS, SIZE, HEAD_DIM, STAGES, OPERAND,
                     )  # fmt: skip
-                    done += 1
-                    after = done % STAGES
-                    mbarrier.wait(k_full.index(after), (done // STAGES) & 1)
-                    k = k_smem.index(after).reshape([SIZE, HEAD_DIM])
-                    s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-                    k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
-                    dq_token = warpgroup_mma(ds, k, dq, is_async=True)
-                    if COLUMNS:
-                        bias = column_bias(word, SIZE)
-                        word = hidden_word(words, t + 1, steps, SIZE)  # a step ahead of its use
-                    s, dq, ds = warpgroup_mma_wait(0, deps=[s_token, dq_token, ds])
-                    mbarrier.arrive(k_empty.index(stage), count=1)
-                    if COLUMNS:
-                        s = hide_columns(s, bias, t, row, whole, position, n, W, SIZE)
                 stage = done % STAGES
                 v = v_smem.index(stage).reshape([SIZE, HEAD_DIM])
                 ds = _score_gradient(
                     s, do, v, v_full.index(stage), v_empty.index(stage), (done // STAGES) & 1, zero, lse2, delta,
-                    scale_log2, dtype, OPERAND,
+                    scale_log2, q_smem.dtype, OPERAND,
                 )  # fmt: skip
-                mbarrier.arrive(q_empty.index(0), count=1)  # the next block's may come while this one ends
+                if not FINAL:
+                    mbarrier.arrive(
+                        q_empty.index(0), count=1
+                    )  # the next block's may come while this one ends
                 dq = warpgroup_mma(ds, k_smem.index(stage).reshape([SIZE, HEAD_DIM]), dq)
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 done += 1
             else:
-                mbarrier.arrive(q_empty.index(0), count=1)
+                if not FINAL:
+                    mbarrier.arrive(q_empty.index(0), count=1)
             at = batch.to(gl.int64) * dq_b + head.to(gl.int64) * dq_h + first_row.to(gl.int64) * dq_r
             lane = gl.arange(0, HALF, layout=gl.SliceLayout(1, O_MMA))
             lanes = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_MMA))
-            ptrs = dq_ptr + at + lane[:, None] * dq_r + lanes[None, :]
+            offsets = lane[:, None] * dq_r + lanes[None, :]
             dq = dq * scale
-            if ADD:
-                dq += gl.load(ptrs)
-            gl.store(ptrs, dq)
+            if HAS_PREV:
+                dq += gl.load(prev_ptr + at + offsets)
+            if FINAL:  # 2-byte elements leave in whole lines, through the room of the queries
+                q.store(dq.to(q_smem.dtype))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(dq_desc, [batch, first_row, head, 0], q_smem.index(W))
+                tma.store_wait(0)
+                mbarrier.arrive(q_empty.index(0), count=1)
+            else:
+                gl.store(dq_ptr + at + offsets, dq)
             number += 1
+        turn += 1
+        item = taken(turn, numbers, number_full, number_empty)
 
 
-@gluon.jit(do_not_specialize=["items", "n_rows", "heads", "n", "m"])
+@gluon.jit(do_not_specialize=["items", "n_rows", "heads", "n_cols", "diagonal", "capacity", "words_row"])
 def query_gradient_kernel(
-    q_desc, do_desc, k_desc, v_desc, dq_ptr, lse_ptr, delta_ptr, a, b, c, d, e, dq_b, dq_r: gl.constexpr, dq_h,
-    scale, items, n_rows, heads, n, m,
-    ADD: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr,
-    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc, dq_desc, prev_ptr, dq_ptr, lse_ptr, delta_ptr, counter,
+    entries, bounds, row_blocks, col_blocks, columns, words, before, upto, dq_b, dq_r: gl.constexpr, dq_h,
+    scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row,
+    HAS_PREV: gl.constexpr, FINAL: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr,
+    GROUP: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dq of every block of queries over its slash tiles or, COLUMNS, over compact keys and values (``query_item``).
+    """dq of every block of queries over its columns, if there are any (COLUMNS), and its slash tiles.
 
-    lse in units of log2, 0 for rows that see nothing.
+    counter: int32 (1,), 0; lists as in ``tile_part`` and ``column_part``; lse in units of log2, 0 for rows that see
+    nothing.
     """
     q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, HEAD_DIM], q_desc.layout)
     do = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, HEAD_DIM], q_desc.layout)
     q_full, q_empty = barriers(1, 1), barriers(1, 2)
     k, v, k_full, k_empty, v_full, v_empty = key_buffers(k_desc, v_desc, SIZE, HEAD_DIM, STAGES)
+    numbers, number_full, number_empty = desk()
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 _consumer,
                 (
-                    q, do, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, dq_ptr, lse_ptr, delta_ptr,
-                    items, n_rows, heads, a, b, c, d, e, n, m, dq_b, dq_h, scale,
-                    dq_r, 0, ADD, TOEPLITZ, COLUMNS, SIZE, HEAD_DIM, STAGES,
+                    q, do, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty,
+                    dq_desc, prev_ptr, dq_ptr, lse_ptr, delta_ptr, items, n_rows, heads,
+                    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity,
+                    words_row, dq_b, dq_h, scale,
+                    dq_r, 0, HAS_PREV, FINAL, TOEPLITZ, COLUMNS, SIZE, HEAD_DIM, STAGES,
                 ),
             ),
             (
                 _consumer,
                 (
-                    q, do, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, dq_ptr, lse_ptr, delta_ptr,
-                    items, n_rows, heads, a, b, c, d, e, n, m, dq_b, dq_h, scale,
-                    dq_r, 1, ADD, TOEPLITZ, COLUMNS, SIZE, HEAD_DIM, STAGES,
+                    q, do, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty,
+                    dq_desc, prev_ptr, dq_ptr, lse_ptr, delta_ptr, items, n_rows, heads,
+                    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity,
+                    words_row, dq_b, dq_h, scale,
+                    dq_r, 1, HAS_PREV, FINAL, TOEPLITZ, COLUMNS, SIZE, HEAD_DIM, STAGES,
                 ),
             ),
             (
                 _producer,
                 (
-                    q_desc, do_desc, k_desc, v_desc, q, do, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty,
-                    items, n_rows, heads, a, b, c, d, e, n, m, ADD, TOEPLITZ, COLUMNS, GROUP, SIZE, STAGES,
+                    q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc, q, do, q_full, q_empty, k, v,
+                    k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty, counter, items, n_rows, heads,
+                    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity,
+                    words_row, HAS_PREV and not FINAL, TOEPLITZ, COLUMNS, GROUP, SIZE, STAGES,
                 ),
             ),
         ],

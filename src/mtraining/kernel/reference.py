@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mtraining.kernel.backend import Columns
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.reference_estimate import ReferenceEstimation
@@ -85,8 +86,10 @@ class ReferenceBackend(ReferenceEstimation):
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
+        out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if columns is not None:
+            out, lse = _columns_forward(q, *columns, index, placement.q_blocks, scale, out, lse)
         size = index.block_size
         qh, kh, vh = _Heads(q, size), _Heads(k, size), _Heads(v, size)
         new_out, new_lse = _empty_result(q)
@@ -95,12 +98,13 @@ class ReferenceBackend(ReferenceEstimation):
             keys, values = kh.blocks[b, hk, js].flatten(0, 1), vh.blocks[b, hk, js].flatten(0, 1)
             scores = _causal(qh.blocks[b, h, i] @ keys.T * scale, own, size)
             oh.blocks[b, h, i], lse_blocks[b, h, i] = _softmax_times(scores, values)
-        return _merged(oh.to_rows(), new_lse, out, lse, q.dtype if final else None)
+        out, lse = _merged(oh.to_rows(), new_lse, out, lse)
+        return out.to(q.dtype) if final else out, lse
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         size = index.block_size
         qh, kh, vh, doh = (_Heads(x, size) for x in (q, k, v, dout))
         dqh, dkh, dvh = (_Heads(torch.zeros_like(x), size) for x in (q, k, v))
@@ -113,51 +117,64 @@ class ReferenceBackend(ReferenceEstimation):
             dqh.blocks[b, h, i] = dscore @ keys * scale
             dkh.blocks[b, hk].index_add_(0, js, (dscore.T @ rows * scale).unflatten(0, (-1, size)))
             dvh.blocks[b, hk].index_add_(0, js, (prob.T @ grad).unflatten(0, (-1, size)))
-        dq.copy_(dqh.to_rows() if fresh else dq + dqh.to_rows())
-        return dkh.to_rows(), dvh.to_rows()
-
-    def columns_forward(
-        self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        size = index.block_size
-        qh, kh, vh = _Heads(q, size), _Heads(ck, 1), _Heads(cv, 1)
-        new_out, new_lse = _empty_result(q)
-        oh, lse_blocks = _Heads(new_out, size), new_lse.unflatten(-1, (-1, size))
-        for b, h, i, prefix, hidden in _column_rows(index, q_blocks):
-            keys, values = kh.flat[b, h, :prefix], vh.flat[b, h, :prefix]
-            scores = (qh.blocks[b, h, i] @ keys.T * scale).masked_fill_(hidden, -torch.inf)
-            oh.blocks[b, h, i], lse_blocks[b, h, i] = _softmax_times(scores, values)
-        return _merged(oh.to_rows(), new_lse, out, lse, q.dtype if final else None)
+        total = dqh.to_rows() if dq is None else dq + dqh.to_rows()
+        if columns is not None:
+            dqh = _Heads(torch.zeros_like(q), size)
+            for b, h, i, _, keys, _, _, _, dscore in _column_gradients(
+                dout, q, *columns, lse, delta, index, placement.q_blocks, scale
+            ):
+                dqh.blocks[b, h, i] = dscore @ keys
+            total = total + dqh.to_rows()
+        return total.to(q.dtype) if final else total, dkh.to_rows(), dvh.to_rows()
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        q_blocks: Tensor, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        size = index.block_size
-        qh, doh, dqh = _Heads(q, size), _Heads(dout, size), _Heads(torch.zeros_like(q), size)
-        kh, vh = _Heads(ck, 1), _Heads(cv, 1)
+        q_blocks: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
         dkh, dvh = _Heads(torch.zeros_like(ck), 1), _Heads(torch.zeros_like(cv), 1)
-        lse_blocks, delta_blocks = lse.unflatten(-1, (-1, size)), delta.unflatten(-1, (-1, size))
-        for b, h, i, prefix, hidden in _column_rows(index, q_blocks):
-            keys, values = kh.flat[b, h, :prefix], vh.flat[b, h, :prefix]
-            rows, grad = qh.blocks[b, h, i], doh.blocks[b, h, i]
-            scores = (rows @ keys.T * scale).masked_fill_(hidden, -torch.inf)
-            prob, dscore = _softmax_gradient(scores, lse_blocks[b, h, i], delta_blocks[b, h, i], grad, values)
-            dqh.blocks[b, h, i] = dscore @ keys * scale
-            dkh.flat[b, h, :prefix] += dscore.T @ rows * scale
+        for b, h, _, prefix, _, rows, grad, prob, dscore in _column_gradients(
+            dout, q, ck, cv, lse, delta, index, q_blocks, scale
+        ):
+            dkh.flat[b, h, :prefix] += dscore.T @ rows
             dvh.flat[b, h, :prefix] += prob.T @ grad
-        dq.copy_(dqh.to_rows() if fresh else dq + dqh.to_rows())
-        return dkh.to_rows(), dvh.to_rows()
+        return torch.stack((dkh.to_rows(), dvh.to_rows()))
+
+
+def _columns_forward(
+    q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
+    out: Tensor | None, lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    size = index.block_size
+    qh, kh, vh = _Heads(q, size), _Heads(ck, 1), _Heads(cv, 1)
+    new_out, new_lse = _empty_result(q)
+    oh, lse_blocks = _Heads(new_out, size), new_lse.unflatten(-1, (-1, size))
+    for b, h, i, prefix, hidden in _column_rows(index, q_blocks):
+        keys, values = kh.flat[b, h, :prefix], vh.flat[b, h, :prefix]
+        scores = (qh.blocks[b, h, i] @ keys.T * scale).masked_fill_(hidden, -torch.inf)
+        oh.blocks[b, h, i], lse_blocks[b, h, i] = _softmax_times(scores, values)
+    return _merged(oh.to_rows(), new_lse, out, lse)
+
+
+def _column_gradients(
+    dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
+    q_blocks: Tensor, scale: float,
+) -> Iterator[tuple[int, int, int, int, Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Yield (batch, head, query block, columns it can see, their keys, queries, dout, weights, score gradients)."""
+    size = index.block_size
+    qh, doh, kh, vh = _Heads(q, size), _Heads(dout, size), _Heads(ck, 1), _Heads(cv, 1)
+    lse_blocks, delta_blocks = lse.unflatten(-1, (-1, size)), delta.unflatten(-1, (-1, size))
+    for b, h, i, prefix, hidden in _column_rows(index, q_blocks):
+        keys, values = kh.flat[b, h, :prefix], vh.flat[b, h, :prefix]
+        rows, grad = qh.blocks[b, h, i], doh.blocks[b, h, i]
+        scores = (rows @ keys.T * scale).masked_fill_(hidden, -torch.inf)
+        prob, dscore = _softmax_gradient(scores, lse_blocks[b, h, i], delta_blocks[b, h, i], grad, values)
+        yield b, h, i, prefix, keys, rows, grad, prob, dscore * scale
 
 
 def _merged(
-    new_out: Tensor, new_lse: Tensor, out: Tensor | None, lse: Tensor | None, dtype: torch.dtype | None
+    new_out: Tensor, new_lse: Tensor, out: Tensor | None, lse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``dtype``: of a final result; None leaves the accumulation dtype."""
-    if out is not None and lse is not None:
-        new_out, new_lse = merge(out, lse, new_out, new_lse)
-    return new_out if dtype is None else new_out.to(dtype), new_lse
+    return (new_out, new_lse) if out is None or lse is None else merge(out, lse, new_out, new_lse)
 
 
 def _causal(scores: Tensor, own: int, size: int) -> Tensor:

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtraining.errors import UserError
 from mtraining.kernel import triton_columns, triton_tiles
+from mtraining.kernel.backend import Columns
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton_config import choose_tiles, interpreted, padded
@@ -62,10 +63,12 @@ class TritonBackend(TritonEstimation):
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
+        out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         q, k, v = _lined_up(q), _lined_up(k), _lined_up(v)
         check_call(index, scale)
+        if columns is not None:
+            out, lse = self._columns_forward(q, *columns, index, placement.q_blocks, scale, out, lse)
         batch, _, heads, dim = q.shape
         kv_heads, group = k.shape[2], heads // k.shape[2]
         tiles = choose_tiles("tiles_forward", q, index.block_size)
@@ -87,8 +90,8 @@ class TritonBackend(TritonEstimation):
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         dout, q, k, v = _lined_up(dout), _lined_up(q), _lined_up(k), _lined_up(v)
         lse, delta = lse.contiguous(), delta.contiguous()
         check_call(index, scale)
@@ -102,14 +105,16 @@ class TritonBackend(TritonEstimation):
         tiles = choose_tiles("tiles_dq", q, size)
         lists = tile_lists(index, placement, key_major=False)
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
-        with Gradient(dq) as into:
-            triton_tiles.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
-                dout, q, k, v, lse, delta, into, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
-                *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *into.stride()[:3],
-                scale, kv_heads, rows, cols, lists.diagonal,
-                ADD=not fresh, TOEPLITZ=lists.toeplitz, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-                num_warps=tiles.warps, num_stages=tiles.stages, **shared,
-            )  # fmt: skip
+        total, adding = gradient(q, dq)
+        triton_tiles.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
+            dout, q, k, v, lse, delta, total, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
+            *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *total.stride()[:3],
+            scale, kv_heads, rows, cols, lists.diagonal,
+            ADD=adding, TOEPLITZ=lists.toeplitz, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            num_warps=tiles.warps, num_stages=tiles.stages, **shared,
+        )  # fmt: skip
+        if columns is not None:
+            self._columns_dq(dout, q, *columns, lse, delta, index, placement.q_blocks, scale, total)
 
         tiles = choose_tiles("tiles_dkdv", q, size)
         if not lists.toeplitz:
@@ -129,14 +134,13 @@ class TritonBackend(TritonEstimation):
             TOEPLITZ=lists.toeplitz, SPLITS=splits, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             num_warps=tiles.warps, num_stages=tiles.stages, **shared,
         )  # fmt: skip
-        return summed(dk, splits), summed(dv, splits)
+        return total.to(q.dtype) if final else total, summed(dk, splits), summed(dv, splits)
 
-    def columns_forward(
+    def _columns_forward(
         self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
+        out: Tensor | None, lse: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         q, ck, cv = _lined_up(q), _lined_up(ck), _lined_up(cv)
-        check_call(index, scale)
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
         tiles = choose_tiles("columns_forward", q, size)
@@ -150,53 +154,54 @@ class TritonBackend(TritonEstimation):
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        return new_out.to(q.dtype) if final else new_out, new_lse
+        return new_out, new_lse
+
+    def _columns_dq(
+        self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
+        q_blocks: Tensor, scale: float, dq: Tensor,
+    ) -> None:  # fmt: skip
+        """Add the columns' share to ``dq`` in place."""
+        dout, q, ck, cv = _lined_up(dout), _lined_up(q), _lined_up(ck), _lined_up(cv)
+        lse, delta = lse.contiguous(), delta.contiguous()
+        batch, _, heads, dim = q.shape
+        rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
+        tables = column_tables(index, q_blocks)
+        tiles = choose_tiles("columns_dq", q, size)
+        triton_columns.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
+            dout, q, ck, cv, lse, delta, dq, tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto,
+            *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *dq.stride()[:3],
+            scale, heads, rows, capacity, index.num_blocks, tables.words.shape[-1],
+            ADD=True, EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        q_blocks: Tensor, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q_blocks: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
         dout, q, ck, cv = _lined_up(dout), _lined_up(q), _lined_up(ck), _lined_up(cv)
         lse, delta = lse.contiguous(), delta.contiguous()
         check_call(index, scale)
         dout = dout.to(q.dtype)
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
-        if capacity == 0:
-            if fresh:
-                dq.zero_()
-            return torch.zeros_like(ck, dtype=torch.float32), torch.zeros_like(cv, dtype=torch.float32)
         tables = column_tables(index, q_blocks)
-        words_row = tables.words.shape[-1]
-        shared = {"SIZE": size, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "PRECISION": _precision(q)}
-
-        tiles = choose_tiles("columns_dq", q, size)
-        with Gradient(dq) as into:
-            triton_columns.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
-                dout, q, ck, cv, lse, delta, into, tables.columns, tables.words, tables.q_blocks, tables.before,
-                tables.upto,
-                *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *into.stride()[:3],
-                scale, heads, rows, capacity, index.num_blocks, words_row,
-                ADD=not fresh, EVEN=capacity % tiles.block_n == 0, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-                num_warps=tiles.warps, num_stages=tiles.stages, **shared,
-            )  # fmt: skip
-
         tiles = choose_tiles("columns_dkdv", q, size)
         programs = batch * heads * triton.cdiv(capacity, tiles.block_n)
         splits = ways_to_split(programs, rows, q.device)
-        dk, dv = (
-            torch.empty(splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device) for _ in "kv"
-        )
-        every = torch.arange(index.num_blocks + 1, dtype=torch.int32, device=q.device)
-        first_slot = torch.searchsorted(tables.q_blocks, every, out_int32=True)
+        grads = torch.empty(2, splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device)
+        dk, dv = grads
         triton_columns.key_gradient_kernel[(programs * splits,)](
-            dout, q, ck, cv, lse, delta, dk, dv, tables.columns, tables.words, tables.q_blocks, first_slot,
+            dout, q, ck, cv, lse, delta, dk, dv, tables.columns, tables.words, tables.q_blocks,
+            tables.first_slot, tables.first_seen,
             *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *dk.stride()[:3],
-            scale, batch, heads, rows, capacity, index.num_blocks, words_row, splits,
-            EVEN=capacity % tiles.block_n == 0, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            num_warps=tiles.warps, num_stages=tiles.stages, **shared,
+            scale, batch, heads, rows, capacity, index.num_blocks, tables.words.shape[-1], splits,
+            EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        return summed(dk, splits), summed(dv, splits)
+        return summed(grads, splits, axis=1)
 
 
 def _lined_up(x: Tensor) -> Tensor:
@@ -228,18 +233,11 @@ def _partial(q: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor,
     return _lined_up(out), lse.contiguous(), True
 
 
-class Gradient:
-    """A tensor with unit stride along head_dim that stands for ``total``; copied back where it is another."""
-
-    def __init__(self, total: Tensor) -> None:
-        self.total, self.view = total, _lined_up(total)
-
-    def __enter__(self) -> Tensor:
-        return self.view
-
-    def __exit__(self, *_: object) -> None:
-        if self.view is not self.total:
-            self.total.copy_(self.view)
+def gradient(q: Tensor, dq: Tensor | None) -> tuple[Tensor, bool]:
+    """Where a kernel writes dq, fp32 with unit stride along head_dim, and whether it adds to what stands there."""
+    if dq is None:
+        return torch.empty(q.shape, dtype=torch.float32, device=q.device), False
+    return _lined_up(dq), True
 
 
 def ways_to_split(programs: int, most: int, device: torch.device) -> int:
@@ -250,5 +248,6 @@ def ways_to_split(programs: int, most: int, device: torch.device) -> int:
     return max(1, min(most, 16, triton.cdiv(wanted, programs)))
 
 
-def summed(partial: Tensor, splits: int) -> Tensor:
-    return partial if splits == 1 else partial.unflatten(0, (splits, -1)).sum(0)
+def summed(partial: Tensor, splits: int, axis: int = 0) -> Tensor:
+    """The sum over the ``splits`` that ``axis`` begins with."""
+    return partial if splits == 1 else partial.unflatten(axis, (splits, -1)).sum(axis)

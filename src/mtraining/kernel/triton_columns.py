@@ -5,7 +5,7 @@ see within the prefix, whole tokens at a time, is one bit a column: columns insi
 belong to that tile) and columns after the block. The bits are computed once a call (``triton_hidden``) and read as one
 number a tile. What is left is the causal mask inside the block itself, for the last tile or two.
 
-``before`` and ``upto`` (batch, heads, query blocks) count the columns before a block and those it reads.
+``before`` and ``upto`` (batch, heads, query blocks) count the columns before a block and those up to the last it sees.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def query_gradient_kernel(
 @triton.jit(do_not_specialize=["batches", "heads", "rows", "capacity", "num_blocks", "words_row", "splits"])
 def key_gradient_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, columns_ptr, words_ptr, q_blocks, first_slot,
-    do_b, do_r: tl.constexpr, do_h, q_b, q_r: tl.constexpr, q_h, k_b, k_r: tl.constexpr, k_h,
+    first_seen, do_b, do_r: tl.constexpr, do_h, q_b, q_r: tl.constexpr, q_h, k_b, k_r: tl.constexpr, k_h,
     v_b, v_r: tl.constexpr, v_h,
     dk_b, dk_r: tl.constexpr, dk_h,
     scale, batches, heads, rows, capacity, num_blocks, words_row, splits,
@@ -187,7 +187,7 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """dk and dv of one tile of columns over one of ``splits`` equal shares of the queries that see it.
 
-    ``first_slot`` (num_blocks + 1,): the first local query block whose global number is at least the given one.
+    ``first_slot``, ``first_seen``: see ``triton_hidden.ColumnTables``.
     dk and dv are (splits, batch, capacity, heads, head_dim): the caller sums over the first axis.
     """
     pid = tl.program_id(0)
@@ -203,7 +203,9 @@ def key_gradient_kernel(
     columns = columns_ptr + bh * capacity
     at = _load_columns(columns, tile * BLOCK_N, capacity, num_blocks * SIZE, BLOCK_N)
     last = tl.max(tl.where(at < num_blocks * SIZE, at, 0), 0) // SIZE
-    lo = tl.load(first_slot + tl.min(at, 0) // SIZE)
+    lo = tl.min(
+        tl.load(first_seen + bh * words_row + tile * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)), 0
+    )
     masked_to = tl.load(first_slot + last + 1)
     share = tl.cdiv(rows - lo, splits)
     begin = lo + split * share

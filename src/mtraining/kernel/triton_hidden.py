@@ -29,7 +29,10 @@ class ColumnTables:
         words: int32 (batch, q_heads, query blocks, words): bit c % 32 of word c // 32 hides column c.
         q_blocks: int32 (query blocks,).
         before: int32 (batch, q_heads, query blocks), columns before the block's first token.
-        upto: int32, likewise, columns that the block reads; 0 where it reads none.
+        upto: int32, likewise, columns up to the last one that the block may see; 0 where it sees none.
+        first_seen: int32 (batch, q_heads, words), the first local block that may see one of a word's columns; the
+            number of blocks where none does.
+        first_slot: int32 (num_blocks + 1,), the first local block whose global number is at least the given one.
     """
 
     columns: Tensor
@@ -37,6 +40,8 @@ class ColumnTables:
     q_blocks: Tensor
     before: Tensor
     upto: Tensor
+    first_seen: Tensor
+    first_slot: Tensor
 
 
 def column_tables(index: SparseIndex, q_blocks: Tensor) -> ColumnTables:
@@ -46,26 +51,29 @@ def column_tables(index: SparseIndex, q_blocks: Tensor) -> ColumnTables:
     rows, numbers = q_blocks.numel(), q_blocks.int()
     words = triton.cdiv(capacity, _MULTIPLE) * _MULTIPLE // 32
     bits = torch.empty(batch, heads, rows, words, dtype=torch.int32, device=columns.device)
+    upto = torch.zeros(batch, heads, rows, dtype=torch.int32, device=columns.device)
+    first_seen = torch.full((batch, heads, words), rows, dtype=torch.int32, device=columns.device)
     blocks = index.local_blocks(q_blocks)
     _hidden_kernel[(batch * heads, triton.cdiv(words, _WORDS), triton.cdiv(rows, _ROWS))](
         diagonals.view(torch.int8),
         diagonals if blocks is None else blocks,
-        columns, numbers, bits, index.num_blocks, capacity, rows, words, 0 if blocks is None else blocks.shape[-1],
+        columns, numbers, bits, upto, first_seen, index.num_blocks, capacity, rows, words,
+        0 if blocks is None else blocks.shape[-1],
         HAS_BLOCKS=blocks is not None, SIZE=index.block_size, WORDS=_WORDS, ROWS=_ROWS,
     )  # fmt: skip
-    ends = (torch.stack([numbers, numbers + 1]) * index.block_size).flatten()
-    counts = torch.searchsorted(columns, ends.expand(batch, heads, -1).contiguous(), out_int32=True)
-    before, upto = counts.unflatten(-1, (2, -1)).unbind(2)
-    # Where every block computes its own diagonal tile, columns inside the block are that tile's.
-    upto = torch.where(diagonals[..., :1], before, upto)
-    return ColumnTables(columns, bits, numbers, before.contiguous(), upto)
+    starts = (numbers * index.block_size).expand(batch, heads, -1).contiguous()
+    before = torch.searchsorted(columns, starts, out_int32=True)
+    every = torch.arange(index.num_blocks + 1, dtype=torch.int32, device=columns.device)
+    first_slot = torch.searchsorted(numbers, every, out_int32=True)
+    return ColumnTables(columns, bits, numbers, before, upto, first_seen, first_slot)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "capacity", "rows", "words", "row_bytes"])
 def _hidden_kernel(
-    diagonals, blocks, columns, q_blocks, bits, num_blocks, capacity, rows, words, row_bytes,
+    diagonals, blocks, columns, q_blocks, bits, upto, first_seen, num_blocks, capacity, rows, words, row_bytes,
     HAS_BLOCKS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """The largest and the least of many programs' values: in whatever order they come, the result is one."""
     head = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     lane = tl.arange(0, 32)
@@ -73,6 +81,7 @@ def _hidden_kernel(
     column = tl.load(columns + head * capacity + at, mask=at < capacity, other=num_blocks * SIZE)
     key = column // SIZE
     first = tl.program_id(2) * ROWS
+    earliest = tl.zeros([WORDS], tl.int32) + rows
     for i in range(first, tl.minimum(first + ROWS, rows)):
         query = tl.load(q_blocks + i)
         seen = query >= key
@@ -82,3 +91,9 @@ def _hidden_kernel(
             hide |= (tl.load(row + key // 8, mask=seen, other=0).to(tl.int32) >> (key % 8)) & 1
         packed = tl.sum((hide != 0).to(tl.int32) << lane[None, :], 1)
         tl.store(bits + (head * rows + i) * words + word, packed, mask=word < words)
+        some = packed != -1
+        last = tl.max(tl.where(some, word + 1, 0), 0) * 32
+        tl.atomic_max(upto + head * rows + i, tl.minimum(last, capacity), mask=last > 0, sem="relaxed")
+        earliest = tl.where(some, tl.minimum(earliest, i), earliest)
+    there = (word < words) & (earliest < rows)
+    tl.atomic_min(first_seen + head * words + word, earliest, mask=there, sem="relaxed")

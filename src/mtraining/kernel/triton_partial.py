@@ -61,7 +61,7 @@ def block_lists(index: SparseIndex, placement: Placement, key_major: bool) -> Bl
 
 
 def merge_partial(
-    part: Tensor, part_lse: Tensor, out: Tensor | None, lse: Tensor | None
+    part: Tensor, part_lse: Tensor, out: Tensor | None, lse: Tensor | None, *, final: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Merge a partial attention into a previous fp32 one, in place where there is one.
 
@@ -69,21 +69,23 @@ def merge_partial(
         part: (batch, rows, q_heads, head_dim), any dtype; ignored where ``part_lse`` is -inf, whatever stands there.
         part_lse: fp32 (batch, q_heads, rows), contiguous.
         out, lse: the previous result, or None.
+        final: the result is wanted in the dtype of ``part``, which is then written over.
 
     Returns:
-        out fp32 (batch, rows, q_heads, head_dim), lse fp32 (batch, q_heads, rows).
+        out fp32 or final (batch, rows, q_heads, head_dim), lse fp32 (batch, q_heads, rows).
     """
     batch, rows, heads, dim = part.shape
     merging = out is not None and lse is not None
     if out is None or lse is None:
-        out = torch.empty(part.shape, dtype=torch.float32, device=part.device)
+        out = part if final else torch.empty(part.shape, dtype=torch.float32, device=part.device)
         lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=part.device)
     out, lse = (out if out.stride(-1) == 1 else out.contiguous()), lse.contiguous()
+    result = part if final else out
     _merge_kernel[(triton.cdiv(rows, _BLOCK_M) * batch * heads,)](
-        part, part_lse, out, lse, *part.stride()[:3], *out.stride()[:3], rows, heads,
+        part, part_lse, out, lse, result, *part.stride()[:3], *out.stride()[:3], *result.stride()[:3], rows, heads,
         HAS_PREV=merging, HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=_BLOCK_M,
     )  # fmt: skip
-    return out, lse
+    return result, lse
 
 
 @triton.jit(do_not_specialize=["num_blocks", "rows", "cols", "row_bytes"])
@@ -130,7 +132,7 @@ def _block_lists_kernel(
 
 @triton.jit(do_not_specialize=["rows", "heads"])
 def _merge_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, p_b, p_r, p_h, o_b, o_r, o_h, rows, heads,
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, to_ptr, p_b, p_r, p_h, o_b, o_r, o_h, t_b, t_r, t_h, rows, heads,
     HAS_PREV: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program for a few rows of a head; heads side by side read whole lines."""
@@ -162,5 +164,8 @@ def _merge_kernel(
         divisor = tl.where(total == 0.0, 1.0, total)
         out = out * (weight / divisor)[:, None] + old * (old_weight / divisor)[:, None]
         lse = tl.where(total == 0.0, float("-inf"), safe + tl.log(divisor))
-    store_tile_rows(at_out, out_offsets, out, left, HEAD_DIM, BLOCK_D)
+    to = to_ptr + batch * t_b + head * t_h + first * t_r
+    store_tile_rows(
+        to, tile_offsets(t_r, BLOCK_M, BLOCK_D), out.to(to_ptr.dtype.element_ty), left, HEAD_DIM, BLOCK_D
+    )
     tl.store(lse_ptr + at_lse, lse, mask=lane < left)

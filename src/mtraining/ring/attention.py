@@ -133,7 +133,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, in their dtypes."""
     dq, dk, dv = _ring_backward(dout, q, k, v, out, lse, call)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 @timed_pass("forward")
@@ -144,13 +144,12 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, 
     lse: Tensor | None = None
     columns = _start_columns(k, v, call)  # ahead of the first transfer, for they are needed first
     for number, (step, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring)):
-        if out is None and columns is not None:  # computed under the first transfer
-            ck, cv = columns.wait()
-            out, lse = backend.columns_forward(q, ck, cv, index, plan.q_blocks, call.scale, out, lse)
-        final = number + 1 == plan.ring.world
+        # The columns belong to the step under whose keys the first transfer hides.
+        compact = None if number or columns is None else _pair(columns.wait())
         out, lse = backend.tiles_forward(
-            q, kv[0], kv[1], index, plan.placements[step.source], call.scale, out, lse, final=final
-        )
+            q, kv[0], kv[1], index, plan.placements[step.source], call.scale, out, lse, columns=compact,
+            final=number + 1 == plan.ring.world,
+        )  # fmt: skip
     assert out is not None and lse is not None
     return out, lse
 
@@ -159,26 +158,32 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, 
 def _ring_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the accumulation dtype, from the global out and lse: partial gradients simply add."""
+    """dq in q's dtype, dk and dv in the accumulation dtype, from the global out and lse: partial gradients add."""
     plan, backend, index, scale = call.plan, call.backend, call.index, call.scale
     delta = backend.row_delta(out, dout)
-    dq = torch.empty_like(q, dtype=lse.dtype)
     columns, columns_home = _start_columns(k, v, call), None
-    home = GradientRing(plan.ring)
+    home, dq, compact = GradientRing(plan.ring), None, None
     for number, (step, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring, own_node_last=True)):
-        placement, fresh = plan.placements[step.source], number == 0
-        share = backend.tiles_backward(
-            dout, q, kv[0], kv[1], lse, delta, index, placement, scale, dq, fresh=fresh
-        )
+        final = number + 1 == plan.ring.world
+        if final and columns is not None:  # they had every step before to arrive in
+            compact = _pair(columns.wait())
+        dq, *share = backend.tiles_backward(
+            dout, q, kv[0], kv[1], lse, delta, index, plan.placements[step.source], scale, dq, columns=compact,
+            final=final,
+        )  # fmt: skip
         home.add(torch.stack(share), step)
-    if columns is not None:  # computed under the last gradients' way home, for which no step is left
-        ck, cv = columns.wait()
-        grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, plan.q_blocks, scale, dq)
-        columns_home = plan.ring.start_sum(torch.stack(grads))
+    assert dq is not None
+    if compact is not None:  # computed under the last gradients' way home, for which no step is left
+        grads = backend.columns_backward(dout, q, *compact, lse, delta, index, plan.q_blocks, scale)
+        columns_home = plan.ring.start_sum(grads)
     dk, dv = home.finish().unbind(0)
     if columns_home is not None:
         backend.scatter_columns(columns_home.wait(), index.columns, call.slots, dk, dv)
     return dq, dk, dv
+
+
+def _pair(stacked: Tensor) -> tuple[Tensor, Tensor]:
+    return stacked[0], stacked[1]
 
 
 def _start_columns(k: Tensor, v: Tensor, call: Call) -> PendingSum | None:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mtraining.kernel import SparseIndex
+from mtraining.kernel.backend import Columns
 from mtraining.kernel.reference import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import ParallelLM
@@ -97,7 +98,7 @@ class ShapeBackend:
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Any, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
+        out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         part = (
             torch.zeros_like(q) if index.dense else None
@@ -108,30 +109,22 @@ class ShapeBackend:
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Any, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if fresh:
-            dq.zero_()
+        placement: Any, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        straight = final and dq is None and not index.dense  # written in q's dtype at once
+        if dq is None:
+            dq = torch.zeros_like(q, dtype=q.dtype if straight else lse.dtype)
         # a dense kernel has its own dq, which it sums in fp32
         work = (torch.zeros_like(dq), torch.zeros_like(q)) if index.dense else None
-        shares = torch.zeros_like(k, dtype=dq.dtype), torch.zeros_like(v, dtype=dq.dtype)
+        shares = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
         del work
-        return shares
-
-    def columns_forward(
-        self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
-        out: Tensor | None, lse: Tensor | None, *, final: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        new, new_lse = self._partial(q, out, lse)
-        return new.to(q.dtype) if final else new, new_lse
+        return dq.to(q.dtype) if final else dq, *shares
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        q_blocks: Tensor, scale: float, dq: Tensor, *, fresh: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if fresh:
-            dq.zero_()
-        return torch.zeros_like(ck, dtype=dq.dtype), torch.zeros_like(cv, dtype=dq.dtype)
+        q_blocks: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        return ck.new_zeros(2, *ck.shape, dtype=lse.dtype)
 
     def row_delta(self, out: Tensor, dout: Tensor) -> Tensor:
         batch, rows, heads, _ = out.shape
