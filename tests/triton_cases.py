@@ -132,7 +132,8 @@ def assert_passes(backend: Backend, p: Problem, tolerance: float) -> None:
             )
             assert last.dtype == q.dtype
             assert torch.equal(last, out.to(q.dtype))
-            assert torch.equal(last_lse, lse)
+            # Not to the bit: what visits nothing goes through units of log2 and back.
+            torch.testing.assert_close(last_lse, lse, rtol=4e-7, atol=1e-7)
             want, want_lse = truth.tiles_forward(
                 *exact[:3], *rest, *(None if x is None else x.double() for x in previous), columns=compact
             )

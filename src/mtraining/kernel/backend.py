@@ -24,7 +24,7 @@ class Backend(Protocol):
     last pass is told so (``final``) and returns out or dq in q's dtype. Backward passes take the *global* lse and
     delta = rowsum(dout * out) and return fresh key gradients in the accumulation dtype.
 
-    One pass takes the ``columns`` (ck, cv) along: it attends them too, for each query before its tiles. Backward, it
+    One pass takes the ``columns`` (ck, cv) along: it attends them too. Backward, it
     adds their share of dq; ``columns_backward`` has the gradients of ck and cv.
     """
 

@@ -145,31 +145,13 @@ def fetch_keys(
 
 @gluon.jit
 def fetch_step(
-    t, done, batch, head, column_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
+    t, done, batch, head, tile_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
     k, v, k_full, k_empty, v_full, v_empty,
-    COLUMNS: gl.constexpr, TOEPLITZ: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr,
-    STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr, TOEPLITZ: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy what step ``t`` of a block of queries visits: its columns first, then its slash tiles."""
-    if t < column_steps:
-        if COLUMNS:
-            fetch_keys(
-                done + t,
-                t * SIZE,
-                batch,
-                head,
-                ck_desc,
-                cv_desc,
-                k,
-                v,
-                k_full,
-                k_empty,
-                v_full,
-                v_empty,
-                STAGES,
-            )
-    else:
-        start = tile_slot(gl.load(row + t - column_steps), origin, TOEPLITZ, False).to(gl.int32) * SIZE
+    """Copy what step ``t`` of a block of queries visits: its slash tiles first, then its columns."""
+    if t < tile_steps:
+        start = tile_slot(gl.load(row + t), origin, TOEPLITZ, False).to(gl.int32) * SIZE
         fetch_keys(
             done + t,
             start,
@@ -185,6 +167,12 @@ def fetch_step(
             v_empty,
             STAGES,
         )
+    else:
+        if COLUMNS:
+            start = (t - tile_steps) * SIZE
+            fetch_keys(
+                done + t, start, batch, head, ck_desc, cv_desc, k, v, k_full, k_empty, v_full, v_empty, STAGES
+            )
 
 
 @gluon.jit
@@ -239,16 +227,15 @@ def hide_columns(s, bias, t, columns, whole, position, capacity, W: gl.constexpr
 
 @gluon.jit
 def hide_first(
-    s, own, column_steps, bits, columns, whole, position, capacity, W: gl.constexpr,
-    COLUMNS: gl.constexpr, SIZE: gl.constexpr,
+    s, tile_steps, own, word, columns, whole, position, capacity, W: gl.constexpr, COLUMNS: gl.constexpr,
+    SIZE: gl.constexpr,
 ):  # fmt: skip
-    """Scores of the first tile that a block of queries visits, of columns if it has any, with -inf where hidden."""
+    """Scores of the first tile that a block of queries visits, of slashes if it has any, with -inf where hidden."""
     if COLUMNS:
-        if column_steps > 0:
-            word = hidden_word(bits, 0, column_steps, SIZE)
-            s = hide_columns(s, column_bias(word, SIZE), 0, columns, whole, position, capacity, W, SIZE)
-        else:
+        if tile_steps > 0:
             s = hide_after(s, own, W, SIZE)
+        else:
+            s = hide_columns(s, column_bias(word, SIZE), 0, columns, whole, position, capacity, W, SIZE)
     else:
         s = hide_after(s, own, W, SIZE)
     return s

@@ -1,4 +1,4 @@
-"""Forward on Hopper: columns and slash tiles of a block of queries, one after the other (``hopper_common``).
+"""Forward on Hopper: slash tiles and columns of a block of queries, one after the other (``hopper_common``).
 
 Within a group, the scores of the next tile are multiplied beside the values of this one, so that the exponentials of
 one tile run under the products of another.
@@ -29,7 +29,6 @@ from mtraining.kernel.hopper_common import (
     fetch_step,
     hand_over,
     hidden_word,
-    hide_after,
     hide_columns,
     hide_first,
     key_buffers,
@@ -67,7 +66,7 @@ def _producer(
             for t in range(0, gl.maximum(steps, 1)):
                 if t < steps:
                     fetch_step(
-                        t, done, batch, head, column_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
+                        t, done, batch, head, tile_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
                         k, v, k_full, k_empty, v_full, v_empty, COLUMNS, TOEPLITZ, GROUP, SIZE, STAGES,
                     )  # fmt: skip
                 if t == 0:  # the keys first: the room of the queries is free last
@@ -87,13 +86,13 @@ def _producer(
 
 @gluon.jit
 def _step(
-    acc, p, top, total, done, bits, columns, whole, position, t, steps, capacity, own, scale_log2,
+    acc, p, top, total, done, word, columns, whole, position, t, capacity, scale_log2,
     q, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-    W: gl.constexpr, COLUMN: gl.constexpr, OWN: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
+    W: gl.constexpr, COLUMN: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr, O_ROW: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile beside the values of the one before: a COLUMN tile, number ``t`` of ``steps``, or a slash tile,
-    which is OWN if it may be the one on the causal diagonal. ``bits`` is the :func:`hidden_word` of the tile."""
+    """Scores of a tile beside the values of the one before: a COLUMN tile, number ``t`` with the bits
+    ``word``, or a slash tile that is not on the causal diagonal."""
     before = done % STAGES
     before_phase = (done // STAGES) & 1
     done += 1
@@ -105,13 +104,11 @@ def _step(
     mbarrier.wait(v_full.index(before), before_phase)
     acc_token = warpgroup_mma(p, v, acc, is_async=True)
     if COLUMN:
-        bias = column_bias(bits, SIZE)
+        bias = column_bias(word, SIZE)
     s = warpgroup_mma_wait(1, deps=[s_token])
     mbarrier.arrive(k_empty.index(stage), count=1)
     if COLUMN:
         s = hide_columns(s, bias, t, columns, whole, position, capacity, W, SIZE)
-    if OWN:
-        s = hide_after(s, own, W, SIZE)
     weights, alpha, top, total = softmax_weights(s, top, total, scale_log2, COLUMN)
     acc, p = warpgroup_mma_wait(0, deps=[acc_token, p])
     mbarrier.arrive(v_empty.index(before), count=1)
@@ -172,33 +169,35 @@ def _consumer(
                 k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
                 s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)
                 mbarrier.arrive(k_empty.index(stage), count=1)
+                if COLUMNS:
+                    word = hidden_word(bits, 0, column_steps, SIZE)
+                else:
+                    word = 0
                 s = hide_first(
-                    s, own, column_steps, bits, column_row, whole, position, capacity, W, COLUMNS, SIZE
+                    s, tile_steps, own, word, column_row, whole, position, capacity, W, COLUMNS, SIZE
                 )
                 weights, alpha, top, total = softmax_weights(s, top, total, scale_log2, COLUMNS)
                 acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
                 p = gl.convert_layout(weights.to(q_smem.dtype), WEIGHTS)
-                first_tile = 1
+                for t in range(1, tile_steps):
+                    acc, p, top, total, done = _step(
+                        acc, p, top, total, done, word, column_row, whole, position, t, capacity, scale_log2,
+                        q, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                        W, False, SIZE, HEAD_DIM, STAGES, O_ROW, WEIGHTS,
+                    )  # fmt: skip
                 if COLUMNS:
-                    word = hidden_word(bits, 1, column_steps, SIZE)
-                    for t in range(1, column_steps):
+                    first = gl.where(tile_steps > 0, 0, 1)
+                    word = hidden_word(bits, first, column_steps, SIZE)
+                    for t in range(first, column_steps):
                         this, word = (
                             word,
                             hidden_word(bits, t + 1, column_steps, SIZE),
                         )  # a step ahead of its use
                         acc, p, top, total, done = _step(
-                            acc, p, top, total, done, this, column_row, whole, position, t, column_steps, capacity,
-                            own, scale_log2, q, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                            W, True, False, SIZE, HEAD_DIM, STAGES, O_ROW, WEIGHTS,
+                            acc, p, top, total, done, this, column_row, whole, position, t, capacity, scale_log2,
+                            q, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                            W, True, SIZE, HEAD_DIM, STAGES, O_ROW, WEIGHTS,
                         )  # fmt: skip
-                    first_tile = gl.where(column_steps > 0, 0, 1)
-                for t in range(first_tile, tile_steps):
-                    acc, p, top, total, done = _step(
-                        acc, p, top, total, done, bits, column_row, whole, position, t, tile_steps, capacity,
-                        gl.where(t == 0, own, 0), scale_log2,
-                        q, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                        W, False, COLUMNS, SIZE, HEAD_DIM, STAGES, O_ROW, WEIGHTS,
-                    )  # fmt: skip
                 last = done % STAGES
                 mbarrier.wait(v_full.index(last), (done // STAGES) & 1)
                 acc = warpgroup_mma(p, v_smem.index(last).reshape([SIZE, HEAD_DIM]), acc)

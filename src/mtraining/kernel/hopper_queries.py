@@ -1,4 +1,4 @@
-"""Query-major gradients on Hopper: dQ of columns and slash tiles (``hopper_common``; ``hopper_keys`` has dK and dV).
+"""Query-major gradients on Hopper: dQ of slash tiles and columns (``hopper_common``; ``hopper_keys`` has dK and dV).
 
 No atomics, every sum in a fixed order. Within a step nothing but dP runs under the exponentials; the next tile's
 scores are multiplied beside this tile's gradients, and all products end before the step does: products in
@@ -29,7 +29,6 @@ from mtraining.kernel.hopper_common import (
     fetch_step,
     hand_over,
     hidden_word,
-    hide_after,
     hide_columns,
     hide_first,
     key_buffers,
@@ -69,7 +68,7 @@ def _producer(
             fetch_halves(do_desc, batch, i * SIZE, head, q_full.index(0), do, SIZE // 2)
             for t in range(0, steps):
                 fetch_step(
-                    t, done, batch, head, column_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
+                    t, done, batch, head, tile_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
                     k, v, k_full, k_empty, v_full, v_empty, COLUMNS, TOEPLITZ, GROUP, SIZE, STAGES,
                 )  # fmt: skip
                 if t == 1:  # while the groups have something to do
@@ -109,13 +108,13 @@ def _score_gradient(
 
 @gluon.jit
 def _step(
-    s, dq, done, bits, columns, whole, position, t, capacity, own, lse2, delta, scale_log2,
+    s, dq, done, word, columns, whole, position, t, capacity, lse2, delta, scale_log2,
     q, do, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-    W: gl.constexpr, COLUMN: gl.constexpr, OWN: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
+    W: gl.constexpr, COLUMN: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile, and the scores of the next: a COLUMN tile, number ``t``, or a slash tile, which is OWN if it
-    may be the one on the causal diagonal. ``bits`` is the :func:`hidden_word` of the next tile."""
+    """Gradients of a tile, and the scores of the next: a COLUMN tile, number ``t`` with the bits ``word``, or a slash
+    tile that is not on the causal diagonal."""
     stage = done % STAGES
     v = v_smem.index(stage).reshape([SIZE, HEAD_DIM])
     ds = _score_gradient(
@@ -129,14 +128,10 @@ def _step(
     s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
     dq_token = warpgroup_mma(ds, k, dq, is_async=True)
-    if COLUMN:
-        bias = column_bias(bits, SIZE)
     s, dq, ds = warpgroup_mma_wait(0, deps=[s_token, dq_token, ds])
     mbarrier.arrive(k_empty.index(stage), count=1)
     if COLUMN:
-        s = hide_columns(s, bias, t, columns, whole, position, capacity, W, SIZE)
-    if OWN:
-        s = hide_after(s, own, W, SIZE)
+        s = hide_columns(s, column_bias(word, SIZE), t, columns, whole, position, capacity, W, SIZE)
     return s, dq, done
 
 
@@ -183,29 +178,32 @@ def _consumer(
                 mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
                 k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
                 s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)
-                s = hide_first(
-                    s, own, column_steps, bits, column_row, whole, position, capacity, W, COLUMNS, SIZE
-                )
-                first_tile = 1
                 if COLUMNS:
-                    word = hidden_word(bits, 1, column_steps, SIZE)
-                    for t in range(1, column_steps):
+                    word = hidden_word(bits, 0, column_steps, SIZE)
+                else:
+                    word = 0
+                s = hide_first(
+                    s, tile_steps, own, word, column_row, whole, position, capacity, W, COLUMNS, SIZE
+                )
+                for t in range(1, tile_steps):
+                    s, dq, done = _step(
+                        s, dq, done, word, column_row, whole, position, t, capacity, lse2, delta, scale_log2,
+                        q, do, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                        W, False, SIZE, HEAD_DIM, STAGES, OPERAND,
+                    )  # fmt: skip
+                if COLUMNS:
+                    first = gl.where(tile_steps > 0, 0, 1)
+                    word = hidden_word(bits, first, column_steps, SIZE)
+                    for t in range(first, column_steps):
                         this, word = (
                             word,
                             hidden_word(bits, t + 1, column_steps, SIZE),
                         )  # a step ahead of its use
                         s, dq, done = _step(
-                            s, dq, done, this, column_row, whole, position, t, capacity, own, lse2, delta, scale_log2,
+                            s, dq, done, this, column_row, whole, position, t, capacity, lse2, delta, scale_log2,
                             q, do, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                            W, True, False, SIZE, HEAD_DIM, STAGES, OPERAND,
+                            W, True, SIZE, HEAD_DIM, STAGES, OPERAND,
                         )  # fmt: skip
-                    first_tile = gl.where(column_steps > 0, 0, 1)
-                for t in range(first_tile, tile_steps):
-                    s, dq, done = _step(
-                        s, dq, done, bits, column_row, whole, position, t, capacity, gl.where(t == 0, own, 0),
-                        lse2, delta, scale_log2, q, do, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                        W, False, COLUMNS, SIZE, HEAD_DIM, STAGES, OPERAND,
-                    )  # fmt: skip
                 stage = done % STAGES
                 v = v_smem.index(stage).reshape([SIZE, HEAD_DIM])
                 ds = _score_gradient(
