@@ -128,10 +128,12 @@ def _step(
     s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
     dq_token = warpgroup_mma(ds, k, dq, is_async=True)
+    if COLUMN:
+        bias = column_bias(word, SIZE)
     s, dq, ds = warpgroup_mma_wait(0, deps=[s_token, dq_token, ds])
     mbarrier.arrive(k_empty.index(stage), count=1)
     if COLUMN:
-        s = hide_columns(s, column_bias(word, SIZE), t, columns, whole, position, capacity, W, SIZE)
+        s = hide_columns(s, bias, t, columns, whole, position, capacity, W, SIZE)
     return s, dq, done
 
 
