@@ -49,6 +49,7 @@ class Options:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Runtime]:
+    torch.cuda.set_device(0)  # or the mesh warns that it has to choose one
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cuda", (1, 1), mesh_dim_names=("dp", "cp"))
     yield Runtime(torch.device("cuda", 0), mesh, rank=0, world=1, dp_rank=0, cp_rank=0)

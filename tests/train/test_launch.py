@@ -43,12 +43,16 @@ def write_recipe(folder: Path, shards: Path, **sections: dict[str, Any]) -> Path
 
 def workers(launcher: int) -> list[int]:
     """The rank processes of a launcher, in the order they were started."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="utf-8").split()
     found = []
-    for child in children:
-        command = Path(f"/proc/{child}/cmdline").read_bytes()
-        if b"spawn_main" in command and b"resource_tracker" not in command:
-            found.append(int(child))
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (process / "status").read_text(encoding="utf-8")
+            command = (process / "cmdline").read_bytes()
+        except OSError:  # it has ended meanwhile
+            continue
+        child = re.search(rf"^PPid:\s*{launcher}$", status, flags=re.MULTILINE) is not None
+        if child and b"spawn_main" in command and b"resource_tracker" not in command:
+            found.append(int(process.name))
     return sorted(found)
 
 
