@@ -138,6 +138,26 @@ def test_equals_the_reference(place: str, merging: bool, heads: tuple[int, int])
         assert not torch.equal(grads[1][0], torch.ones_like(q))
 
 
+def test_columns_of_a_dense_index_are_in_its_tiles() -> None:
+    """A union of dense and another pattern names columns as well."""
+    (q, k, v, dout), index, placement = problem("zigzag, own", (2, 1))
+    columns = torch.arange(3, dtype=torch.int32).expand(*index.columns.shape[:2], 3).contiguous()
+    both = replace(index, columns=columns)
+    compact = torch.randn(2, q.shape[0], 3, *q.shape[2:], dtype=q.dtype)
+    pair = (compact[0], compact[1])
+    for backend in (flash(), ReferenceBackend()):
+        out, lse = backend.tiles_forward(q, k, v, index, placement, 0.3, None, None)
+        again, lse_again = backend.tiles_forward(q, k, v, both, placement, 0.3, None, None, columns=pair)
+        assert torch.equal(again, out) and torch.equal(lse_again, lse)
+        delta = torch.randn_like(lse)
+        dq, _, _ = backend.tiles_backward(dout, q, k, v, lse, delta, index, placement, 0.3, None)
+        same, _, _ = backend.tiles_backward(
+            dout, q, k, v, lse, delta, both, placement, 0.3, None, columns=pair
+        )
+        assert torch.equal(same, dq)
+        assert not backend.columns_backward(dout, q, *pair, lse, delta, both, placement.q_blocks, 0.3).any()
+
+
 def test_a_stand_in_has_the_delta_it_was_given() -> None:
     dout = torch.randn(2, 5, 3, 64) * torch.tensor([1.0, 1e-30, 0.0, 1e30, 1e-3])[:, None, None]
     delta = (torch.randn(2, 5, 3) * dout.double().norm(dim=-1)).float()
