@@ -71,14 +71,15 @@ def probe_lse_kernel(
     lane = tl.arange(0, BLOCK_M)
     probe_tiles = tl.cdiv(probes, BLOCK_M)
     blind = _first_reached(probe_pos_ptr, probes, tl.min(key_at, 0), BLOCK_N) // BLOCK_M
-    for step in range(GROUP * blind):  # all of these tiles' queries stand before all keys
-        place = ((batch * KV_HEADS * GROUP + kv_head * GROUP + step // blind) * tiles + tile) * probes
-        row = step % blind * BLOCK_M + lane
-        tl.store(part_ptr + place + row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=row < probes)
+    for member in range(GROUP):
+        place = (((batch * KV_HEADS + kv_head) * GROUP + member) * tiles + tile) * probes
+        for probe_tile in range(blind):  # all of its queries stand before all keys
+            row = probe_tile * BLOCK_M + lane
+            tl.store(part_ptr + place + row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=row < probes)
     k_base = k_ptr + batch * k_b + kv_head * k_h + first * k_s
     k_tile = load_tile_rows(k_base, tile_offsets(k_s, BLOCK_N, BLOCK_D), left, HEAD_DIM, BLOCK_D)
-    seeing = probe_tiles - blind
-    for step in range(GROUP * seeing):
+    seeing = tl.maximum(probe_tiles - blind, 1)  # a divisor
+    for step in range(GROUP * (probe_tiles - blind)):
         head = kv_head * GROUP + step // seeing
         probe_tile = blind + step % seeing
         scores, probe_at = _raw_scores(
@@ -214,14 +215,14 @@ def _mass_of_tile(
     SIZE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The mass of one tile of keys, pointers at its first; CONSECUTIVE: they are known to follow one another."""
+    """The mass of one tile of keys, pointers at its first; CONSECUTIVE: all are there and follow one another."""
     probe_tiles = tl.cdiv(probes, BLOCK_M)
-    seeing = probe_tiles - blind
+    seeing = tl.maximum(probe_tiles - blind, 1)  # a divisor
     key_start = tl.load(key_pos_ptr).to(tl.int32)
     lane, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     # Rows a thread of the tensor cores holds, 8 apart, are added as they come; the others once a head.
     columns = tl.zeros([BLOCK_M // 16, 8, BLOCK_N], tl.float32)
-    for step in range(GROUP * seeing):
+    for step in range(GROUP * (probe_tiles - blind)):
         head, probe_tile = kv_head * GROUP + step // seeing, blind + step % seeing
         head_row = batch * KV_HEADS * GROUP + head
         scores, probe_at = _raw_scores(
@@ -281,7 +282,9 @@ def probe_mass_kernel(
     key_pos_ptr += first
     column_ptr += first
     key_at = _key_positions(key_pos_ptr, left, BLOCK_N)
-    astray = (key_at != tl.load(key_pos_ptr).to(tl.int32) + lane) & (lane < left)
+    astray = key_at != tl.load(key_pos_ptr).to(tl.int32) + lane
+    if SIZE == 1:
+        astray &= lane < left
     keys_astray = tl.sum(astray.to(tl.int32), 0)
     blind = _first_reached(probe_pos_ptr, probes, tl.min(key_at, 0), BLOCK_N) // BLOCK_M
     if blind * BLOCK_M >= probes:

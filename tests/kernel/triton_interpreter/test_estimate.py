@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,6 +50,14 @@ def probe_positions(kind: str, count: int, seq_len: int) -> Tensor:
     return places[torch.randperm(count)] if kind == "shuffled" else places
 
 
+def parts(layout: str, unit: int, seq_len: int, world: int) -> Sequence[Tensor]:
+    if layout == "shuffled":
+        return torch.randperm(seq_len).chunk(world)
+    if layout == "uneven":
+        return torch.arange(seq_len).split(seq_len // 2 + 13)
+    return build_layout(layout, unit=unit).positions(seq_len, world).unbind()
+
+
 @pytest.mark.parametrize(
     ("layout", "unit", "world", "seq_len", "q_heads", "kv_heads", "dim", "probes", "kind", "size"),
     [
@@ -63,6 +73,7 @@ def probe_positions(kind: str, count: int, seq_len: int) -> Tensor:
         ("contiguous", 128, 2, 512, 2, 1, 32, 20, "spread", 256),
         ("zigzag", 128, 2, 256, 1, 1, 32, 100, "shuffled", 64),
         ("striped", 32, 2, 256, 1, 1, 32, 70, "spread", 128),  # runs shorter than a tile
+        ("uneven", 128, 2, 192, 1, 1, 32, 50, "spread", 64),
         ("shuffled", 128, 1, 64, 1, 1, 32, 20, "shuffled", 32),
     ],
 )
@@ -83,11 +94,7 @@ def test_probe(
     at, everywhere = probe_positions(kind, probes, seq_len), torch.arange(seq_len)
     lse = reference.probe_lse(probe, k, at, everywhere, scale)
     total = torch.zeros(2 * q_heads, seq_len // size)
-    for positions in (
-        torch.randperm(seq_len).view(world, -1)
-        if layout == "shuffled"
-        else build_layout(layout, unit=unit).positions(seq_len, world)
-    ):
+    for positions in parts(layout, unit, seq_len, world):
         keys = k.movedim(2, 1)[:, :, positions].movedim(1, 2)  # strides unlike those of k
         torch.testing.assert_close(
             ours.probe_lse(probe, keys, at, positions, scale),
@@ -126,17 +133,17 @@ def test_probe_in_fp16_repeats_bit_for_bit(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 32])
 def test_a_probe_query_before_every_local_key_sees_nothing(size: int) -> None:
-    """Of three tiles of queries the first one and a half; and all of them, where all keys are later."""
-    probe, k = tokens(150, 1, 32), tokens(100, 1, 32)
-    at, positions = torch.arange(150) * 2, torch.arange(200, 300)
+    """Of two tiles of queries the first and a bit more; and all of them, where all keys are later."""
+    probe, k = tokens(100, 1, 32), tokens(64, 1, 32)
+    at, positions = torch.arange(100) * 2, torch.arange(136, 200)
     lse = ours.probe_lse(probe, k, at, positions, 1.0)
-    assert torch.equal(lse.isneginf(), (at < 200).expand_as(lse))
-    columns, slashes = ours.probe_mass(probe, k, at, positions, 1.0, lse, 320, size)
-    for mass in (columns, slashes):  # the fifty queries of each row that see a key
-        assert mass.sum().item() == pytest.approx(2 * 50, rel=1e-5)
+    assert torch.equal(lse.isneginf(), (at < 136).expand_as(lse))
+    columns, slashes = ours.probe_mass(probe, k, at, positions, 1.0, lse, 256, size)
+    for mass in (columns, slashes):  # the 32 queries of each row that see a key
+        assert mass.sum().item() == pytest.approx(2 * 32, rel=1e-5)
     lse = ours.probe_lse(probe, k, at, positions + 100, 1.0)
     assert lse.isneginf().all()
-    columns, slashes = ours.probe_mass(probe, k, at, positions + 100, 1.0, lse, 416, size)
+    columns, slashes = ours.probe_mass(probe, k, at, positions + 100, 1.0, lse, 320, size)
     assert columns.count_nonzero() == slashes.count_nonzero() == 0
 
 
