@@ -24,7 +24,7 @@ from mtraining.kernel.triton_config import check_block_size, interpreted, padded
 def _first_reached(probe_pos_ptr, probes, nearest, BLOCK: tl.constexpr):
     """Number of the first probe query at or after key position ``nearest``; ``probes`` where all stand before it.
 
-    Ascending probes before it see none of a tile of keys that begins there, and all after it see some.
+    Queries before it see none of a tile of keys whose first position that is; where they ascend, all others see some.
     """
     lane = tl.arange(0, BLOCK)
     found = tl.full([BLOCK], 0, tl.int32) + probes
@@ -180,13 +180,12 @@ def _add_diagonals(
     above = tl.sum(prob * tl.maximum(offset, 0.0), 1)
     below = tl.sum(prob * tl.maximum(-offset, 0.0), 1)
     own = tl.sum(prob, 1) - above - below
-    at = total_ptr + diagonal
-    inside = (own > 0.0) & (diagonal < slashes)
-    tl.atomic_add(at, (own * unit).to(tl.int64), mask=inside, sem="relaxed")
-    inside = (above > 0.0) & (diagonal + 1 < slashes)
-    tl.atomic_add(at + 1, (above * unit).to(tl.int64), mask=inside, sem="relaxed")
-    inside = (below > 0.0) & (diagonal > 0)  # rounding may put a key at distance 0 a hair below
-    tl.atomic_add(at - 1, (below * unit).to(tl.int64), mask=inside, sem="relaxed")
+    # As one tensor (BLOCK_M, 2, 2): one trip through shared memory to the threads that add.
+    sums = tl.join(tl.join(below, own), tl.join(above, tl.zeros_like(own)))
+    step = tl.arange(0, 2)[None, :, None] + 2 * tl.arange(0, 2)[None, None, :] - 1
+    at = diagonal[:, None, None] + step
+    inside = (sums > 0.0) & (at >= 0) & (at < slashes)  # rounding may put a key at distance 0 a hair below
+    tl.atomic_add(total_ptr + at, (sums * unit).to(tl.int64), mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -201,9 +200,8 @@ def _add_runs(
     run_of = tl.cumsum((later & (key_at != previous + 1)).to(tl.int32), 0)
     for run in range(tl.max(run_of, 0) + 1):
         inside = run_of == run
-        origin = tl.min(
-            tl.where(inside, key_at - lane, 2**31 - 1), 0
-        )  # where the tile's first key would stand
+        # Where the tile's first key would stand if all of it were this run.
+        origin = tl.min(tl.where(inside, key_at - lane, 2**31 - 1), 0)
         part = tl.where(inside[None, :], prob, 0.0)
         _add_diagonals(total_ptr, part, probe_at - origin, unit, slashes, SIZE, BLOCK_M, BLOCK_N)
 
