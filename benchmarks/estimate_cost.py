@@ -117,14 +117,15 @@ def phases(pattern: Pattern, q: Tensor, k: Tensor, shard: SequenceShard) -> dict
     scale = q.shape[3] ** -0.5
     runs: dict[str, Callable[[], object]] = {"estimate": lambda: pattern.estimate(q, k, shard, scale)}
     if isinstance(pattern, VerticalSlash):
-        backend, seq_len = shard.backend, shard.seq_len
-        at = probe_positions(pattern.probe, pattern.probe_at, seq_len, q.device)
+        backend = shard.backend
+        at = probe_positions(pattern.probe, pattern.probe_at, shard.seq_len, q.device)
         probe = gather_queries(q, at, shard)
         lse = backend.probe_lse(probe, k, at, shard.positions, scale)
-        mass = backend.probe_mass(probe, k, at, shard.positions, scale, lse, seq_len)
+        scored = (probe, k, at, shard.positions, scale, lse, shard.seq_len, pattern.slash_size)
+        mass = backend.probe_mass(*scored)
         runs |= {
             "probe_lse": lambda: backend.probe_lse(probe, k, at, shard.positions, scale),
-            "probe_mass": lambda: backend.probe_mass(probe, k, at, shard.positions, scale, lse, seq_len),
+            "probe_mass": lambda: backend.probe_mass(*scored),
             "select": lambda: pattern.select(*mass, backend),
         }
     return runs

@@ -24,7 +24,7 @@ from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recal
 from mtraining.kernel import ReferenceBackend, SparseIndex
 from mtraining.model import ModelOptions, build_model
 from mtraining.pattern import SequenceShard, VerticalSlash
-from mtraining.pattern.probe import column_and_distance_mass, probe_positions
+from mtraining.pattern.probe import column_and_slash_mass, probe_positions
 
 PROBES = (("last", 64), ("mixed", 64), ("spread", 64), ("spread", 256))
 COLUMNS = (32, 64, 128, 256, 512, 1024)
@@ -54,10 +54,10 @@ def measure(q: Tensor, k: Tensor, scale: float, rows: Tensor) -> dict[VerticalSl
     found = {}
     by_probe = defaultdict(list)
     for pattern in variants():
-        by_probe[pattern.probe_at, pattern.probe].append(pattern)
-    for (at, count), patterns in by_probe.items():
+        by_probe[pattern.probe_at, pattern.probe, pattern.slash_size].append(pattern)
+    for (at, count, size), patterns in by_probe.items():
         probe = probe_positions(count, at, shard.seq_len, q.device)
-        verticals, slashes = column_and_distance_mass(q, k, probe, shard, scale)
+        verticals, slashes = column_and_slash_mass(q, k, probe, shard, scale, size)
         for pattern in patterns:
             columns, diagonals = pattern.select(verticals, slashes, backend)
             index = SparseIndex(shard.seq_len, pattern.block_size, diagonals[None], columns[None].int())

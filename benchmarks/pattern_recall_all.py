@@ -35,7 +35,7 @@ from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recal
 from mtraining.kernel import ReferenceBackend, SparseIndex
 from mtraining.model import ModelOptions, build_model
 from mtraining.pattern import Pattern, SequenceShard, VerticalSlash, build_pattern
-from mtraining.pattern.probe import column_and_distance_mass, probe_positions
+from mtraining.pattern.probe import column_and_slash_mass, probe_positions
 
 TARGETS = (0.05, 0.10, 0.20)
 BLOCK_SIZES = (128, 64, 32)
@@ -89,12 +89,13 @@ def sweep(block_size: int) -> dict[str, list[Pattern]]:
 def indices(
     patterns: list[Pattern], q: Tensor, k: Tensor, scale: float, shard: SequenceShard
 ) -> list[SparseIndex]:
-    """What each pattern selects; vertical-slash budgets share one probe, which they must agree on."""
+    """What each pattern selects; vertical-slash budgets share one probe and kind of slash, which they must agree on."""
     if not all(isinstance(pattern, VerticalSlash) for pattern in patterns):
         return [pattern.estimate(q, k, shard, scale) for pattern in patterns]
-    probes = {(p.probe, p.probe_at) for p in patterns if isinstance(p, VerticalSlash)}
-    ((count, at),) = probes
-    mass = column_and_distance_mass(q, k, probe_positions(count, at, shard.seq_len, q.device), shard, scale)
+    probes = {(p.probe, p.probe_at, p.slash_size) for p in patterns if isinstance(p, VerticalSlash)}
+    ((count, at, size),) = probes
+    probe = probe_positions(count, at, shard.seq_len, q.device)
+    mass = column_and_slash_mass(q, k, probe, shard, scale, size)
     found = []
     for pattern in patterns:
         assert isinstance(pattern, VerticalSlash)

@@ -11,12 +11,19 @@ from torch import Tensor
 
 from mtraining import sparse_ring_attention
 from mtraining.kernel import select_backend
+from mtraining.kernel.reference_estimate import ReferenceEstimation
 from mtraining.pattern import SequenceShard, build_pattern
+from mtraining.pattern.probe import probe_positions
 
 pytestmark = pytest.mark.gpu
 
 PATTERNS: dict[str, tuple[str, dict[str, Any]]] = {
     "vertical_slash": ("vertical_slash", {"top_p": None, "top_k_columns": 200, "top_k_slashes": 110}),
+    "vertical_slash, spread, by block": (
+        "vertical_slash",
+        {"top_p": None, "top_k_columns": 200, "slash_by": "block", "slash_density": 0.2}
+        | {"probe": 250, "probe_at": "spread"},
+    ),
     "a_shape": ("a_shape", {"sinks": 40, "window": 300}),
     "moba": ("moba", {"chunk": 256, "top_k": 3}),
     "xattention": ("xattention", {"threshold": 0.5}),
@@ -65,6 +72,35 @@ def test_agrees_with_the_cpu_and_waits_for_nothing(name: str) -> None:
     expected = pattern.estimate(q.cpu().float(), k.cpu().float(), SequenceShard.whole(TOKENS), 0.1).to_mask()
     assert 0 < expected.double().mean() < 0.45  # of a causal half
     assert (mask != expected).double().mean() < 0.01, "only choices near a threshold may fall differently"
+
+
+@pytest.mark.parametrize("positions", ["all", "striped", "scattered"])
+@pytest.mark.parametrize("size", [1, 64, 128])
+@pytest.mark.parametrize("at", ["last", "spread"])
+def test_probe_masses_equal_the_reference(at: str, size: int, positions: str) -> None:
+    q, k, _ = inputs(torch.bfloat16)
+    everywhere = torch.arange(TOKENS, device="cuda")
+    places = {
+        "all": everywhere,
+        "striped": everywhere.view(-1, 2, 128)[:, 1].flatten(),
+        "scattered": everywhere[torch.randperm(TOKENS, device="cuda")[:1000]],
+    }[positions]
+    where = probe_positions(250, at, TOKENS, q.device)
+    probe, keys, backend = q[:, where], k[:, places], select_backend("triton", q.device, q.dtype, 128)
+    truth, given = ReferenceEstimation(), (probe.double(), keys.double(), where, places, 0.1)
+    torch.testing.assert_close(
+        backend.probe_lse(probe, keys, where, places, 0.1).double(),
+        truth.probe_lse(*given),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    exact_lse = truth.probe_lse(probe.double(), k.double(), where, everywhere, 0.1)
+    lse = exact_lse.float()
+    first, again = (backend.probe_mass(probe, keys, where, places, 0.1, lse, TOKENS, size) for _ in range(2))
+    wanted = truth.probe_mass(*given, exact_lse, TOKENS, size)
+    for ours, same, exact in zip(first, again, wanted, strict=True):
+        assert torch.equal(ours, same)
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PATTERNS)

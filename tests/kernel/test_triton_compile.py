@@ -13,8 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from mtraining.kernel import triton_columns, triton_tiles
-from mtraining.kernel.triton_config import Tiles, table_tiles
+from mtraining.kernel import triton_columns, triton_probe, triton_tiles
+from mtraining.kernel.triton_config import Tiles, padded, table_tiles
 
 KERNELS = {
     "tiles_forward": triton_tiles.forward_kernel,
@@ -72,6 +72,48 @@ def test_compiles(name: str, capability: int) -> None:
     result = compiled(name, capability, 128, tiles)
     assert result.asm["cubin"]
     assert 0 < result.metadata.shared <= SHARED_KIB[capability] * 1024
+
+
+def compiled_probe(kernel: Any, capability: int, dim: int, size: int, probes: int = 256) -> Any:
+    """A kernel of the probe for bf16; ``size``: tokens of a block diagonal, 1 for distances."""
+    tiles = triton_probe.probe_tiles(probes, dim, 2, divmod(capability, 10), size)
+    chosen: dict[str, object] = {
+        "SIZE": size, "KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "BLOCK_M": tiles.queries,
+        "BLOCK_N": tiles.keys, "PRECISION": "tf32",
+    }  # fmt: skip
+    kinds = dict.fromkeys(("probe_ptr", "k_ptr"), "*bf16") | dict.fromkeys(("scale_log2", "unit"), "fp32")
+    kinds |= dict.fromkeys(("probe_pos_ptr", "key_pos_ptr", "total_ptr"), "*i64")
+    names = kernel.arg_names
+    types = {
+        arg: "constexpr" if arg in chosen else kinds.get(arg, "*fp32" if arg.endswith("_ptr") else "i32")
+        for arg in names
+    }
+    constants = {(i,): chosen[arg] for i, arg in enumerate(names) if arg in chosen}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, arg in enumerate(names)
+        if types[arg].startswith("*") or re.fullmatch(r"[qk]_[bpsh]", arg)
+    }
+    source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=tiles.options)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dim", "size"),
+    [(80, 128, 128), (90, 128, 128), (100, 128, 128), (90, 64, 64), (90, 128, 1)],
+)
+def test_probe_compiles(capability: int, dim: int, size: int) -> None:
+    result = compiled_probe(triton_probe.probe_mass_kernel, capability, dim, size)
+    assert result.asm["cubin"]
+    assert 0 < result.metadata.shared <= 128 * 1024
+    if size > 1:
+        # Three programs a multiprocessor; tiles of scores never travel through shared memory.
+        assert result.metadata.shared <= SHARED_KIB[capability] * 1024 // 3
+        assert not re.search(r"convert_layout.*tensor<\d+x\d+xf32", result.asm["ttgir"])
+
+
+def test_probe_lse_compiles() -> None:
+    assert 0 < compiled_probe(triton_probe.probe_lse_kernel, 90, 128, 1).metadata.shared <= 128 * 1024
 
 
 def test_hopper_kernels_use_asynchronous_products_and_copies() -> None:

@@ -62,8 +62,8 @@ def test_heads_that_share_a_probe_are_estimated_once(monkeypatch: pytest.MonkeyP
     import mtraining.pattern.vertical_slash as module
 
     calls = []
-    real = module.column_and_distance_mass
-    monkeypatch.setattr(module, "column_and_distance_mass", lambda *a: calls.append(1) or real(*a))
+    real = module.column_and_slash_mass
+    monkeypatch.setattr(module, "column_and_slash_mass", lambda *a: calls.append(1) or real(*a))
     q, k, _ = qkv()
     PerHead(block_size=8, heads=(TOKEN, BLOCK, TOKEN, BLOCK, BLOCK, TOKEN)).estimate(
         q, k, SequenceShard.whole(128), 0.25

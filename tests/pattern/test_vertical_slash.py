@@ -13,9 +13,10 @@ from torch import Tensor
 
 from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
+from mtraining.kernel.reference_estimate import diagonal_mass
 from mtraining.layout import build_layout
 from mtraining.pattern import SequenceShard, VerticalSlash, build_pattern
-from mtraining.pattern.diagonals import diagonal_mass, distances_to_diagonals, heaviest_diagonals
+from mtraining.pattern.diagonals import distances_to_diagonals, heaviest_diagonals
 from mtraining.pattern.probe import probe_positions
 from mtraining.pattern.vertical_slash import estimate_by_head
 from mtraining.ring import Ring

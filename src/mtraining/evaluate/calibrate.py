@@ -24,7 +24,7 @@ from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
 from mtraining.kernel import SparseIndex, select_backend
 from mtraining.pattern import AShape, Dense, Pattern, SequenceShard, VerticalSlash
-from mtraining.pattern.probe import column_and_distance_mass, probe_positions
+from mtraining.pattern.probe import column_and_slash_mass, probe_positions
 from mtraining.pattern.table import describe
 
 COLUMNS = (32, 128, 512, 1024, 2048, 4096)
@@ -197,7 +197,7 @@ def _try(
     shard = SequenceShard(positions, backend=select_backend("auto", q.device, q.dtype, q.shape[3]))
     attention = torch.stack([attention_rows(q, k, rows, head, scale) for head in range(q.shape[2])])
     probe = probe_positions(base.probe, base.probe_at, shard.seq_len, q.device)
-    verticals, slashes = column_and_distance_mass(q, k, probe, shard, scale)
+    verticals, slashes = column_and_slash_mass(q, k, probe, shard, scale, base.block_size)
     found = []
     for pattern in tried:
         if isinstance(pattern, VerticalSlash):

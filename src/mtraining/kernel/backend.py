@@ -88,11 +88,18 @@ class Backend(Protocol):
         scale: float,
         lse: Tensor,
         seq_len: int,
+        block_size: int,
     ) -> tuple[Tensor, Tensor]:
         """Probability mass under the probe, exp(score - lse) with the *global* lse, summed over the probe.
 
+        Slashes are token distances where ``block_size`` is 1, else block diagonals, to which the mass of distances is
+        dealt as :func:`mtraining.kernel.reference_estimate.diagonal_mass` has it.
+
+        Args:
+            seq_len: a multiple of ``block_size``.
+
         Returns:
-            by key (batch * q_heads, local keys) and by distance (batch * q_heads, seq_len); deterministic.
+            by key (batch * q_heads, local keys) and by slash (batch * q_heads, seq_len // block_size); deterministic.
         """
         ...
 

@@ -18,6 +18,24 @@ def _probe_scores(
     return scores.masked_fill_(key_positions[None, :] > probe_positions[:, None], -torch.inf)
 
 
+def diagonal_mass(slashes: Tensor, block_size: int) -> Tensor:
+    """Mass of each block diagonal, from that of each token distance.
+
+    A pair at distance 128 a + b lies on block diagonal a + 1 if its query is among the first b of its block, else on a.
+    A slash has such pairs at every place of a block alike, so a share b / 128 of its mass goes to a + 1: where in
+    their blocks the probe's few queries happen to stand does not matter.
+
+    Args:
+        slashes: (rows, seq_len), mass of each distance.
+
+    Returns:
+        (rows, seq_len // block_size); what would fall beyond the last diagonal is left out.
+    """
+    place = torch.arange(block_size, device=slashes.device, dtype=slashes.dtype) / block_size
+    own, next_one = (slashes.unflatten(1, (-1, block_size)) @ torch.stack([1 - place, place], 1)).unbind(-1)
+    return own + torch.nn.functional.pad(next_one, (1, -1))
+
+
 class ReferenceEstimation:
     """The estimation half of :class:`mtraining.kernel.backend.Backend`, eager."""
 
@@ -28,7 +46,7 @@ class ReferenceEstimation:
 
     def probe_mass(
         self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float, lse: Tensor,
-        seq_len: int,
+        seq_len: int, block_size: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         prob = _probe_scores(probe, k, probe_positions, key_positions, scale).sub_(lse[..., None]).exp_()
         distance = (probe_positions[:, None] - key_positions[None, :]).clamp(
@@ -37,7 +55,7 @@ class ReferenceEstimation:
         rows = prob.flatten(0, 1)
         slashes = prob.new_zeros(rows.shape[0], seq_len)
         slashes.scatter_add_(1, distance.flatten().expand(rows.shape[0], -1), rows.flatten(1))
-        return rows.sum(1), slashes
+        return rows.sum(1), diagonal_mass(slashes, block_size)
 
     def heaviest(self, mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Tensor:
         n = mass.shape[1]

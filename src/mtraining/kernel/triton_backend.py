@@ -15,7 +15,7 @@ from mtraining.kernel import triton_columns, triton_tiles
 from mtraining.kernel.backend import Columns
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
-from mtraining.kernel.triton_config import choose_tiles, interpreted, padded
+from mtraining.kernel.triton_config import check_block_size, choose_tiles, interpreted, padded
 from mtraining.kernel.triton_delta import row_delta_kernel
 from mtraining.kernel.triton_estimate import TritonEstimation
 from mtraining.kernel.triton_hidden import column_tables
@@ -210,11 +210,7 @@ def _lined_up(x: Tensor) -> Tensor:
 
 
 def check_call(index: SparseIndex, scale: float) -> None:
-    if index.block_size % 16:
-        raise UserError(
-            f"block_size: kernel=triton needs a multiple of 16 tokens, not {index.block_size}; "
-            f"use {max(16, round(index.block_size / 16) * 16)}, or kernel=reference (slow)."
-        )
+    check_block_size(index.block_size)
     if scale <= 0:
         raise UserError(f"scale: kernel=triton needs a positive factor, not {scale}; use 1 / sqrt(head_dim).")
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from mtraining.errors import UserError
+
 
 class Tiles(NamedTuple):
     """Tile of queries x tile of keys, how many warps and pipeline stages work on it, and whether the copy engine
@@ -80,6 +82,19 @@ def table_tiles(kernel: str, head_dim: int, capability: tuple[int, int]) -> Tile
     """The table's entry for a head_dim (unpadded) on a GPU of this compute capability."""
     rows = (LARGE if capability[0] in (9, 10) else SMALL)[kernel]
     return rows[min(limit for limit in rows if limit >= head_dim)]
+
+
+def check_block_size(block_size: int) -> None:
+    """Refuse blocks that are not made of whole tiles.
+
+    Raises:
+        UserError: with the nearest size that works.
+    """
+    if block_size % 16:
+        raise UserError(
+            f"block_size: kernel=triton needs a multiple of 16 tokens, not {block_size}; "
+            f"use {max(16, round(block_size / 16) * 16)}, or kernel=reference (slow)."
+        )
 
 
 def padded(head_dim: int) -> int:

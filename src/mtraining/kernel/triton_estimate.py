@@ -24,7 +24,7 @@ class TritonEstimation:
 
     def probe_mass(
         self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float, lse: Tensor,
-        seq_len: int,
+        seq_len: int, block_size: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         probe, k = _lined_up(probe), _lined_up(k)
         return triton_probe.probe_mass(
@@ -35,6 +35,7 @@ class TritonEstimation:
             scale,
             lse.contiguous(),
             seq_len,
+            block_size,
         )
 
     def heaviest(self, mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Block diagonals: what executes a slash, and what their mass is."""
+"""Block diagonals: which ones execute a slash, and which ones a budget buys."""
 
 from __future__ import annotations
 
@@ -24,24 +24,6 @@ def distances_to_diagonals(distances: Tensor, seq_len: int, block_size: int) -> 
     for block in (lower, upper):
         bits.scatter_(1, torch.where(distances < seq_len, block, num_blocks).clamp(max=num_blocks), True)
     return bits[:, :num_blocks].contiguous()
-
-
-def diagonal_mass(slashes: Tensor, block_size: int) -> Tensor:
-    """Mass of each block diagonal, from that of each token distance.
-
-    A pair at distance 128 a + b lies on block diagonal a + 1 if its query is among the first b of its block, else on a.
-    A slash has such pairs at every place of a block alike, so a share b / 128 of its mass goes to a + 1: where in
-    their blocks the probe's few queries happen to stand does not matter.
-
-    Args:
-        slashes: (rows, seq_len), mass of each distance.
-
-    Returns:
-        (rows, seq_len // block_size); what would fall beyond the last diagonal is left out.
-    """
-    place = torch.arange(block_size, device=slashes.device, dtype=slashes.dtype) / block_size
-    own, next_one = (slashes.unflatten(1, (-1, block_size)) @ torch.stack([1 - place, place], 1)).unbind(-1)
-    return own + torch.nn.functional.pad(next_one, (1, -1))
 
 
 def heaviest_diagonals(mass: Tensor, forced: Tensor, top_p: float | None, density: float) -> Tensor:

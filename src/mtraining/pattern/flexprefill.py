@@ -23,7 +23,7 @@ from mtraining.kernel import SparseIndex
 from mtraining.pattern.base import Collective, Pattern, SequenceShard, require
 from mtraining.pattern.blocks import block_means, grouped_products
 from mtraining.pattern.diagonals import distances_to_diagonals
-from mtraining.pattern.probe import column_and_distance_mass, share_rows
+from mtraining.pattern.probe import column_and_slash_mass, share_rows
 
 _MAP = 2**24  # block pairs whose weights are in memory at a time
 
@@ -67,7 +67,7 @@ class FlexPrefill(Pattern):
         keys[:, all_blocks.flatten()] = comm.all_gather(block_means(k, size)).transpose(0, 1).flatten(1, 2)
         own = all_blocks[comm.rank]
         last = torch.arange(seq_len - size, seq_len, device=q.device)
-        verticals, slashes = column_and_distance_mass(q, k, last, shard, scale)
+        verticals, slashes = column_and_slash_mass(q, k, last, shard, scale)
         true = share_rows(verticals.unflatten(1, (-1, size)).sum(-1) / size, batch, q_heads, shard)
         chosen = torch.empty(batch, q_heads, own.numel(), seq_len // size, dtype=torch.bool, device=q.device)
         query_aware = torch.empty(batch, q_heads, dtype=torch.bool, device=q.device)

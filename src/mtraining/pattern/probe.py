@@ -1,4 +1,4 @@
-"""Scores of columns and distances under a few probe queries, estimated over all ranks without gathering keys.
+"""Scores of columns and slashes under a few probe queries, estimated over all ranks without gathering keys.
 
 Every rank scores its own keys; the sums travel to the rank that owns the head (an all-to-all), so that
 selection work is spread over ranks by head and no rank waits for a serial step on another.
@@ -51,29 +51,33 @@ def global_lse(local: Tensor, shard: SequenceShard) -> Tensor:
     return shard.comm.all_gather(local).logsumexp(0)
 
 
-def column_and_distance_mass(
-    q: Tensor, k: Tensor, positions: Tensor, shard: SequenceShard, scale: float
+def column_and_slash_mass(
+    q: Tensor, k: Tensor, positions: Tensor, shard: SequenceShard, scale: float, block_size: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Probability of each key (verticals) and of each distance (slashes) under the probe, for the rows owned here.
+    """Probability of each key (verticals) and of each slash under the probe, for the rows owned here.
 
     Rows are the flattened (batch, q_heads), padded to a multiple of the world and dealt to ranks in order. Every rank
     scores all probe queries against its own keys, so no rank waits for the one that holds a query.
 
     Masses are plain sums of probabilities. An early query has fewer keys to share its mass, but also fewer to compute,
     and each query weighs one: a sum over queries spread evenly estimates the share of *all* attention that a column or
-    a distance holds, which is the recall that a budget buys. Dividing by how many queries can reach a key would instead
+    a slash holds, which is the recall that a budget buys. Dividing by how many queries can reach a key would instead
     favour keys near the end that few queries read.
 
     Args:
         positions: int64 (probe,), global positions of the probe queries.
+        block_size: slashes are block diagonals of so many tokens, so many times fewer; 1: token distances.
 
     Returns:
-        verticals, slashes: (owned rows, seq_len), fp32 (fp64 for fp64 inputs), each row summing to the probe's size.
+        verticals (owned rows, seq_len), slashes (owned rows, seq_len // block_size), fp32 (fp64 for fp64 inputs), each
+        row summing to the probe's size, but for what falls beyond the last block diagonal.
     """
     world, seq_len, backend = shard.comm.world, shard.seq_len, shard.backend
     probe = gather_queries(q, positions, shard)
     lse = global_lse(backend.probe_lse(probe, k, positions, shard.positions, scale), shard)
-    columns, slashes = backend.probe_mass(probe, k, positions, shard.positions, scale, lse, seq_len)
+    columns, slashes = backend.probe_mass(
+        probe, k, positions, shard.positions, scale, lse, seq_len, block_size
+    )
     owned = -(-columns.shape[0] // world)
     padding = (0, 0, 0, owned * world - columns.shape[0])
     columns = shard.comm.all_to_all(torch.nn.functional.pad(columns, padding).unflatten(0, (world, owned)))

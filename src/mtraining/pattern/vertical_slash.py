@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mtraining.kernel import Backend, SparseIndex
+from mtraining.kernel.reference_estimate import diagonal_mass
 from mtraining.pattern.base import Pattern, SequenceShard, require
-from mtraining.pattern.diagonals import diagonal_mass, distances_to_diagonals, heaviest_diagonals
-from mtraining.pattern.probe import PLACEMENTS, column_and_distance_mass, probe_positions, share_rows
+from mtraining.pattern.diagonals import distances_to_diagonals, heaviest_diagonals
+from mtraining.pattern.probe import PLACEMENTS, column_and_slash_mass, probe_positions, share_rows
 
 SLASH_UNITS = ("token", "block")
 
@@ -96,6 +97,11 @@ class VerticalSlash(Pattern):
         """Largest number of columns that a head may keep."""
         return self.max_columns if self.top_k_columns is None else self.top_k_columns
 
+    @property
+    def slash_size(self) -> int:
+        """Tokens that a slash spans: ``block_size`` for block diagonals, 1 for token distances."""
+        return self.block_size if self.slash_by == "block" else 1
+
     def _slash_budget(self) -> int:
         return self.max_slashes if self.top_k_slashes is None else self.top_k_slashes
 
@@ -103,7 +109,11 @@ class VerticalSlash(Pattern):
         return estimate_by_head(q, k, shard, scale, (self,) * q.shape[2])
 
     def select(self, verticals: Tensor, slashes: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
-        """The budget applied to probe masses (rows, seq_len) of columns and of distances.
+        """The budget applied to probe masses.
+
+        Args:
+            verticals: of columns, (rows, seq_len).
+            slashes: of distances or block diagonals, (rows, seq_len // slash_size).
 
         Returns:
             columns int64 (rows, min(column_budget, seq_len)), ascending, padded with seq_len; diagonals bool (rows,
@@ -115,9 +125,9 @@ class VerticalSlash(Pattern):
         if self.slash_by == "token":
             distances = backend.heaviest(slashes, token < self.window, self.top_p, self._slash_budget())
             return columns, distances_to_diagonals(distances, seq_len, self.block_size)
-        forced = distances_to_diagonals(token[None, : self.window], seq_len, self.block_size)[0]
-        mass = diagonal_mass(slashes, self.block_size)
-        return columns, heaviest_diagonals(mass, forced, self.top_p, self.slash_density)
+        reach = -(-(self.window - 1) // self.block_size)  # the farthest diagonal that the window crosses
+        forced = torch.arange(slashes.shape[1], device=slashes.device) <= reach
+        return columns, heaviest_diagonals(slashes, forced, self.top_p, self.slash_density)
 
 
 @torch.no_grad()
@@ -133,7 +143,8 @@ def estimate_by_head(
     seq_len, (batch, _, q_heads, _) = shard.seq_len, q.shape
     one = heads[0]
     probe = probe_positions(one.probe, one.probe_at, seq_len, q.device)
-    verticals, slashes = column_and_distance_mass(q, k, probe, shard, scale)
+    size = min(pattern.slash_size for pattern in heads)
+    verticals, slashes = column_and_slash_mass(q, k, probe, shard, scale, size)
     if heads.count(one) == len(heads):
         columns, diagonals = one.select(verticals, slashes, shard.backend)
     else:
@@ -141,7 +152,10 @@ def estimate_by_head(
         columns = torch.full((rows, min(capacity, seq_len)), seq_len, dtype=torch.int64, device=q.device)
         diagonals = torch.zeros(rows, seq_len // one.block_size, dtype=torch.bool, device=q.device)
         for pattern, mine in _rows_by_pattern(heads, rows, shard.comm.rank, q.device):
-            chosen, diagonals[mine] = pattern.select(verticals[mine], slashes[mine], shard.backend)
+            mass = slashes[mine]
+            if pattern.slash_size > size:
+                mass = diagonal_mass(mass, pattern.slash_size)
+            chosen, diagonals[mine] = pattern.select(verticals[mine], mass, shard.backend)
             columns[mine, : chosen.shape[1]] = chosen
     return SparseIndex(
         seq_len,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
+from mtraining.errors import UserError
 from mtraining.kernel.reference_estimate import ReferenceEstimation
 from mtraining.kernel.triton_estimate import TritonEstimation
 from mtraining.layout import build_layout
@@ -22,22 +25,56 @@ def tokens(count: int, heads: int, dim: int, dtype: torch.dtype = torch.float32,
     return wide[:, :, 3:, :dim].transpose(1, 2)
 
 
-CONSECUTIVE, SPREAD = "consecutive", "spread"
+def slash_mass(
+    probe: Tensor, k: Tensor, at: Tensor, positions: Tensor, lse: Tensor, seq_len: int, size: int
+) -> Tensor:
+    """What probe_mass means by slashes, entry by entry in fp64, scale 1 / sqrt(head_dim)."""
+    keys = k.double().repeat_interleave(probe.shape[2] // k.shape[2], 2)
+    prob = (
+        torch.einsum("bphd,bkhd->bhpk", probe.double(), keys) * k.shape[3] ** -0.5 - lse.double()[..., None]
+    )
+    distance = at[:, None] - positions[None, :]
+    prob = prob.exp().masked_fill(distance < 0, 0).flatten(0, 1).flatten(1)
+    slashes = torch.zeros(prob.shape[0], seq_len // size + 2, dtype=torch.float64)
+    share = (distance % size / size).flatten()
+    for step, part in ((0, 1 - share), (1, share)):
+        place = (distance.clamp(min=0) // size + step).flatten().expand_as(prob)
+        slashes.scatter_add_(1, place, prob * part)
+    return slashes[:, : seq_len // size]
 
 
 def probe_positions(kind: str, count: int, seq_len: int) -> Tensor:
-    if kind == CONSECUTIVE:
-        return torch.arange(seq_len - count, seq_len)
-    return torch.linspace(seq_len // 5, seq_len - 1, count).long()
+    spread = {"last": 0, "spread": count, "mixed": count // 2, "shuffled": count}[kind]
+    before = seq_len - (count - spread)
+    places = torch.cat([torch.randperm(before)[:spread].sort().values, torch.arange(before, seq_len)])
+    return places[torch.randperm(count)] if kind == "shuffled" else places
+
+
+def parts(layout: str, unit: int, seq_len: int, world: int) -> Sequence[Tensor]:
+    if layout == "shuffled":
+        return torch.randperm(seq_len).chunk(world)
+    if layout == "uneven":
+        return torch.arange(seq_len).split(seq_len // 2 + 13)
+    return build_layout(layout, unit=unit).positions(seq_len, world).unbind()
 
 
 @pytest.mark.parametrize(
-    ("layout", "unit", "world", "seq_len", "q_heads", "kv_heads", "dim", "probes", "kind"),
+    ("layout", "unit", "world", "seq_len", "q_heads", "kv_heads", "dim", "probes", "kind", "size"),
     [
-        ("contiguous", 128, 1, 200, 4, 1, 64, 64, CONSECUTIVE),
-        ("striped", 32, 2, 384, 3, 1, 32, 20, CONSECUTIVE),
-        ("striped", 128, 2, 512, 2, 2, 128, 70, CONSECUTIVE),
-        ("zigzag", 128, 2, 320, 4, 2, 96, 64, SPREAD),
+        ("contiguous", 128, 1, 200, 4, 1, 64, 64, "last", 1),
+        ("striped", 32, 2, 384, 3, 1, 32, 20, "last", 1),
+        ("striped", 128, 2, 512, 2, 2, 128, 70, "last", 1),
+        ("zigzag", 128, 2, 320, 4, 2, 96, 64, "spread", 1),
+        ("striped", 128, 2, 512, 2, 1, 128, 130, "spread", 128),
+        ("striped", 64, 2, 256, 3, 1, 64, 70, "mixed", 64),
+        ("zigzag", 128, 2, 384, 1, 1, 32, 80, "spread", 96),
+        ("contiguous", 128, 1, 96, 2, 2, 64, 20, "last", 48),
+        ("contiguous", 128, 1, 640, 1, 1, 32, 20, "mixed", 320),
+        ("contiguous", 128, 2, 512, 2, 1, 32, 20, "spread", 256),
+        ("zigzag", 128, 2, 256, 1, 1, 32, 100, "shuffled", 64),
+        ("striped", 32, 2, 256, 1, 1, 32, 70, "spread", 128),  # runs shorter than a tile
+        ("uneven", 128, 2, 192, 1, 1, 32, 50, "spread", 64),
+        ("shuffled", 128, 1, 64, 1, 1, 32, 20, "shuffled", 32),
     ],
 )
 def test_probe(
@@ -50,53 +87,74 @@ def test_probe(
     dim: int,
     probes: int,
     kind: str,
+    size: int,
 ) -> None:
     """Every rank's share; together they make up all the probe's mass."""
     probe, k, scale = tokens(probes, q_heads, dim), tokens(seq_len, kv_heads, dim), dim**-0.5
     at, everywhere = probe_positions(kind, probes, seq_len), torch.arange(seq_len)
     lse = reference.probe_lse(probe, k, at, everywhere, scale)
-    whole = reference.probe_mass(probe, k, at, everywhere, scale, lse, seq_len)[1]
-    distances = torch.zeros_like(whole)
-    for positions in build_layout(layout, unit=unit).positions(seq_len, world):
+    total = torch.zeros(2 * q_heads, seq_len // size)
+    for positions in parts(layout, unit, seq_len, world):
         keys = k.movedim(2, 1)[:, :, positions].movedim(1, 2)  # strides unlike those of k
-        wanted = reference.probe_lse(probe, keys, at, positions, scale)
         torch.testing.assert_close(
-            ours.probe_lse(probe, keys, at, positions, scale), wanted, rtol=1e-5, atol=1e-5
+            ours.probe_lse(probe, keys, at, positions, scale),
+            reference.probe_lse(probe, keys, at, positions, scale),
+            rtol=1e-5,
+            atol=1e-5,
         )
-        result = ours.probe_mass(probe, keys, at, positions, scale, lse, seq_len)
-        wanted = reference.probe_mass(probe, keys, at, positions, scale, lse, seq_len)
+        result = ours.probe_mass(probe, keys, at, positions, scale, lse, seq_len, size)
+        wanted = reference.probe_mass(probe, keys, at, positions, scale, lse, seq_len, size)
         for ours_one, reference_one in zip(result, wanted, strict=True):
             torch.testing.assert_close(ours_one, reference_one, rtol=1e-5, atol=1e-6)
-        distances += result[1]
-    torch.testing.assert_close(distances, whole, rtol=1e-5, atol=1e-6)
+        defined = slash_mass(probe, keys, at, positions, lse, seq_len, size)
+        torch.testing.assert_close(wanted[1].double(), defined, rtol=1e-5, atol=1e-6)
+        assert (result[1] >= 0).all()
+        total += result[1]
+    whole = slash_mass(probe, k, at, everywhere, lse, seq_len, size)
+    torch.testing.assert_close(total.double(), whole, rtol=1e-5, atol=2e-6)
 
 
-def test_probe_in_fp16_repeats_bit_for_bit() -> None:
+@pytest.mark.parametrize("size", [1, 64])
+def test_probe_in_fp16_repeats_bit_for_bit(size: int) -> None:
     probe, k = tokens(32, 2, 64, torch.float16), tokens(256, 1, 64, torch.float16)
-    for kind in (CONSECUTIVE, SPREAD):
+    for kind in ("last", "spread"):
         at, positions = probe_positions(kind, 32, 256), torch.arange(256)
         lse = ours.probe_lse(probe, k, at, positions, 0.125)
         torch.testing.assert_close(
             lse, reference.probe_lse(probe, k, at, positions, 0.125), rtol=1e-5, atol=1e-5
         )
-        first, second = (ours.probe_mass(probe, k, at, positions, 0.125, lse, 256) for _ in range(2))
+        first, second = (ours.probe_mass(probe, k, at, positions, 0.125, lse, 256, size) for _ in range(2))
         for once, again, wanted in zip(
-            first, second, reference.probe_mass(probe, k, at, positions, 0.125, lse, 256), strict=True
+            first, second, reference.probe_mass(probe, k, at, positions, 0.125, lse, 256, size), strict=True
         ):
             assert torch.equal(once, again)
             torch.testing.assert_close(once, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_a_probe_query_before_every_local_key_sees_nothing() -> None:
-    probe, k = tokens(16, 1, 32), tokens(64, 1, 32)
-    at, positions = torch.arange(8, 24) * 4, torch.arange(64, 128)
+@pytest.mark.parametrize("size", [1, 32])
+@pytest.mark.parametrize(
+    "start", [120, 136, 256], ids=["few of a tile see", "a whole tile does not", "none does"]
+)
+def test_a_probe_query_before_every_local_key_sees_nothing(
+    start: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tiles of queries; memory nobody wrote would pass for a score or a mass."""
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: plain(*shape, **options).fill_(1))
+    probe, k = tokens(128, 1, 32), tokens(64, 1, 32)
+    at, positions = torch.arange(128) * 2, torch.arange(start, start + 64)
     lse = ours.probe_lse(probe, k, at, positions, 1.0)
-    assert torch.equal(lse.isneginf(), (at < 64).expand_as(lse))
-    columns, distances = ours.probe_mass(probe, k, at, positions, 1.0, lse, 128)
-    assert columns.sum().item() == pytest.approx(
-        2 * 8, rel=1e-5
-    )  # the eight queries of each row that see a key
-    assert distances.sum().item() == pytest.approx(2 * 8, rel=1e-5)
+    assert torch.equal(lse.isneginf(), (at < start).expand_as(lse))
+    for mass in ours.probe_mass(probe, k, at, positions, 1.0, lse, 320, size):
+        assert mass.sum(1).tolist() == pytest.approx([(at >= start).sum().item()] * 2, rel=1e-5)
+
+
+def test_blocks_that_no_tile_divides_are_refused() -> None:
+    probe, k = tokens(8, 1, 32), tokens(24, 1, 32)
+    with pytest.raises(
+        UserError, match="block_size: kernel=triton needs a multiple of 16 tokens, not 24; use 32"
+    ):
+        ours.probe_mass(probe, k, torch.arange(8), torch.arange(24), 1.0, torch.zeros(2, 1, 8), 24, 24)
 
 
 def forced_at(n: int, *places: int) -> Tensor:
