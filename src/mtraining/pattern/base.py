@@ -6,9 +6,11 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import ClassVar, Protocol
+from types import NoneType
+from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from mtraining.errors import UserError
@@ -171,7 +173,27 @@ def build_from_table(table: Mapping[str, type[Pattern]], name: str, options: Map
             raise UserError(
                 f"pattern.{option}: {name} has no such option{_nearest(option, known)}; it takes {', '.join(known)}."
             )
-    return table[name](**options)  # type: ignore[arg-type]
+    kinds = get_type_hints(table[name])
+    given = {option: _typed(name, option, kinds[option], value) for option, value in options.items()}
+    return table[name](**given)  # type: ignore[arg-type]
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", NoneType: "null"}
+
+
+def _typed(name: str, option: str, kind: Any, value: object) -> object:
+    """``value`` as a pattern's field wants it. Text that reads as a number is one (YAML takes 5e-2 for text); fields of
+    other kinds than numbers, words and null are for the pattern itself to check."""
+    kinds = get_args(kind) or (kind,)
+    if not set(kinds) <= set(_KINDS):
+        return value
+    try:
+        if isinstance(value, bool) and bool not in kinds:
+            raise ValueError("true and false are no numbers, though Python takes them for such")
+        return TypeAdapter(kind).validate_python(value)
+    except (ValidationError, ValueError):
+        wanted = " or ".join(_KINDS[one] for one in kinds)
+        raise UserError(f"pattern.{option}: {value!r} does not fit {name}; give {wanted}.") from None
 
 
 def _nearest(word: str, known: object) -> str:

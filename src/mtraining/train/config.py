@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from mtraining.errors import UserError
-from mtraining.model import ModelOptions
+from mtraining.model import ModelOptions, Refresh
 from mtraining.pattern import Dense, Pattern, build_pattern, load_table
 
 
@@ -74,6 +74,15 @@ class PatternSection(PatternChoice):
     dense_layers: NonNegativeInt = 0
     refresh: Literal["every_step"] | dict[Literal["every_n", "frozen_at"], PositiveInt] = "every_step"
     coverage: NonNegativeInt = 0
+
+    @field_validator("refresh", mode="before")
+    @classmethod
+    def _refresh_is_known(cls, value: Any) -> Any:
+        try:
+            Refresh.parse(value)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("pattern.refresh: ")) from None
+        return value
 
     @cached_property
     def layers(self) -> dict[int, Pattern]:
