@@ -124,7 +124,10 @@ class ParallelSection(Section):
 
 class TrainSection(Section):
     """The optimisation. Batch sizes count sequences: `batch_size` is what one optimizer step sees over all
-    replicas, `micro_batch_size` what one replica forwards at once; the rest is gradient accumulation."""
+    replicas, `micro_batch_size` what one replica forwards at once; the rest is gradient accumulation.
+
+    `deterministic` asks PyTorch for operations that repeat bit for bit (it warns of one that has no such form), takes
+    dense kernels that do, and refuses those that do not."""
 
     seq_len: PositiveInt
     steps: PositiveInt
@@ -144,6 +147,7 @@ class TrainSection(Section):
     fused: Literal["none", "compile", "liger"] = "none"
     loss_chunk: PositiveInt = 8192
     kernel: str = "auto"
+    deterministic: bool = False
     seed: int = 0
 
 
