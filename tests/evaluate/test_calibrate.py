@@ -105,6 +105,27 @@ def test_what_it_expects_is_what_its_table_gives(crafted: None, tmp_path: Path) 
     assert (tmp_path / "chart.svg").read_text().startswith("<?xml")
 
 
+def test_rows_that_choose_do_not_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two equal budgets that are right by chance on one half of the rows each: what chose says 1, the rest says 0."""
+
+    def visit(model: Any, ids: Tensor, visitor: Any) -> None:
+        visitor(0, *heads(0), 32**-0.5)
+
+    def lucky(tried: list[Any], *rest: Any) -> Tensor:
+        found = torch.zeros(
+            4, len(tried), 4
+        )  # heads, candidates: recall that chooses, that reports, tiles, columns
+        found[..., 2] = 0.5
+        found[:, 0, 0], found[:, 1, 1] = 1.0, 1.0
+        return found
+
+    monkeypatch.setattr(module, "visit_attention", visit)
+    monkeypatch.setattr(module, "_try", lucky)
+    found = calibrate(None, torch.zeros(1, TOKENS, dtype=torch.long), BASE, density=0.6)
+    assert found.chosen == [[0] * 4]
+    assert found.recall == 0 and found.curve[-1][1] == 0 and found.uniform[1][1] == 1
+
+
 def test_dear_columns_are_bought_less(crafted: None) -> None:
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
     fair, dear = (calibrate(None, ids, BASE, density=0.6, rows=64, price=price) for price in (1.0, 1.6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from mtraining.errors import UserError
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, Refresh, parallelize
-from mtraining.pattern import Dense, Pattern, ToeplitzRandom, VerticalSlash
+from mtraining.pattern import Dense, Pattern, ToeplitzRandom, VerticalSlash, build_pattern
 from mtraining.ring import Observer, Ring
 from pattern_cases import Counting
 
@@ -28,6 +29,13 @@ OPTIONS: dict[str, Any] = {
     "sinks": 2,
     "window": 3,
 }
+
+
+# moba lists blocks, which each rank holds its rows of
+HELD: list[Pattern] = [
+    VerticalSlash(**OPTIONS),
+    build_pattern("moba", block_size=BLOCK, chunk=2 * BLOCK, top_k=2),
+]
 
 
 def batch(seed: int, rows: int = 1, tokens: int = TOKENS) -> dict[str, Tensor]:
@@ -48,6 +56,8 @@ def step(model: ParallelLM, number: int, seeds: list[int], rows: int = 1) -> lis
 
 
 def same(a: SparseIndex, b: SparseIndex, row: int = 0) -> bool:
+    if a.blocks is not None and b.blocks is not None and not torch.equal(a.blocks[row], b.blocks[0]):
+        return False
     return torch.equal(a.diagonals[row], b.diagonals[0]) and torch.equal(a.columns[row], b.columns[0])
 
 
@@ -173,11 +183,13 @@ def test_a_restored_index_is_dense_if_it_was(pattern: Pattern) -> None:
         assert all(index.dense == isinstance(pattern, Dense) for index in memory._held.values())
 
 
-def replicas_job(worker: Worker) -> tuple[list[SparseIndex], dict[str, float], list[SparseIndex]]:
+def replicas_job(
+    worker: Worker, pattern: Pattern
+) -> tuple[list[SparseIndex], dict[str, float], list[SparseIndex]]:
     """Two replicas with different data, each on two ranks: the indices of step 2, and of step 1 for comparison."""
     mesh = worker.mesh((2, 2), ("dp", "cp"))
     model = parallelize(
-        tiny_model("qwen3"), mesh, pattern=VerticalSlash(**OPTIONS), layout=build_layout("striped", BLOCK),
+        tiny_model("qwen3"), mesh, pattern=pattern, layout=build_layout("striped", BLOCK),
         refresh={"frozen_at": 1}, recompute="none",
     )  # fmt: skip
     rank, layout, seen = Ring.over(mesh["cp"]).rank, build_layout("striped", BLOCK), []
@@ -190,13 +202,43 @@ def replicas_job(worker: Worker) -> tuple[list[SparseIndex], dict[str, float], l
     return seen[1], model.indices.uncovered(TOKENS), seen[0]
 
 
-def test_all_replicas_hold_the_indices_of_the_first(pool: ProcessPool) -> None:
-    ranks = pool.run(replicas_job, world=4)
+@pytest.mark.parametrize("pattern", HELD, ids=lambda p: p.name)
+def test_all_replicas_hold_the_indices_of_the_first(pool: ProcessPool, pattern: Pattern) -> None:
+    ranks = pool.run(replicas_job, world=4, pattern=pattern)
     first = ranks[0][2]
     assert not same(first[0], ranks[2][2][0]), "the replicas' own indices differ"
     for held, uncovered, _ in ranks:
         assert all(same(got, want) for got, want in zip(held, first, strict=True))
         assert uncovered == ranks[0][1]
+
+
+def held_job(worker: Worker, topology: tuple[int, ...], state: dict[str, Tensor] | None) -> Any:
+    """Without ``state``: its state after a step that estimates. With it: the indices of a step on another text."""
+    names = ("cp_outer", "cp_inner") if len(topology) > 1 else ("cp",)
+    mesh = worker.mesh(topology, names) if worker.world > 1 else None
+    layout, ring = build_layout("striped", BLOCK), Ring.over(mesh)
+    model = parallelize(
+        tiny_model("qwen3"), mesh, pattern=HELD[1], layout=layout, refresh={"frozen_at": 1}, recompute="none",
+        fsdp=False,
+    )  # fmt: skip
+    if state is not None:
+        model.indices.restore(state, torch.device("cpu"))
+    number = 1 if state is None else 2
+    mine = {name: layout.shard(x, ring.rank, ring.world).contiguous() for name, x in batch(number).items()}
+    with model.training_step(number), Observer() as observer:
+        model(**mine, num_labels=100).backward()
+    return [stats.index for stats in observer.stats], model.indices.state()
+
+
+@pytest.mark.parametrize("topology", [(1,), (2,), (2, 2)], ids=str)
+def test_held_block_lists_go_on_in_any_ring(pool: ProcessPool, topology: tuple[int, ...]) -> None:
+    """Estimated by two ranks, each with half of the rows; gone on with by ranks that need others, and saved again."""
+    saved = pool.run(held_job, world=2, topology=(2,), state=None)
+    for got, again in pool.run(held_job, world=math.prod(topology), topology=topology, state=saved[1][1]):
+        assert all(same(index, first) for index, first in zip(got, saved[0][0], strict=True))
+        assert all(torch.equal(again[name], x) for name, x in saved[0][1].items())
+    other = parallelize(tiny_model("qwen3"), pattern=HELD[1], recompute="none", layout="contiguous")
+    assert not same(step(other, 1, [2])[0][0], saved[0][0][0]), "another text has another index"
 
 
 @pytest.mark.parametrize(

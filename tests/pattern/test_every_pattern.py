@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import Tensor
 
 from distributed import ProcessPool, Worker
+from mtraining.errors import UserError
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
-from mtraining.pattern import PATTERNS, SequenceShard
+from mtraining.pattern import PATTERNS, SequenceShard, build_pattern
 from mtraining.ring import Ring
 from pattern_cases import FULL, SIZE, SPARSE, build_case
 
@@ -80,3 +82,25 @@ def test_gradients_do_not_reach_the_selection(name: str) -> None:
     q, k = (x.requires_grad_() for x in inputs(64))
     index = build_case(SPARSE[name]).estimate(q, k, SequenceShard.whole(64), 0.25)
     assert not any(x.requires_grad for x in (index.diagonals, index.columns, index.blocks) if x is not None)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_options_of_another_kind_are_refused_by_name(name: str) -> None:
+    """What a YAML file may hold by mistake: a list, text or a truth value for a number, a fraction of a token."""
+    for option in fields(PATTERNS[name]):
+        with pytest.raises(UserError, match=rf"pattern\.{option.name}: .* does not fit {name}|is no pattern"):
+            build_pattern(name, **{option.name: [1]})
+    for wrong in (True, 128.5, "much", None):
+        with pytest.raises(
+            UserError, match=rf"pattern.block_size: {wrong!r} does not fit {name}; give a whole"
+        ):
+            build_pattern(name, block_size=wrong)
+
+
+def test_text_that_reads_as_a_number_is_one() -> None:
+    """YAML takes 5e-2 for text, as it lacks a decimal point."""
+    assert build_pattern("vertical_slash", slash_density="5e-2") == build_pattern(
+        "vertical_slash", slash_density=0.05
+    )
+    assert build_pattern("moba", chunk="512").chunk == 512  # type: ignore[attr-defined]
+    assert build_pattern("vertical_slash", top_p=None, top_k_columns=64, top_k_slashes=128).top_p is None  # type: ignore[attr-defined]

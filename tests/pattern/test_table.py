@@ -194,6 +194,17 @@ def test_described_patterns_read_back(tmp_path: Path, pattern: Pattern) -> None:
         ),
         ([{"0": ["vertical_and_slash", [0.95, 9], 9, 1]}], "layer 0, head 0: .* has no numbers of verticals"),
         ([{"0": "dense"}], "layer 0, head 0: 'dense' is not"),
+        ([{"first": ["stream_llm", 9, 9, 1]}], "layer 0 is not a mapping"),
+        ({"patterns": ["dense"], "layers": ["dense"]}, "patterns: .* is not a mapping of names"),
+        ({"patterns": {"a": {"name": "dense"}}, "layers": None}, "layers: None is not a list"),
+        ({"patterns": {"a": {"name": "dense"}}, "layers": ["a", []]}, "layer 1 has no heads"),
+        (
+            {
+                "patterns": {"a": {"name": "dense"}, "b": {"name": "dense", "block_size": 64}},
+                "layers": [["a", "b"]],
+            },
+            "layer 0: pattern.block_size: head 1 has 64 and the layer 128",
+        ),
     ],
 )
 def test_bad_tables_are_refused_by_place(tmp_path: Path, content: Any, words: str) -> None:

@@ -49,6 +49,9 @@ def test_members_may_be_built_named_or_described() -> None:
         ([{"nam": "moba"}], "pattern.patterns: .* is no pattern"),
         ([{"name": "moba", "chunk": 4}], "pattern.patterns: .* is no pattern"),
         ([7], "pattern.patterns: 7 is no pattern"),
+        ("dense", "pattern.patterns: 'dense' .* list at least one"),
+        (None, "pattern.patterns: None .* list at least one"),
+        ([{"name": "moba", "options": [4]}], "pattern.patterns: .* is no pattern"),
         ([{"name": "mobba"}], "did you mean 'moba'"),
         (
             [{"name": "moba", "options": {"top": 3}}],

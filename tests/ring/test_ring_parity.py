@@ -14,7 +14,7 @@ from torch import Tensor
 import mtraining
 from distributed import ProcessPool, Worker
 from mtraining.layout import build_layout
-from mtraining.pattern import build_pattern
+from mtraining.pattern import PATTERNS, build_pattern
 from mtraining.ring import IndexTape, Ring
 from pattern_cases import FULL, SIZE, SPARSE
 
@@ -154,13 +154,36 @@ def test_every_layout_and_topology(
     check_parity(pool, case)
 
 
+# what has tests of its own elsewhere, and the form of vertical-slash that the recipes take
+EVERY = SPARSE | {
+    "dense": ("dense", {}),
+    "toeplitz_random": ("toeplitz_random", {"density": 0.3, "window": 1, "columns": 9}),
+    "vertical_slash, by block, spread": (
+        "vertical_slash",
+        {
+            "slash_by": "block",
+            "slash_density": 0.3,
+            "probe_at": "spread",
+            "probe": 20,
+            "max_columns": 9,
+            "sinks": 2,
+            "window": 3,
+        },
+    ),
+}
+
+
+def test_every_pattern_is_among_them() -> None:
+    assert {name for name, _ in EVERY.values()} == set(PATTERNS)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_pattern_in_every_layout_and_topology(
     pool: ProcessPool, name: str, topology: tuple[int, ...], layout: str
 ) -> None:
-    pattern, options = SPARSE[name]
+    pattern, options = EVERY[name]
     case = {
         "seed": 9, "topology": topology, "layout": (layout, SIZE), "pattern": pattern,
         "options": {"block_size": SIZE, **options}, "shape": (1, 128, 4, 2, 16),

@@ -29,6 +29,10 @@ NO_MODEL = {
         ({"train": {"seq_len": 64}, "parallel": {"cp": 8}}, "too few .* 8 ranks with blocks of 16"),
         ({"train": {"seq_len": 4096}}, "has no document of seq_len 4,096"),
         ({"train": {"warmup_steps": 6}}, "train.warmup_steps=6 leaves no step"),
+        (
+            {"train": {"deterministic": True, "kernel": "flash4"}},
+            "^train.kernel=flash4 adds gradients in no fixed order, .* use train.kernel=auto or triton",
+        ),
         ({"layout": {"unit": 24}}, "layout.unit: a stripe of 24 tokens cuts"),
         ({"layout": {"name": "stripped"}}, "did you mean 'striped'"),
         ({"pattern": {"topp": 0.5}}, "pattern.topp: .*did you mean 'top_p'"),

@@ -53,6 +53,11 @@ def test_what_is_saved_reads_back_equal(recipe: Path, tmp_path: Path) -> None:
         ("train.steps", "--set 'train.steps' is not of the form"),
         ("train.steps.more=1", "train.steps is a value, not a section"),
         ("train.steps=[1", "the value is not valid YAML"),
+        (
+            "pattern.refresh={every: 2}",
+            "^pattern.refresh: {'every': 2} is not known; use every_step, {every_n: k}",
+        ),
+        ("pattern.refresh={every_n: 0}", "^pattern.refresh: {'every_n': 0} is not known; .* at least 1.$"),
     ],
 )
 def test_mistakes_get_one_sentence(recipe: Path, override: str, sentence: str) -> None:

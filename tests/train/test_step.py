@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny_run import tiny_config
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
-from mtraining.train.config import TrainSection
+from mtraining.train import loop
+from mtraining.train.config import Config, TrainSection
 from mtraining.train.mesh import Runtime
 from mtraining.train.optim import build_optimizer, step_where_finite
 from mtraining.train.step import NonFinite, Stepper
@@ -160,3 +163,23 @@ def test_sharded_parameters_are_held_too(pool: ProcessPool) -> None:
     assert len(first) == 8
     assert all(torch.equal(a, b) for a, b in zip(first, held, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, last, strict=True))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_deterministic_holds_for_the_run_and_no_longer(
+    asked: bool, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = loop.parallel_model
+
+    def built(config: Config, place: Runtime) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return real(config, place)
+
+    monkeypatch.setattr(loop, "parallel_model", built)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    loop.train(
+        tiny_config(tmp_path / "run", shards, train={"deterministic": asked, "steps": 1, "warmup_steps": 0})
+    )
+    assert seen == [asked]
+    assert not torch.are_deterministic_algorithms_enabled()

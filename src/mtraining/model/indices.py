@@ -6,7 +6,7 @@
 
 A held index is that of one sequence, the first of its step, and every sequence of every replica is given it: an index
 fits the text it was estimated on, so holding one means one for all. It is in global coordinates, so any number
-of ranks can go on from it.
+of ranks can go on from it: of block lists each rank holds its own rows, and a checkpoint holds all of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mtraining.errors import UserError
 from mtraining.kernel import SparseIndex
 from mtraining.pattern import Pattern, SequenceShard
+from mtraining.ring import Ring
 
 FAR_TOKENS = 32_768
 _FORMS = "every_step, {every_n: k} or {frozen_at: step}"
@@ -82,13 +83,16 @@ class IndexMemory:
         refresh: when to estimate.
         coverage: every block distance receives gradient within this many steps; 0 adds nothing.
         dp_mesh: the replicas, which must hold the same indices; None for one.
+        cp_mesh: the ranks that share a sequence, and the rows of its block lists; None for one.
     """
 
-    def __init__(self, refresh: Refresh, coverage: int, dp_mesh: DeviceMesh | None) -> None:
+    def __init__(
+        self, refresh: Refresh, coverage: int, dp_mesh: DeviceMesh | None, cp_mesh: DeviceMesh | None
+    ) -> None:
         if coverage < 0:
             raise UserError(f"pattern.coverage={coverage} must be a number of steps, or 0 for none.")
         self.refresh, self.coverage = refresh, coverage
-        self._dp_mesh = dp_mesh
+        self._dp_mesh, self._cp_mesh = dp_mesh, cp_mesh
         self._step: int | None = None
         self._held: dict[int, SparseIndex] = {}
         self._held_step = 0
@@ -121,7 +125,7 @@ class IndexMemory:
         """``pattern`` for one layer, under this memory."""
         return Remembered(block_size=pattern.block_size, layer=layer, inner=pattern, memory=self)
 
-    def held(self, layer: int, batch: int, seq_len: int) -> SparseIndex | None:
+    def held(self, layer: int, batch: int, shard: SequenceShard) -> SparseIndex | None:
         """The held index of a layer, for every sequence of a batch; None where this step estimates."""
         if self._step is None or self.refresh.estimates(self._step):
             return None
@@ -133,28 +137,26 @@ class IndexMemory:
                 f"(it holds those of {self._held_step or 'no step'}); resume from a checkpoint of a run with the same "
                 "pattern.refresh, or use every_step."
             )
-        if index.seq_len != seq_len:
+        if index.seq_len != shard.seq_len:
             raise UserError(
-                f"pattern.refresh: the held indices are for {index.seq_len} tokens and this batch has {seq_len}; use "
-                "one train.seq_len throughout, or pattern.refresh=every_step."
+                f"pattern.refresh: the held indices are for {index.seq_len} tokens and this batch has {shard.seq_len}; "
+                "use one train.seq_len throughout, or pattern.refresh=every_step."
             )
+        index = self._held[layer] = own_rows(index, shard)
         return replace(
             index,
             diagonals=index.diagonals.expand(batch, -1, -1).contiguous(),
             columns=index.columns.expand(batch, -1, -1).contiguous(),
+            blocks=None if index.blocks is None else index.blocks.expand(batch, -1, -1, -1).contiguous(),
         )
 
     def keep(self, layer: int, index: SparseIndex) -> None:
         """Remember a layer's index, if it is the step's first and is to be held."""
         if self._step is None or not self.refresh.holds or layer in self._fresh:
             return
-        if index.blocks is not None:
-            raise UserError(
-                f"pattern.refresh: the pattern of layer {layer} lists blocks, which each rank holds its share of; only "
-                "columns and slashes can be held: use pattern.refresh=every_step with it."
-            )
         first = (index.diagonals[:1].clone(), index.columns[:1].clone())
-        self._fresh[layer] = replace(index, diagonals=first[0], columns=first[1])
+        blocks = None if index.blocks is None else index.blocks[:1].clone()
+        self._fresh[layer] = replace(index, diagonals=first[0], columns=first[1], blocks=blocks)
 
     def cover(self, index: SparseIndex) -> SparseIndex:
         """``index`` with this step's share of all block diagonals.
@@ -198,12 +200,19 @@ class IndexMemory:
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep, on the CPU, the same on every rank. Collective over the replicas."""
+        """What a checkpoint must keep, on the CPU, the same on every rank. Collective over all ranks.
+
+        Held block lists are whole there, which is quadratic in the number of blocks: 2 MiB a head at 512K tokens.
+        """
         state = {"held_step": torch.tensor(self._held_step)}
         for layer, index in self._held.items():
             state[f"diagonals_{layer}"] = index.diagonals.to("cpu", torch.uint8)
             state[f"columns_{layer}"] = index.columns.cpu()
             state[f"shape_{layer}"] = torch.tensor([index.seq_len, index.block_size])
+            if index.blocks is not None:
+                blocks = index.whole(Ring.over(self._cp_mesh)).blocks
+                assert blocks is not None
+                state[f"blocks_{layer}"] = blocks.cpu()
         for layer, distances in self._over_replicas(self._ever).items():
             state[f"ever_{layer}"] = distances.to("cpu", torch.uint8)
         return state
@@ -218,9 +227,11 @@ class IndexMemory:
             elif kind == "shape":
                 seq_len, block_size = tensor.tolist()
                 diagonals, columns = state[f"diagonals_{layer}"].bool(), state[f"columns_{layer}"]
+                # all rows, and on the CPU, until held() knows which of them are this rank's
+                blocks = state.get(f"blocks_{layer}")
                 self._held[int(layer)] = SparseIndex(
-                    seq_len, block_size, diagonals.to(device), columns.to(device),
-                    dense=bool(diagonals.all()) and not columns.numel(),
+                    seq_len, block_size, diagonals.to(device), columns.to(device), blocks,
+                    dense=bool(diagonals.all()) and not columns.numel() and blocks is None,
                 )  # fmt: skip
 
     def _from_first_replica(self, index: SparseIndex) -> SparseIndex:
@@ -228,9 +239,11 @@ class IndexMemory:
             return index
         group = self._dp_mesh.get_group()
         diagonals, columns = index.diagonals.to(torch.uint8), index.columns.contiguous()
-        for tensor in (diagonals, columns):
-            dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
-        return replace(index, diagonals=diagonals.bool(), columns=columns)
+        blocks = None if index.blocks is None else index.blocks.contiguous()  # the same rows in every replica
+        for tensor in (diagonals, columns, blocks):
+            if tensor is not None:
+                dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+        return replace(index, diagonals=diagonals.bool(), columns=columns, blocks=blocks)
 
     def _over_replicas(self, by_layer: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Block distances that any replica has: for each layer, bool (q_heads, num_blocks)."""
@@ -240,6 +253,18 @@ class IndexMemory:
         for distances in joined.values():
             dist.all_reduce(distances, op=dist.ReduceOp.MAX, group=self._dp_mesh.get_group())
         return {layer: distances.bool() for layer, distances in joined.items()}
+
+
+def own_rows(index: SparseIndex, shard: SequenceShard) -> SparseIndex:
+    """A restored index with this rank's rows of its block lists, on the device of the rest; others as they are."""
+    if index.blocks is None or index.block_rows is not None:
+        return index
+    device = index.diagonals.device
+    if shard.comm.world == 1:
+        return replace(index, blocks=index.blocks.to(device))
+    rows = shard.all_blocks(index.block_size)[shard.comm.rank]
+    mine = index.blocks[:, :, rows.to(index.blocks.device)]
+    return replace(index, blocks=mine.to(device), block_rows=rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +278,7 @@ class Remembered(Pattern):
     name = "remembered"
 
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
-        index = self.memory.held(self.layer, q.shape[0], shard.seq_len)
+        index = self.memory.held(self.layer, q.shape[0], shard)
         if index is None:
             index = self.inner.estimate(q, k, shard, scale)
             self.memory.keep(self.layer, index)

@@ -204,9 +204,8 @@ def parallelize(
 
     layout = build_layout(layout) if isinstance(layout, str) else layout
     dp_mesh = mesh["dp"] if mesh is not None and "dp" in (mesh.mesh_dim_names or ()) else None
-    indices = IndexMemory(
-        Refresh.parse(refresh), coverage, dp_mesh if dp_mesh is not None and dp_mesh.size() > 1 else None
-    )
+    replicas = dp_mesh if dp_mesh is not None and dp_mesh.size() > 1 else None
+    indices = IndexMemory(Refresh.parse(refresh), coverage, replicas, cp_mesh)
     _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel, indices)
     fuse(model, fused, device)
     recompute_layers(model, recompute, offload, device)

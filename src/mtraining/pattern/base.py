@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import ClassVar, Protocol
+from types import NoneType
+from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -171,7 +173,42 @@ def build_from_table(table: Mapping[str, type[Pattern]], name: str, options: Map
             raise UserError(
                 f"pattern.{option}: {name} has no such option{_nearest(option, known)}; it takes {', '.join(known)}."
             )
-    return table[name](**options)  # type: ignore[arg-type]
+    kinds = get_type_hints(table[name])
+    given = {option: _typed(name, option, kinds[option], value) for option, value in options.items()}
+    return table[name](**given)  # type: ignore[arg-type]
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", NoneType: "null"}
+
+
+def _typed(name: str, option: str, kind: Any, value: object) -> object:
+    """``value`` as a pattern's field wants it. Text that reads as a number is one (YAML takes 5e-2 for text); fields of
+    other kinds than numbers, words and null are for the pattern itself to check."""
+    kinds = get_args(kind) or (kind,)
+    if not set(kinds) <= set(_KINDS):
+        return value
+    for one in kinds:
+        with suppress(ValueError):
+            return _read(one, value)
+    wanted = " or ".join(_KINDS[one] for one in kinds)
+    raise UserError(f"pattern.{option}: {value!r} does not fit {name}; give {wanted}.")
+
+
+def _read(kind: type, value: object) -> object:
+    """``value`` as one kind of :data:`_KINDS`.
+
+    Raises:
+        ValueError: it is of another kind; true and false are no numbers, though Python takes them for such.
+    """
+    if type(value) is kind:
+        return value
+    if kind in (int, float) and type(value) in (int, float, str):
+        number = float(value)  # type: ignore[arg-type]
+        if kind is float:
+            return number
+        if number.is_integer():
+            return int(number)
+    raise ValueError
 
 
 def _nearest(word: str, known: object) -> str:

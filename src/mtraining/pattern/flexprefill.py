@@ -33,10 +33,11 @@ class FlexPrefill(Pattern):
     """Query-aware or vertical-slash heads.
 
     Every rank receives all mean keys, 4 * kv_heads * head_dim bytes a block (4 MB a layer for 512K tokens, 2 kv
-    heads of 128), and takes part in the probe of the last block as in vertical_slash (sends 4 bytes a head for each
-    of its tokens and for each token of the sequence). The cut of the query-aware map is searched bit by bit with
-    15 sums of 24 bytes a head, so that no rank sees another's rows of the map. The map is made for so many heads at a
-    time that it has 2^24 entries (67 MB, three times over). Each rank chooses for its own queries.
+    heads of 128), and takes part in the probe of the last block as in vertical_slash (4 bytes a head for each of
+    its tokens and for each token of the sequence, heads rounded up to a multiple of the ranks). The cut of the
+    query-aware map is searched bit by bit with 15 sums of 24 bytes a head, so that no rank sees another's rows of
+    the map. The map is made for so many heads at a time that it has 2^24 entries (67 MB, three times over). Each
+    rank chooses for its own queries.
 
     Attributes:
         gamma: share of the attention to keep; 1 keeps everything.

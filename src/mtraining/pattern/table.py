@@ -96,6 +96,11 @@ class _Table:
                 f"pattern.table: {self._path} has unknown keys {', '.join(sorted(map(str, extra)))}; it takes "
                 "patterns, layers and about."
             )
+        for key, kind, form in (("patterns", Mapping, "a mapping of names"), ("layers", list, "a list")):
+            if not isinstance(raw[key], kind):
+                raise UserError(
+                    f"pattern.table: {self._path}, {key}: {raw[key]!r} is not {form}; docs/patterns.md has the form."
+                )
         choices = {}
         for key, entry in raw["patterns"].items():
             if not isinstance(entry, Mapping) or "name" not in entry:
@@ -109,26 +114,28 @@ class _Table:
 
     def _layer(self, number: int, entry: Any, choices: Mapping[str, Pattern]) -> Pattern:
         names = entry if isinstance(entry, list) else [entry]
+        if not names:
+            raise UserError(
+                f"pattern.table: {self._path}, layer {number} has no heads; name a pattern for each."
+            )
         for head, name in enumerate(names):
             if str(name) not in choices:
                 raise UserError(
                     f"pattern.table: {self._path}, layer {number}, head {head}: {name!r} is not among patterns; "
                     f"choose one of {', '.join(choices)}."
                 )
-        return (
-            one_layer([choices[str(name)] for name in names])
-            if isinstance(entry, list)
-            else choices[str(entry)]
-        )
+        if not isinstance(entry, list):
+            return choices[str(entry)]
+        try:
+            return one_layer([choices[str(name)] for name in names])
+        except UserError as error:
+            raise UserError(f"pattern.table: {self._path}, layer {number}: {error}") from None
 
     def minference(self, raw: Sequence[Any]) -> list[Pattern]:
         layers = []
         for number, entry in enumerate(raw):
-            if (
-                not isinstance(entry, Mapping)
-                or sorted(map(int, entry)) != list(range(len(entry)))
-                or not entry
-            ):
+            numbers = {str(head) for head in range(len(entry))} if isinstance(entry, Mapping) else set()
+            if not numbers or set(map(str, entry)) != numbers:
                 raise UserError(
                     f"pattern.table: {self._path}, layer {number} is not a mapping of heads 0, 1, ... to "
                     "[pattern, verticals, slashes, score]; see docs/patterns.md for the form."

@@ -30,7 +30,8 @@ class Union(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "patterns", len(self.patterns) > 0, "list at least one pattern")
+        listed = isinstance(self.patterns, Sequence) and not isinstance(self.patterns, str)
+        require(self, "patterns", listed and len(self.patterns) > 0, "list at least one pattern")
         # a tuple of built patterns, so that a union is hashable as every pattern is
         object.__setattr__(self, "patterns", tuple(_member(p, self.block_size) for p in self.patterns))
         for member in self.members:
@@ -56,7 +57,8 @@ def _member(given: Pattern | str | Mapping[str, Any], block_size: int) -> Patter
         return given
     if isinstance(given, str):
         given = {"name": given}
-    if not isinstance(given, Mapping) or "name" not in given or set(given) - {"name", "options"}:
+    known = isinstance(given, Mapping) and "name" in given and not set(given) - {"name", "options"}
+    if not known or not isinstance(given.get("options") or {}, Mapping):
         raise UserError(
             f"pattern.patterns: {given!r} is no pattern; write {{name: a_shape, options: {{window: 1024}}}}."
         )

@@ -32,6 +32,11 @@ def check_config(config: Config) -> None:
             f"train.warmup_steps={config.train.warmup_steps} leaves no step after the warm-up; "
             f"use fewer than train.steps={config.train.steps}."
         )
+    if config.train.deterministic and config.train.kernel in ("flash4", "cudnn"):
+        raise UserError(
+            f"train.kernel={config.train.kernel} adds gradients in no fixed order, which train.deterministic=true "
+            "forbids; use train.kernel=auto or triton."
+        )
     check_output(config)
     SequenceDataset(
         TokenShards(config.data.path),

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from mtraining.errors import UserError
-from mtraining.model import ModelOptions
+from mtraining.model import ModelOptions, Refresh
 from mtraining.pattern import Dense, Pattern, build_pattern, load_table
 
 
@@ -75,6 +75,15 @@ class PatternSection(PatternChoice):
     refresh: Literal["every_step"] | dict[Literal["every_n", "frozen_at"], PositiveInt] = "every_step"
     coverage: NonNegativeInt = 0
 
+    @field_validator("refresh", mode="before")
+    @classmethod
+    def _refresh_is_known(cls, value: Any) -> Any:
+        try:
+            Refresh.parse(value)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("pattern.refresh: ")) from None
+        return value
+
     @cached_property
     def layers(self) -> dict[int, Pattern]:
         """The layers that have patterns of their own; `UserError` for a table that cannot be read."""
@@ -115,7 +124,10 @@ class ParallelSection(Section):
 
 class TrainSection(Section):
     """The optimisation. Batch sizes count sequences: `batch_size` is what one optimizer step sees over all
-    replicas, `micro_batch_size` what one replica forwards at once; the rest is gradient accumulation."""
+    replicas, `micro_batch_size` what one replica forwards at once; the rest is gradient accumulation.
+
+    `deterministic` asks PyTorch for operations that repeat bit for bit (it warns of one that has no such form), takes
+    dense kernels that do, and refuses those that do not."""
 
     seq_len: PositiveInt
     steps: PositiveInt
@@ -135,6 +147,7 @@ class TrainSection(Section):
     fused: Literal["none", "compile", "liger"] = "none"
     loss_chunk: PositiveInt = 8192
     kernel: str = "auto"
+    deterministic: bool = False
     seed: int = 0
 
 

@@ -29,7 +29,7 @@ from mtraining.train.checks import check_config, check_table
 from mtraining.train.config import Config
 from mtraining.train.display import Display
 from mtraining.train.memory_report import MemoryLog
-from mtraining.train.mesh import Runtime, runtime
+from mtraining.train.mesh import Runtime, repeatable, runtime
 from mtraining.train.metrics import MetricsWriter
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Batch, NonFinite, Stepper, StepResult
@@ -58,6 +58,7 @@ def train(config: Config) -> RunResult:
     check_config(config)
     with (
         runtime(config) as place,
+        repeatable(config.train.deterministic),
         watched(config.output, place.rank, place.world),
         full_disk_told(config.output),
     ):

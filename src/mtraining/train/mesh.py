@@ -139,6 +139,23 @@ def runtime(config: Config) -> Iterator[Runtime]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def repeatable(asked: bool) -> Iterator[None]:
+    """With `train.deterministic`: PyTorch's operations in a fixed order, as far as they have one, until the end."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if asked:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def build_mesh(parallel: ParallelSection, device_type: str) -> DeviceMesh:
     """The mesh of a process grid. Collective."""
     if parallel.cp_outer == 1:

@@ -112,6 +112,11 @@ def test_other_blocks_and_deterministic_runs_are_refused() -> None:
     try:
         with pytest.raises(UserError, match=r"kernel: 'flash4' adds gradients in no fixed order"):
             solve(flash4.Flash4Backend(), problem)
+        p = problem
+        with pytest.raises(
+            UserError, match=r"use kernel=triton, which repeats bit for bit"
+        ):  # at once, not a pass later
+            flash4.Flash4Backend().tiles_forward(p.q, p.k, p.v, p.index, p.place, p.scale, None, None)
     finally:
         torch.use_deterministic_algorithms(False)
 
