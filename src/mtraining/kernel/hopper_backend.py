@@ -20,7 +20,7 @@ from mtraining.kernel.backend import Columns
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton_backend import TritonBackend, check_call, gradient, summed, ways_to_split
-from mtraining.kernel.triton_hidden import column_tables
+from mtraining.kernel.triton_hidden import ColumnTables, column_tables, tables_of_backward
 from mtraining.kernel.triton_lists import tile_lists
 
 BLOCK = 128
@@ -61,7 +61,8 @@ class HopperBackend(TritonBackend):
             )
         check_call(index, scale)
         heads, dim = q.shape[2:]
-        work = _QueryWork(q, k, v, index, placement, columns)
+        tables = None if columns is None else column_tables(index, placement.q_blocks)
+        work = _QueryWork(q, k, v, index, placement, columns, tables)
         target = _Target(q, out, lse, final)
         hopper_forward.forward_kernel[work.grid](
             _tiles(q, _HALF), *work.keys, *target.arguments(), work.counter, *work.lists,
@@ -83,7 +84,8 @@ class HopperBackend(TritonBackend):
         dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
         batch, _, heads, dim = q.shape
         kv_heads, group = k.shape[2], heads // k.shape[2]
-        work = _QueryWork(q, k, v, index, placement, columns)
+        tables = None if columns is None else tables_of_backward(index, placement.q_blocks, columns[0])
+        work = _QueryWork(q, k, v, index, placement, columns, tables)
         if final:
             result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             previous, adding = (result, False) if dq is None else gradient(q, dq)
@@ -125,7 +127,7 @@ class HopperBackend(TritonBackend):
         dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
         batch, _, heads, dim = q.shape
         rows, capacity = q_blocks.numel(), index.columns.shape[2]
-        tables = column_tables(index, q_blocks)
+        tables = tables_of_backward(index, q_blocks, ck)
         tiles = triton.cdiv(capacity, BLOCK)
         splits = ways_to_split(batch * heads * tiles, rows, q.device)
         grads = torch.empty(2, splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device)
@@ -142,14 +144,9 @@ class _QueryWork:
     """What both query-major kernels are given, in their order: tiles of keys, lists, and counts."""
 
     def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index: SparseIndex,
-        placement: Placement,
-        columns: Columns | None,
-    ) -> None:
+        self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, columns: Columns | None,
+        tables: ColumnTables | None,
+    ) -> None:  # fmt: skip
         lists = tile_lists(index, placement, key_major=False)
         batch, _, heads, _ = q.shape
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
@@ -158,12 +155,11 @@ class _QueryWork:
         self.counter = torch.zeros(1, dtype=torch.int32, device=q.device)
         self.tile_lists, self.toeplitz = lists, lists.toeplitz
         tiles = (lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks)
-        if columns is None:
+        if columns is None or tables is None:
             self.keys = (_tiles(k, BLOCK), _tiles(v, BLOCK)) * 2
             self.lists = (*tiles, *(lists.bounds,) * 4)
             self.counts = (items, rows, heads, cols, lists.diagonal, 0, 0)
         else:
-            tables = column_tables(index, placement.q_blocks)
             self.keys = tuple(_tiles(x, BLOCK) for x in (k, v, *columns))
             self.lists = (*tiles, tables.columns, tables.words, tables.before, tables.upto)
             sizes = (index.columns.shape[2], tables.words.shape[-1])

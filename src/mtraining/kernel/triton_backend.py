@@ -18,7 +18,7 @@ from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton_config import check_block_size, choose_tiles, interpreted, padded
 from mtraining.kernel.triton_delta import row_delta_kernel
 from mtraining.kernel.triton_estimate import TritonEstimation
-from mtraining.kernel.triton_hidden import column_tables
+from mtraining.kernel.triton_hidden import column_tables, tables_of_backward
 from mtraining.kernel.triton_lists import tile_lists
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -161,11 +161,11 @@ class TritonBackend(TritonEstimation):
         q_blocks: Tensor, scale: float, dq: Tensor,
     ) -> None:  # fmt: skip
         """Add the columns' share to ``dq`` in place."""
+        tables = tables_of_backward(index, q_blocks, ck)
         dout, q, ck, cv = _lined_up(dout), _lined_up(q), _lined_up(ck), _lined_up(cv)
         lse, delta = lse.contiguous(), delta.contiguous()
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
-        tables = column_tables(index, q_blocks)
         tiles = choose_tiles("columns_dq", q, size)
         triton_columns.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
             dout, q, ck, cv, lse, delta, dq, tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto,
@@ -180,13 +180,13 @@ class TritonBackend(TritonEstimation):
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         q_blocks: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
+        check_call(index, scale)
+        tables = tables_of_backward(index, q_blocks, ck)
         dout, q, ck, cv = _lined_up(dout), _lined_up(q), _lined_up(ck), _lined_up(cv)
         lse, delta = lse.contiguous(), delta.contiguous()
-        check_call(index, scale)
         dout = dout.to(q.dtype)
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
-        tables = column_tables(index, q_blocks)
         tiles = choose_tiles("columns_dkdv", q, size)
         programs = batch * heads * triton.cdiv(capacity, tiles.block_n)
         splits = ways_to_split(programs, rows, q.device)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mtraining.kernel.index import SparseIndex
 
@@ -44,8 +45,21 @@ class ColumnTables:
     first_slot: Tensor
 
 
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def tables_of_backward(index: SparseIndex, q_blocks: Tensor, ck: Tensor) -> ColumnTables:
+    """The tables of a backward pass over the columns ``ck``, for which two kernels ask: the second takes the first's."""
+    made = _kept.pop(ck, None)
+    if made is not None and made[0] is index and made[1] is q_blocks:
+        return made[2]
+    tables = column_tables(index, q_blocks)
+    _kept[ck] = index, q_blocks, tables
+    return tables
+
+
 def column_tables(index: SparseIndex, q_blocks: Tensor) -> ColumnTables:
-    """The tables of one call, built on the device."""
+    """The tables of one pass, built on the device."""
     columns, diagonals = index.columns.contiguous(), index.diagonals.contiguous()
     batch, heads, capacity = columns.shape
     rows, numbers = q_blocks.numel(), q_blocks.int()

@@ -55,7 +55,7 @@ def make_plan(ring: Ring, layout: Layout, seq_len: int, block_size: int, device:
     """
     layout.check(seq_len, ring.world, block_size)
     blocks = layout.blocks(seq_len, ring.world, block_size)
-    on_device = blocks.to(device)
+    on_device = blocks.to(device).unbind(0)
     mine = blocks[ring.rank]
     placements = tuple(
         Placement(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtraining.errors import UserError
-from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, select_backend
+from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, select_backend, triton_hidden
 from mtraining.kernel.triton_backend import TritonBackend
 from triton_cases import Case, assert_equal, assert_passes, build, reference, solve, whole
 
@@ -118,3 +118,24 @@ def test_what_it_cannot_serve_is_refused() -> None:
         TritonBackend().tiles_forward(p.q, p.k, p.v, small, small.placement(), p.scale, None, None)
     with pytest.raises(UserError, match="scale"):
         TritonBackend().tiles_forward(p.q, p.k, p.v, p.index, p.place, -1.0, None, None)
+
+
+def test_tables_of_columns_are_made_once_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And anew for another index over the same keys, which must not be taken for it."""
+    made: list[SparseIndex] = []
+    make = triton_hidden.column_tables
+    monkeypatch.setattr(triton_hidden, "column_tables", lambda *a: made.append(a[0]) or make(*a))
+    p = build(whole(3, size=16))
+    backend, stat = TritonBackend(), torch.zeros(p.q.shape[0], p.q.shape[2], p.q.shape[1])
+    other = replace(p.index, diagonals=~p.index.diagonals)
+    for index in (p.index, other):
+        backend.tiles_backward(
+            p.dout, p.q, p.k, p.v, stat, stat, p.index, p.place, p.scale, None, columns=(p.ck, p.cv)
+        )
+        backend.columns_backward(p.dout, p.q, p.ck, p.cv, stat, stat, index, p.place.q_blocks, p.scale)
+    assert [index is other for index in made] == [False, False, True]
+    assert p.ck in triton_hidden._kept  # the other's, till its keys are gone
+    ck = p.ck
+    p.ck = p.cv
+    del ck
+    assert len(triton_hidden._kept) == 0
