@@ -49,7 +49,7 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def tables_of_backward(index: SparseIndex, q_blocks: Tensor, ck: Tensor) -> ColumnTables:
-    """The tables of a backward pass over the columns ``ck``, for which two kernels ask: the second takes the first's."""
+    """The tables of a backward pass over the columns ``ck``: two kernels ask, the second is given the first one's."""
     made = _kept.pop(ck, None)
     if made is not None and made[0] is index and made[1] is q_blocks:
         return made[2]
