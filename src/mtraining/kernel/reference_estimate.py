@@ -76,7 +76,7 @@ class ReferenceEstimation:
         where, held = _column_slots(columns, slots)
         row = torch.arange(batch, device=k.device)[:, None, None]
         head = torch.arange(q_heads, device=k.device)[:, None] // (q_heads // k.shape[2])
-        packed = torch.stack([x[row, where, head] for x in (k, v)]).transpose(2, 3)
+        packed = torch.stack([x[row, where, head].transpose(1, 2) for x in (k, v)])
         return torch.where(
             held.transpose(1, 2)[..., None], packed, torch.zeros((), dtype=k.dtype, device=k.device)
         )
