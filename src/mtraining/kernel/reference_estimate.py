@@ -79,7 +79,7 @@ class ReferenceEstimation:
         packed = torch.stack([x[row, where, head].transpose(1, 2) for x in (k, v)])
         return torch.where(
             held.transpose(1, 2)[..., None], packed, torch.zeros((), dtype=k.dtype, device=k.device)
-        )
+        ).contiguous()  # collectives ask for it
 
     def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dk: Tensor, dv: Tensor) -> None:
         q_heads, kv_heads = columns.shape[1], dk.shape[2]
