@@ -37,7 +37,7 @@ def two_steps(x: Tensor, transfer: float) -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_exposed_is_what_computing_did_not_hide() -> None:
     x = torch.ones(1, device="cuda")
-    spin(COMPUTE)  # measures the clock
+    two_steps(x, COMPUTE)  # measures the clock; the first stream takes milliseconds to make
     torch.cuda.synchronize()
     with Timeline() as timeline:
         torch.cuda.set_sync_debug_mode("error")

@@ -170,3 +170,14 @@ def test_placement_tables() -> None:
 def test_unknown_kernel_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"kernel: 'cuda' is not known; choose one of auto, reference"):
         select_backend("cuda", torch.device("cpu"), torch.float32, 64)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_gathered_columns_can_be_summed_over_ranks(heads: int) -> None:
+    """NCCL refuses tensors that are not contiguous; gloo, which CI has, does not."""
+    k, v = torch.randn(2, 1, 64, 1, 8).unbind(0)
+    columns = torch.tensor([[[1, 5, 64]] * heads], dtype=torch.int32)
+    packed = ReferenceBackend().gather_columns(k, v, columns, torch.arange(64))
+    assert packed.shape == (2, 1, 3, heads, 8)
+    assert packed.is_contiguous()
+    assert torch.equal(packed[1, 0, 1], v[0, 5].expand(heads, 8)) and not packed[:, :, 2].any()

@@ -58,7 +58,7 @@ class Backend(Protocol):
         ...
 
     def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
-        """Rows of k and v at the index's columns, per query head: (2, batch, capacity, q_heads, head_dim).
+        """Rows of k and v at the index's columns, per query head: (2, batch, capacity, q_heads, head_dim), contiguous.
 
         ``slots`` int64 (seq_len,) maps global positions to rows of k, -1 where they are held elsewhere:
         such columns, and the padding, are zero, so that summing over ranks completes the buffer exactly.
