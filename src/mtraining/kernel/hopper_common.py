@@ -6,10 +6,6 @@ with exponentials the other has the tensor cores, and within a group the next ti
 one's are used. Portable Triton has neither: its tiles of 128 rows leave one program a multiprocessor, whose warps
 all do the same thing at the same time (``docs/log.md``).
 
-Query-major kernels start as many programs as there are multiprocessors, and each takes the next block of rows when it
-is done with one (:func:`claim`): while a group writes its result, the next block's tiles are on their way. Who computes
-a block changes nothing in it, so results repeat bit for bit.
-
 A full barrier completes when a tile has arrived, an empty one when both groups have done with it; the ``t``-th tile
 that a program fetches uses stage ``t % STAGES``.
 """
@@ -18,9 +14,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-
-from mtraining.kernel.triton_common import tile_row, tile_slot
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -48,131 +42,6 @@ def key_buffers(k_desc, v_desc, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAG
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, SIZE, 1, HEAD_DIM], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, SIZE, 1, HEAD_DIM], v_desc.layout)
     return k, v, barriers(STAGES, 1), barriers(STAGES, 2), barriers(STAGES, 1), barriers(STAGES, 2)
-
-
-@gluon.jit
-def desk():
-    """Where the producer hands blocks of queries to both groups: (numbers, full, empty)."""
-    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return numbers, barriers(2, 1), barriers(2, 2)
-
-
-@gluon.jit
-def hand_over(item, turn, numbers, full, empty):
-    """Tell both groups the ``turn``-th block of queries of this program."""
-    place = turn % 2
-    mbarrier.wait(empty.index(place), ((turn // 2) & 1) ^ 1)
-    numbers.index(place).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-    mbarrier.arrive(full.index(place), count=1)
-
-
-@gluon.jit
-def taken(turn, numbers, full, empty):
-    """The ``turn``-th block of queries of this program; past the last one when there is none left."""
-    place = turn % 2
-    mbarrier.wait(full.index(place), (turn // 2) & 1)
-    item = gl.max(numbers.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    mbarrier.arrive(empty.index(place), count=1)
-    return item
-
-
-@gluon.jit
-def claim(counter):
-    """The next block of queries that no program has; the first ones go to the programs by their number."""
-    return gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-
-
-@gluon.jit
-def block_of(item, n_rows, heads):
-    """(batch, head, both in one, local block) of block of queries ``item``; a head's last rows, the longest, first."""
-    i = n_rows - 1 - item % n_rows
-    head = (item // n_rows) % heads
-    batch = item // n_rows // heads
-    return batch, head, (batch * heads + head).to(gl.int64), i
-
-
-@gluon.jit
-def tile_part(
-    entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ: gl.constexpr
-):
-    """Slash tiles of a block of queries: how many, their list, its origin (``triton_common.tile_slot``), and 1 if the
-    first is the one on the causal diagonal."""
-    row, lo, hi, origin, own = tile_row(
-        entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ, False
-    )
-    return hi - lo, row + lo, origin, own
-
-
-@gluon.jit
-def column_part(
-    columns, words, q_blocks, before, upto, bh, i, n_rows, capacity, words_row,
-    COLUMNS: gl.constexpr, SIZE: gl.constexpr,
-):  # fmt: skip
-    """Columns of a block of queries (``triton_hidden``): how many tiles, their positions, their hidden bits, the first
-    tile that may reach into the block, and the block's first position."""
-    if COLUMNS:
-        steps = gl.cdiv(gl.load(upto + bh * n_rows + i), SIZE)
-        row = columns + bh * capacity
-        bits = words + (bh * n_rows + i) * words_row
-        whole = gl.load(before + bh * n_rows + i) // SIZE
-        position = gl.load(q_blocks + i) * SIZE
-    else:
-        steps, row, bits, whole, position = 0, columns, words, 0, 0
-    return steps, row, bits, whole, position
-
-
-@gluon.jit
-def fetch_halves(desc, batch, first_row, head, full, smem, HALF: gl.constexpr):
-    """Begin copying the rows of both groups; ``full`` already expects their bytes."""
-    for w in gl.static_range(2):
-        tma.async_copy_global_to_shared(desc, [batch, first_row + w * HALF, head, 0], full, smem.index(w))
-
-
-@gluon.jit
-def fetch_keys(
-    t, start, batch, head, k_desc, v_desc, k, v, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr
-):
-    """Copy the keys and values from local row ``start`` when their stage is free."""
-    stage = t % STAGES
-    phase = ((t // STAGES) & 1) ^ 1
-    mbarrier.wait(k_empty.index(stage), phase)
-    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [batch, start, head, 0], k_full.index(stage), k.index(stage))
-    mbarrier.wait(v_empty.index(stage), phase)
-    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(v_desc, [batch, start, head, 0], v_full.index(stage), v.index(stage))
-
-
-@gluon.jit
-def fetch_step(
-    t, done, batch, head, tile_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
-    k, v, k_full, k_empty, v_full, v_empty,
-    COLUMNS: gl.constexpr, TOEPLITZ: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Copy what step ``t`` of a block of queries visits: its slash tiles first, then its columns."""
-    if t < tile_steps:
-        start = tile_slot(gl.load(row + t), origin, TOEPLITZ, False).to(gl.int32) * SIZE
-        fetch_keys(
-            done + t,
-            start,
-            batch,
-            head // GROUP,
-            k_desc,
-            v_desc,
-            k,
-            v,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
-            STAGES,
-        )
-    else:
-        if COLUMNS:
-            start = (t - tile_steps) * SIZE
-            fetch_keys(
-                done + t, start, batch, head, ck_desc, cv_desc, k, v, k_full, k_empty, v_full, v_empty, STAGES
-            )
 
 
 @gluon.jit

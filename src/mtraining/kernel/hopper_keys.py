@@ -16,7 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mtraining.kernel.hopper_common import LOG2E, barriers, fetch_halves, product_layout
+from mtraining.kernel.hopper_common import LOG2E, barriers, product_layout
+from mtraining.kernel.hopper_items import fetch_halves
 from mtraining.kernel.triton_common import tile_row, tile_slot
 
 

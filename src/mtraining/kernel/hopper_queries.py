@@ -20,66 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mtraining.kernel.hopper_common import (
     LOG2E,
     barriers,
-    block_of,
-    claim,
     column_bias,
-    column_part,
-    desk,
-    fetch_halves,
-    fetch_step,
-    hand_over,
     hidden_word,
     hide_columns,
     hide_first,
     key_buffers,
     product_layout,
-    taken,
-    tile_part,
 )
-
-
-@gluon.jit
-def _producer(
-    q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc, q, do, q_full, q_empty,
-    k, v, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty, counter, items, n_rows, heads,
-    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity, words_row,
-    IN_PLACE: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr,
-    SIZE: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    done = 0
-    number = 0
-    turn = 0
-    item = gl.program_id(0)
-    hand_over(item, turn, numbers, number_full, number_empty)
-    while item < items:
-        batch, head, bh, i = block_of(item, n_rows, heads)
-        column_steps, _, _, _, _ = column_part(
-            columns, words, row_blocks, before, upto, bh, i, n_rows, capacity, words_row, COLUMNS, SIZE
-        )
-        tile_steps, row, origin, _ = tile_part(
-            entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ
-        )
-        steps = column_steps + tile_steps
-        following = item
-        if steps > 0 or not IN_PLACE:
-            mbarrier.wait(q_empty.index(0), (number & 1) ^ 1)
-            mbarrier.expect(q_full.index(0), 4 * q_desc.block_type.nbytes)
-            fetch_halves(q_desc, batch, i * SIZE, head, q_full.index(0), q, SIZE // 2)
-            fetch_halves(do_desc, batch, i * SIZE, head, q_full.index(0), do, SIZE // 2)
-            for t in range(0, steps):
-                fetch_step(
-                    t, done, batch, head, tile_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
-                    k, v, k_full, k_empty, v_full, v_empty, COLUMNS, TOEPLITZ, GROUP, SIZE, STAGES,
-                )  # fmt: skip
-                if t == 1:  # while the groups have something to do
-                    following = claim(counter)
-            done += steps
-            number += 1
-        if following == item:
-            following = claim(counter)
-        item = following
-        turn += 1
-        hand_over(item, turn, numbers, number_full, number_empty)
+from mtraining.kernel.hopper_items import block_of, column_part, desk, producer, taken, tile_part
 
 
 @gluon.jit
@@ -284,12 +232,12 @@ def query_gradient_kernel(
                 ),
             ),
             (
-                _producer,
+                producer,
                 (
                     q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc, q, do, q_full, q_empty, k, v,
                     k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty, counter, items, n_rows, heads,
                     entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity,
-                    words_row, HAS_PREV and not FINAL, TOEPLITZ, COLUMNS, GROUP, SIZE, STAGES,
+                    words_row, True, HAS_PREV and not FINAL, TOEPLITZ, COLUMNS, GROUP, SIZE, STAGES,
                 ),
             ),
         ],
