@@ -210,6 +210,21 @@ def test_block_slashes_beat_token_slashes_on_scattered_mass() -> None:
     assert bits[0].nonzero().flatten().tolist() == [3, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_share_of_diagonals_is_a_sum_of_integers(dtype: torch.dtype) -> None:
+    """One row and many choose alike, and a share is reached when it is reached, not a rounding later."""
+    mass = torch.rand(6, 300, dtype=dtype) ** 8 * torch.logspace(-20, 20, 6, dtype=dtype)[:, None]
+    forced = torch.zeros(300, dtype=torch.bool)
+    chosen = heaviest_diagonals(mass, forced, 0.9, 1.0)
+    for row, bits in zip(mass, chosen, strict=True):
+        assert torch.equal(heaviest_diagonals(row[None], forced, 0.9, 1.0)[0], bits)
+        kept, least = row[bits].double().sum(), row[bits].double().min()
+        assert kept >= 0.9 * row.double().sum() * (1 - 1e-6) > (kept - least) * (1 - 2e-6)
+    tenths = torch.full((1, 10), 0.1, dtype=dtype)  # 0.1 added eight times is not 0.8
+    assert heaviest_diagonals(tenths, torch.zeros(10, dtype=torch.bool), 0.8, 1.0).sum() == 8
+    assert heaviest_diagonals(torch.zeros(1, 4), torch.zeros(4, dtype=torch.bool), 0.8, 1.0).sum() == 0
+
+
 @given(st.integers(1, 9), st.lists(st.integers(0, 71), max_size=8))
 def test_distances_cross_two_diagonals(block_size: int, distances: list[int]) -> None:
     n = 8 * block_size

@@ -45,6 +45,20 @@ def heaviest_diagonals(mass: Tensor, forced: Tensor, top_p: float | None, densit
     order = torch.where(forced, torch.inf, mass).sort(dim=1, descending=True, stable=True).indices
     wanted = (n - order).cumsum(1) <= density * n * (n + 1) / 2
     if top_p is not None:
-        ranked = mass.gather(1, order)
-        wanted &= ranked.cumsum(1) - ranked < top_p * mass.sum(1, keepdim=True)
+        before, total = _running(mass.gather(1, order))
+        wanted &= before < top_p * total
     return torch.zeros_like(mass, dtype=torch.bool).scatter_(1, order, wanted | forced[order])
+
+
+def _running(mass: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands before each entry of a row, and its total, in units of about 2^-50 of that.
+
+    Sums of integers: CUDA adds a single row of floats, as a rank has that owns one head, in no fixed order.
+
+    Returns:
+        fp64 (rows, n), (rows, 1).
+    """
+    exponent = torch.frexp(mass.sum(1, keepdim=True)).exponent
+    units = (mass.double() * torch.exp2((50 - exponent).double())).long()
+    upto = units.cumsum(1)
+    return (upto - units).double(), upto[:, -1:].double()
