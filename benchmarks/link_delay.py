@@ -9,7 +9,8 @@ step, a hierarchical one of as many as a node has ranks. GPUs also take bandwidt
 the links, bit for bit, or nothing is reported.
 
 On CPUs the ranks share cores, and one that waits would lend its core to the others. So every kernel call is made to
-last as long as if it had one: STEP seconds for a forward step, twice that backward, a quarter for columns.
+last as long as if it had one: STEP seconds for a forward step, twice that backward, half of STEP for the gradients of
+columns.
 """
 
 from __future__ import annotations

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from distributed import ProcessPool, Worker
-from mtraining.ring import Ring
+from mtraining.layout import build_layout
+from mtraining.pattern import VerticalSlash
+from mtraining.ring import Ring, attention, links, sparse_ring_attention
 from mtraining.ring.schedule import GradientRing, ring_steps
 from mtraining.ring.topology import Hop
+from mtraining.train.memory_trace import META, LiveBytes, _ShapeRing, shape_call
 
 
 def schedule_job(
@@ -94,6 +98,94 @@ BACKWARD = {
 def test_gradients_travel_while_steps_compute(pool: ProcessPool, topology: tuple[int, ...]) -> None:
     for _, events, *_ in pool.run(schedule_job, world=math.prod(topology), topology=topology):
         assert events == BACKWARD[topology]
+
+
+@pytest.mark.parametrize(
+    ("topology", "most"),
+    [((1, 2), 2), ((1, 4), 2), ((1, 8), 2), ((2, 2), 4), ((2, 4), 4), ((4, 4), 4)],
+    ids=str,
+)
+@pytest.mark.parametrize("own_node_last", [False, True])
+def test_transfers_are_double_buffered(topology: tuple[int, int], most: int, own_node_last: bool) -> None:
+    """Two payloads at a time in a flat ring; two more between nodes, and the two where the own node's turn stopped."""
+    size, live = 1000, LiveBytes()
+    with live:
+        for _, payload in ring_steps(
+            torch.zeros(size, dtype=torch.uint8, device=META),
+            _ShapeRing(*topology),
+            own_node_last=own_node_last,
+        ):
+            del payload
+    assert live.peaks["start"] <= (most + 2 * (own_node_last and topology[0] > 2)) * size
+    assert live.live == 0
+
+
+def pass_peaks(world: int) -> dict[str, float]:
+    """Most memory of a forward and a backward pass of one attention call, in keys and values of one rank."""
+    local = 1024
+    call = shape_call(
+        VerticalSlash(block_size=16), build_layout("striped", 16), (1, world), local * world, 1, 4, 0
+    )
+    q, k, v, dout = (torch.zeros(1, local, h, 64, dtype=torch.bfloat16, device=META) for h in (4, 2, 2, 4))
+    live = LiveBytes()
+    live.ignore([q, k, v, dout, call.index.diagonals, call.index.columns])
+    with live:
+        live.begin("forward")
+        out, lse = attention._ring_forward(q, k, v, call)
+        live.begin("backward")
+        attention._ring_backward(dout, q, k, v, out, lse, call)
+    return {phase: peak / (2 * k.nbytes) for phase, peak in live.peaks.items()}
+
+
+def test_attention_lets_go_of_what_it_has_used() -> None:
+    """From three ranks on a pass takes no more; forward no more than from two on."""
+    two, three, eight = pass_peaks(2), pass_peaks(3), pass_peaks(8)
+    assert two["forward"] == three["forward"] == eight["forward"]
+    assert three["backward"] == eight["backward"]
+    # With two ranks no sum is on its way while the last pair is made: one pair in fp32 less.
+    assert three["backward"] - two["backward"] == 2
+
+
+def message_job(worker: Worker, topology: tuple[int, ...]) -> tuple[list[Any], list[Any], list[Any]]:
+    """What this rank sends in forward and in backward, as (shape, dtype), and the same of sums over the ring."""
+    mesh = worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
+    pattern = VerticalSlash(block_size=8, top_p=None, top_k_columns=8, top_k_slashes=3, sinks=2, window=2)
+    q, k, v = (torch.randn(2, 16, heads, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+    sent: list[Any] = []
+    sums: list[Any] = []
+    send, start_sum = links.begin_transfer, Ring.start_sum
+
+    def noted_send(one: Any, other: Any) -> Any:
+        sent.append((tuple(one.tensor.shape), one.tensor.dtype))
+        return send(one, other)
+
+    def noted_sum(ring: Ring, x: Tensor) -> Any:
+        sums.append((tuple(x.shape), x.dtype))
+        return start_sum(ring, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtraining.ring.topology.begin_transfer", noted_send)
+        patch.setattr(Ring, "start_sum", noted_sum)
+        out = sparse_ring_attention(q, k, v, pattern=pattern, layout=build_layout("striped", 8), mesh=mesh)
+        forward, estimated = len(sent), len(sums)
+        out.sum().backward()
+    return sent[:forward], sent[forward:], sums[estimated - 1 :]
+
+
+@pytest.mark.parametrize("topology", [(4,), (2, 2)], ids=str)
+def test_keys_and_values_are_one_message_and_so_are_their_gradients(
+    pool: ProcessPool, topology: tuple[int, ...]
+) -> None:
+    pair, columns = (2, 2, 16, 2, 16), (2, 2, 8, 4, 16)
+    world = math.prod(topology)
+    keys = (pair, torch.bfloat16)
+    for forward, backward, sums in pool.run(message_job, world=world, topology=topology):
+        assert forward == [keys] * 3, "every other rank's keys and values, once"
+        # three hops with shares, or one in each round; and the ways home
+        gradients = [(pair, torch.float32)] * 4
+        assert sorted(backward, key=str) == sorted([keys] * 3 + gradients, key=str)
+        # keys at the columns: forward, backward, and their gradients
+        assert sums == [(columns, torch.bfloat16)] * 2 + [(columns, torch.float32)]
 
 
 def rejoin_job(worker: Worker) -> tuple[bool, bool]:

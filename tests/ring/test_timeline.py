@@ -163,7 +163,14 @@ def test_sums_over_passes() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"node_size": 0}, {"node_size": 1, "delay_seconds": -1}, {"node_size": 1, "bytes_per_second": 0}],
+    [
+        {"node_size": 0},
+        {"node_size": 1, "delay_seconds": -1},
+        {"node_size": 1, "delay_seconds": float("nan")},
+        {"node_size": 1, "delay_seconds": float("inf")},
+        {"node_size": 1, "bytes_per_second": 0},
+        {"node_size": 1, "bytes_per_second": float("nan")},
+    ],
 )
 def test_impossible_links_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"slow_links: node_size=.* is no network"), slow_links(**options):

@@ -45,6 +45,7 @@ class MemoryCase:
     cp_outer: int = 1
     dp: int = 1
     accumulation: int = 1
+    batch: int = 1
     tied: bool = True
     loss_chunk: int = 512
     dtype: torch.dtype = torch.bfloat16
@@ -70,9 +71,9 @@ class MemoryCase:
         cp = self.world // self.dp
         return predict(
             Workload(
-                self.model(META), self.world, (self.cp_outer, cp // self.cp_outer), self.seq_len, 1, self.accumulation,
-                [self.build()], build_layout(self.layout, 16), self.recompute, False, "none", self.dtype,
-                self.loss_chunk,
+                self.model(META), self.world, (self.cp_outer, cp // self.cp_outer), self.seq_len, self.batch,
+                self.accumulation, [self.build()], build_layout(self.layout, 16), self.recompute, False, "none",
+                self.dtype, self.loss_chunk,
             )
         )  # fmt: skip
 
@@ -97,9 +98,9 @@ def measured(worker: Worker, case: MemoryCase) -> int:
         options: Any = Optimisation(case.seq_len)
         stepper = Stepper(model, build_optimizer(model, options, cpu), options, place, case.accumulation)
         whole = {
-            "input_ids": torch.ones(1, case.seq_len, dtype=torch.int64),
-            "labels": torch.ones(1, case.seq_len, dtype=torch.int64),
-            "position_ids": torch.arange(case.seq_len)[None],
+            "input_ids": torch.ones(case.batch, case.seq_len, dtype=torch.int64),
+            "labels": torch.ones(case.batch, case.seq_len, dtype=torch.int64),
+            "position_ids": torch.arange(case.seq_len).expand(case.batch, -1),
         }
         batch = {name: layout.shard(x, place.cp_rank, cp).contiguous() for name, x in whole.items()}
         stepper.run(iter([batch] * case.accumulation), 0)

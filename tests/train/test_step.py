@@ -183,3 +183,16 @@ def test_deterministic_holds_for_the_run_and_no_longer(
     )
     assert seen == [asked]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_batches_for_a_gpu_are_pinned(
+    device: str, pinned: bool, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        loop, "build_loader", lambda dataset, **options: [asked.append(options["pin_memory"])] * 0
+    )
+    place = Runtime(torch.device(device), None, rank=0, world=1, dp_rank=0, cp_rank=0)  # type: ignore[arg-type]
+    loop._batches(tiny_config(tmp_path, shards), place, None, 0)  # type: ignore[arg-type]
+    assert asked == [pinned]

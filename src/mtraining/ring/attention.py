@@ -143,13 +143,14 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, 
     out: Tensor | None = None
     lse: Tensor | None = None
     columns = _start_columns(k, v, call)  # ahead of the first transfer, for they are needed first
-    for number, (step, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring)):
-        # The columns belong to the step under whose keys the first transfer hides.
-        compact = None if number or columns is None else _pair(columns.wait())
+    for step, kv in ring_steps(torch.stack((k, v)), plan.ring):
+        # The columns belong to the step under which the first transfer hides.
+        compact = None if step.number or columns is None else _pair(columns.wait())
         out, lse = backend.tiles_forward(
             q, kv[0], kv[1], index, plan.placements[step.source], call.scale, out, lse, columns=compact,
-            final=number + 1 == plan.ring.world,
+            final=step.number + 1 == plan.ring.world,
         )  # fmt: skip
+        del kv  # its memory is for the keys to come
     assert out is not None and lse is not None
     return out, lse
 
@@ -163,8 +164,8 @@ def _ring_backward(
     delta = backend.row_delta(out, dout)
     columns, columns_home = _start_columns(k, v, call), None
     home, dq, compact = GradientRing(plan.ring), None, None
-    for number, (step, kv) in enumerate(ring_steps(torch.stack((k, v)), plan.ring, own_node_last=True)):
-        final = number + 1 == plan.ring.world
+    for step, kv in ring_steps(torch.stack((k, v)), plan.ring, own_node_last=True):
+        final = step.number + 1 == plan.ring.world
         if final and columns is not None:  # they had every step before to arrive in
             compact = _pair(columns.wait())
         dq, *share = backend.tiles_backward(
@@ -172,6 +173,7 @@ def _ring_backward(
             final=final,
         )  # fmt: skip
         home.add(torch.stack(share), step)
+        del kv, share
     assert dq is not None
     if compact is not None:  # computed under the last gradients' way home, for which no step is left
         grads = backend.columns_backward(dout, q, *compact, lse, delta, index, plan.q_blocks, scale)

@@ -44,9 +44,9 @@ def slow_links(
     see theirs arrive that much after they asked for it.
 
     Raises:
-        UserError: no nodes of such a size, a negative delay, or no bandwidth.
+        UserError: no nodes of such a size, a delay that is negative or without end, or no bandwidth.
     """
-    if node_size < 1 or delay_seconds < 0 or not bytes_per_second > 0:
+    if node_size < 1 or not 0 <= delay_seconds < math.inf or not bytes_per_second > 0:
         raise UserError(
             f"slow_links: node_size={node_size}, delay_seconds={delay_seconds}, bytes_per_second={bytes_per_second} is "
             "no network; use a node_size of at least 1, a delay of at least 0 and a bandwidth above 0."

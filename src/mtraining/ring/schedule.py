@@ -8,7 +8,7 @@ once, in the background: an inter-node transfer has ``inner`` compute steps to h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,8 +18,9 @@ from mtraining.ring.topology import Hop, Ring
 
 
 class Step(NamedTuple):
-    """One step of a rank: which turn of which ring it is, and whose keys are there."""
+    """One step of a rank: its place in the pass, which turn of which ring it is, and whose keys are there."""
 
+    number: int
     outer: int
     inner: int
     source: int
@@ -29,30 +30,42 @@ def ring_steps(own: Tensor, ring: Ring, own_node_last: bool = False) -> Iterator
     """Yield (step, payload of its source) for every rank of the ring, this one first.
 
     The next transfer is already in flight when a payload is yielded; whatever the caller computes hides it. The payload
-    must not be written to.
+    must not be written to, and not be kept: where the caller lets go of each before it asks for the next, a flat ring
+    holds two payloads at a time, the one at work and the one that arrives. A ring of rings holds two more, which travel
+    between nodes, and with ``own_node_last`` the two at which its own node's turn stopped.
 
     Args:
         own_node_last: keep half of this node's steps for the end, when the sums of other nodes' keys go home: for
             backward. The first transfer between nodes then has the other half to hide behind.
     """
-    first = (ring.inner + 1) // 2 if own_node_last else ring.inner
-    own_node = _round(own, ring, 0)
+    numbers = count()
+    first = (ring.inner + 1) // 2
+    own_node = _round(own, ring, 0, numbers)
+    begun = (
+        islice(own_node, first) if own_node_last else own_node
+    )  # a slice would leave the last payload behind
     for outer_step in range(ring.outer):
         outer_hop = ring.outer_hop(own) if outer_step + 1 < ring.outer else None
-        yield from islice(own_node, first) if outer_step == 0 else _round(own, ring, outer_step)
+        turn = begun if outer_step == 0 else _round(own, ring, outer_step, numbers)
+        if outer_hop is None:
+            del own  # the turn has it, for as long as it needs it
+        yield from turn
         if outer_hop is not None:
             own = outer_hop.wait()
     yield from own_node
 
 
-def _round(payload: Tensor, ring: Ring, outer_step: int) -> Iterator[tuple[Step, Tensor]]:
+def _round(
+    payload: Tensor, ring: Ring, outer_step: int, numbers: Iterator[int]
+) -> Iterator[tuple[Step, Tensor]]:
     """One turn of the inner ring."""
     for inner_step in range(ring.inner):
         inner_hop = ring.inner_hop(payload) if inner_step + 1 < ring.inner else None
         begin_step()
-        yield Step(outer_step, inner_step, ring.source(outer_step, inner_step)), payload
+        yield Step(next(numbers), outer_step, inner_step, ring.source(outer_step, inner_step)), payload
         if inner_hop is not None:
             payload = inner_hop.wait()
+            del inner_hop  # which holds what was sent: memory for the next one to arrive in
 
 
 class GradientRing:

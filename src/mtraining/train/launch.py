@@ -30,7 +30,7 @@ from mtraining.train.config import Config, parse_config
 from mtraining.train.display import quiet_libraries
 from mtraining.train.loop import train
 from mtraining.train.mesh import check_world
-from mtraining.train.watch import exit_now, launcher_store, way_on
+from mtraining.train.watch import PeerLost, exit_now, launcher_store, way_on
 
 
 class RunStopped(Exception):
@@ -115,6 +115,8 @@ def _cause(rank: int, failure: ProcessFailure, run: Path) -> UserError | RunStop
     kind, _, sentence = str(record.get("message", "")).partition(": ")
     if kind == UserError.__name__:
         return UserError(sentence)
+    if kind == PeerLost.__name__:  # a frozen rank, which no launcher notices by itself
+        return RunStopped(f"{sentence}, so the other ranks were ended; {way_on(run)}")
     if failure.exitcode < 0:
         how = f"was killed by {signal.Signals(-failure.exitcode).name}"
     else:

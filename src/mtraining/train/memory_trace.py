@@ -189,7 +189,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         with ctx.runtime.live.in_attention():
             dq, dk, dv = _ring_backward(grads[0], q, k, v, out, lse, ctx.runtime.call)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
 @dataclass
@@ -210,7 +210,6 @@ class ShapeRuntime:
                 return recorded.out.detach(), recorded.lse
         with self.live.in_attention():
             out, lse = _ring_forward(q, k, v, self.call)
-        out = out.to(q.dtype)
         if tape is not None and not tape.replaying:
             held = copied(self.call.index)
             tape.write(Recorded(held, out.detach(), lse) if tape.keep_outputs else Recorded(held))

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mtraining.errors import UserError
 from mtraining.train.store import CheckpointStore
@@ -28,6 +29,11 @@ SUSPECT_SECONDS = 4.0  # ... or for so long when a connection has just broken
 GRACE_SECONDS = (
     4.0  # between the verdict and the end of the others: a launcher is to meet the true cause first
 )
+
+
+class PeerLost(Exception):
+    """Why a rank ended that did nothing wrong; for its launcher, which is not to blame it."""
+
 
 _numbers = itertools.count()  # a process may run more than once, as all ranks do
 
@@ -132,6 +138,7 @@ class _Watch:
     def _end(self, verdict: str) -> None:
         if self._leaving.wait(GRACE_SECONDS):
             return
+        get_error_handler().record_exception(PeerLost(verdict))
         if self._suspicious.is_set() or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {verdict}, so rank {self._rank} ends too; {way_on(self._run)}", file=sys.stderr)
         exit_now(1)
