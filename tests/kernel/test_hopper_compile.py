@@ -68,11 +68,32 @@ def compiled(name: str, dim: int) -> Any:
     return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 
+def too_early(ptx: str) -> list[str]:
+    """Arrivals and copies to global memory that one thread begins while others of its group may still be at work in
+    shared memory: no barrier of the group between, or for copies no fence of what was written before that barrier."""
+    early = []
+    at_work = written = fenced = False
+    for line in ptx.splitlines():
+        if re.search(r"\b(ld|st)\.shared|(ld|st)matrix|wgmma\.mma_async", line):
+            at_work, written = True, written or "st" in line.split(".")[0]
+        elif "fence.proxy.async" in line:
+            written, fenced = False, fenced or written
+        elif re.search(r"\bbar(rier)?\.(warp\.)?sync", line):
+            at_work = fenced = False
+        elif ("mbarrier.arrive.shared" in line and at_work) or (
+            "cp.async.bulk.tensor" in line and "global.shared" in line and (written or fenced)
+        ):
+            early.append(line.strip())
+    return early
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", KERNELS)
 def test_assembles_well(name: str, dim: int, tmp_path: Path) -> None:
     result = compiled(name, dim)
     assert 0 < result.metadata.shared <= SHARED
+    assert "mbarrier.arrive.shared" in result.asm["ptx"]
+    assert not too_early(result.asm["ptx"])
     source = tmp_path / "kernel.ptx"
     source.write_text(result.asm["ptx"])
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
