@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtraining.bench.cases import Case
 from mtraining.kernel import Backend, Placement, SparseIndex
+from mtraining.kernel.backend import Columns
 from mtraining.pattern import SequenceShard
 
 BACKWARD_FLOPS = 2.5  # of the forward's
@@ -96,23 +97,23 @@ class Layer:
     def slots(self) -> Tensor:
         return torch.arange(self.p.index.seq_len, device=self.p.q.device)
 
-    def gather(self) -> Tensor:
-        return self.backend.gather_columns(self.p.k, self.p.v, self.p.index.columns, self.slots)
-
-    def columns(self) -> Tensor | None:
+    def columns(self) -> Columns | None:
         """Gathered keys and values, if the case has columns."""
-        return self.gather() if self.p.case.columns else None
+        if not self.p.case.columns:
+            return None
+        ck, cv = self.backend.gather_columns(self.p.k, self.p.v, self.p.index.columns, self.slots)
+        return ck, cv
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """out in q's dtype, lse."""
-        p, columns = self.p, self.columns()
+        p = self.p
         return self.backend.tiles_forward(
-            p.q, p.k, p.v, p.index, p.place, p.scale, None, None, columns=_pair(columns), final=True
+            p.q, p.k, p.v, p.index, p.place, p.scale, None, None, columns=self.columns(), final=True
         )
 
     def backward(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq in q's dtype, dk and dv in the accumulation dtype."""
-        p, columns = self.p, _pair(self.columns())
+        p, columns = self.p, self.columns()
         delta = self.backend.row_delta(out, p.dout)
         dq, dk, dv = self.backend.tiles_backward(
             p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, None, columns=columns, final=True
@@ -127,7 +128,3 @@ class Layer:
     def phases(self) -> dict[str, Callable[[], object]]:
         out, lse = self.forward()
         return {"forward": self.forward, "backward": lambda: self.backward(out, lse)}
-
-
-def _pair(stacked: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if stacked is None else (stacked[0], stacked[1])

@@ -19,7 +19,14 @@ from mtraining.kernel import hopper_forward, hopper_keys, hopper_queries
 from mtraining.kernel.backend import Columns
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
-from mtraining.kernel.triton_backend import TritonBackend, check_call, gradient, summed, ways_to_split
+from mtraining.kernel.triton_backend import (
+    TritonBackend,
+    check_call,
+    partial,
+    partial_lse,
+    summed,
+    ways_to_split,
+)
 from mtraining.kernel.triton_hidden import ColumnTables, column_tables, tables_of_backward
 from mtraining.kernel.triton_lists import tile_lists
 
@@ -63,14 +70,15 @@ class HopperBackend(TritonBackend):
         heads, dim = q.shape[2:]
         tables = None if columns is None else column_tables(index, placement.q_blocks)
         work = _QueryWork(q, k, v, index, placement, columns, tables)
-        target = _Target(q, out, lse, final)
+        target = _Target(q, out, final)
+        lse = partial_lse(q, lse)
         hopper_forward.forward_kernel[work.grid](
-            _tiles(q, _HALF), *work.keys, *target.arguments(), work.counter, *work.lists,
+            _tiles(q, _HALF), *work.keys, *target.arguments(), lse, work.counter, *work.lists,
             *target.previous.stride()[:3], scale, *work.counts,
             HAS_PREV=target.merging, FINAL=final, TOEPLITZ=work.toeplitz, COLUMNS=columns is not None,
             GROUP=heads // k.shape[2], SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
         )  # fmt: skip
-        return target.out, target.lse
+        return target.result, lse
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
@@ -86,16 +94,11 @@ class HopperBackend(TritonBackend):
         kv_heads, group = k.shape[2], heads // k.shape[2]
         tables = None if columns is None else tables_of_backward(index, placement.q_blocks, columns[0])
         work = _QueryWork(q, k, v, index, placement, columns, tables)
-        if final:
-            result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            previous, adding = (result, False) if dq is None else gradient(q, dq)
-        else:
-            previous, adding = gradient(q, dq)
-            result = previous
+        target = _Target(q, dq, final)
         hopper_queries.query_gradient_kernel[work.grid](
-            _tiles(q, _HALF), _tiles(dout, _HALF), *work.keys, _tiles(result if final else q, _HALF), previous, result,
-            lse2, delta, work.counter, *work.lists, *previous.stride()[:3], scale, *work.counts,
-            HAS_PREV=adding, FINAL=final, TOEPLITZ=work.toeplitz, COLUMNS=columns is not None, GROUP=group,
+            _tiles(q, _HALF), _tiles(dout, _HALF), *work.keys, *target.arguments(), lse2, delta,
+            work.counter, *work.lists, *target.previous.stride()[:3], scale, *work.counts,
+            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=work.toeplitz, COLUMNS=columns is not None, GROUP=group,
             SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
         )  # fmt: skip
 
@@ -115,7 +118,7 @@ class HopperBackend(TritonBackend):
             TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES,
             STAGES=_KEY_STAGES, num_warps=_WARPS,
         )  # fmt: skip
-        return result, summed(dk, splits), summed(dv, splits)
+        return target.result, summed(dk, splits), summed(dv, splits)
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
@@ -167,27 +170,24 @@ class _QueryWork:
 
 
 class _Target:
-    """Where a forward kernel writes: fp32 in the memory of what it merges with, or the final ``out`` in q's dtype.
+    """Where a query-major kernel writes: fp32 in the memory of what it adds to or merges with, or final in q's dtype.
 
-    ``previous`` is fp32 with unit stride along head_dim, and only its strides count where nothing is merged;
-    ``tiles`` addresses ``out`` for the copy engine where the result is final, else any tensor.
+    ``previous`` is fp32 with unit stride along head_dim, and only its strides count where there is none;
+    ``tiles`` addresses ``result`` for the copy engine where that is final, else any tensor.
     """
 
-    def __init__(self, q: Tensor, out: Tensor | None, lse: Tensor | None, final: bool) -> None:
-        batch, rows, heads, _ = q.shape
-        self.merging = out is not None and lse is not None
-        fresh = torch.empty(q.shape, dtype=q.dtype if final else torch.float32, device=q.device)
-        if out is None or lse is None:
-            self.previous, self.out = fresh, fresh
-            self.lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
+    def __init__(self, q: Tensor, previous: Tensor | None, final: bool) -> None:
+        if final:
+            self.result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            self.previous, self.merging = (self.result, False) if previous is None else partial(q, previous)
         else:
-            self.previous = out if out.stride(-1) == 1 else out.contiguous()
-            self.out, self.lse = fresh if final else self.previous, lse.contiguous()
-        self.tiles = _tiles(self.out if final else q, _HALF)
+            self.previous, self.merging = partial(q, previous)
+            self.result = self.previous
+        self.tiles = _tiles(self.result if final else q, _HALF)
 
     def arguments(self) -> tuple[Any, ...]:
         """As the kernels take them, one after the other."""
-        return self.tiles, self.previous, self.out, self.lse
+        return self.tiles, self.previous, self.result
 
 
 def _programs(items: int, device: torch.device) -> int:

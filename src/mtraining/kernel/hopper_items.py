@@ -48,42 +48,35 @@ def claim(counter):
 
 
 @gluon.jit
-def block_of(item, n_rows, heads):
-    """(batch, head, both in one, local block) of block of queries ``item``; a head's last rows, the longest, first."""
+def visits_of(
+    item, n_rows, heads, entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto,
+    capacity, words_row, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, SIZE: gl.constexpr,
+):  # fmt: skip
+    """What block of queries ``item`` visits; a head's last blocks, the longest rows, come first.
+
+    Returns:
+        batch, head, both in one, local block;
+        of its slash tiles (``triton_lists``) how many, their list, its origin (``triton_common.tile_slot``), and 1 if
+        the first is the one on the causal diagonal;
+        of its columns (``triton_hidden``) how many tiles, their positions, their hidden bits, the first tile that may
+        reach into the block, and the block's first position.
+    """
     i = n_rows - 1 - item % n_rows
     head = (item // n_rows) % heads
     batch = item // n_rows // heads
-    return batch, head, (batch * heads + head).to(gl.int64), i
-
-
-@gluon.jit
-def tile_part(
-    entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ: gl.constexpr
-):
-    """Slash tiles of a block of queries: how many, their list, its origin (``triton_common.tile_slot``), and 1 if the
-    first is the one on the causal diagonal."""
+    bh = (batch * heads + head).to(gl.int64)
+    if COLUMNS:
+        column_steps = gl.cdiv(gl.load(upto + bh * n_rows + i), SIZE)
+        column_row = columns + bh * capacity
+        bits = words + (bh * n_rows + i) * words_row
+        whole = gl.load(before + bh * n_rows + i) // SIZE
+        position = gl.load(row_blocks + i) * SIZE
+    else:
+        column_steps, column_row, bits, whole, position = 0, columns, words, 0, 0
     row, lo, hi, origin, own = tile_row(
         entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ, False
     )
-    return hi - lo, row + lo, origin, own
-
-
-@gluon.jit
-def column_part(
-    columns, words, q_blocks, before, upto, bh, i, n_rows, capacity, words_row,
-    COLUMNS: gl.constexpr, SIZE: gl.constexpr,
-):  # fmt: skip
-    """Columns of a block of queries (``triton_hidden``): how many tiles, their positions, their hidden bits, the first
-    tile that may reach into the block, and the block's first position."""
-    if COLUMNS:
-        steps = gl.cdiv(gl.load(upto + bh * n_rows + i), SIZE)
-        row = columns + bh * capacity
-        bits = words + (bh * n_rows + i) * words_row
-        whole = gl.load(before + bh * n_rows + i) // SIZE
-        position = gl.load(q_blocks + i) * SIZE
-    else:
-        steps, row, bits, whole, position = 0, columns, words, 0, 0
-    return steps, row, bits, whole, position
+    return batch, head, bh, i, hi - lo, row + lo, origin, own, column_steps, column_row, bits, whole, position
 
 
 @gluon.jit
@@ -158,13 +151,10 @@ def producer(
     item = gl.program_id(0)
     hand_over(item, turn, numbers, number_full, number_empty)
     while item < items:
-        batch, head, bh, i = block_of(item, n_rows, heads)
-        column_steps, _, _, _, _ = column_part(
-            columns, words, row_blocks, before, upto, bh, i, n_rows, capacity, words_row, COLUMNS, SIZE
-        )
-        tile_steps, row, origin, _ = tile_part(
-            entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ
-        )
+        batch, head, _, i, tile_steps, row, origin, _, column_steps, _, _, _, _ = visits_of(
+            item, n_rows, heads, entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before,
+            upto, capacity, words_row, TOEPLITZ, COLUMNS, SIZE,
+        )  # fmt: skip
         steps = column_steps + tile_steps
         following = item
         if steps > 0 or not IN_PLACE:

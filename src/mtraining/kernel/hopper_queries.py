@@ -27,7 +27,7 @@ from mtraining.kernel.hopper_common import (
     key_buffers,
     product_layout,
 )
-from mtraining.kernel.hopper_items import block_of, column_part, desk, producer, taken, tile_part
+from mtraining.kernel.hopper_items import desk, producer, taken, visits_of
 
 
 @gluon.jit
@@ -107,13 +107,10 @@ def _consumer(
     turn = 0
     item = taken(turn, numbers, number_full, number_empty)
     while item < items:
-        batch, head, bh, i = block_of(item, n_rows, heads)
-        column_steps, column_row, bits, whole, position = column_part(
-            columns, words, row_blocks, before, upto, bh, i, n_rows, capacity, words_row, COLUMNS, SIZE
-        )
-        tile_steps, _, _, own = tile_part(
-            entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ
-        )
+        batch, head, bh, i, tile_steps, _, _, own, column_steps, column_row, bits, whole, position = visits_of(
+            item, n_rows, heads, entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before,
+            upto, capacity, words_row, TOEPLITZ, COLUMNS, SIZE,
+        )  # fmt: skip
         steps = column_steps + tile_steps
         if steps > 0 or FINAL or not HAS_PREV:
             first_row = i * SIZE + W * HALF

@@ -73,7 +73,7 @@ class TritonBackend(TritonEstimation):
         kv_heads, group = k.shape[2], heads // k.shape[2]
         tiles = choose_tiles("tiles_forward", q, index.block_size)
         lists = tile_lists(index, placement, key_major=False)
-        new_out, new_lse, merging = _partial(q, out, lse)
+        (new_out, merging), new_lse = partial(q, out), partial_lse(q, lse)
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         tma = tiles.tma and dim == padded(dim) and _fits_copy_engine(k) and _fits_copy_engine(v)
         block = [1, tiles.block_n, 1, dim]
@@ -105,7 +105,7 @@ class TritonBackend(TritonEstimation):
         tiles = choose_tiles("tiles_dq", q, size)
         lists = tile_lists(index, placement, key_major=False)
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
-        total, adding = gradient(q, dq)
+        total, adding = partial(q, dq)
         triton_tiles.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
             dout, q, k, v, lse, delta, total, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
             *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *total.stride()[:3],
@@ -144,7 +144,7 @@ class TritonBackend(TritonEstimation):
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
         tiles = choose_tiles("columns_forward", q, size)
-        new_out, new_lse, merging = _partial(q, out, lse)
+        (new_out, merging), new_lse = partial(q, out), partial_lse(q, lse)
         tables = column_tables(index, q_blocks)
         triton_columns.forward_kernel[(batch * heads * rows * (size // tiles.block_m),)](
             q, ck, cv, new_out, new_lse, tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto,
@@ -220,20 +220,19 @@ def _precision(q: Tensor) -> str:
     return "ieee" if q.dtype == torch.float32 else "tf32"
 
 
-def _partial(q: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor, bool]:
-    """Where a forward kernel writes, and whether it merges with what is there."""
-    batch, rows, heads, _ = q.shape
-    if out is None or lse is None:
-        lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
-        return torch.empty(q.shape, dtype=torch.float32, device=q.device), lse, False
-    return _lined_up(out), lse.contiguous(), True
-
-
-def gradient(q: Tensor, dq: Tensor | None) -> tuple[Tensor, bool]:
-    """Where a kernel writes dq, fp32 with unit stride along head_dim, and whether it adds to what stands there."""
-    if dq is None:
+def partial(q: Tensor, previous: Tensor | None) -> tuple[Tensor, bool]:
+    """Where a kernel writes out or dq, fp32 with unit stride along head_dim, and whether a result stands there to go on
+    from."""
+    if previous is None:
         return torch.empty(q.shape, dtype=torch.float32, device=q.device), False
-    return _lined_up(dq), True
+    return _lined_up(previous), True
+
+
+def partial_lse(q: Tensor, lse: Tensor | None) -> Tensor:
+    """Where a forward kernel writes lse: the previous one, or room for the first."""
+    batch, rows, heads, _ = q.shape
+    new = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device) if lse is None else lse
+    return new.contiguous()
 
 
 def ways_to_split(programs: int, most: int, device: torch.device) -> int:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
 from mtraining.kernel import Backend, SparseIndex, select_backend
+from mtraining.kernel.backend import Columns
 from mtraining.layout import Layout, build_layout
 from mtraining.pattern import Pattern, build_pattern
 from mtraining.ring.observe import observe
@@ -145,7 +146,7 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, 
     columns = _start_columns(k, v, call)  # ahead of the first transfer, for they are needed first
     for step, kv in ring_steps(torch.stack((k, v)), plan.ring):
         # The columns belong to the step under which the first transfer hides.
-        compact = None if step.number or columns is None else _pair(columns.wait())
+        compact = None if step.number or columns is None else _arrived(columns)
         out, lse = backend.tiles_forward(
             q, kv[0], kv[1], index, plan.placements[step.source], call.scale, out, lse, columns=compact,
             final=step.number + 1 == plan.ring.world,
@@ -167,7 +168,7 @@ def _ring_backward(
     for step, kv in ring_steps(torch.stack((k, v)), plan.ring, own_node_last=True):
         final = step.number + 1 == plan.ring.world
         if final and columns is not None:  # they had every step before to arrive in
-            compact = _pair(columns.wait())
+            compact = _arrived(columns)
         dq, *share = backend.tiles_backward(
             dout, q, kv[0], kv[1], lse, delta, index, plan.placements[step.source], scale, dq, columns=compact,
             final=final,
@@ -184,8 +185,9 @@ def _ring_backward(
     return dq, dk, dv
 
 
-def _pair(stacked: Tensor) -> tuple[Tensor, Tensor]:
-    return stacked[0], stacked[1]
+def _arrived(columns: PendingSum) -> Columns:
+    ck, cv = columns.wait()
+    return ck, cv
 
 
 def _start_columns(k: Tensor, v: Tensor, call: Call) -> PendingSum | None:

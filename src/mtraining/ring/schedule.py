@@ -41,9 +41,8 @@ def ring_steps(own: Tensor, ring: Ring, own_node_last: bool = False) -> Iterator
     numbers = count()
     first = (ring.inner + 1) // 2
     own_node = _round(own, ring, 0, numbers)
-    begun = (
-        islice(own_node, first) if own_node_last else own_node
-    )  # a slice would leave the last payload behind
+    # A slice leaves the payload it stopped at in the generator: only where the rest comes later.
+    begun = islice(own_node, first) if own_node_last else own_node
     for outer_step in range(ring.outer):
         outer_hop = ring.outer_hop(own) if outer_step + 1 < ring.outer else None
         turn = begun if outer_step == 0 else _round(own, ring, outer_step, numbers)
