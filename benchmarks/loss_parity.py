@@ -25,10 +25,10 @@ import torch
 
 from mtraining.bench.record import Provenance, appended, provenance
 from mtraining.data import PrepareOptions, prepare
-from mtraining.errors import UserError
+from mtraining.errors import RunStopped, UserError
 from mtraining.model.smollm2 import SmolLM2
 from mtraining.train.config import Config, load_config
-from mtraining.train.launch import RunStopped, launch
+from mtraining.train.launch import launch
 from mtraining.train.metrics import read_metrics
 
 TOLERANCE = 1e-3

@@ -14,7 +14,7 @@ from mtraining.cli.export import export
 from mtraining.cli.prepare import prepare
 from mtraining.cli.report import report
 from mtraining.cli.train import train
-from mtraining.errors import UserError
+from mtraining.errors import SAVED, RunStopped, UserError
 
 COMMANDS = (train, prepare, calibrate, export, report, demo)
 
@@ -48,15 +48,13 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: bad input is one sentence on stderr and exit status 2, never a traceback."""
+    """Entry point: bad input is one sentence on stderr and exit status 2, a stopped run one sentence and the status of
+    its `RunStopped`, neither a traceback."""
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except Exception as error:
-        code = getattr(error, "code", None)  # RunStopped, known without importing the training code
-        if type(error).__name__ != "RunStopped" or code is None:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(code)
+    except RunStopped as error:
+        print(error if error.code == SAVED else f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)

@@ -1,19 +1,25 @@
 """Running a configuration on several processes of this machine, through PyTorch's own elastic launcher.
 
 What is added to it: bad input is told once instead of once a rank; a rank that dies is named together with the last
-good checkpoint; and the rank that failed first is the one that is blamed.
+good checkpoint; the rank that failed first is the one that is blamed; and a signal that asks for a stop goes on to the
+ranks, which take the time they need to save.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import traceback
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import yaml
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -24,21 +30,14 @@ from torch.distributed.elastic.multiprocessing.errors import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mtraining.errors import UserError
+from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.train.checks import check_config
 from mtraining.train.config import Config, parse_config
 from mtraining.train.display import quiet_libraries
 from mtraining.train.loop import train
 from mtraining.train.mesh import check_world
+from mtraining.train.stop import SIGNALS
 from mtraining.train.watch import PeerLost, exit_now, launcher_store, way_on
-
-
-class RunStopped(Exception):
-    """A run that ended through no fault of its input: a rank died, or a signal came. `code` is the exit status."""
-
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def launch(config: Config, nproc: int) -> None:
@@ -46,13 +45,13 @@ def launch(config: Config, nproc: int) -> None:
 
     Raises:
         UserError: bad input, found here or by any rank.
-        RunStopped: a rank died or failed; the others have been ended.
+        RunStopped: a rank died or failed, and the others have been ended; or a signal came.
     """
     check_world(config.parallel, nproc)
     check_config(config)
     for library in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # their reports are made below
-    with tempfile.TemporaryDirectory(prefix="mtraining-") as logs:
+    with tempfile.TemporaryDirectory(prefix="mtraining-") as logs, _passed_on() as came:
         options = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -64,21 +63,25 @@ def launch(config: Config, nproc: int) -> None:
             max_restarts=0,
             monitor_interval=0.1,
             start_method="spawn",
+            signals_to_handle="SIGHUP,SIGQUIT",  # the others are passed on
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            elastic_launch(options, _worker)(config.to_yaml())
+            stopped = elastic_launch(options, _worker)(config.to_yaml())[0]
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            if came and failure.exitcode == -came[0]:  # it was still loading libraries
+                raise _ended(came[0], config.output) from None
             raise _cause(rank, failure, config.output) from None
         except SignalException as error:
-            name = signal.Signals(error.sigval).name
-            raise RunStopped(f"stopped by {name}; {way_on(config.output)}", 128 + error.sigval) from None
+            raise _ended(error.sigval, config.output) from None
+        if stopped is not None:
+            raise RunStopped(stopped, SAVED)
 
 
 def run_launched(config: Config) -> None:
     """Run `config` as one of the processes of torchrun, or of any launcher that sets RANK and its companions; one rank
-    tells of bad input, all exit with 2."""
+    tells of bad input, all exit with 2; or of a stop that was asked for, all exit with `SAVED`."""
     handler = get_error_handler()
     quiet_libraries()
     try:
@@ -87,6 +90,10 @@ def run_launched(config: Config) -> None:
         if _first_to_tell():
             raise
         raise SystemExit(2) from error
+    except RunStopped as error:
+        if os.environ.get("RANK") == "0":
+            raise
+        raise SystemExit(error.code) from error
     except Exception as error:
         handler.record_exception(error)
         traceback.print_exc()
@@ -94,7 +101,8 @@ def run_launched(config: Config) -> None:
         exit_now(1)
 
 
-def _worker(text: str) -> None:
+def _worker(text: str) -> str | None:
+    """One rank; what to tell when a signal asked for a stop."""
     handler = get_error_handler()
     handler.initialize()
     quiet_libraries()
@@ -103,9 +111,38 @@ def _worker(text: str) -> None:
     except UserError as error:
         handler.record_exception(error)
         exit_now(2)
+    except RunStopped as error:
+        return str(error)
     except Exception as error:
         handler.record_exception(error)
         exit_now(1)
+    return None
+
+
+@contextmanager
+def _passed_on() -> Iterator[list[int]]:
+    """Pass the signals that ask for a stop on to the ranks, which then end by themselves; those that came."""
+    came: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        ranks = [rank.pid for rank in multiprocessing.active_children() if rank.pid is not None]
+        if not ranks:
+            raise SignalException("there is no rank", signal.Signals(number))
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ended(number: int, run: Path) -> RunStopped:
+    return RunStopped(f"stopped by {signal.Signals(number).name}; {way_on(run)}", 128 + number)
 
 
 def _cause(rank: int, failure: ProcessFailure, run: Path) -> UserError | RunStopped:
@@ -115,6 +152,8 @@ def _cause(rank: int, failure: ProcessFailure, run: Path) -> UserError | RunStop
     kind, _, sentence = str(record.get("message", "")).partition(": ")
     if kind == UserError.__name__:
         return UserError(sentence)
+    if kind == RunStopped.__name__:  # by a signal, at once
+        return RunStopped(sentence, failure.exitcode)
     if kind == PeerLost.__name__:  # a frozen rank, which no launcher notices by itself
         return RunStopped(f"{sentence}, so the other ranks were ended; {way_on(run)}")
     if failure.exitcode < 0:

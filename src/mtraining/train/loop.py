@@ -2,6 +2,7 @@
 
 `train(config)` is what every rank executes, alone or under a launcher:
 check -> process groups -> model -> optimizer -> resume -> (batch -> step -> metrics -> checkpoint)* -> export.
+A signal ends it early: after the step in progress, with a checkpoint (stop.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 
 from mtraining.data import SequenceDataset, TokenShards, build_loader, step_windows
-from mtraining.errors import UserError
+from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, build_model, export_model, parallelize
 from mtraining.ring import Timeline
@@ -33,6 +34,7 @@ from mtraining.train.mesh import Runtime, repeatable, runtime
 from mtraining.train.metrics import MetricsWriter
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Batch, NonFinite, Stepper, StepResult
+from mtraining.train.stop import StopRequest, stoppable
 from mtraining.train.store import full_disk_told
 from mtraining.train.watch import watched
 
@@ -54,9 +56,11 @@ def train(config: Config) -> RunResult:
     Raises:
         UserError: bad input, before the first step; a loss that is not finite, before the optimizer uses it; a last
             checkpoint that could not be written.
+        RunStopped: a signal asked for it; what was done is saved.
     """
     check_config(config)
     with (
+        stoppable(config.output) as stops,
         runtime(config) as place,
         repeatable(config.train.deterministic),
         watched(config.output, place.rank, place.world),
@@ -68,17 +72,22 @@ def train(config: Config) -> RunResult:
         optimizer = build_optimizer(model, config.train, place.device)
         console = Console(file=sys.stdout) if place.is_main else None
         tell = Display(steps=0, done=0, title="", log_every=1, console=console).tell
+        stops.prepare(place, tell)
         checkpointer = Checkpointer(config, place, model, optimizer, tell=tell)
         done = checkpointer.resume()
         if place.is_main:
             (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         tell(dataset.report.render())
-        _steps(config, place, model, optimizer, dataset, checkpointer, done, console)
-        checkpoint = checkpointer.require_saved(config.train.steps)
-        export = config.output / "export" if config.checkpoint.export else None
+        done = _steps(config, place, model, optimizer, dataset, checkpointer, done, console, stops)
+        checkpoint = checkpointer.require_saved(done)
+        finished = done == config.train.steps and not (config.checkpoint.export and stops.agreed(place))
+        export = config.output / "export" if finished and config.checkpoint.export else None
         if export is not None:
+            stops.at_once("during the export")
             export_model(model, export, tokenizer=tokenizer or data_tokenizer(config))
-        return RunResult(config.output, checkpoint, export)
+    if not finished:
+        raise RunStopped(_stopped(config, done, checkpoint), SAVED)
+    return RunResult(config.output, checkpoint, export)
 
 
 def parallel_model(config: Config, place: Runtime) -> tuple[ParallelLM, Any]:
@@ -133,8 +142,10 @@ def _steps(
     checkpointer: Checkpointer,
     done: int,
     console: Console | None,
-) -> None:
-    """Steps `done` .. `train.steps` - 1, with their metrics and checkpoints."""
+    stops: StopRequest,
+) -> int:
+    """Steps `done` .. `train.steps` - 1, with their metrics and checkpoints, or fewer when a signal asks for an end;
+    how many are done then, the last of them saved (maybe still in the background)."""
     steps, every = config.train.steps, config.checkpoint.every
     stepper = Stepper(model, optimizer, config.train, place, config.accumulation)
     batches = _batches(config, place, dataset, done)
@@ -152,10 +163,13 @@ def _steps(
             timeline = Timeline() if observe and config.parallel.cp > 1 else None
             try:
                 with timeline or nullcontext():
-                    result = stepper.run(batches, step, observe=observe, recall_rows=config.log.recall_rows)
+                    result = stepper.run(
+                        batches, step, observe=observe, recall_rows=config.log.recall_rows, stop=stops.flag
+                    )
             except NonFinite as error:
                 checkpointer.finish()
                 raise UserError(_non_finite(error, step, config, dataset, checkpointer)) from None
+            stops.defer()
             seconds = time.perf_counter() - start
             ring = ring_record(timeline, place) if timeline is not None else {}
             if writer is not None:
@@ -167,10 +181,16 @@ def _steps(
             if memory is not None:
                 memory.step_done()
             checkpointer.poll()
-            if step == steps - 1 or (every and (step + 1) % every == 0):
+            due = step == steps - 1 or (every > 0 and (step + 1) % every == 0)
+            if due or result.stop:
                 checkpointer.save(step + 1)
+            if result.stop or (
+                due and stops.agreed(place)
+            ):  # asked during this save: no step for another one
+                return step + 1
     if done == steps:
         display.tell(f"nothing to do: the checkpoint of step {steps} is there already")
+    return steps
 
 
 def _batches(config: Config, place: Runtime, dataset: SequenceDataset, start_step: int) -> Iterator[Batch]:
@@ -232,3 +252,15 @@ def _non_finite(
         f"nothing was updated and the last checkpoint is {checkpointer.store.latest() or 'none yet'}: lower train.lr "
         "or train.clip, or look at these documents."
     )
+
+
+def _stopped(config: Config, done: int, checkpoint: Path) -> str:
+    """The sentence of a run that a signal ended: what is saved, and how to go on."""
+    again = "run the same command again"
+    if config.checkpoint.resume != "auto":
+        again += " with --set checkpoint.resume=auto"
+    if done == config.train.steps:
+        return (
+            f"stopped by a signal after the last step, {done}, saved in {checkpoint}: {again} to export it."
+        )
+    return f"stopped by a signal after step {done}, saved in {checkpoint}: {again} to go on from it."

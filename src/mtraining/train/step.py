@@ -4,7 +4,7 @@ The loss of a step is the sum of all token losses over ranks and micro-batches, 
 so the gradient is that of one large batch, however it is cut.
 
 Counts, loss and norm stay on the device, which itself holds the update back when one of them is not finite; the host
-launches a whole step before it waits once, to read three numbers.
+launches a whole step before it waits once, to read four numbers.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
+    stop: bool = False
     attention: list[AttentionStats] = field(default_factory=list)
     uncovered: dict[str, float] = field(default_factory=dict)
 
@@ -68,9 +69,18 @@ class Stepper:
         self._place, self._accumulation = place, accumulation
 
     def run(
-        self, batches: Iterator[Batch], step: int, *, observe: bool = False, recall_rows: int = 0
+        self,
+        batches: Iterator[Batch],
+        step: int,
+        *,
+        observe: bool = False,
+        recall_rows: int = 0,
+        stop: Tensor | None = None,
     ) -> StepResult:
         """Take this step's micro-batches from `batches` and make optimizer step `step` (0-based). Collective.
+
+        stop: a float64 scalar on the host (pinned for a GPU), above 0 where this rank is asked to stop. The device
+            reads it when it comes to the loss, so it may be set while the host waits for the step.
 
         Raises:
             NonFinite: the optimizer has changed nothing.
@@ -95,7 +105,8 @@ class Stepper:
                 share.backward()
                 local += share.detach().double()
         uncovered = self._model.indices.uncovered(self._options.seq_len) if observe else {}
-        loss = self._place.sum(local.clone())
+        asked = local.new_zeros(()) if stop is None else stop.to(device, non_blocking=True)
+        loss, stops = self._place.sum(torch.stack([local, asked])).unbind()
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         norm = gradient_norm(parameters)
         clip_gradients(parameters, norm, self._options.clip)
@@ -103,7 +114,9 @@ class Stepper:
         set_learning_rate(self._optimizer, lr)
         step_where_finite(self._optimizer, loss.isfinite() & norm.isfinite())
         # The step's only wait for the device, with the update already under way there.
-        labels_seen, loss_seen, norm_seen = torch.stack([labels.double(), loss, norm.double()]).tolist()
+        labels_seen, loss_seen, norm_seen, stops_seen = torch.stack(
+            [labels.double(), loss, norm.double(), stops]
+        ).tolist()
         if labels_seen == 0:
             raise UserError(
                 f"step {step + 1}: no token of the batch has a label, so there is nothing to learn; check data.path."
@@ -112,7 +125,12 @@ class Stepper:
         self._require_finite("the gradient norm", norm_seen, None)
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(
-            loss=loss_seen, grad_norm=norm_seen, lr=lr, attention=attention, uncovered=uncovered
+            loss=loss_seen,
+            grad_norm=norm_seen,
+            lr=lr,
+            stop=stops_seen > 0,
+            attention=attention,
+            uncovered=uncovered,
         )
 
     def _require_finite(self, what: str, value: float, local: Tensor | None) -> None:
