@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import mtraining.train.loop as loop
 from distributed import ProcessPool, Worker
-from mtraining.errors import UserError
+from mtraining.errors import RunStopped, UserError
 from mtraining.train.config import parse_config
 from mtraining.train.export import export_run
 from mtraining.train.metrics import read_metrics
@@ -73,6 +76,14 @@ def tensors(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
     return {str(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
+def differing(one: Path, other: Path, scratch: Path) -> list[str]:
+    """The tensors that are not the same in two checkpoints."""
+    expected, found = tensors(one, scratch / "expected.pt"), tensors(other, scratch / "found.pt")
+    assert len(expected) > 60  # parameters and two moments each
+    assert expected.keys() == found.keys()
+    return [name for name in expected if not torch.equal(expected[name], found[name])]
+
+
 def test_resume_is_bit_for_bit(run: Path, tmp_path: Path, pool: ProcessPool, shards: Path) -> None:
     folder = interrupted(run, tmp_path / "again")
     raw = raw_config(folder, shards, parallel={"cp": 2})
@@ -82,11 +93,53 @@ def test_resume_is_bit_for_bit(run: Path, tmp_path: Path, pool: ProcessPool, sha
         record["grad_norm"] for record in read_metrics(run)
     ]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    expected = tensors(CheckpointStore(run).path(6), tmp_path / "expected.pt")
-    found = tensors(CheckpointStore(folder).path(6), tmp_path / "found.pt")
-    assert len(expected) > 60  # parameters and two moments each
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert differing(CheckpointStore(run).path(6), CheckpointStore(folder).path(6), tmp_path) == []
+
+
+def signalled_job(worker: Worker, raw: dict[str, Any]) -> tuple[str, int]:
+    """A run whose last rank alone gets SIGTERM, amid its fourth step."""
+    original = loop.parallel_model
+
+    def build(config: Any, place: Any) -> Any:
+        model, tokenizer = original(config, place)
+        forward, calls = model.forward, iter(range(10**6))
+
+        def send(*args: Any) -> torch.Tensor:
+            if next(calls) == 6 and worker.rank == worker.world - 1:  # two calls a step
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+            return forward(*args)
+
+        model.forward = send
+        return model, tokenizer
+
+    loop.parallel_model = build
+    try:
+        run_job(worker, raw)
+    except RunStopped as error:
+        return str(error), error.code
+    finally:
+        loop.parallel_model = original
+    return "it went on", 0
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_rest_is_bit_for_bit(
+    run: Path, tmp_path: Path, pool: ProcessPool, shards: Path
+) -> None:
+    store = CheckpointStore(tmp_path / "again")
+    raw = raw_config(tmp_path / "again", shards, parallel={"cp": 2}, checkpoint={"every": 0})
+    ends = pool.run(signalled_job, world=2, raw=raw)
+    done = len(read_metrics(tmp_path / "again"))
+    assert done in (4, 5)  # the step in progress; a slow machine may hear of it in the next one
+    assert ends[0] == ends[1]
+    assert ends[0] == (
+        f"stopped by a signal after step {done}, saved in {store.path(done)}: run the same command again to go on "
+        "from it.",
+        75,
+    )
+    assert store.complete() == [store.path(done)]
+    assert losses(pool.run(run_job, world=2, raw=raw)[0]) == losses(read_metrics(run))
+    assert differing(CheckpointStore(run).path(6), store.path(6), tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ batches, and there is no loader state to save.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -107,9 +108,16 @@ def build_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
         # a fork would copy the running communication and device threads' locks
-        multiprocessing_context="forkserver" if num_workers else None,
+        multiprocessing_context="spawn" if num_workers else None,
+        worker_init_fn=_apart,
         pin_memory=pin_memory,
     )
+
+
+def _apart(worker: int) -> None:
+    """A reading process takes no part in signals to the run's process group: the run still needs it to reach its end,
+    and ends it then."""
+    os.setpgid(0, 0)
 
 
 def step_windows(
