@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -72,7 +74,14 @@ def test_cp_ranks_read_the_same_windows(dataset: SequenceDataset) -> None:
 
 
 def test_worker_processes_change_nothing(dataset: SequenceDataset) -> None:
-    assert steps(dataset, 100, steps=5, num_workers=1, prefetch=3) == steps(dataset, 5)
+    """And they are in process groups of their own, out of reach of signals to the run's."""
+    batches = iter(build_loader(dataset, global_batch=8, steps=5, num_workers=1, prefetch=3))
+    found = firsts(islice(batches, 1))
+    workers = [
+        process.pid for process in multiprocessing.active_children() if os.getpgid(process.pid) == process.pid
+    ]
+    assert len(workers) == 1
+    assert found + firsts(batches) == steps(dataset, 5)
 
 
 def test_step_windows_name_the_batch(dataset: SequenceDataset) -> None:

@@ -124,7 +124,6 @@ def test_a_launcher_without_ranks_stops_at_once(
 
 
 def test_a_launched_run_that_is_told_to_stop_saves_and_says_so(tmp_path: Path, shards: Path) -> None:
-    """The signal goes to the whole process group, so the ranks get it from their launcher once more."""
     train = {"steps": 100_000, "kernel": "reference", "batch_size": 1, "micro_batch_size": 1}
     recipe = write_recipe(tmp_path, shards, parallel={"cp": 2}, train=train, checkpoint={"every": 0})
     run = tmp_path / "run"
@@ -133,12 +132,11 @@ def test_a_launched_run_that_is_told_to_stop_saves_and_says_so(tmp_path: Path, s
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     ) as process:
         try:
             wait_for(lambda: process.poll() is not None or read_metrics(run), seconds=200)
             time.sleep(0.2)  # rank 0 has done its first step, and rank 1 about
-            os.killpg(process.pid, signal.SIGTERM)
+            process.terminate()
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()

@@ -32,7 +32,10 @@ def train(
         float | None, typer.Option(min=0.1, help="Memory of a GPU for --dry-run; default: of the GPU here.")
     ] = None,
 ) -> None:
-    """Train a model as CONFIG says. Running the same command again resumes from the last checkpoint."""
+    """Train a model as CONFIG says. Running the same command again resumes from the last checkpoint.
+
+    SIGTERM, SIGUSR1 and Ctrl-C end the run after the step in progress, saved, with exit code 75; the same signal once
+    more ends it at once."""
     from mtraining.train.config import load_config
 
     settings = load_config(config, overrides or [])

@@ -152,8 +152,9 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """When and what to save. `every: 0` saves at the end only. `resume: auto` goes on from the newest complete
-    checkpoint of the run folder, `never` refuses a folder that holds one, a path names one checkpoint."""
+    """When and what to save. `every: 0` saves at the end only, be it one that a signal asks for. `resume: auto` goes on
+    from the newest complete checkpoint of the run folder, `never` refuses a folder that holds one, a path names one
+    checkpoint."""
 
     every: NonNegativeInt = 100
     keep_last: PositiveInt = 2
