@@ -147,3 +147,16 @@ def test_a_launched_run_that_is_told_to_stop_saves_and_says_so(tmp_path: Path, s
         f"stopped by a signal after step {done}, saved in {latest}: run the same command again to go on from it.\n"
     )
     assert process.returncode == SAVED
+
+
+def test_a_rank_that_waited_in_vain_names_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = tmp_path / "reason.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(reason))
+    get_error_handler().record_exception(RuntimeError("[gloo:129] Timed out waiting 5000ms for send"))
+    seen = ProcessFailure(local_rank=1, pid=1, exitcode=1, error_file=str(reason))
+    assert str(launch._cause(1, seen, tmp_path)) == (
+        "rank 1 failed ([gloo:129] Timed out waiting 5000ms for send; another rank hangs, or needs longer than "
+        "distributed.timeout_seconds), so the other ranks were ended; there is no checkpoint yet."
+    )
+    aborted = ProcessFailure(local_rank=1, pid=1, exitcode=-signal.SIGABRT, error_file=str(tmp_path / "none"))
+    assert "killed by SIGABRT (as NCCL does where" in str(launch._cause(1, aborted, tmp_path))

@@ -37,7 +37,7 @@ from mtraining.train.display import quiet_libraries
 from mtraining.train.loop import train
 from mtraining.train.mesh import check_world
 from mtraining.train.stop import SIGNALS
-from mtraining.train.watch import PeerLost, exit_now, launcher_store, way_on
+from mtraining.train.watch import PeerLost, exit_now, launcher_store, reason, way_on
 
 
 def launch(config: Config, nproc: int) -> None:
@@ -97,7 +97,8 @@ def run_launched(config: Config) -> None:
     except Exception as error:
         handler.record_exception(error)
         traceback.print_exc()
-        print(f"error: rank {os.environ.get('RANK')} failed: {error}", file=sys.stderr)
+        what = f"rank {os.environ.get('RANK')} failed: {reason(str(error))}"
+        print(f"error: {what}; {way_on(config.output)}", file=sys.stderr)
         exit_now(1)
 
 
@@ -158,8 +159,10 @@ def _cause(rank: int, failure: ProcessFailure, run: Path) -> UserError | RunStop
         return RunStopped(f"{sentence}, so the other ranks were ended; {way_on(run)}")
     if failure.exitcode < 0:
         how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+        if failure.exitcode == -signal.SIGABRT:
+            how += " (as NCCL does where a rank is waited for longer than distributed.timeout_seconds)"
     else:
-        how = f"failed (exit code {failure.exitcode})"
+        how = f"failed ({reason(sentence) or f'exit code {failure.exitcode}'})"
         print(record.get("extraInfo", {}).get("py_callstack", ""), file=sys.stderr)
     return RunStopped(f"rank {rank} {how}, so the other ranks were ended; {way_on(run)}")
 

@@ -64,6 +64,14 @@ def way_on(run: Path) -> str:
     return f"the last good checkpoint is {latest}: run the same command again to go on from it."
 
 
+def reason(error: str) -> str:
+    """The first line of an error's text; a wait that was given up gets its option and its likely cause."""
+    line = error.strip().partition("\n")[0]
+    if "timed out waiting" in line.lower():
+        line += "; another rank hangs, or needs longer than distributed.timeout_seconds"
+    return line
+
+
 def launcher_store() -> dist.TCPStore:
     """A connection of its own to the store of the launcher, or of rank 0, to be used by one thread.
 
@@ -96,7 +104,7 @@ class _Watch:
         self._leaving.set()
         what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(RuntimeError):  # where the store is gone, the others see it by themselves
-            self._verdict(self._store, self._rank, f"failed ({what.strip().partition(chr(10))[0]})")
+            self._verdict(self._store, self._rank, f"failed ({reason(what)})")
 
     def leave(self) -> None:
         """Wait for all; from here on a store that has gone away is no failure."""
