@@ -52,8 +52,9 @@ def break_step(patch: pytest.MonkeyPatch, what: str) -> None:
         whole = attention._ring_backward
 
         def wrong(*args: Any) -> Any:
-            dq, dk, dv = whole(*args)
-            return dq, dk * (0.9 if args[-1].plan.ring.world > 1 else 1.0), dv
+            dq, dkv = whole(*args)
+            dkv[0] *= 0.9 if args[-1].plan.ring.world > 1 else 1.0
+            return dq, dkv
 
         patch.setattr(attention, "_ring_backward", wrong)
     if what == "pattern":  # the timed pattern is not the prescribed one
