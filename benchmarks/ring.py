@@ -52,7 +52,7 @@ def gate(topology: str, mesh: DeviceMesh, device: torch.device) -> bool:
         for heads in GATE_HEADS:
             case = RingCase(gate_pattern(tokens, BLOCK), tokens, name, heads, DTYPE)
             whole = case.inputs(device)
-            ours, index = case.on_ring(whole, mesh)
+            ours, index = case.on_ring(case.local(whole, mesh), mesh)
             errors = torch.tensor(case.errors(ours, case.alone(whole, index), mesh))
             dist.all_reduce(errors, dist.ReduceOp.MAX)
             right &= bool((errors <= TOLERANCE[DTYPE]).all())

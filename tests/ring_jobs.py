@@ -86,8 +86,9 @@ def attention(worker: Worker, ring: str, layout: str, heads: tuple[int, int, int
     """What one process gives under the index that the ring estimated; and the same bits twice."""
     case, mesh = case_for(worker, layout, heads, pattern), mesh_for(worker, ring)
     whole = case.inputs(worker.device)
-    found, index = case.on_ring(whole, mesh)
-    again, same = case.on_ring(whole, mesh)
+    mine = case.local(whole, mesh)
+    found, index = case.on_ring(mine, mesh)
+    again, same = case.on_ring(mine, mesh)
     wrong = far_off(
         case.errors(found, case.alone(whole, index), mesh), TOLERANCE[case.dtype], "beside one process"
     )
@@ -104,9 +105,9 @@ def rings_agree(worker: Worker, heads: tuple[int, int, int]) -> Found:
     """The two rings give the same but for rounding, under one index."""
     case = case_for(worker, "striped", heads)
     whole, flat, nested = case.inputs(worker.device), mesh_for(worker, "flat"), mesh_for(worker, "2x2")
-    mine, index = case.on_ring(whole, flat)
+    mine, index = case.on_ring(case.local(whole, flat), flat)
     given = replace(case, pattern=Given(index.block_size, index))
-    theirs, _ = given.on_ring(whole, nested)
+    theirs, _ = given.on_ring(case.local(whole, nested), nested)
     ring = Ring.over(flat)
     truth = [case.dealt.unshard(list(ring.all_gather(x.contiguous()))) for x in mine]
     return far_off(case.errors(theirs, truth, nested), TOLERANCE[case.dtype], "2x2 beside flat"), None
@@ -115,10 +116,10 @@ def rings_agree(worker: Worker, heads: tuple[int, int, int]) -> Found:
 def behind_slow_links(worker: Worker, ring: str, seconds: float) -> Found:
     """Messages between two nodes of two that take their time do not change a bit."""
     case, mesh = case_for(worker, "striped", HEADS[0]), mesh_for(worker, ring)
-    whole = case.inputs(worker.device)
-    found, _ = case.on_ring(whole, mesh)
+    mine = case.local(case.inputs(worker.device), mesh)
+    found, _ = case.on_ring(mine, mesh)
     with slow_links(node_size=2, delay_seconds=seconds):
-        late, _ = case.on_ring(whole, mesh)
+        late, _ = case.on_ring(mine, mesh)
     return differing(late, found, "behind slow links"), None
 
 
@@ -134,11 +135,12 @@ def memory_again(worker: Worker, rounds: int, seconds: float) -> Found:
     ]
     meshes = [mesh_for(worker, ring) for _, ring in zip(cases, itertools.cycle(RINGS), strict=False)]
     inputs = [case.inputs(worker.device) for case in cases]
+    parts = [case.local(whole, mesh) for case, whole, mesh in zip(cases, inputs, meshes, strict=True)]
     found = []
-    for number, (case, mesh, whole) in enumerate(zip(cases, meshes, inputs, strict=True)):
+    for number, (case, mesh, mine) in enumerate(zip(cases, meshes, parts, strict=True)):
         links = slow_links(2, delay_seconds=seconds) if number % 3 else contextlib.nullcontext()
         with poisoned_memory(), links:
-            found.append(case.on_ring(whole, mesh))
+            found.append(case.on_ring(mine, mesh))
     wrong = []
     for number, (case, mesh, whole, (mine, index)) in enumerate(
         zip(cases, meshes, inputs, found, strict=True)

@@ -58,10 +58,13 @@ class RingCase:
         torch.manual_seed(self.seed)
         return random_inputs(self.tokens, self.heads, device, self.dtype)
 
-    def on_ring(self, inputs: list[Tensor], mesh: DeviceMesh) -> tuple[list[Tensor], SparseIndex]:
-        """This rank's out, dq, dk and dv, and the whole index. Collective."""
+    def local(self, tensors: list[Tensor], mesh: DeviceMesh) -> list[Tensor]:
+        """This rank's part of each."""
         ring = Ring.over(mesh)
-        mine = [self.dealt.shard(x, ring.rank, ring.world) for x in inputs]
+        return [self.dealt.shard(x, ring.rank, ring.world) for x in tensors]
+
+    def on_ring(self, mine: list[Tensor], mesh: DeviceMesh) -> tuple[list[Tensor], SparseIndex]:
+        """This rank's out, dq, dk and dv, and the whole index, of its part of the inputs. Collective."""
         return forward_backward(mine, pattern=self.pattern, layout=self.dealt, mesh=mesh, kernel=self.kernel)
 
     def alone(self, inputs: list[Tensor], index: SparseIndex) -> list[Tensor]:
@@ -71,8 +74,7 @@ class RingCase:
 
     def errors(self, found: list[Tensor], truth: list[Tensor], mesh: DeviceMesh) -> list[float]:
         """Relative errors of this rank's results against its part of what one process gave."""
-        ring = Ring.over(mesh)
-        own = [self.dealt.shard(x, ring.rank, ring.world).float() for x in truth]
+        own = [x.float() for x in self.local(truth, mesh)]
         return [float((a - b).norm() / b.norm()) for a, b in zip(found, own, strict=True)]
 
 
