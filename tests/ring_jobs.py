@@ -221,20 +221,21 @@ def run_job(pool: ProcessPool, name: str) -> list[str]:
 
 
 def main() -> int:
-    """Options: words that the names of the jobs must have one of; none for all of them."""
-    on_gpu = torch.cuda.is_available()
+    """Arguments: words that the names of the jobs must have one of; none for all of them. Ends where a rank is lost."""
+    on_gpu, words = torch.cuda.is_available(), sys.argv[1:]
     pool, failed = ProcessPool(on_gpu), 0
-    print(f"{WORLD} ranks on {torch.cuda.device_count() if on_gpu else 'CPUs, no'} GPUs", flush=True)
-    words = sys.argv[1:]
-    for name in (name for name in JOBS if not words or any(word in name for word in words)):
-        start = time.perf_counter()
-        try:
+    print(
+        f"{WORLD} ranks on {torch.cuda.device_count()} GPUs" if on_gpu else f"{WORLD} ranks on CPUs",
+        flush=True,
+    )
+    try:
+        for name in (name for name in JOBS if not words or any(word in name for word in words)):
+            start = time.perf_counter()
             wrong = run_job(pool, name)
-        except Exception as error:
-            wrong = [f"{type(error).__name__}: {error}", str(error.__cause__ or "")]
-        failed += bool(wrong)
-        print(f"{time.perf_counter() - start:6.1f} s  {name}: {'; '.join(wrong) or 'right'}", flush=True)
-    pool.close()
+            failed += bool(wrong)
+            print(f"{time.perf_counter() - start:6.1f} s  {name}: {'; '.join(wrong) or 'right'}", flush=True)
+    finally:
+        pool.close()
     return 1 if failed else 0
 
 
