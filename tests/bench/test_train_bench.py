@@ -134,7 +134,7 @@ def count_estimates(worker: Worker) -> tuple[int, int]:
         patch.setattr(VerticalSlash, "estimate", lambda self, *args: counted.append(1) or real(self, *args))
         place = train_model.place_for(SPARSE, torch.device("cpu"), worker.rank, worker.world)
         model = train_model.parallel(SPARSE, train_model.build_model(TINY, 128, 2, place.device), place)
-        data = train_model.batches(SPARSE, train_model.random_sequence(256, 128), place)
+        data = train_model.batches(SPARSE, train_model.random_sequences(256, 128), place)
         train_model.stepper(SPARSE, model, place).run(data, 0)
         return len(counted), SPARSE.layers
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -41,8 +42,11 @@ class RunStopped(Exception):
         self.code = code
 
 
-def launch(config: Config, nproc: int) -> None:
+def launch(config: Config, nproc: int, before: Callable[[], None] | None = None) -> None:
     """Run `config` on `nproc` local processes and wait for them.
+
+    Args:
+        before: what each process calls first, by name: a function of a module.
 
     Raises:
         UserError: bad input, found here or by any rank.
@@ -67,7 +71,7 @@ def launch(config: Config, nproc: int) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            elastic_launch(options, _worker)(config.to_yaml())
+            elastic_launch(options, _worker)(config.to_yaml(), before)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             raise _cause(rank, failure, config.output) from None
@@ -94,11 +98,13 @@ def run_launched(config: Config) -> None:
         exit_now(1)
 
 
-def _worker(text: str) -> None:
+def _worker(text: str, before: Callable[[], None] | None) -> None:
     handler = get_error_handler()
     handler.initialize()
     quiet_libraries()
     try:
+        if before is not None:
+            before()
         train(parse_config(yaml.safe_load(text)))
     except UserError as error:
         handler.record_exception(error)
