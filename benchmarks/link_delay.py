@@ -8,6 +8,10 @@ are multiples of a forward ring step, so that METHOD.md section 4 can be read of
 step, a hierarchical one of as many as a node has ranks. GPUs also take bandwidths in GB/s. Results must not depend on
 the links, bit for bit, or nothing is reported.
 
+More processes than GPUs share them (mtraining.bench.processes): ranks on a GPU take turns, and every message between
+pretended nodes goes through sockets. That is slow beside the computing of 5 %, so take fewer tokens and more density,
+as in --tokens 262144 --density 0.5 --delays 0 1 2 3 --repeats 2.
+
 On CPUs the ranks share cores, and one that waits would lend its core to the others. So every kernel call is made to
 last as long as if it had one: STEP seconds for a forward step, twice that backward, half of STEP for the gradients of
 columns.
@@ -15,15 +19,16 @@ columns.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
-import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +36,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from mtraining.bench.processes import backend_for, gpus_in_use, take_device
 from mtraining.bench.record import code_version
+from mtraining.bench.ring_gate import random_inputs
 from mtraining.kernel import ReferenceBackend
 from mtraining.layout import build_layout
-from mtraining.pattern import ToeplitzRandom
+from mtraining.pattern import Pattern, ToeplitzRandom
 from mtraining.ring import Timeline, slow_links, sparse_ring_attention
 
 CUDA = torch.cuda.is_available()
-TOKENS, HEADS, KV_HEADS, DIM, COLUMN_COUNT = (524288, 16, 2, 128, 2048) if CUDA else (1024, 2, 1, 16, 32)
+TOKENS, HEADS, COLUMN_COUNT = (524288, (16, 2, 128), 2048) if CUDA else (1024, (2, 1, 16), 32)
 DENSITY = 0.05 if CUDA else 0.3
 BLOCK, REPEATS = (128, 5) if CUDA else (16, 3)
 STEP = 0.06
@@ -46,9 +53,24 @@ LASTS = {"tiles_forward": 1.0, "tiles_backward": 2.0, "columns_backward": 0.5}
 DELAYS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # forward steps
 BANDWIDTHS = (50.0, 25.0, 12.5, 6.25) if CUDA else ()  # GB/s
 COLUMNS = (
-    "date commit device ranks node_size torch seq_len density columns ring step_ms delay_ms gb_per_second "
+    "date commit device gpus ranks node_size torch seq_len density columns ring step_ms delay_ms gb_per_second "
     "forward_ms backward_ms slowdown exposed_fraction exposed_fraction_max"
 ).split()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="CSV to write")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the whole sequence")
+    parser.add_argument("--density", type=float, default=DENSITY, help="share of tiles, besides columns")
+    parser.add_argument(
+        "--repeats", type=int, default=REPEATS, help="measurements of each link, after a first"
+    )
+    parser.add_argument("--delays", type=float, nargs="+", default=DELAYS, help="in forward steps, 0 first")
+    parser.add_argument("--bandwidths", type=float, nargs="*", default=BANDWIDTHS, help="in GB/s")
+    return parser.parse_args()
 
 
 @contextmanager
@@ -75,9 +97,10 @@ def lasting_kernels() -> Iterator[None]:
 
 
 def measure(
-    mesh: DeviceMesh, inputs: list[Tensor], repeats: int, node_size: int, **links: float
+    mesh: DeviceMesh, pattern: Pattern, inputs: list[Tensor], repeats: int, node_size: int, **links: float
 ) -> tuple[list[Tensor], list[float]]:
-    """out and gradients; medians of [forward ms, backward ms] of the slowest rank, exposed fraction's [mean, max]."""
+    """out and gradients; medians of [forward ms, backward ms, forward's computing ms] of the slowest rank, exposed
+    fraction's [max, mean]."""
     rows = []
     for _ in range(repeats + 1):
         q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
@@ -86,25 +109,25 @@ def measure(
             if CUDA:
                 torch.cuda._sleep(60_000_000)  # so that launching is ahead of the GPU, as in training
             out = sparse_ring_attention(
-                q, k, v, pattern=ToeplitzRandom(block_size=BLOCK, density=DENSITY, columns=COLUMN_COUNT),
-                layout=build_layout("striped", BLOCK), mesh=mesh, kernel="auto" if CUDA else "reference",
+                q, k, v, pattern=pattern, layout=build_layout("striped", BLOCK), mesh=mesh,
+                kernel="auto" if CUDA else "reference",
             )  # fmt: skip
             out.backward(inputs[3])
         milliseconds = [1000 * (sum(times.compute) + sum(times.exposed)) for times in timeline.passes]
-        most = torch.tensor([*milliseconds, timeline.exposed_fraction], dtype=torch.float64)
-        mean = most[2:] / dist.get_world_size()
+        computing = 1000 * sum(timeline.passes[0].compute)
+        most = torch.tensor([*milliseconds, computing, timeline.exposed_fraction], dtype=torch.float64)
+        mean = most[3:] / dist.get_world_size()
         dist.all_reduce(most, dist.ReduceOp.MAX)
         dist.all_reduce(mean)
-        rows.append([*most[:2].tolist(), mean.item(), most[2].item()])
+        rows.append([*most.tolist(), mean.item()])
     assert q.grad is not None and k.grad is not None and v.grad is not None
     return [out.detach(), q.grad, k.grad, v.grad], [statistics.median(c) for c in zip(*rows[1:], strict=True)]
 
 
 def main() -> int:
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
-    if CUDA:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")
+    options = parse()
+    device = take_device(CUDA)
+    dist.init_process_group(backend_for(device))
     world = dist.get_world_size()
     node = world // 2
     meshes = {
@@ -112,24 +135,22 @@ def main() -> int:
         f"2x{node}": init_device_mesh(device.type, (2, node), mesh_dim_names=("cp_outer", "cp_inner")),
     }
     torch.manual_seed(dist.get_rank())
-    inputs = [
-        torch.randn(1, TOKENS // world, heads, DIM, device=device).to(
-            torch.bfloat16 if CUDA else torch.float32
-        )
-        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
-    ]
-    name = torch.cuda.get_device_name() if CUDA else "cpu"
-    what = [date.today(), code_version(), name, world, node, torch.__version__, TOKENS, DENSITY, COLUMN_COUNT]
+    inputs = random_inputs(options.tokens // world, HEADS, device, torch.bfloat16 if CUDA else torch.float32)
+    pattern = ToeplitzRandom(block_size=BLOCK, density=options.density, columns=COLUMN_COUNT)
+    name, repeats = torch.cuda.get_device_name() if CUDA else "cpu", options.repeats
+    what = [date.today(), code_version(), name, gpus_in_use(world), world, node, torch.__version__]
+    what += [options.tokens, options.density, COLUMN_COUNT]
     rows, right = [], True
     with lasting_kernels():
-        step = measure(meshes["flat"], inputs, REPEATS, node)[1][0] / 1000 / world
-        settings = [(step * delay, math.inf) for delay in DELAYS] + [(0.0, 1e9 * rate) for rate in BANDWIDTHS]
+        step = measure(meshes["flat"], pattern, inputs, repeats, node)[1][2] / 1000 / world
+        settings = [(step * delay, math.inf) for delay in options.delays]
+        settings += [(0.0, 1e9 * rate) for rate in options.bandwidths]
         for ring, mesh in meshes.items():
             expected: list[Tensor] = []
             fastest = 0.0
             for delay, rate in settings:
-                results, (forward, backward, exposed, most) = measure(
-                    mesh, inputs, REPEATS, node, delay_seconds=delay, bytes_per_second=rate
+                results, (forward, backward, _, most, exposed) = measure(
+                    mesh, pattern, inputs, repeats, node, delay_seconds=delay, bytes_per_second=rate
                 )
                 expected, fastest = expected or results, fastest or forward + backward
                 right &= all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
@@ -141,13 +162,13 @@ def main() -> int:
                 times = [round(forward, 2), round(backward, 2), round((forward + backward) / fastest, 3)]
                 rows.append([*what, ring, *links, *times, round(exposed, 4), round(most, 4)])
                 if dist.get_rank() == 0:
-                    print(*rows[-1][9:], flush=True)
+                    print(*rows[-1][len(what) :], flush=True)
     agreed = torch.tensor(int(right))
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
     if dist.get_rank() == 0:
         print("right" if agreed else "WRONG: no number is reported")
         if agreed:
-            with open(sys.argv[1] if len(sys.argv) > 1 else "/dev/stdout", "w") as file:
+            with options.out.open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     dist.destroy_process_group()
     return 0 if agreed else 1

@@ -1,7 +1,8 @@
-"""Many processes learn what one learns: the losses of the same training steps, on one GPU and on all of them.
+"""Many processes learn what one learns: the losses of the same training steps, by one process and by many.
 
     python benchmarks/loss_parity.py --text moby-dick.txt --out CSV           (32K tokens, 20 steps, every GPU there is)
     python benchmarks/loss_parity.py --text moby-dick.txt --out CSV --seq-len 512 --steps 3           (on a CPU: gloo)
+    python benchmarks/loss_parity.py --text moby-dick.txt --out CSV --ranks 4              (on fewer GPUs: they share)
 
 Pretrained SmolLM2-135M (`make smollm2`), its context stretched by YaRN, trained by the trainer itself with the settings
 of the Qwen2.5-3B recipe: vertical_slash estimated anew in every step, striped, bf16, the same optimisation. First by
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from mtraining.bench.processes import gpus_in_use, share_gpus
 from mtraining.bench.record import Provenance, appended, provenance
 from mtraining.data import PrepareOptions, prepare
 from mtraining.errors import RunStopped, UserError
@@ -34,7 +36,7 @@ from mtraining.train.metrics import read_metrics
 TOLERANCE = 1e-3
 RECIPE = Path(__file__).parents[1] / "recipes" / "qwen2.5-3b-512k.yaml"
 NATIVE, MODEL = 8192, "SmolLM2-135M"  # tokens of context before YaRN
-FIELDS = "date commit gpu torch triton gpus model seq_len step loss_one loss_many relative".split()
+FIELDS = "date commit gpu torch triton gpus ranks model seq_len step loss_one loss_many relative".split()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -46,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=32768)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
-        "--gpus", type=int, help="processes of the second run; default: one a GPU, two on a CPU"
+        "--ranks", type=int, help="processes of the second run; default: one a GPU, two on a CPU"
     )
     return parser.parse_args(argv)
 
@@ -92,7 +94,7 @@ def configured(output: Path, data: Path, seq_len: int, steps: int, processes: in
 def losses(config: Config) -> list[float]:
     """Of each step of a run made now, in processes of its own."""
     start = time.perf_counter()
-    launch(config, config.parallel.world)
+    launch(config, config.parallel.world, before=share_gpus)
     records = read_metrics(config.output)
     density = records[-1]["density"]
     print(
@@ -125,9 +127,9 @@ def write(path: Path, told: Provenance, head: Sequence[Any], rows: Sequence[tupl
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     on_gpu = torch.cuda.is_available()
-    processes = options.gpus or (torch.cuda.device_count() if on_gpu else 2)
+    processes = options.ranks or (torch.cuda.device_count() if on_gpu else 2)
     if processes < 2:
-        raise UserError(f"gpus: {processes} process has nothing to be compared with; at least 2 are needed.")
+        raise UserError(f"ranks: {processes} process has nothing to be compared with; at least 2 are needed.")
     told = provenance(torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="loss-parity-") as name:
         folder = Path(name)
@@ -137,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for count in (1, processes)
         )
     rows = compared(one, many)
-    write(options.out, told, [processes, MODEL, options.seq_len], rows)
+    write(options.out, told, [gpus_in_use(processes), processes, MODEL, options.seq_len], rows)
     worst = max(rows, key=lambda row: row[3])
     print(
         f"{len(rows)} steps of {options.seq_len} tokens, 1 against {processes} processes: loss {one[0]:.5f} -> "

@@ -6,6 +6,8 @@ Gate: out and all gradients under an estimated index equal one process holding t
 forward and backward under a prescribed index (5 % of tiles, 2048 columns, 16 query and 2 kv heads of 128), medians of
 five after a warm-up on the slowest rank, beside one GPU that computes the whole sequence alone. ``efficiency``: the
 lone GPU's time over the number of GPUs, by the ring's time. ``exposed_fraction``: the ring's share of waits.
+
+More processes than GPUs share them, as `mtraining.bench.processes` tells: the gate is as good, the times are not.
 """
 
 from __future__ import annotations
@@ -14,89 +16,51 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from mtraining.bench.gate import TOLERANCE
+from mtraining.bench.processes import backend_for, gpus_in_use, take_device
 from mtraining.bench.record import appended, code_version
-from mtraining.kernel import SparseIndex
+from mtraining.bench.ring_gate import HEADS as GATE_HEADS
+from mtraining.bench.ring_gate import RESULTS, RingCase, gate_pattern, random_inputs
+from mtraining.bench.train_cases import LAYOUTS
 from mtraining.layout import build_layout
-from mtraining.pattern import Pattern, SequenceShard, ToeplitzRandom, VerticalSlash
-from mtraining.ring import Ring, Timeline, sparse_ring_attention
+from mtraining.pattern import ToeplitzRandom
+from mtraining.ring import Timeline, sparse_ring_attention
 
 CUDA = torch.cuda.is_available()
-DTYPE, TOLERANCE = (torch.bfloat16, 4e-3) if CUDA else (torch.float32, 1e-5)
+DTYPE = torch.bfloat16 if CUDA else torch.float32
 TOKENS = (131072, 262144, 524288) if CUDA else (1024, 2048)
-HEADS, KV_HEADS, DIM, COLUMN_COUNT = (16, 2, 128, 2048) if CUDA else (2, 1, 16, 32)
+HEADS, COLUMN_COUNT = ((16, 2, 128), 2048) if CUDA else ((2, 1, 16), 32)
 DENSITY, BLOCK = (0.05, 128) if CUDA else (0.3, 16)
 COLUMNS = (
-    "date commit gpu gpus torch seq_len density columns ring forward_ms backward_ms efficiency peak_gib "
+    "date commit gpu gpus ranks torch seq_len density columns ring forward_ms backward_ms efficiency peak_gib "
     "exposed_fraction"
 ).split()
 
 
-@dataclass(frozen=True)
-class Given(Pattern):
-    """An index decided elsewhere."""
-
-    index: SparseIndex | None = None
-    name = "given"
-
-    def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
-        assert self.index is not None
-        return self.index
-
-
-def random_inputs(tokens: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> list[Tensor]:
-    """q, k, v, dout."""
-    return [
-        torch.randn(1, tokens, h, dim, device=device).to(DTYPE) for h in (heads, kv_heads, kv_heads, heads)
-    ]
-
-
-def forward_backward(inputs: list[Tensor], **options: Any) -> tuple[list[Tensor], SparseIndex]:
-    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
-    out, index = sparse_ring_attention(q, k, v, return_index=True, **options)
-    out.backward(inputs[3])
-    return [x.detach() for x in (out, q.grad, k.grad, v.grad)], index
-
-
 def gate(topology: str, mesh: DeviceMesh, device: torch.device) -> bool:
     """Whether every layout gives what one process gives; the same answer on every rank."""
-    tokens, block = 128 * BLOCK if CUDA else 512, BLOCK
-    ring, right = Ring.over(mesh), True
-    options = {
-        "max_columns": tokens // 16,
-        "sinks": 8,
-        "slash_by": "block",
-        "slash_density": 0.3,
-        "window": block,
-    }
-    pattern = VerticalSlash(block_size=block, top_p=0.9, **options)
-    for name in ("striped", "zigzag", "contiguous"):
-        for heads, kv_heads, dim in ((16, 2, 128), (9, 3, 64)):
-            torch.manual_seed(1)
-            layout, whole = build_layout(name, block), random_inputs(tokens, heads, kv_heads, dim, device)
-            mine = [layout.shard(x, ring.rank, ring.world) for x in whole]
-            ours, index = forward_backward(mine, pattern=pattern, layout=layout, mesh=mesh)
-            joined = [layout.unshard(ring.all_gather(x.contiguous()).unbind(0)) for x in ours]
-            alone, _ = forward_backward(whole, pattern=Given(block, index), layout=layout, mesh=None)
-            errors = [
-                float((a - b).float().norm() / b.float().norm()) for a, b in zip(joined, alone, strict=True)
-            ]
-            right &= max(errors) <= TOLERANCE
+    tokens, right = 128 * BLOCK if CUDA else 512, True
+    for name in LAYOUTS:
+        for heads in GATE_HEADS:
+            case = RingCase(gate_pattern(tokens, BLOCK), tokens, name, heads, DTYPE)
+            whole = case.inputs(device)
+            ours, index = case.on_ring(case.local(whole, mesh), mesh)
+            errors = torch.tensor(case.errors(ours, case.alone(whole, index), mesh))
+            dist.all_reduce(errors, dist.ReduceOp.MAX)
+            right &= bool((errors <= TOLERANCE[DTYPE]).all())
             if dist.get_rank() == 0:
-                print(
-                    f"{topology} {name} {heads}/{kv_heads} heads of {dim}: "
-                    + " ".join(f"{error:.1e}" for error in errors),
-                    flush=True,
+                told = " ".join(
+                    f"{what} {error:.1e}" for what, error in zip(RESULTS, errors.tolist(), strict=True)
                 )
+                print(f"{topology} {name} {heads[0]}/{heads[1]} heads of {heads[2]}: {told}", flush=True)
     return right
 
 
@@ -118,7 +82,7 @@ def measure(mesh: DeviceMesh | None, tokens: int, device: torch.device) -> list[
     the rank where each is largest. Collective."""
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    q, k, v, dout = random_inputs(tokens, HEADS, KV_HEADS, DIM, device)
+    q, k, v, dout = random_inputs(tokens, HEADS, device, DTYPE)
     for x in (q, k, v):
         x.requires_grad_()
     pattern = ToeplitzRandom(block_size=BLOCK, density=DENSITY, columns=COLUMN_COUNT)
@@ -156,27 +120,26 @@ def report(path: Path, meshes: dict[str, DeviceMesh], device: torch.device) -> N
         for tokens in TOKENS:
             alone = measure(None, tokens, device)
             for topology, mesh in {"none": None, **meshes}.items():
-                gpus = 1 if mesh is None else world
+                ranks = 1 if mesh is None else world
+                gpus = gpus_in_use(ranks)
                 forward, backward, peak, exposed = (
                     alone if mesh is None else measure(mesh, tokens // world, device)
                 )
                 efficiency = (alone[0] + alone[1]) / gpus / (forward + backward)
-                shape = [gpus, torch.__version__, tokens, DENSITY, COLUMN_COUNT, topology]
+                shape = [gpus, ranks, torch.__version__, tokens, DENSITY, COLUMN_COUNT, topology]
                 times = [round(forward, 2), round(backward, 2), round(efficiency, 3), round(peak, 2)]
                 add([*what, *shape, *times, round(exposed, 4)])
                 if first:
                     print(
-                        f"{tokens} tokens, ring {topology} of {gpus}: forward {forward:.2f} ms, backward "
+                        f"{tokens} tokens, ring {topology} of {ranks}: forward {forward:.2f} ms, backward "
                         f"{backward:.2f} ms, efficiency {efficiency:.3f}, exposed {exposed:.1%}",
                         flush=True,
                     )
 
 
 def main() -> int:
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
-    if CUDA:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")
+    device = take_device(CUDA)
+    dist.init_process_group(backend_for(device))
     world = dist.get_world_size()
     meshes = {"flat": init_device_mesh(device.type, (world,), mesh_dim_names=("cp",))}
     if world % 2 == 0 and world > 2:

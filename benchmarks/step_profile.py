@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mtraining.bench.record import code_version
 from mtraining.bench.train_cases import SHAPES, TrainCase, parse_tokens
-from mtraining.bench.train_model import batches, build_model, parallel, place_for, random_sequence, stepper
+from mtraining.bench.train_model import batches, build_model, parallel, place_for, random_sequences, stepper
 from mtraining.model import loss
 from mtraining.pattern import Pattern
 from mtraining.ring import attention
@@ -229,7 +229,7 @@ def main() -> int:
     model = parallel(case, build_model(shape, case.seq_len, case.layers, device), place)
     mark(type(case.pattern()))
     run = stepper(case, model, place)
-    data = batches(case, random_sequence(shape.vocab, case.seq_len), place)
+    data = batches(case, random_sequences(shape.vocab, case.seq_len), place)
     seconds = []
     for step in range(2 + options.steps):
         wait(device)

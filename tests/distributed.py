@@ -2,8 +2,8 @@
 
 `ProcessPool.run(fn, world=4, **kwargs)` calls `fn(worker, **kwargs)` in four processes joined by gloo and returns
 the four results in rank order. The processes of each world size are started once (forked from a server that has
-torch already imported) and stay for the session, so a job costs milliseconds; `worker.mesh(...)` likewise makes each
-mesh once.
+torch already imported; on GPUs, spawned) and stay for the session, so a job costs milliseconds; `worker.mesh(...)`
+likewise makes each mesh once.
 
 `fn` must be importable by name (a module-level function), its arguments and results picklable. Between jobs a
 process keeps nothing on purpose: seeds are reset, and one failed job ends the processes of its world size; the next
@@ -45,14 +45,15 @@ class WorkerError(RuntimeError):
 
 @dataclass
 class Worker:
-    """A job's place: its rank in the default (gloo) process group, which has exactly `world` ranks."""
+    """A job's place: its rank in the default process group, which has exactly `world` ranks, and its device."""
 
     rank: int
     world: int
+    device: Any
     _meshes: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def mesh(self, shape: int | Sequence[int] | None = None, names: str | Sequence[str] = "cp") -> Any:
-        """A CPU DeviceMesh over all ranks, row-major; made once, then reused. Default: 1-D over the world, named "cp".
+        """A DeviceMesh over all ranks, row-major; made once, then reused. Default: 1-D over the world, named "cp".
 
         Collective: all ranks of the job call it alike. For a context-parallel group inside a larger world, slice:
         `worker.mesh((2, 2), ("dp", "cp"))["cp"]`.
@@ -63,7 +64,7 @@ class Worker:
         labels = (names,) if isinstance(names, str) else tuple(names)
         key = (sizes, labels)
         if key not in self._meshes:
-            self._meshes[key] = init_device_mesh("cpu", sizes, mesh_dim_names=labels)
+            self._meshes[key] = init_device_mesh(self.device.type, sizes, mesh_dim_names=labels)
         return self._meshes[key]
 
 
@@ -86,17 +87,26 @@ def _failure(rank: int, error: BaseException) -> bytes:
         return pickle.dumps(("error", None, trace))
 
 
-def _serve(conn: Connection, rank: int, world: int, store: str) -> None:
+def _serve(conn: Connection, rank: int, world: int, store: str, on_gpu: bool) -> None:
     """A process's whole life: join the group, then jobs until the other end of the pipe is gone."""
     import numpy
     import torch
     import torch.distributed as dist
 
+    from mtraining.bench.processes import backend_for, take_device
+
     torch.set_num_threads(1)
+    if on_gpu:
+        os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    device = take_device(on_gpu)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        backend_for(device),
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
     )
-    worker = Worker(rank, world)
+    worker = Worker(rank, world, device)
     while True:
         try:
             message = conn.recv_bytes()
@@ -125,9 +135,10 @@ def _serve(conn: Connection, rank: int, world: int, store: str) -> None:
 class _Crew:
     """The processes of one world size."""
 
-    def __init__(self, world: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+    def __init__(self, world: int, on_gpu: bool) -> None:
+        context: Any = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
+        if not on_gpu:
+            context.set_forkserver_preload(PRELOAD)
         self.world = world
         self.folder = tempfile.TemporaryDirectory(prefix="pool-")
         self.connections: list[Connection] = []
@@ -136,7 +147,7 @@ class _Crew:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(theirs, rank, world, os.path.join(self.folder.name, "store")),
+                args=(theirs, rank, world, os.path.join(self.folder.name, "store"), on_gpu),
                 daemon=True,
             )
             process.start()
@@ -191,22 +202,27 @@ class _Crew:
 
 
 class ProcessPool:
-    """See the module's text. One per test session: the `pool` fixture."""
+    """See the module's text. One per test session: the `pool` fixture.
 
-    def __init__(self) -> None:
+    Args:
+        on_gpu: the processes are joined by NCCL and share this machine's GPUs, as many as there are.
+    """
+
+    def __init__(self, on_gpu: bool = False) -> None:
+        self._on_gpu = on_gpu
         self._crews: dict[int, _Crew] = {}
 
     def run(
         self, fn: Callable[..., Any], world: int = 2, *, timeout: float = 120.0, **kwargs: Any
     ) -> list[Any]:
-        """`fn(worker, **kwargs)` on ranks 0..world-1 of a gloo group of exactly that size; results in rank order.
+        """`fn(worker, **kwargs)` on ranks 0..world-1 of a group of exactly that size; results in rank order.
 
         Raises the exception of the rank that failed first (its cause, a WorkerError, has every rank's traceback), or
         WorkerError when a rank died or when `timeout` seconds passed without its result.
         """
         message = pickle.dumps((sys.path, _filters(), pickle.dumps((fn, kwargs))))
         if world not in self._crews:
-            self._crews[world] = _Crew(world)
+            self._crews[world] = _Crew(world, self._on_gpu)
         try:
             return self._crews[world].run(message, timeout)
         except BaseException:

@@ -99,7 +99,7 @@ def solve(backend: Backend, p: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     columns = (p.ck, p.cv) if p.index.columns.shape[-1] else None
     out, lse = backend.tiles_forward(p.q, p.k, p.v, p.index, p.place, p.scale, None, None, columns=columns)
     delta = backend.row_delta(out, p.dout)
-    dq, dk, dv = backend.tiles_backward(
+    dq, (dk, dv) = backend.tiles_backward(
         p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, None, columns=columns
     )
     if columns is None:

@@ -89,12 +89,11 @@ class Broken(ReferenceBackend):
             out[:, -1] = torch.empty(out.shape[2:])
         return out, lse + 1e-3 if self.spoil == "lse" else lse
 
-    def tiles_backward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = super().tiles_backward(*args, **options)
-        spoiled = [
-            x * (1.001 if self.spoil == name else 1.0) for name, x in (("dq", dq), ("dk", dk), ("dv", dv))
-        ]
-        return spoiled[0], spoiled[1], spoiled[2]
+    def tiles_backward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        dq, dkv = super().tiles_backward(*args, **options)
+        for name, grad in (("dq", dq), ("dk", dkv[0]), ("dv", dkv[1])):
+            grad *= 1.001 if self.spoil == name else 1.0
+        return dq, dkv
 
     def scatter_columns(self, *args: Any) -> None:
         if self.spoil != "columns":

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from mtraining.bench.processes import share_gpus
 from mtraining.errors import UserError
 from mtraining.train.config import Config
 
@@ -38,8 +39,8 @@ def run(
     """Exit status, the configurations launched, and the rows, of runs that log the given losses."""
     configs: list[Config] = []
 
-    def launch(config: Config, nproc: int) -> None:
-        assert nproc == config.parallel.cp
+    def launch(config: Config, nproc: int, before: object) -> None:
+        assert nproc == config.parallel.cp and before is share_gpus
         configs.append(config)
         config.output.mkdir(parents=True)
         records = [
@@ -50,7 +51,7 @@ def run(
 
     monkeypatch.setattr(bench, "launch", launch)
     out = tmp_path / "parity.csv"
-    status = bench.main(["--text", "x", "--out", str(out), "--steps", "2", "--gpus", "3"])
+    status = bench.main(["--text", "x", "--out", str(out), "--steps", "2", "--ranks", "3"])
     return status, configs, list(csv.DictReader(out.read_text().splitlines()))
 
 
@@ -75,7 +76,7 @@ def test_both_runs_differ_in_their_processes_alone(
         ("1", "4", "4", "0"),
         ("2", "2", "2.001", "0.0005"),
     ]
-    assert {(row["commit"], row["gpus"], row["seq_len"], row["model"]) for row in rows} == {
+    assert {(row["commit"], row["ranks"], row["seq_len"], row["model"]) for row in rows} == {
         ("abc", "3", "32768", "SmolLM2-135M")
     }
 
@@ -97,5 +98,5 @@ def test_a_run_that_logged_too_little_is_not_compared(
 
 
 def test_one_process_has_nothing_to_be_compared_with(bench: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="gpus: 1"):
-        bench.main(["--text", "x", "--out", str(tmp_path / "x.csv"), "--gpus", "1"])
+    with pytest.raises(UserError, match="ranks: 1"):
+        bench.main(["--text", "x", "--out", str(tmp_path / "x.csv"), "--ranks", "1"])

@@ -79,7 +79,7 @@ def solve(
     out, lse = served.tiles_forward(q, k, v, index, placement, scale, *(x.clone() for x in before))
     wide = before[1] + 6.0
     delta = before[0].sum(-1).transpose(1, 2).to(lse.dtype).contiguous()
-    dq, dk, dv = served.tiles_backward(
+    dq, (dk, dv) = served.tiles_backward(
         dout, q, k, v, wide, delta, index, placement, scale, torch.zeros_like(out)
     )
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
@@ -132,7 +132,7 @@ def turn(kernel: str, layout_name: str, world: int, whole: list[Tensor]) -> list
         outs.append(out.to(q.dtype))
         dq, delta = None, served.row_delta(outs[-1], dout)
         for source, place in steps:
-            dq, *share = served.tiles_backward(
+            dq, share = served.tiles_backward(
                 dout, q, *shards[source][1:3], lse, delta, index, place, scale, dq
             )
             for total, part in zip(sums[source], share, strict=True):

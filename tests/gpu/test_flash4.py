@@ -93,6 +93,19 @@ def test_merging_several_bf16_partials_stays_within_bf16() -> None:
     assert (lse.double() - exact_lse[..., mine])[seen].abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_last_pass_leaves_zeros_where_nothing_is_seen(dim: int) -> None:
+    from mtraining.kernel.flash4 import Flash4Backend
+
+    p = problem(whole(8, q_heads=4, kv_heads=2, dim=dim, columns=0, diagonal_share=0.2, **BF16))
+    step = p.q, p.k, p.v, p.index, p.place, p.scale, None, None
+    out, lse = Flash4Backend().tiles_forward(*step)
+    last, last_lse = Flash4Backend().tiles_forward(*step, final=True)
+    assert torch.equal(last, out.to(last.dtype)) and torch.equal(last_lse, lse)
+    unseen = lse.isneginf().transpose(1, 2)
+    assert unseen.any() and not last[unseen].any()
+
+
 def test_nothing_waits_for_the_device() -> None:
     from mtraining.kernel.flash4 import Flash4Backend
 

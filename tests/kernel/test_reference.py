@@ -54,12 +54,10 @@ def run_backend(
     ck, cv = backend.gather_columns(k, v, index.columns, slots)
     out, lse = backend.tiles_forward(q, k, v, index, place, scale, None, None, columns=(ck, cv))
     delta = backend.row_delta(out, dout)
-    dq, dk, dv = backend.tiles_backward(
-        dout, q, k, v, lse, delta, index, place, scale, None, columns=(ck, cv)
-    )
+    dq, dkv = backend.tiles_backward(dout, q, k, v, lse, delta, index, place, scale, None, columns=(ck, cv))
     grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, place.q_blocks, scale)
-    backend.scatter_columns(grads, index.columns, slots, dk, dv)
-    return out, lse, dq, dk, dv
+    backend.scatter_columns(grads, index.columns, slots, dkv)
+    return out, lse, dq, *dkv.unbind(0)
 
 
 @pytest.fixture

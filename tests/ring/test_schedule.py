@@ -138,12 +138,10 @@ def pass_peaks(world: int) -> dict[str, float]:
 
 
 def test_attention_lets_go_of_what_it_has_used() -> None:
-    """From three ranks on a pass takes no more; forward no more than from two on."""
+    """More ranks take no more; shares of dk and dv are made in the one tensor that is sent, never copied."""
     two, three, eight = pass_peaks(2), pass_peaks(3), pass_peaks(8)
     assert two["forward"] == three["forward"] == eight["forward"]
-    assert three["backward"] == eight["backward"]
-    # With two ranks no sum is on its way while the last pair is made: one pair in fp32 less.
-    assert three["backward"] - two["backward"] == 2
+    assert two["backward"] == three["backward"] == eight["backward"]
 
 
 def message_job(worker: Worker, topology: tuple[int, ...]) -> tuple[list[Any], list[Any], list[Any]]:

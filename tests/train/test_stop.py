@@ -114,7 +114,7 @@ def test_a_launcher_without_ranks_stops_at_once(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def starting(*args: object) -> object:
-        return lambda text: os.kill(os.getpid(), signal.SIGTERM)
+        return lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(launch, "elastic_launch", starting)
     monkeypatch.setattr(launch.multiprocessing, "active_children", list)

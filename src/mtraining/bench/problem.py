@@ -112,17 +112,18 @@ class Layer:
         )
 
     def backward(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq in q's dtype, dk and dv in the accumulation dtype."""
+        """dq in q's dtype, dk and dv as the backend leaves them."""
         p, columns = self.p, self.columns()
         delta = self.backend.row_delta(out, p.dout)
-        dq, dk, dv = self.backend.tiles_backward(
+        dq, dkv = self.backend.tiles_backward(
             p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, None, columns=columns, final=True
         )
         if columns is not None:
             grads = self.backend.columns_backward(
                 p.dout, p.q, *columns, lse, delta, p.index, p.place.q_blocks, p.scale
             )
-            self.backend.scatter_columns(grads, p.index.columns, self.slots, dk, dv)
+            self.backend.scatter_columns(grads, p.index.columns, self.slots, dkv)
+        dk, dv = dkv
         return dq, dk, dv
 
     def phases(self) -> dict[str, Callable[[], object]]:

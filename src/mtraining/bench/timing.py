@@ -11,6 +11,7 @@ import torch
 
 _FLUSH_BYTES = 256 << 20  # several times any L2
 _PAUSE_CYCLES = 20_000_000  # about ten milliseconds
+_MOST_UNTIMED = 500  # calls, so that the queue of launches does not fill where each is short
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.
     """Time ``run``: warm-up, then 3 to 50 repetitions in about ``seconds``, each after the L2 cache is overwritten.
 
     The repetitions are queued together behind a pause, so that the time is the GPU's, as in a training step whose host
-    runs ahead, and not that of launching kernels onto an idle GPU.
+    runs ahead, and not that of launching kernels onto an idle GPU. Before them ``run`` repeats for ``seconds`` without
+    being timed: a GPU that comes from idling runs short work at clocks that its power limit does not let it keep in
+    training, and long work at those it can keep, so lengths and kernels would not compare.
     """
     if device.type != "cuda":
         run()
@@ -38,13 +41,16 @@ def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.
     peak = torch.cuda.max_memory_allocated(device) / 2**20
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     estimate = _events_ms(run, flush, 1)[0]
-    times = _events_ms(run, flush, max(3, min(50, int(1000 * seconds / max(estimate, 1e-3)))))
+    fit = max(3, int(1000 * seconds / max(estimate, 1e-3)))
+    times = _events_ms(run, flush, min(50, fit), untimed=min(_MOST_UNTIMED, fit))
     return Timing(statistics.median(times), peak)
 
 
-def _events_ms(run: Callable[[], object], flush: torch.Tensor, times: int) -> list[float]:
+def _events_ms(run: Callable[[], object], flush: torch.Tensor, times: int, untimed: int = 0) -> list[float]:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
     torch.cuda._sleep(_PAUSE_CYCLES)
+    for _ in range(untimed):
+        run()
     for start, end in events:
         flush.zero_()
         start.record()

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mtraining.bench.processes import backend_for, take_device
 from mtraining.bench.record import COMMIT_VARIABLE, code_version, provenance, write_csv
 from mtraining.bench.train_cases import PRESETS, SHAPES, Group, TrainCase, parse_tokens
 from mtraining.bench.train_progress import Effort, Progress
@@ -175,11 +176,8 @@ def work(choice: Choice, path: Path, say: Say = print) -> int:
         run_cases,
     )  # with transformers, which the launching process can do without
 
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local) if choice.on_gpu else torch.device("cpu")
-    if choice.on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if choice.on_gpu else "gloo", timeout=_STUCK)
+    rank, device = int(os.environ["RANK"]), take_device(choice.on_gpu)
+    dist.init_process_group(backend_for(device), timeout=_STUCK)
     if rank == 0 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         path.unlink(missing_ok=True)  # another run's, where torchrun's agent had the same number
     box = [Progress(path)]

@@ -6,6 +6,7 @@ the eager reference kernel in fp32, without recompute, fusion, ring or sharding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +16,15 @@ from torch.distributed.tensor import DTensor
 
 from mtraining.bench.gate import GateError
 from mtraining.bench.train_cases import TrainCase
-from mtraining.bench.train_model import batches, build_model, compute_dtype, parallel, random_sequence
+from mtraining.bench.train_model import batches, build_model, compute_dtype, parallel, random_sequences
 from mtraining.model import ParallelLM, parallelize
 from mtraining.train.mesh import Runtime
+from mtraining.train.step import Batch
 
 LAYERS = 2
 LOSS_TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-5}
 GRADIENT_TOLERANCE = {torch.bfloat16: 8e-2, torch.float32: 1e-4}
-_VOCABULARY = 512
+VOCABULARY = 512
 
 
 def shortened(case: TrainCase, world: int) -> TrainCase:
@@ -37,45 +39,59 @@ def shortened(case: TrainCase, world: int) -> TrainCase:
     return replace(case, shape=shape, seq_len=blocks * size, layers=LAYERS, density=density)
 
 
-def _model(case: TrainCase, device: torch.device) -> Any:
+def gate_model(case: TrainCase, device: torch.device) -> Any:
     """Weights that make attention neither uniform, its gradients rounded away, nor so sharp that rounding decides."""
     spread = 1.2 * case.shape.hidden**-0.5
-    fields = {"vocab_size": _VOCABULARY, "intermediate_size": 256, "initializer_range": spread}
+    fields = {"vocab_size": VOCABULARY, "intermediate_size": 256, "initializer_range": spread}
     return build_model(case.shape, case.seq_len, LAYERS, device, **fields)
 
 
-def check_step(case: TrainCase, place: Runtime) -> None:
-    """Collective over the ranks of the case's ring.
+def check_step(case: TrainCase, place: Runtime, dp: int = 1) -> tuple[float, float]:
+    """Collective over the ranks of the case's ring, of all ``dp`` rings where there are several.
+
+    Returns:
+        The loss, and the norm of the gradient, of the one process.
 
     Raises:
         GateError: naming the loss or the parameter at fault, and its error; on all ranks alike.
     """
     small = shortened(case, place.world)
-    sequence = random_sequence(_VOCABULARY, small.seq_len)
+    sequences = random_sequences(VOCABULARY, small.seq_len, dp)
     reference = parallelize(
-        _model(small, place.device),
+        gate_model(small, place.device),
         pattern=small.pattern(estimate=False),
         layout="contiguous",
         kernel="reference",
         recompute="none",
     )
     alone = Runtime(place.device, place.mesh, 0, 1, 0, 0)
-    true_loss, truth = _loss_and_gradients(reference, small, sequence, alone)
-    tested = parallel(small, _model(small, place.device), place)
-    share, gradients = _loss_and_gradients(tested, small, sequence, place)
-    compare(float(place.sum(share)), gradients, float(true_loss), truth, compute_dtype(place.device))
+    labels = dp * small.seq_len
+    # One by one, as each ring has its own: a prescribed index may differ from row to row of a batch.
+    rows = [next(batches(small, row, alone)) for row in sequences.split(1)]
+    loss, truth = _loss_and_gradients(reference, rows, labels)
+    tested = parallel(small, gate_model(small, place.device), place)
+    share, gradients = _loss_and_gradients(tested, [next(batches(small, sequences, place, dp))], labels)
+    true_loss = float(loss)
+    compare(float(place.sum(share)), gradients, true_loss, truth, compute_dtype(place.device))
+    return true_loss, float(torch.stack([x.norm() for x in truth.values()]).norm())
 
 
 def _loss_and_gradients(
-    model: ParallelLM, case: TrainCase, sequence: Tensor, place: Runtime
+    model: ParallelLM, pieces: Sequence[Batch], labels: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This rank's share of the loss (fp64), and whole gradients by name."""
-    batch = {name: x.to(place.device) for name, x in next(batches(case, sequence, place)).items()}
+    """This rank's share of the loss (fp64), and whole gradients by name, of these batches together."""
+    device = next(model.parameters()).device
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     with model.training_step(1):
-        share = model(batch["input_ids"], batch["position_ids"], batch["labels"], case.seq_len)
-        share.backward()
+        for piece in pieces:
+            ids, positions, wanted = (
+                piece[name].to(device) for name in ("input_ids", "position_ids", "labels")
+            )
+            share = model(ids, positions, wanted, labels)
+            share.backward()
+            loss += share.detach()
     gradients = {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    return share.detach().double(), gradients
+    return loss, gradients
 
 
 def _whole(gradient: Any) -> Tensor:

@@ -36,7 +36,7 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Grid:
-    """A process grid of one sequence over all ranks."""
+    """A process grid: ``dp`` sequences, each over ``cp`` ranks."""
 
     cp: int
     cp_outer: int
@@ -48,23 +48,24 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def place_for(case: TrainCase, device: torch.device, rank: int, world: int) -> Runtime:
-    """All ranks as the case's ring. Collective; meshes are made once.
+def place_for(case: TrainCase, device: torch.device, rank: int, world: int, dp: int = 1) -> Runtime:
+    """``dp`` sequences at a time, the ranks of each as the case's ring. Collective; meshes are made once.
 
     Raises:
         UserError: a ring of another number of ranks.
     """
     from mtraining.ring import Ring
 
-    key = (case.outer(world), world, device.type)
-    if key not in _meshes:
-        _meshes[key] = build_mesh(cast(Any, Grid(cp=world, cp_outer=key[0])), device.type)
-    mesh = _meshes[key]
+    cp = world // dp
+    grid = Grid(cp, case.outer(cp), dp)
+    if (grid, device.type) not in _meshes:
+        _meshes[grid, device.type] = build_mesh(cast(Any, grid), device.type)
+    mesh = _meshes[grid, device.type]
     dims = tuple(name for name in mesh.mesh_dim_names or () if name != "dp")
-    return Runtime(device, mesh, rank, world, dp_rank=0, cp_rank=Ring.over(mesh[dims]).rank)
+    return Runtime(device, mesh, rank, world, dp_rank=rank // cp, cp_rank=Ring.over(mesh[dims]).rank)
 
 
-_meshes: dict[tuple[int, int, str], Any] = {}
+_meshes: dict[tuple[Grid, str], Any] = {}
 
 
 def build_model(shape: Shape, seq_len: int, layers: int, device: torch.device, **config: Any) -> Any:
@@ -96,17 +97,19 @@ def stepper(case: TrainCase, model: ParallelLM, place: Runtime) -> Stepper:
     return Stepper(model, build_optimizer(model, settings, place.device), settings, place, accumulation=1)
 
 
-def random_sequence(vocab: int, seq_len: int) -> Tensor:
-    """int64 (1, seq_len + 1), the same everywhere."""
-    return torch.randint(vocab, (1, seq_len + 1), generator=torch.Generator().manual_seed(1))
+def random_sequences(vocab: int, seq_len: int, count: int = 1) -> Tensor:
+    """int64 (count, seq_len + 1), the same everywhere."""
+    return torch.randint(vocab, (count, seq_len + 1), generator=torch.Generator().manual_seed(1))
 
 
-def batches(case: TrainCase, sequence: Tensor, place: Runtime) -> Iterator[Batch]:
-    """This rank's share of one sequence, over and over, in pinned memory where there is a GPU."""
+def batches(case: TrainCase, sequences: Tensor, place: Runtime, dp: int = 1) -> Iterator[Batch]:
+    """This rank's share of these sequences, over and over, in pinned memory where there is a GPU."""
     layout = build_layout(case.layout, case.shape.block_size)
-    positions = torch.arange(sequence.shape[1] - 1)[None]
-    whole = {"input_ids": sequence[:, :-1], "labels": sequence[:, 1:], "position_ids": positions}
-    batch = {name: layout.shard(x, place.cp_rank, place.world).contiguous() for name, x in whole.items()}
+    rows = sequences.chunk(dp)[place.dp_rank]
+    positions = torch.arange(rows.shape[1] - 1).expand(len(rows), -1)
+    whole = {"input_ids": rows[:, :-1], "labels": rows[:, 1:], "position_ids": positions}
+    cp = place.world // dp
+    batch = {name: layout.shard(x, place.cp_rank, cp).contiguous() for name, x in whole.items()}
     if place.device.type == "cuda":
         batch = {name: x.pin_memory() for name, x in batch.items()}
     while True:

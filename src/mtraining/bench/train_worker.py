@@ -22,7 +22,7 @@ from mtraining.bench.train_model import (
     compute_dtype,
     parallel,
     place_for,
-    random_sequence,
+    random_sequences,
     stepper,
 )
 from mtraining.bench.train_progress import Effort, Progress
@@ -145,7 +145,7 @@ def _time(case: TrainCase, effort: Effort, place: Runtime) -> _Timed:
     device = place.device
     model = parallel(case, build_model(case.shape, case.seq_len, case.layers, device), place)
     step = stepper(case, model, place)
-    data = batches(case, random_sequence(case.shape.vocab, case.seq_len), place)
+    data = batches(case, random_sequences(case.shape.vocab, case.seq_len), place)
     _free(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

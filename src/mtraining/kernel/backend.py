@@ -42,8 +42,11 @@ class Backend(Protocol):
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """(dq, dk, dv)."""
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """dq, and the gradients of k and v, one tensor: (2, batch, keys, kv_heads, head_dim).
+
+        The latter in the accumulation dtype, or in k's where the backend rounds them so; the caller may write to it.
+        """
         ...
 
     def columns_backward(
@@ -65,9 +68,9 @@ class Backend(Protocol):
         """
         ...
 
-    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Add compact column gradients (2, batch, capacity, q_heads, head_dim) to the rows of dk and dv held here, in
-        place, summing the query heads of a group; deterministic."""
+    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
+        """Add compact column gradients (2, batch, capacity, q_heads, head_dim) to the rows held here of
+        ``dkv`` (2, batch, keys, kv_heads, head_dim), in place, summing the query heads of a group; deterministic."""
         ...
 
     def probe_lse(

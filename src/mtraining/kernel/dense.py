@@ -68,7 +68,7 @@ class WithDense:
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         pieces = self._pieces(index, placement)
         if pieces is None:
             return self._tiles.tiles_backward(
@@ -76,7 +76,7 @@ class WithDense:
             )
         if dq is None:
             dq = torch.zeros_like(q, dtype=lse.dtype)
-        dk, dv = torch.zeros_like(k, dtype=dq.dtype), torch.zeros_like(v, dtype=dq.dtype)
+        dkv = k.new_zeros(2, *k.shape, dtype=dq.dtype)
         for piece in pieces:
             rows, keys = piece.rows(index.block_size)
             share = self._dense.backward(
@@ -84,9 +84,9 @@ class WithDense:
                 delta[..., rows].contiguous(), scale, piece.causal,
             )  # fmt: skip
             dq[:, rows] += share[0]
-            dk[:, keys] += share[1]
-            dv[:, keys] += share[2]
-        return dq.to(q.dtype) if final else dq, dk, dv
+            for total, part in zip(dkv, share[1:], strict=True):
+                total[:, keys] += part
+        return dq.to(q.dtype) if final else dq, dkv
 
     def _pieces(self, index: SparseIndex, placement: Placement) -> tuple[Piece, ...] | None:
         """What the dense kernel computes in this call; None where it computes nothing.

@@ -83,7 +83,7 @@ class HopperBackend(TritonBackend):
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if index.block_size != BLOCK:
             return super().tiles_backward(
                 dout, q, k, v, lse, delta, index, placement, scale, dq, columns=columns, final=final
@@ -107,18 +107,15 @@ class HopperBackend(TritonBackend):
         splits = ways_to_split(batch * kv_heads * cols, group, q.device)
         while group % splits:
             splits -= 1
-        dk, dv = (
-            torch.empty(splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device) for _ in "kv"
-        )
+        dkv = torch.empty(2, splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device)
         hopper_keys.key_tiles_kernel[(batch * kv_heads * cols * splits,)](
             _tiles(q, _QUERIES), _tiles(dout, _QUERIES), _tiles(k, _HALF), _tiles(v, _HALF), _rows(lse2), _rows(delta),
-            dk, dv,
-            lists.entries, lists.bounds, placement.k_blocks.int(), placement.q_blocks.int(), *dk.stride()[:3],
+            *dkv, lists.entries, lists.bounds, placement.k_blocks.int(), placement.q_blocks.int(), *dkv.stride()[1:4],
             scale, batch, kv_heads, cols, rows, lists.diagonal,
             TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES,
             STAGES=_KEY_STAGES, num_warps=_WARPS,
         )  # fmt: skip
-        return target.result, summed(dk, splits), summed(dv, splits)
+        return target.result, summed(dkv, splits)
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
@@ -140,7 +137,7 @@ class HopperBackend(TritonBackend):
             *grads.stride()[1:4], scale, batch, heads, rows, capacity, index.num_blocks, tables.words.shape[-1], splits,
             SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES, STAGES=_KEY_STAGES, num_warps=_WARPS,
         )  # fmt: skip
-        return summed(grads, splits, axis=1)
+        return summed(grads, splits)
 
 
 class _QueryWork:

@@ -104,7 +104,7 @@ class ReferenceBackend(ReferenceEstimation):
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         size = index.block_size
         qh, kh, vh, doh = (_Heads(x, size) for x in (q, k, v, dout))
         dqh, dkh, dvh = (_Heads(torch.zeros_like(x), size) for x in (q, k, v))
@@ -125,7 +125,7 @@ class ReferenceBackend(ReferenceEstimation):
             ):
                 dqh.blocks[b, h, i] = dscore @ keys
             total = total + dqh.to_rows()
-        return total.to(q.dtype) if final else total, dkh.to_rows(), dvh.to_rows()
+        return total.to(q.dtype) if final else total, torch.stack((dkh.to_rows(), dvh.to_rows()))
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,

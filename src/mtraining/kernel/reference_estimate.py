@@ -81,10 +81,10 @@ class ReferenceEstimation:
             held.transpose(1, 2)[..., None], packed, torch.zeros((), dtype=k.dtype, device=k.device)
         ).contiguous()  # collectives ask for it
 
-    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dk: Tensor, dv: Tensor) -> None:
-        q_heads, kv_heads = columns.shape[1], dk.shape[2]
+    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
+        q_heads, kv_heads = columns.shape[1], dkv.shape[3]
         where, held = _column_slots(columns, slots)
-        for grad, total in zip(grads, (dk, dv), strict=True):
+        for grad, total in zip(grads, dkv, strict=True):
             kept = torch.where(
                 held.transpose(1, 2)[..., None], grad, torch.zeros((), dtype=grad.dtype, device=grad.device)
             )

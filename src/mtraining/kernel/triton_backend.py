@@ -91,7 +91,7 @@ class TritonBackend(TritonEstimation):
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         dout, q, k, v = _lined_up(dout), _lined_up(q), _lined_up(k), _lined_up(v)
         lse, delta = lse.contiguous(), delta.contiguous()
         check_call(index, scale)
@@ -123,18 +123,16 @@ class TritonBackend(TritonEstimation):
         splits = ways_to_split(programs, group, q.device)
         while group % splits:
             splits -= 1
-        dk, dv = (
-            torch.empty(splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device) for _ in "kv"
-        )
+        dkv = torch.empty(2, splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device)
         key_blocks, query_blocks = placement.k_blocks.int(), placement.q_blocks.int()
         triton_tiles.key_gradient_kernel[(programs * splits,)](
-            dout, q, k, v, lse, delta, dk, dv, lists.entries, lists.bounds, key_blocks, query_blocks,
-            *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
+            dout, q, k, v, lse, delta, *dkv, lists.entries, lists.bounds, key_blocks, query_blocks,
+            *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dkv.stride()[1:4],
             scale, batch, kv_heads, cols, rows, lists.diagonal,
             TOEPLITZ=lists.toeplitz, SPLITS=splits, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             num_warps=tiles.warps, num_stages=tiles.stages, **shared,
         )  # fmt: skip
-        return total.to(q.dtype) if final else total, summed(dk, splits), summed(dv, splits)
+        return total.to(q.dtype) if final else total, summed(dkv, splits)
 
     def _columns_forward(
         self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
@@ -191,17 +189,16 @@ class TritonBackend(TritonEstimation):
         programs = batch * heads * triton.cdiv(capacity, tiles.block_n)
         splits = ways_to_split(programs, rows, q.device)
         grads = torch.empty(2, splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device)
-        dk, dv = grads
         triton_columns.key_gradient_kernel[(programs * splits,)](
-            dout, q, ck, cv, lse, delta, dk, dv, tables.columns, tables.words, tables.q_blocks,
+            dout, q, ck, cv, lse, delta, *grads, tables.columns, tables.words, tables.q_blocks,
             tables.first_slot, tables.first_seen,
-            *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *dk.stride()[:3],
+            *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *grads.stride()[1:4],
             scale, batch, heads, rows, capacity, index.num_blocks, tables.words.shape[-1], splits,
             EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        return summed(grads, splits, axis=1)
+        return summed(grads, splits)
 
 
 def _lined_up(x: Tensor) -> Tensor:
@@ -243,6 +240,6 @@ def ways_to_split(programs: int, most: int, device: torch.device) -> int:
     return max(1, min(most, 16, triton.cdiv(wanted, programs)))
 
 
-def summed(partial: Tensor, splits: int, axis: int = 0) -> Tensor:
-    """The sum over the ``splits`` that ``axis`` begins with."""
-    return partial if splits == 1 else partial.unflatten(axis, (splits, -1)).sum(axis)
+def summed(grads: Tensor, splits: int) -> Tensor:
+    """(2, splits * batch, ...) -> (2, batch, ...): the parts of a split gradient, added up in their order."""
+    return grads if splits == 1 else grads.unflatten(1, (splits, -1)).sum(1)

@@ -50,7 +50,7 @@ def invert_kernel(column_ptr, slot_ptr, place_ptr, capacity, seq_len, keys, ROWS
 
 @triton.jit
 def scatter_kernel(
-    grad_ptr, place_ptr, dk_ptr, dv_ptr, g_x, g_b, g_c, g_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h, keys,
+    grad_ptr, place_ptr, dk_ptr, dv_ptr, g_x, g_b, g_c, g_h, d_b, d_s, d_h, keys,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Key-major: each local key adds up what the query heads of its group hold for it, in the heads' order."""
@@ -71,9 +71,8 @@ def scatter_kernel(
         dv += tl.load(source + g_x, mask=held, other=0.0).to(tl.float32)
         touched = touched | (place >= 0).to(tl.int32)
     mask = (touched > 0)[:, None] & (lane < HEAD_DIM)
-    into = key[:, None].to(tl.int64)
-    dk_at = dk_ptr + batch * dk_b + kv_head * dk_h + into * dk_s + lane
-    dv_at = dv_ptr + batch * dv_b + kv_head * dv_h + into * dv_s + lane
+    into = batch * d_b + kv_head * d_h + key[:, None].to(tl.int64) * d_s + lane
+    dk_at, dv_at = dk_ptr + into, dv_ptr + into
     tl.store(dk_at, tl.load(dk_at, mask=mask, other=0.0) + dk, mask=mask)
     tl.store(dv_at, tl.load(dv_at, mask=mask, other=0.0) + dv, mask=mask)
 
@@ -91,19 +90,19 @@ def gather_columns(k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tens
     return out
 
 
-def scatter_columns(grads: Tensor, columns: Tensor, slots: Tensor, dk: Tensor, dv: Tensor) -> None:
+def scatter_columns(grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
     """See :meth:`mtraining.kernel.backend.Backend.scatter_columns`; all gradients with unit stride along head_dim."""
     batch, q_heads, capacity = columns.shape
-    keys, kv_heads, dim = dk.shape[1:]
-    if dk.stride(-1) != 1 or dv.stride(-1) != 1:
-        raise ValueError("dk, dv: they are added to in place and need unit stride along head_dim.")
+    keys, kv_heads, dim = dkv.shape[2:]
+    if dkv.stride(-1) != 1:
+        raise ValueError("dkv: it is added to in place and needs unit stride along head_dim.")
     if capacity == 0:
         return
-    places = torch.full((batch, q_heads, keys), -1, dtype=torch.int32, device=dk.device)
+    places = torch.full((batch, q_heads, keys), -1, dtype=torch.int32, device=dkv.device)
     invert_kernel[(triton.cdiv(capacity, 1024), batch * q_heads)](
         columns, slots, places, capacity, slots.numel(), keys, ROWS=1024, num_warps=4
     )
     scatter_kernel[(triton.cdiv(keys, _ROWS), batch * kv_heads)](
-        grads, places, dk, dv, *grads.stride()[:4], *dk.stride()[:3], *dv.stride()[:3], keys,
+        grads, places, *dkv, *grads.stride()[:4], *dkv.stride()[1:4], keys,
         KV_HEADS=kv_heads, GROUP=q_heads // kv_heads, HEAD_DIM=dim, BLOCK_D=padded(dim), ROWS=_ROWS, num_warps=4,
     )  # fmt: skip

@@ -46,8 +46,8 @@ class TritonEstimation:
             _lined_up(k), _lined_up(v), columns.contiguous(), slots.contiguous()
         )
 
-    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dk: Tensor, dv: Tensor) -> None:
-        triton_compact.scatter_columns(_lined_up(grads), columns.contiguous(), slots.contiguous(), dk, dv)
+    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
+        triton_compact.scatter_columns(_lined_up(grads), columns.contiguous(), slots.contiguous(), dkv)
 
 
 def _lined_up(x: Tensor) -> Tensor:

@@ -133,8 +133,9 @@ def attend_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, in their dtypes."""
-    dq, dk, dv = _ring_backward(dout, q, k, v, out, lse, call)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    dq, dkv = _ring_backward(dout, q, k, v, out, lse, call)
+    dk, dv = dkv.to(k.dtype)
+    return dq, dk, dv
 
 
 @timed_pass("forward")
@@ -144,7 +145,7 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, 
     out: Tensor | None = None
     lse: Tensor | None = None
     columns = _start_columns(k, v, call)  # ahead of the first transfer, for they are needed first
-    for step, kv in ring_steps(torch.stack((k, v)), plan.ring):
+    for step, kv in ring_steps((k, v), plan.ring):
         # The columns belong to the step under which the first transfer hides.
         compact = None if step.number or columns is None else _arrived(columns)
         out, lse = backend.tiles_forward(
@@ -159,30 +160,31 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, 
 @timed_pass("backward")
 def _ring_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq in q's dtype, dk and dv in the accumulation dtype, from the global out and lse: partial gradients add."""
+) -> tuple[Tensor, Tensor]:
+    """dq in q's dtype; dk and dv, stacked, in the accumulation dtype; from the global out and lse: partial gradients
+    add."""
     plan, backend, index, scale = call.plan, call.backend, call.index, call.scale
     delta = backend.row_delta(out, dout)
     columns, columns_home = _start_columns(k, v, call), None
     home, dq, compact = GradientRing(plan.ring), None, None
-    for step, kv in ring_steps(torch.stack((k, v)), plan.ring, own_node_last=True):
+    for step, kv in ring_steps((k, v), plan.ring, own_node_last=True):
         final = step.number + 1 == plan.ring.world
         if final and columns is not None:  # they had every step before to arrive in
             compact = _arrived(columns)
-        dq, *share = backend.tiles_backward(
+        dq, share = backend.tiles_backward(
             dout, q, kv[0], kv[1], lse, delta, index, plan.placements[step.source], scale, dq, columns=compact,
             final=final,
         )  # fmt: skip
-        home.add(torch.stack(share), step)
+        home.add(share, step)
         del kv, share
     assert dq is not None
     if compact is not None:  # computed under the last gradients' way home, for which no step is left
         grads = backend.columns_backward(dout, q, *compact, lse, delta, index, plan.q_blocks, scale)
         columns_home = plan.ring.start_sum(grads)
-    dk, dv = home.finish().unbind(0)
+    dkv = home.finish()
     if columns_home is not None:
-        backend.scatter_columns(columns_home.wait(), index.columns, call.slots, dk, dv)
-    return dq, dk, dv
+        backend.scatter_columns(columns_home.wait(), index.columns, call.slots, dkv)
+    return dq, dkv
 
 
 def _arrived(columns: PendingSum) -> Columns:

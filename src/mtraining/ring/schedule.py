@@ -7,12 +7,14 @@ once, in the background: an inter-node transfer has ``inner`` compute steps to h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from mtraining.kernel.reference import accumulation_dtype
 from mtraining.ring.timeline import begin_step
 from mtraining.ring.topology import Hop, Ring
 
@@ -26,8 +28,12 @@ class Step(NamedTuple):
     source: int
 
 
-def ring_steps(own: Tensor, ring: Ring, own_node_last: bool = False) -> Iterator[tuple[Step, Tensor]]:
+def ring_steps(
+    own: Sequence[Tensor], ring: Ring, own_node_last: bool = False
+) -> Iterator[tuple[Step, Sequence[Tensor] | Tensor]]:
     """Yield (step, payload of its source) for every rank of the ring, this one first.
+
+    A payload is ``own`` of its source: tensors of one shape and dtype, packed into one message.
 
     The next transfer is already in flight when a payload is yielded; whatever the caller computes hides it. The payload
     must not be written to, and not be kept: where the caller lets go of each before it asks for the next, a flat ring
@@ -38,19 +44,25 @@ def ring_steps(own: Tensor, ring: Ring, own_node_last: bool = False) -> Iterator
         own_node_last: keep half of this node's steps for the end, when the sums of other nodes' keys go home: for
             backward. The first transfer between nodes then has the other half to hide behind.
     """
+    if ring.world == 1:  # nobody to send to: nothing is packed
+        begin_step()
+        yield Step(0, 0, 0, ring.rank), own
+        return
+    payload = torch.stack(tuple(own))
+    del own
     numbers = count()
     first = (ring.inner + 1) // 2
-    own_node = _round(own, ring, 0, numbers)
+    own_node = _round(payload, ring, 0, numbers)
     # A slice leaves the payload it stopped at in the generator: only where the rest comes later.
     begun = islice(own_node, first) if own_node_last else own_node
     for outer_step in range(ring.outer):
-        outer_hop = ring.outer_hop(own) if outer_step + 1 < ring.outer else None
-        turn = begun if outer_step == 0 else _round(own, ring, outer_step, numbers)
+        outer_hop = ring.outer_hop(payload) if outer_step + 1 < ring.outer else None
+        turn = begun if outer_step == 0 else _round(payload, ring, outer_step, numbers)
         if outer_hop is None:
-            del own  # the turn has it, for as long as it needs it
+            del payload  # the turn has it, for as long as it needs it
         yield from turn
         if outer_hop is not None:
-            own = outer_hop.wait()
+            payload = outer_hop.wait()
     yield from own_node
 
 
@@ -84,9 +96,14 @@ class GradientRing:
         self._total: Tensor | None = None
 
     def add(self, share: Tensor, step: Step) -> None:
-        """Add this rank's share for the step's source; ``share`` is consumed."""
+        """Add this rank's share for the step's source; ``share`` is consumed.
+
+        Sums are made and sent in the accumulation dtype, whatever the share's.
+        """
         if step.outer in self._hops:
-            share += self._hops.pop(step.outer).wait()
+            share = self._hops.pop(step.outer).wait().add_(share)
+        elif self._ring.world > 1:
+            share = share.to(accumulation_dtype(share.dtype))
         if step.inner + 1 < self._ring.inner:
             self._hops[step.outer] = self._ring.inner_hop(share)
         elif self._ring.inner > 1 or step.outer:

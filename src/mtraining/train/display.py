@@ -68,6 +68,8 @@ class Display:
         numbers = f"loss {record['loss']:.4f}  norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s"
         if "density" in record:
             numbers += f"  density {record['density']:.1%}"
+        if "recall" in record:
+            numbers += f"  recall {record['recall']:.1%}"
         if "ring_exposed_fraction" in record:
             numbers += f"  ring waits {record['ring_exposed_fraction']:.1%}"
         if self._live is not None:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -40,8 +40,11 @@ from mtraining.train.stop import SIGNALS
 from mtraining.train.watch import PeerLost, exit_now, launcher_store, reason, way_on
 
 
-def launch(config: Config, nproc: int) -> None:
+def launch(config: Config, nproc: int, before: Callable[[], None] | None = None) -> None:
     """Run `config` on `nproc` local processes and wait for them.
+
+    Args:
+        before: what each process calls first, by name: a function of a module.
 
     Raises:
         UserError: bad input, found here or by any rank.
@@ -67,7 +70,7 @@ def launch(config: Config, nproc: int) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            stopped = elastic_launch(options, _worker)(config.to_yaml())[0]
+            stopped = elastic_launch(options, _worker)(config.to_yaml(), before)[0]
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if came and failure.exitcode == -came[0]:  # it was still loading libraries
@@ -102,12 +105,14 @@ def run_launched(config: Config) -> None:
         exit_now(1)
 
 
-def _worker(text: str) -> str | None:
+def _worker(text: str, before: Callable[[], None] | None) -> str | None:
     """One rank; what to tell when a signal asked for a stop."""
     handler = get_error_handler()
     handler.initialize()
     quiet_libraries()
     try:
+        if before is not None:
+            before()
         train(parse_config(yaml.safe_load(text)))
     except UserError as error:
         handler.record_exception(error)

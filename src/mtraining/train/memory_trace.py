@@ -25,7 +25,7 @@ from mtraining.layout import Layout
 from mtraining.model import ParallelLM
 from mtraining.model.support import attention_modules, decoder_of
 from mtraining.pattern import Pattern
-from mtraining.ring.attention import Call, _ring_backward, _ring_forward
+from mtraining.ring.attention import Call, _ring_forward, attend_backward
 from mtraining.ring.plan import make_plan
 from mtraining.ring.tape import Recorded, current_tape
 from mtraining.ring.topology import PendingSum, Ring
@@ -110,15 +110,15 @@ class ShapeBackend:
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Any, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         straight = final and dq is None and not index.dense  # written in q's dtype at once
         if dq is None:
             dq = torch.zeros_like(q, dtype=q.dtype if straight else lse.dtype)
         # a dense kernel has its own dq, which it sums in fp32
         work = (torch.zeros_like(dq), torch.zeros_like(q)) if index.dense else None
-        shares = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
+        share = k.new_zeros(2, *k.shape, dtype=lse.dtype)
         del work
-        return dq.to(q.dtype) if final else dq, *shares
+        return dq.to(q.dtype) if final else dq, share
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
@@ -133,7 +133,7 @@ class ShapeBackend:
     def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
         return k.new_zeros(2, columns.shape[0], columns.shape[2], columns.shape[1], k.shape[-1])
 
-    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dk: Tensor, dv: Tensor) -> None:
+    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
         return None
 
     def _partial(self, q: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -188,8 +188,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         with ctx.runtime.live.in_attention():
-            dq, dk, dv = _ring_backward(grads[0], q, k, v, out, lse, ctx.runtime.call)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+            return *attend_backward(grads[0], q, k, v, out, lse, ctx.runtime.call), None
 
 
 @dataclass

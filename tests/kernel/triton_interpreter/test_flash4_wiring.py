@@ -12,7 +12,7 @@ from torch import Tensor
 from mtraining.errors import UserError
 from mtraining.kernel import flash4
 from mtraining.kernel.triton_partial import BlockLists, block_lists, merge_partial
-from triton_cases import Case, assert_equal, build, reference, solve, whole
+from triton_cases import Case, assert_equal, assert_passes, build, reference, solve, whole
 
 SIZE = 128
 CASES = {
@@ -61,7 +61,8 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, mask_mod: Any,
 
 
 def bwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, *, softmax_scale: float,
-        mask_mod: Any, block_sparse_tensors: BlockLists, dlse: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+        mask_mod: Any, block_sparse_tensors: BlockLists, dlse: Tensor, dk: Tensor, dv: Tensor,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
     def transposed(batch: Any, head: Any, keys: Tensor, queries: Tensor, *rest: Any) -> Tensor:
         return mask_mod(batch, head, queries, keys, *rest)
 
@@ -75,10 +76,8 @@ def bwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor,
     dprob = torch.einsum("bqhd,bkhd->bhqk", dout, v.repeat_interleave(group, 2))
     ds = prob * (dprob - delta[..., None]) * softmax_scale
     dq = torch.einsum("bhqk,bkhd->bqhd", ds, k.repeat_interleave(group, 2))
-    dk, dv = (
-        torch.einsum("bhqk,bqhd->bkhd", a, b).unflatten(2, (-1, group)).sum(3)
-        for a, b in ((ds, q), (prob, dout))
-    )
+    for into, a, b in ((dk, ds, q), (dv, prob, dout)):
+        into.copy_(torch.einsum("bhqk,bqhd->bkhd", a, b).unflatten(2, (-1, group)).sum(3))
     return dq, dk, dv
 
 
@@ -98,6 +97,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lists_merge_and_global_delta_give_the_reference(name: str) -> None:
     problem = build(CASES[name])
     assert_equal(solve(flash4.Flash4Backend(), problem), reference(problem), 1e-5)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("name", ["no diagonal", "zigzag, own keys"])
+def test_first_and_last_passes(name: str) -> None:
+    """Rows that see nothing hold NaN until the last pass blanks them."""
+    assert_passes(flash4.Flash4Backend(), build(CASES[name]), 1e-5)
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -146,6 +152,8 @@ def test_merge_is_exact_for_rows_without_keys_on_either_side() -> None:
     assert (
         out[:, :10].abs().sum() == 0 and torch.equal(lse, part_lse) and torch.equal(out[:, 10:], part[:, 10:])
     )
+    last, last_lse = merge_partial(part.clone(), part_lse, None, None, final=True)
+    assert torch.equal(last, out) and torch.equal(last_lse, lse)
     nothing = torch.full_like(part_lse, -torch.inf)
     kept, kept_lse = merge_partial(torch.full_like(part, torch.nan), nothing, out.clone(), lse.clone())
     assert torch.equal(kept, out) and torch.allclose(kept_lse, lse, atol=1e-6)

@@ -1,0 +1,56 @@
+"""Processes that share GPUs stand on pretended nodes, where no GPU is used twice."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from mtraining.bench.processes import gpus_in_use, share_gpus, take_device
+
+CHANGED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "NCCL_HOSTID", "NCCL_NET")
+
+
+def places(monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int) -> list[tuple[str | None, ...]]:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    found = []
+    for rank in range(processes):
+        with monkeypatch.context() as patch:
+            for name in (
+                *CHANGED,
+                "NCCL_SOCKET_IFNAME",
+                "NCCL_IB_DISABLE",
+                "NCCL_MNNVL_ENABLE",
+                "NCCL_NVLS_ENABLE",
+            ):
+                patch.setenv(name, "")
+                patch.delenv(name)
+            patch.setenv("LOCAL_RANK", str(rank))
+            patch.setenv("LOCAL_WORLD_SIZE", str(processes))
+            share_gpus()
+            share_gpus()  # changes nothing more
+            found.append(tuple(os.environ.get(name) for name in CHANGED))
+    return found
+
+
+def test_one_gpu_is_a_node_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert places(monkeypatch, 1, 4) == [("0", "1", f"0-{node}", "Socket") for node in range(4)]
+
+
+def test_neighbouring_ranks_share_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert places(monkeypatch, 2, 3) == [
+        ("0", "2", "0-0", "Socket"),
+        ("1", "2", "0-0", "Socket"),
+        ("0", "1", "0-1", "Socket"),
+    ]
+    assert gpus_in_use(3) == 2
+
+
+@pytest.mark.parametrize("gpus", [0, 2, 4])
+def test_nothing_changes_where_nothing_is_shared(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    assert places(monkeypatch, gpus, 2) == [("0", "2", None, None), ("1", "2", None, None)]
+
+
+def test_a_cpu_asks_for_no_launcher() -> None:
+    assert take_device(on_gpu=False) == torch.device("cpu")
