@@ -170,6 +170,10 @@ def search(case: Case, device: torch.device, seconds: float, result: TilesResult
     backend = TritonBackend()
     size = case.block_size
     short = build(case.shortened(max(4, GATE_TOKENS // size) * size), device, seed=2)
+    if not all(short.areas):
+        raise UserError(
+            f"seq-len: {case.seq_len} leaves the gate no tiles or no columns to see; use more tokens."
+        )
     with forced_tiles(_SAFE):
         runs = kernel_runs(backend, build(case, device, seed=1))
     for kernel in KERNELS:
@@ -254,7 +258,7 @@ def bench(
         UserError: no device for it, or options that no kernel serves.
     """
     if interpreted():
-        device, case = torch.device("cpu"), Case(64, 1, 1, 16, 1.5, 20, block_size=32, dtype=torch.float32)
+        device, case = torch.device("cpu"), Case(96, 1, 1, 16, 1.5, 20, block_size=32, dtype=torch.float32)
         head_dims, dtypes = head_dims or (case.head_dim,), dtypes or ("fp32",)
     elif torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
