@@ -58,7 +58,12 @@ def job_with_own_cache(worker: Worker, raw: dict[str, Any], folder: str) -> str:
 
 
 def test_ranks_with_different_tiles_are_refused(tmp_path: Path, pool: ProcessPool, shards: Path) -> None:
-    raw = raw_config(tmp_path / "run", shards, parallel={"cp": 2}, train={"steps": 1, "warmup_steps": 0})
+    raw = raw_config(
+        tmp_path / "run",
+        shards,
+        parallel={"cp": 2},
+        train={"steps": 1, "warmup_steps": 0, "batch_size": 1, "micro_batch_size": 1},
+    )
 
     def told() -> list[str]:
         return pool.run(job_with_own_cache, world=2, raw=raw, folder=str(tmp_path))
@@ -81,20 +86,29 @@ def test_a_resumed_run_is_told_of_other_tiles(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MTRAINING_CACHE", str(tmp_path / "cache"))
-    config = tiny_config(tmp_path / "run", shards, train={"steps": 1, "warmup_steps": 0})
+    run = tmp_path / "run"
 
-    def told() -> str:
+    def told(steps: int) -> str:
         measured_tiles.cache_clear()
-        train(config)
+        train(
+            tiny_config(
+                run, shards, train={"steps": steps, "warmup_steps": 0, "batch_size": 1, "micro_batch_size": 1}
+            )
+        )
         return " ".join(capsys.readouterr().out.split())
 
-    assert "other tiles" not in told()
-    (step,) = CheckpointStore(tmp_path / "run").complete()
-    assert read_manifest(step).tiles == "tables"
-    assert "resuming from" in (again := told()) and "other tiles" not in again
+    def tiles(step: int) -> str:
+        return read_manifest(CheckpointStore(run).path(step)).tiles
+
+    other = "the checkpoint was computed with other tiles of attention"
+    assert other not in told(1) and tiles(1) == "tables"
+    assert "resuming from" in (again := told(1)) and other not in again
     path = write_tiles(tmp_path / "cache", stages=2)
-    sentence = "the checkpoint was computed with other tiles of attention (tables) than are in use here ("
-    assert sentence in (warned := told())
-    assert (
-        f"for the same bits move {path} away" in warned.replace(" ", "") or "for the same bits move" in warned
-    )
+    warned = told(2)
+    assert f"{other} (tables) than are in use here ({tiles(2)})" in warned and len(tiles(2)) == 12
+    assert "for the same bits move" in warned and path.name in warned.replace(" ", "")
+    assert "resuming from" in (again := told(2)) and other not in again
+    path.unlink()
+    warned = told(2)
+    assert f"{other} ({tiles(2)}) than are in use here (tables)" in warned
+    assert "for the same bits bring back" in warned
