@@ -10,6 +10,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+os.environ["MTRAINING_CACHE"] = os.path.join(
+    os.devnull, "none"
+)  # the user's measured tiles are not the tests'
 
 import importlib.util
 import random

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
-import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 
 from mtraining.errors import UserError
+from mtraining.kernel.tiles_file import device_name, slug, triton_version
 
 COMMIT_VARIABLE = "MTRAINING_COMMIT"
 
@@ -72,12 +71,8 @@ def provenance(device: torch.device) -> Provenance:
     Raises:
         UserError: no way to tell which code this is.
     """
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "none"
-    return Provenance(datetime.now(UTC).strftime("%Y-%m-%d"), code_version(), gpu, torch.__version__, triton)
+    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    return Provenance(today, code_version(), device_name(device), torch.__version__, triton_version())
 
 
 def code_version() -> str:
@@ -126,8 +121,7 @@ def write_csv(rows: Sequence[Any], folder: Path, name: str) -> Path:
     Args:
         rows: dataclasses of one kind, with ``gpu`` and ``date``.
     """
-    slug = re.sub(r"[^a-z0-9]+", "-", rows[0].gpu.lower().removeprefix("nvidia ")).strip("-")
-    path = folder / f"{name}-{slug}-{rows[0].date}.csv"
+    path = folder / f"{name}-{slug(rows[0].gpu)}-{rows[0].date}.csv"
     folder.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:

@@ -123,3 +123,52 @@ def train(
     console.print(f"wrote {outcome.path}" if outcome.path else "no number to write", soft_wrap=True)
     if outcome.failures:
         raise typer.Exit(1)
+
+
+@bench.command()
+def tiles(
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help="64, 96, 128 or 256; may be repeated; default: all.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="bf16, fp16 or fp32; may be repeated; default: bf16.")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Of the pattern, in tokens; default: 128.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of what is timed; default: 32768.")] = None,
+) -> None:
+    """Find the fastest tiles for the portable kernels on this GPU, and keep them for training."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mtraining.errors import UserError
+
+    try:
+        from mtraining.bench.tiles import bench as run
+        from mtraining.bench.tiles import table
+    except ImportError as missing:
+        raise UserError(
+            f"bench tiles needs the triton package ({missing}); install mtraining[gpu]."
+        ) from missing
+
+    console = Console()
+    result, path = run(
+        head_dim or (),
+        dtype or (),
+        block_size,
+        seq_len,
+        say=lambda text: console.print(text, markup=False, highlight=False),
+    )
+    heads, cells = table(result)
+    shown = Table(*heads, title="Tiles")
+    for row in cells:
+        shown.add_row(*row)
+    # a narrow terminal may break lines, but a cell cut short would be no number
+    console.width = max(
+        console.width, console.measure(shown, options=console.options.update(max_width=500)).maximum
+    )
+    console.print(shown)
+    for line in result.failures:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    console.print(f"wrote {path}" if path else "nothing to write", soft_wrap=True)
+    if result.failures:
+        raise typer.Exit(1)

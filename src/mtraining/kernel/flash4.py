@@ -74,7 +74,7 @@ class Flash4Backend(TritonBackend):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         check_call(index, deterministic=torch.are_deterministic_algorithms_enabled())
         if columns is not None:
-            out, lse = self._columns_forward(q, *columns, index, placement.q_blocks, scale, out, lse)
+            out, lse = self.columns_forward(q, *columns, index, placement.q_blocks, scale, out, lse)
         lists = block_lists(index, placement, key_major=False)
         part, part_lse, *_ = _interface()._flash_attn_fwd(
             q, k, v, softmax_scale=scale, mask_mod=_diagonal_tile(), block_sparse_tensors=_as_blocks(lists),
@@ -99,7 +99,7 @@ class Flash4Backend(TritonBackend):
             return dq_share, dkv
         dq = dq_share.float() if dq is None else dq.add_(dq_share)
         if columns is not None:
-            self._columns_dq(dout, q, *columns, lse, delta, index, placement.q_blocks, scale, dq)
+            self.columns_dq(dout, q, *columns, lse, delta, index, placement.q_blocks, scale, dq)
         return dq.to(q.dtype) if final else dq, dkv
 
 

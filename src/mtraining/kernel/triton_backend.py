@@ -19,7 +19,7 @@ from mtraining.kernel.triton_config import check_block_size, choose_tiles, inter
 from mtraining.kernel.triton_delta import row_delta_kernel
 from mtraining.kernel.triton_estimate import TritonEstimation
 from mtraining.kernel.triton_hidden import column_tables, tables_of_backward
-from mtraining.kernel.triton_lists import tile_lists
+from mtraining.kernel.triton_lists import TileLists, tile_lists
 
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,7 +68,7 @@ class TritonBackend(TritonEstimation):
         q, k, v = _lined_up(q), _lined_up(k), _lined_up(v)
         check_call(index, scale)
         if columns is not None:
-            out, lse = self._columns_forward(q, *columns, index, placement.q_blocks, scale, out, lse)
+            out, lse = self.columns_forward(q, *columns, index, placement.q_blocks, scale, out, lse)
         batch, _, heads, dim = q.shape
         kv_heads, group = k.shape[2], heads // k.shape[2]
         tiles = choose_tiles("tiles_forward", q, index.block_size)
@@ -96,29 +96,52 @@ class TritonBackend(TritonEstimation):
         lse, delta = lse.contiguous(), delta.contiguous()
         check_call(index, scale)
         dout = dout.to(q.dtype)
-        batch, _, heads, dim = q.shape
-        kv_heads, group, size = k.shape[2], heads // k.shape[2], index.block_size
-        shared = {
-            "GROUP": group, "SIZE": size, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "PRECISION": _precision(q),
-        }  # fmt: skip
-
-        tiles = choose_tiles("tiles_dq", q, size)
         lists = tile_lists(index, placement, key_major=False)
+        total = self.tiles_dq(dout, q, k, v, lse, delta, lists, index.block_size, scale, dq)
+        if columns is not None:
+            self.columns_dq(dout, q, *columns, lse, delta, index, placement.q_blocks, scale, total)
+        if not lists.toeplitz:
+            lists = tile_lists(index, placement, key_major=True)
+        dkv = self.tiles_dkdv(dout, q, k, v, lse, delta, lists, placement, index.block_size, scale)
+        return total.to(q.dtype) if final else total, dkv
+
+    def tiles_dq(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: TileLists, size: int,
+        scale: float, dq: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The slash tiles' share of dq, added to ``dq`` if there is one; tensors as ``tiles_backward`` lines them up.
+
+        Args:
+            lists: by query blocks.
+            size: of a block, in tokens.
+        """
+        batch, _, heads, dim = q.shape
+        kv_heads, group = k.shape[2], heads // k.shape[2]
+        tiles = choose_tiles("tiles_dq", q, size)
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         total, adding = partial(q, dq)
         triton_tiles.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
             dout, q, k, v, lse, delta, total, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
             *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *total.stride()[:3],
             scale, kv_heads, rows, cols, lists.diagonal,
-            ADD=adding, TOEPLITZ=lists.toeplitz, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            num_warps=tiles.warps, num_stages=tiles.stages, **shared,
+            ADD=adding, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        if columns is not None:
-            self._columns_dq(dout, q, *columns, lse, delta, index, placement.q_blocks, scale, total)
+        return total
 
+    def tiles_dkdv(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: TileLists,
+        placement: Placement, size: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Gradients of k and v through slash tiles, (2, batch, keys, kv_heads, head_dim); otherwise as ``tiles_dq``.
+
+        Args:
+            lists: by key blocks, or Toeplitz, which serve both.
+        """
+        batch, _, heads, dim = q.shape
+        kv_heads, group, cols = k.shape[2], heads // k.shape[2], placement.k_blocks.numel()
         tiles = choose_tiles("tiles_dkdv", q, size)
-        if not lists.toeplitz:
-            lists = tile_lists(index, placement, key_major=True)
         programs = batch * kv_heads * cols * (size // tiles.block_n)
         splits = ways_to_split(programs, group, q.device)
         while group % splits:
@@ -128,16 +151,18 @@ class TritonBackend(TritonEstimation):
         triton_tiles.key_gradient_kernel[(programs * splits,)](
             dout, q, k, v, lse, delta, *dkv, lists.entries, lists.bounds, key_blocks, query_blocks,
             *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dkv.stride()[1:4],
-            scale, batch, kv_heads, cols, rows, lists.diagonal,
-            TOEPLITZ=lists.toeplitz, SPLITS=splits, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            num_warps=tiles.warps, num_stages=tiles.stages, **shared,
+            scale, batch, kv_heads, cols, query_blocks.numel(), lists.diagonal,
+            TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        return total.to(q.dtype) if final else total, summed(dkv, splits)
+        return summed(dkv, splits)
 
-    def _columns_forward(
+    def columns_forward(
         self, q: Tensor, ck: Tensor, cv: Tensor, index: SparseIndex, q_blocks: Tensor, scale: float,
         out: Tensor | None, lse: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(out, lse) of the columns alone, merged with what is there, if anything."""
         q, ck, cv = _lined_up(q), _lined_up(ck), _lined_up(cv)
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
@@ -154,11 +179,11 @@ class TritonBackend(TritonEstimation):
         )  # fmt: skip
         return new_out, new_lse
 
-    def _columns_dq(
+    def columns_dq(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         q_blocks: Tensor, scale: float, dq: Tensor,
     ) -> None:  # fmt: skip
-        """Add the columns' share to ``dq`` in place."""
+        """Add the columns' share to ``dq`` (fp32), in place."""
         tables = tables_of_backward(index, q_blocks, ck)
         dout, q, ck, cv = _lined_up(dout), _lined_up(q), _lined_up(ck), _lined_up(cv)
         lse, delta = lse.contiguous(), delta.contiguous()

@@ -1,31 +1,22 @@
 """Tile sizes of the attention kernels.
 
-Fixed tables, not a search at run time: a search may choose differently on the next run, and then neither two ranks
-nor a resumed run would repeat the same sums. The entries were chosen by measurement on Hopper and, for other
-GPUs, so that nothing spills and shared memory suffices (``docs/log.md``).
+Fixed tables, and before them what `mtraining bench tiles` measured on this very GPU and keeps in a file
+(``tiles_file``). Never a search at run time: it may choose differently on the next run, and then neither two ranks nor
+a resumed run would repeat the same sums. The tables were chosen by measurement on Hopper and, for other GPUs, so that
+nothing spills and shared memory suffices (``docs/log.md``).
 """
 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import triton
 
 from mtraining.errors import UserError
-
-
-class Tiles(NamedTuple):
-    """Tile of queries x tile of keys, how many warps and pipeline stages work on it, and whether the copy engine
-    (TMA, Hopper and Blackwell) fetches what the tile visits: it needs no registers for addresses."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    tma: bool = False
-
+from mtraining.kernel.tiles_file import Call, Tiles, measured_tiles
 
 Table = dict[str, dict[int, Tiles]]  # kernel -> largest padded head_dim served -> tiles, for 2-byte inputs
 
@@ -53,6 +44,8 @@ SMALL: Table = {
 _FP32 = Tiles(32, 32, 4, 1)  # exact products of fp32 inputs: no tensor cores, so small tiles
 _INTERPRETER = Tiles(64, 64, 4, 1)
 
+_forced: dict[str, Tiles] = {}
+
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on the CPU."""
@@ -60,19 +53,47 @@ def interpreted() -> bool:
 
 
 def choose_tiles(kernel: str, q: torch.Tensor, block_size: int) -> Tiles:
-    """Tiles for a kernel; those of slash tiles (and of queries) are cut to divide ``block_size``.
+    """Tiles for a kernel: measured ones, else those of the tables.
 
     Args:
         kernel: a key of the tables.
         q: the queries, for head_dim, dtype and device.
         block_size: of the index, a multiple of 16.
+
+    Raises:
+        UserError: the file of measured tiles is damaged.
     """
-    if q.device.type != "cuda":
-        tiles = _INTERPRETER
-    elif q.element_size() == 4:
-        tiles = _FP32
-    else:
-        tiles = table_tiles(kernel, q.shape[-1], torch.cuda.get_device_capability(q.device))
+    tiles = _forced.get(kernel)
+    if tiles is None:
+        tiles = measured_tiles(q.device).get(Call(kernel, q.dtype, q.shape[-1], block_size))
+    if tiles is None:
+        tiles = default_tiles(kernel, q.device, q.dtype, q.shape[-1])
+    return cut_tiles(kernel, tiles, block_size)
+
+
+@contextmanager
+def forced_tiles(tiles: Mapping[str, Tiles]) -> Iterator[None]:
+    """While active these kernels take these tiles, for a measurement; not from several threads at once."""
+    before = dict(_forced)
+    _forced.update(tiles)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def default_tiles(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
+    """What a kernel takes where nothing was measured, before it is cut to the block size."""
+    if device.type != "cuda":
+        return _INTERPRETER
+    if dtype.itemsize == 4:
+        return _FP32
+    return table_tiles(kernel, head_dim, torch.cuda.get_device_capability(device))
+
+
+def cut_tiles(kernel: str, tiles: Tiles, block_size: int) -> Tiles:
+    """Tiles of queries, and of the keys of slash tiles, made to divide ``block_size``."""
     block_m = _divisor(tiles.block_m, block_size)
     block_n = tiles.block_n if kernel.startswith("columns") else _divisor(tiles.block_n, block_size)
     return tiles._replace(block_m=block_m, block_n=block_n)

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mtraining.errors import UserError
+from mtraining.kernel.tiles_file import TABLES, tiles_path
 from mtraining.model import ParallelLM
 from mtraining.train.checks import check_cursor, check_same_model, data_order
 from mtraining.train.config import Config
@@ -52,11 +53,12 @@ class Checkpointer:
         place: Runtime,
         model: ParallelLM,
         optimizer: torch.optim.Optimizer,
+        tiles: str,
         tell: Any = print,
     ) -> None:
         self.store = CheckpointStore(config.output)
         self._config, self._place, self._model, self._optimizer = config, place, model, optimizer
-        self._tell = tell
+        self._tiles, self._tell = tiles, tell
         # Background saving has collectives of its own, which must not meet those of training on one group.
         self._group = dist.new_group(
             backend="gloo", timeout=timedelta(seconds=config.distributed.timeout_seconds)
@@ -88,6 +90,8 @@ class Checkpointer:
             self._restore_random(state["random"])
         if self._place.is_main:
             self._tell(f"resuming from {found} (step {manifest.step})")
+            if manifest.tiles != self._tiles:
+                self._tell(_other_tiles(manifest.tiles, self._tiles, tiles_path(self._place.device)))
         return manifest.step
 
     def save(self, step: int) -> None:
@@ -106,6 +110,7 @@ class Checkpointer:
             data=data_order(self._config),
             shapes=self._shapes(),
             files={},
+            tiles=self._tiles,
         )
         writer = FileSystemWriter(self.store.partial(step), sync_files=True)
         if self._config.checkpoint.asynchronous:
@@ -201,6 +206,14 @@ class Checkpointer:
             f"checkpoint of step {step} was not saved in {self.store.folder}: {reason}; the last good checkpoint "
             f"{self.store.latest() or '(none yet)'} stays, and the next save tries again."
         )
+
+
+def _other_tiles(then: str, now: str, path: Path) -> str:
+    remedy = f"move {path} away" if then == TABLES else f"bring back the {path} of then"
+    return (
+        f"warning: the checkpoint was computed with other tiles of attention ({then}) than are in use here ({now}), so "
+        f"results will differ in their last bits from those of an uninterrupted run; for the same bits {remedy}."
+    )
 
 
 def _stored(reader: FileSystemReader, section: str) -> dict[str, torch.Tensor]:

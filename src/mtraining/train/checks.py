@@ -6,12 +6,16 @@ vocabulary by `mtraining.data.SequenceDataset`, both before the first step.
 
 from __future__ import annotations
 
+import torch
+
 from mtraining.data import SequenceDataset, TokenShards
 from mtraining.errors import UserError
+from mtraining.kernel.tiles_file import CACHE_VARIABLE, device_name, tiles_in_use, tiles_path
 from mtraining.layout import build_layout
 from mtraining.model import Refresh
 from mtraining.pattern import load_table
 from mtraining.train.config import Config
+from mtraining.train.mesh import Runtime
 from mtraining.train.store import CheckpointStore, Manifest, read_manifest, require_complete
 
 
@@ -113,3 +117,33 @@ def check_same_model(here: dict[str, list[int]], manifest: Manifest, checkpoint:
             f"checkpoint {checkpoint} is of another model: {name} {sizes[0]} there and {sizes[1]} here; use the "
             "configuration it was trained with, or another output folder."
         )
+
+
+def check_same_tiles(place: Runtime, dtype: torch.dtype, head_dim: int) -> str:
+    """Refuse ranks that would compute attention with different measured tiles on the same kind of GPU. Collective.
+
+    Returns:
+        What is in use, as `tiles_in_use` has it; the main rank's.
+
+    Raises:
+        UserError: on all ranks alike; also where one rank cannot read its tiles file.
+    """
+    here: str | UserError
+    try:
+        here = tiles_in_use(place.device, dtype, head_dim)
+    except UserError as damaged:
+        here = damaged
+    everywhere = place.gather_objects((device_name(place.device), here))
+    first: dict[str, tuple[int, str]] = {}
+    for rank, (gpu, tiles) in enumerate(everywhere):
+        if isinstance(tiles, UserError):
+            raise tiles
+        other, expected = first.setdefault(gpu, (rank, tiles))
+        if tiles != expected:
+            path = tiles_path(place.device)
+            raise UserError(
+                f"ranks {other} and {rank}, both on {gpu}, would compute attention with different tiles, so results "
+                f"would depend on the machine that a rank runs on; copy {path.name} of one machine into the others' "
+                f"{path.parent}, or set {CACHE_VARIABLE} to a folder that they share."
+            )
+    return first[everywhere[0][0]][1]

@@ -23,10 +23,11 @@ from mtraining.data import SequenceDataset, TokenShards, build_loader, step_wind
 from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, build_model, export_model, parallelize
+from mtraining.model.support import head_dim_of
 from mtraining.ring import Timeline
 from mtraining.train.balance import attention_record, ring_record, write_balance
 from mtraining.train.checkpoint import Checkpointer
-from mtraining.train.checks import check_config, check_table
+from mtraining.train.checks import check_config, check_same_tiles, check_table
 from mtraining.train.config import Config
 from mtraining.train.display import Display
 from mtraining.train.memory_report import MemoryLog
@@ -68,12 +69,13 @@ def train(config: Config) -> RunResult:
     ):
         torch.manual_seed(config.train.seed)
         model, tokenizer = parallel_model(config, place)
+        tiles = check_same_tiles(place, DTYPES[config.train.dtype], head_dim_of(model.hf_model.config))
         dataset = build_dataset(config, place, vocab_size=model.hf_model.config.vocab_size)
         optimizer = build_optimizer(model, config.train, place.device)
         console = Console(file=sys.stdout) if place.is_main else None
         tell = Display(steps=0, done=0, title="", log_every=1, console=console).tell
         stops.prepare(place, tell)
-        checkpointer = Checkpointer(config, place, model, optimizer, tell=tell)
+        checkpointer = Checkpointer(config, place, model, optimizer, tiles, tell=tell)
         done = checkpointer.resume()
         if place.is_main:
             (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")

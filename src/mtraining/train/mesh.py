@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,12 @@ class Runtime:
         everything = [torch.empty_like(out) for _ in range(self.world)]
         dist.all_gather(everything, out)
         return [float(everything[rank][rank]) for rank in range(self.world)]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Each process's value, whatever can be pickled, in rank order. Collective."""
+        everything: list[Any] = [None] * self.world
+        dist.all_gather_object(everything, value)
+        return everything
 
     def from_main(self, value: T) -> T:
         """The main rank's value, on every rank. Collective."""

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mtraining.errors import UserError
+from mtraining.kernel.tiles_file import TABLES
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
@@ -30,7 +31,8 @@ class Manifest:
     """What a checkpoint is of.
 
     step: optimizer steps done; world: processes that wrote it; data: the options that fix which samples a step sees;
-    shapes: parameter name -> shape; files: name -> bytes.
+    shapes: parameter name -> shape; files: name -> bytes; tiles: which tile sizes attention was computed with, as
+    `mtraining.kernel.tiles_file.tiles_in_use` says, "tables" in checkpoints of before they could be measured.
     """
 
     step: int
@@ -38,6 +40,7 @@ class Manifest:
     data: dict[str, str | int]
     shapes: dict[str, list[int]]
     files: dict[str, int]
+    tiles: str = TABLES
 
 
 class CheckpointStore:

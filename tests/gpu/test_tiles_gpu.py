@@ -1,0 +1,42 @@
+"""The search for tiles on a real GPU: what does not fit is seen, and what is written is used and right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mtraining.bench import gate
+from mtraining.bench import tiles as module
+from mtraining.bench.cases import Case
+from mtraining.bench.problem import Layer, build
+from mtraining.kernel.tiles_file import Tiles, measured_tiles
+from mtraining.kernel.triton_backend import TritonBackend
+from mtraining.kernel.triton_config import choose_tiles
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTRAINING_CACHE", str(tmp_path))
+    monkeypatch.setenv("MTRAINING_COMMIT", "abc123")
+    kernels = ("tiles_forward", "columns_dkdv")
+    small, large = Tiles(32, 64, 4, 2), Tiles(128, 128, 8, 8)  # 8 stages of 64 KiB: on no GPU
+    monkeypatch.setattr(module, "KERNELS", kernels)
+    monkeypatch.setattr(module, "candidates", lambda *args: [small, large])
+    try:
+        result, path = module.bench((96,), seq_len=2048, seconds=0.02, say=lambda text: None)
+        assert path is not None and result.failures == [] and len(result.choices) == 2
+        for call, choice in result.choices.items():
+            assert choice.chosen == small and 0 < choice.ms[small] < 100, call
+        forward = next(iter(result.choices.values()))
+        assert "out of resource: shared memory" in forward.left_out[large]
+        device = torch.device("cuda", torch.cuda.current_device())
+        p = build(Case(1024, 4, 2, 96, 2.25, 128), device, 1)
+        assert all(choose_tiles(kernel, p.q, 128) == small for kernel in kernels)
+        gate.check_whole(Layer(TritonBackend(), p))
+    finally:
+        measured_tiles.cache_clear()
