@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtraining.kernel import Backend, Placement, ReferenceBackend, SparseIndex, pack_blocks
+from mtraining.kernel.backend import Columns
 from mtraining.kernel.placement import progression
 
 
@@ -91,6 +93,15 @@ def build(case: Case, device: str = "cpu") -> Problem:
     )  # fmt: skip
 
 
+def tiles_gradients(
+    backend: Backend, *inputs: Any, columns: Columns | None = None, final: bool = False
+) -> tuple[Tensor, Tensor]:
+    """dq, and the gradients of k and v, of a backward pass over tiles; dq of earlier passes is the last input."""
+    *inputs, dq = inputs
+    dkv, query_gradient = backend.tiles_backward(*inputs)
+    return query_gradient(dq, columns=columns, final=final), dkv
+
+
 NAMES = ("out", "delta", "dq", "dk", "dv", "dck", "dcv")
 
 
@@ -99,8 +110,8 @@ def solve(backend: Backend, p: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     columns = (p.ck, p.cv) if p.index.columns.shape[-1] else None
     out, lse = backend.tiles_forward(p.q, p.k, p.v, p.index, p.place, p.scale, None, None, columns=columns)
     delta = backend.row_delta(out, p.dout)
-    dq, (dk, dv) = backend.tiles_backward(
-        p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, None, columns=columns
+    dq, (dk, dv) = tiles_gradients(
+        backend, p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, None, columns=columns
     )
     if columns is None:
         dck, dcv = (torch.zeros_like(x, dtype=lse.dtype) for x in (p.ck, p.cv))
@@ -146,15 +157,15 @@ def assert_passes(backend: Backend, p: Problem, tolerance: float) -> None:
             for final in (False, True):
                 dq = None if sum_before is None else sum_before.clone()
                 grads.append(
-                    backend.tiles_backward(
-                        dout, q, p.k, p.v, wide, delta, *rest, dq, columns=columns, final=final
+                    tiles_gradients(
+                        backend, dout, q, p.k, p.v, wide, delta, *rest, dq, columns=columns, final=final
                     )
                 )
             assert grads[1][0].dtype == q.dtype
             assert torch.equal(grads[1][0], grads[0][0].to(q.dtype))
             assert all(torch.equal(a, b) for a, b in zip(grads[0][1:], grads[1][1:], strict=True))
-            wanted = truth.tiles_backward(
-                exact[3], *exact[:3], wide.double(), delta.double(), *rest,
+            wanted = tiles_gradients(
+                truth, exact[3], *exact[:3], wide.double(), delta.double(), *rest,
                 None if sum_before is None else sum_before.double(), columns=compact,
             )  # fmt: skip
             for got, want in zip(grads[0], wanted, strict=True):

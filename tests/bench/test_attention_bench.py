@@ -21,6 +21,7 @@ from mtraining.bench.problem import build, useful_areas
 from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.kernel import ReferenceBackend, select_backend
+from mtraining.kernel.backend import QueryGradient
 from mtraining.pattern import SequenceShard
 
 CPU = torch.device("cpu")
@@ -89,11 +90,15 @@ class Broken(ReferenceBackend):
             out[:, -1] = torch.empty(out.shape[2:])
         return out, lse + 1e-3 if self.spoil == "lse" else lse
 
-    def tiles_backward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        dq, dkv = super().tiles_backward(*args, **options)
-        for name, grad in (("dq", dq), ("dk", dkv[0]), ("dv", dkv[1])):
+    def tiles_backward(self, *args: Any) -> tuple[Tensor, QueryGradient]:
+        dkv, query_gradient = super().tiles_backward(*args)
+        for name, grad in (("dk", dkv[0]), ("dv", dkv[1])):
             grad *= 1.001 if self.spoil == name else 1.0
-        return dq, dkv
+
+        def spoiled(*args: Any, **options: Any) -> Tensor:
+            return query_gradient(*args, **options) * (1.001 if self.spoil == "dq" else 1.0)
+
+        return dkv, spoiled
 
     def scatter_columns(self, *args: Any) -> None:
         if self.spoil != "columns":

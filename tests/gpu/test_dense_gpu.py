@@ -12,7 +12,7 @@ from torch import Tensor
 from mtraining.kernel import Backend, Placement, ReferenceBackend, SparseIndex, dense_index, select_backend
 from mtraining.kernel.placement import causal_pieces
 from mtraining.layout import build_layout
-from triton_cases import relative_error
+from triton_cases import relative_error, tiles_gradients
 
 needs_fa4 = pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash-attn-4")
 KERNELS = [pytest.param("flash4", marks=needs_fa4), "cudnn", "flash"]
@@ -79,8 +79,8 @@ def solve(
     out, lse = served.tiles_forward(q, k, v, index, placement, scale, *(x.clone() for x in before))
     wide = before[1] + 6.0
     delta = before[0].sum(-1).transpose(1, 2).to(lse.dtype).contiguous()
-    dq, (dk, dv) = served.tiles_backward(
-        dout, q, k, v, wide, delta, index, placement, scale, torch.zeros_like(out)
+    dq, (dk, dv) = tiles_gradients(
+        served, dout, q, k, v, wide, delta, index, placement, scale, torch.zeros_like(out)
     )
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
@@ -132,8 +132,8 @@ def turn(kernel: str, layout_name: str, world: int, whole: list[Tensor]) -> list
         outs.append(out.to(q.dtype))
         dq, delta = None, served.row_delta(outs[-1], dout)
         for source, place in steps:
-            dq, share = served.tiles_backward(
-                dout, q, *shards[source][1:3], lse, delta, index, place, scale, dq
+            dq, share = tiles_gradients(
+                served, dout, q, *shards[source][1:3], lse, delta, index, place, scale, dq
             )
             for total, part in zip(sums[source], share, strict=True):
                 total += part

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, dense_index, merge, select_backend
 from mtraining.kernel.reference import accumulation_dtype
+from triton_cases import tiles_gradients
 
 SIZE = 8
 
@@ -54,7 +55,7 @@ def run_backend(
     ck, cv = backend.gather_columns(k, v, index.columns, slots)
     out, lse = backend.tiles_forward(q, k, v, index, place, scale, None, None, columns=(ck, cv))
     delta = backend.row_delta(out, dout)
-    dq, dkv = backend.tiles_backward(dout, q, k, v, lse, delta, index, place, scale, None, columns=(ck, cv))
+    dq, dkv = tiles_gradients(backend, dout, q, k, v, lse, delta, index, place, scale, None, columns=(ck, cv))
     grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, place.q_blocks, scale)
     backend.scatter_columns(grads, index.columns, slots, dkv)
     return out, lse, dq, *dkv.unbind(0)

@@ -115,13 +115,15 @@ class Layer:
         """dq in q's dtype, dk and dv as the backend leaves them."""
         p, columns = self.p, self.columns()
         delta = self.backend.row_delta(out, p.dout)
-        dq, dkv = self.backend.tiles_backward(
-            p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale, None, columns=columns, final=True
-        )
         if columns is not None:
             grads = self.backend.columns_backward(
                 p.dout, p.q, *columns, lse, delta, p.index, p.place.q_blocks, p.scale
             )
+        dkv, query_gradient = self.backend.tiles_backward(
+            p.dout, p.q, p.k, p.v, lse, delta, p.index, p.place, p.scale
+        )
+        dq = query_gradient(None, columns=columns, final=True)
+        if columns is not None:
             self.backend.scatter_columns(grads, p.index.columns, self.slots, dkv)
         dk, dv = dkv
         return dq, dk, dv

@@ -13,6 +13,14 @@ Columns = tuple[Tensor, Tensor]
 KERNELS = ("auto", "reference", "triton", "flash4", "cudnn", "flash")
 
 
+class QueryGradient(Protocol):
+    """The rest of a backward pass over tiles; call it once."""
+
+    def __call__(self, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False) -> Tensor:
+        """Add the pass's share, and that of the columns, to ``dq``; see :class:`Backend`."""
+        ...
+
+
 class Backend(Protocol):
     """Attention over an index, in passes over tiles that merge into one (out, lse).
 
@@ -24,7 +32,7 @@ class Backend(Protocol):
     last pass is told so (``final``) and returns out or dq in q's dtype. Backward passes take the *global* lse and
     delta = rowsum(dout * out) and return fresh key gradients in the accumulation dtype.
 
-    One pass takes the ``columns`` (ck, cv) along: it attends them too. Backward, it
+    One pass, any, takes the ``columns`` (ck, cv) along: it attends them too. Backward, its :class:`QueryGradient`
     adds their share of dq; ``columns_backward`` has the gradients of ck and cv.
     """
 
@@ -41,11 +49,12 @@ class Backend(Protocol):
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """dq, and the gradients of k and v, one tensor: (2, batch, keys, kv_heads, head_dim).
+        placement: Placement, scale: float,
+    ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
+        """The gradients of k and v, one tensor (2, batch, keys, kv_heads, head_dim), and what is left to do for dq.
 
-        The latter in the accumulation dtype, or in k's where the backend rounds them so; the caller may write to it.
+        The former in the accumulation dtype, or in k's where the backend rounds them so; the caller may write to it. It
+        comes first so that it can travel while dq is computed.
         """
         ...
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
-from mtraining.kernel.backend import Backend, Columns
+from mtraining.kernel.backend import Backend, Columns, QueryGradient
 from mtraining.kernel.dense_kernels import DenseKernel
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Piece, Placement
@@ -67,26 +67,35 @@ class WithDense:
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        placement: Placement, scale: float,
+    ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
         pieces = self._pieces(index, placement)
         if pieces is None:
-            return self._tiles.tiles_backward(
-                dout, q, k, v, lse, delta, index, placement, scale, dq, columns=columns, final=final
-            )
-        if dq is None:
-            dq = torch.zeros_like(q, dtype=lse.dtype)
-        dkv = k.new_zeros(2, *k.shape, dtype=dq.dtype)
+            return self._tiles.tiles_backward(dout, q, k, v, lse, delta, index, placement, scale)
+        shares: list[tuple[slice, Tensor]] = []
+        dkv = k.new_zeros(2, *k.shape, dtype=lse.dtype)
         for piece in pieces:
             rows, keys = piece.rows(index.block_size)
             share = self._dense.backward(
                 dout[:, rows], q[:, rows], k[:, keys], v[:, keys], lse[..., rows].contiguous(),
                 delta[..., rows].contiguous(), scale, piece.causal,
             )  # fmt: skip
-            dq[:, rows] += share[0]
+            shares.append((rows, share[0]))
             for total, part in zip(dkv, share[1:], strict=True):
                 total[:, keys] += part
-        return dq.to(q.dtype) if final else dq, dkv
+            del share, part
+
+        def query_gradient(
+            dq: Tensor | None, *, columns: Columns | None = None, final: bool = False
+        ) -> Tensor:
+            if dq is None:
+                dq = torch.zeros_like(q, dtype=lse.dtype)
+            for rows, share in shares:
+                dq[:, rows] += share
+            shares.clear()
+            return dq.to(q.dtype) if final else dq
+
+        return dkv, query_gradient
 
     def _pieces(self, index: SparseIndex, placement: Placement) -> tuple[Piece, ...] | None:
         """What the dense kernel computes in this call; None where it computes nothing.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
-from mtraining.kernel.backend import Columns
+from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton_backend import TritonBackend
@@ -84,23 +84,29 @@ class Flash4Backend(TritonBackend):
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        placement: Placement, scale: float,
+    ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
         check_call(index, deterministic=torch.are_deterministic_algorithms_enabled())
         dout, lse = dout.to(q.dtype), lse.contiguous()
         lists = block_lists(index, placement, key_major=True)
         zero = torch.zeros(q.shape[-1], dtype=q.dtype, device=q.device).expand(q.shape)
         dkv = torch.empty(2, *k.shape, dtype=k.dtype, device=k.device)
-        dq_share, *_ = _interface()._flash_attn_bwd(
+        share, *_ = _interface()._flash_attn_bwd(
             q, k, v, zero, dout, lse, softmax_scale=scale, mask_mod=_diagonal_tile(),
             block_sparse_tensors=_as_blocks(lists), dlse=-delta, dk=dkv[0], dv=dkv[1],
         )  # fmt: skip
-        if final and dq is None and columns is None:
-            return dq_share, dkv
-        dq = dq_share.float() if dq is None else dq.add_(dq_share)
-        if columns is not None:
-            self.columns_dq(dout, q, *columns, lse, delta, index, placement.q_blocks, scale, dq)
-        return dq.to(q.dtype) if final else dq, dkv
+
+        def query_gradient(
+            dq: Tensor | None, *, columns: Columns | None = None, final: bool = False
+        ) -> Tensor:
+            if final and dq is None and columns is None:
+                return share
+            dq = share.float() if dq is None else dq.add_(share)
+            if columns is not None:
+                self.columns_dq(dout, q, *columns, lse, delta, index, placement.q_blocks, scale, dq)
+            return dq.to(q.dtype) if final else dq
+
+        return dkv, query_gradient
 
 
 def check_call(index: SparseIndex, deterministic: bool) -> None:

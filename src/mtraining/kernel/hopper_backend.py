@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mtraining.kernel import hopper_forward, hopper_keys, hopper_queries
-from mtraining.kernel.backend import Columns
+from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton_backend import (
@@ -28,7 +28,7 @@ from mtraining.kernel.triton_backend import (
     ways_to_split,
 )
 from mtraining.kernel.triton_hidden import ColumnTables, column_tables, tables_of_backward
-from mtraining.kernel.triton_lists import tile_lists
+from mtraining.kernel.triton_lists import TileLists, tile_lists
 
 BLOCK = 128
 HEAD_DIMS = (64, 128)
@@ -69,40 +69,30 @@ class HopperBackend(TritonBackend):
         check_call(index, scale)
         heads, dim = q.shape[2:]
         tables = None if columns is None else column_tables(index, placement.q_blocks)
-        work = _QueryWork(q, k, v, index, placement, columns, tables)
+        lists = tile_lists(index, placement, key_major=False)
+        work = _QueryWork(q, k, v, lists, index, columns, tables)
         target = _Target(q, out, final)
         lse = partial_lse(q, lse)
         hopper_forward.forward_kernel[work.grid](
             _tiles(q, _HALF), *work.keys, *target.arguments(), lse, work.counter, *work.lists,
             *target.previous.stride()[:3], scale, *work.counts,
-            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=work.toeplitz, COLUMNS=columns is not None,
+            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=lists.toeplitz, COLUMNS=columns is not None,
             GROUP=heads // k.shape[2], SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
         )  # fmt: skip
         return target.result, lse
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        placement: Placement, scale: float,
+    ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
         if index.block_size != BLOCK:
-            return super().tiles_backward(
-                dout, q, k, v, lse, delta, index, placement, scale, dq, columns=columns, final=final
-            )
+            return super().tiles_backward(dout, q, k, v, lse, delta, index, placement, scale)
         check_call(index, scale)
         dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
         batch, _, heads, dim = q.shape
         kv_heads, group = k.shape[2], heads // k.shape[2]
-        tables = None if columns is None else tables_of_backward(index, placement.q_blocks, columns[0])
-        work = _QueryWork(q, k, v, index, placement, columns, tables)
-        target = _Target(q, dq, final)
-        hopper_queries.query_gradient_kernel[work.grid](
-            _tiles(q, _HALF), _tiles(dout, _HALF), *work.keys, *target.arguments(), lse2, delta,
-            work.counter, *work.lists, *target.previous.stride()[:3], scale, *work.counts,
-            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=work.toeplitz, COLUMNS=columns is not None, GROUP=group,
-            SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
-        )  # fmt: skip
-
-        lists = work.tile_lists if work.toeplitz else tile_lists(index, placement, key_major=True)
+        by_query = tile_lists(index, placement, key_major=False)
+        lists = by_query if by_query.toeplitz else tile_lists(index, placement, key_major=True)
         rows, cols = placement.q_blocks.numel(), placement.k_blocks.numel()
         splits = ways_to_split(batch * kv_heads * cols, group, q.device)
         while group % splits:
@@ -115,7 +105,22 @@ class HopperBackend(TritonBackend):
             TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES,
             STAGES=_KEY_STAGES, num_warps=_WARPS,
         )  # fmt: skip
-        return target.result, summed(dkv, splits)
+
+        def query_gradient(
+            dq: Tensor | None, *, columns: Columns | None = None, final: bool = False
+        ) -> Tensor:
+            tables = None if columns is None else tables_of_backward(index, placement.q_blocks, columns[0])
+            work = _QueryWork(q, k, v, by_query, index, columns, tables)
+            target = _Target(q, dq, final)
+            hopper_queries.query_gradient_kernel[work.grid](
+                _tiles(q, _HALF), _tiles(dout, _HALF), *work.keys, *target.arguments(), lse2, delta,
+                work.counter, *work.lists, *target.previous.stride()[:3], scale, *work.counts,
+                HAS_PREV=target.merging, FINAL=final, TOEPLITZ=by_query.toeplitz, COLUMNS=columns is not None,
+                GROUP=group, SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
+            )  # fmt: skip
+            return target.result
+
+        return summed(dkv, splits), query_gradient
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
@@ -144,16 +149,14 @@ class _QueryWork:
     """What both query-major kernels are given, in their order: tiles of keys, lists, and counts."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, columns: Columns | None,
+        self, q: Tensor, k: Tensor, v: Tensor, lists: TileLists, index: SparseIndex, columns: Columns | None,
         tables: ColumnTables | None,
     ) -> None:  # fmt: skip
-        lists = tile_lists(index, placement, key_major=False)
         batch, _, heads, _ = q.shape
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         items = batch * heads * rows
         self.grid = (_programs(items, q.device),)
         self.counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-        self.tile_lists, self.toeplitz = lists, lists.toeplitz
         tiles = (lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks)
         if columns is None or tables is None:
             self.keys = (_tiles(k, BLOCK), _tiles(v, BLOCK)) * 2

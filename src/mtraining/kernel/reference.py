@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mtraining.kernel.backend import Columns
+from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.reference_estimate import ReferenceEstimation
@@ -103,8 +103,8 @@ class ReferenceBackend(ReferenceEstimation):
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        placement: Placement, scale: float,
+    ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
         size = index.block_size
         qh, kh, vh, doh = (_Heads(x, size) for x in (q, k, v, dout))
         dqh, dkh, dvh = (_Heads(torch.zeros_like(x), size) for x in (q, k, v))
@@ -117,15 +117,21 @@ class ReferenceBackend(ReferenceEstimation):
             dqh.blocks[b, h, i] = dscore @ keys * scale
             dkh.blocks[b, hk].index_add_(0, js, (dscore.T @ rows * scale).unflatten(0, (-1, size)))
             dvh.blocks[b, hk].index_add_(0, js, (prob.T @ grad).unflatten(0, (-1, size)))
-        total = dqh.to_rows() if dq is None else dq + dqh.to_rows()
-        if columns is not None:
-            dqh = _Heads(torch.zeros_like(q), size)
-            for b, h, i, _, keys, _, _, _, dscore in _column_gradients(
-                dout, q, *columns, lse, delta, index, placement.q_blocks, scale
-            ):
-                dqh.blocks[b, h, i] = dscore @ keys
-            total = total + dqh.to_rows()
-        return total.to(q.dtype) if final else total, torch.stack((dkh.to_rows(), dvh.to_rows()))
+
+        def query_gradient(
+            dq: Tensor | None, *, columns: Columns | None = None, final: bool = False
+        ) -> Tensor:
+            total = dqh.to_rows() if dq is None else dq + dqh.to_rows()
+            if columns is not None:
+                of_columns = _Heads(torch.zeros_like(q), size)
+                for b, h, i, _, keys, _, _, _, dscore in _column_gradients(
+                    dout, q, *columns, lse, delta, index, placement.q_blocks, scale
+                ):
+                    of_columns.blocks[b, h, i] = dscore @ keys
+                total = total + of_columns.to_rows()
+            return total.to(q.dtype) if final else total
+
+        return torch.stack((dkh.to_rows(), dvh.to_rows())), query_gradient
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtraining.errors import UserError
 from mtraining.kernel import triton_columns, triton_tiles
-from mtraining.kernel.backend import Columns
+from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton_config import check_block_size, choose_tiles, interpreted, padded
@@ -90,20 +90,25 @@ class TritonBackend(TritonEstimation):
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Placement, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        placement: Placement, scale: float,
+    ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
         dout, q, k, v = _lined_up(dout), _lined_up(q), _lined_up(k), _lined_up(v)
         lse, delta = lse.contiguous(), delta.contiguous()
         check_call(index, scale)
         dout = dout.to(q.dtype)
         lists = tile_lists(index, placement, key_major=False)
-        total = self.tiles_dq(dout, q, k, v, lse, delta, lists, index.block_size, scale, dq)
-        if columns is not None:
-            self.columns_dq(dout, q, *columns, lse, delta, index, placement.q_blocks, scale, total)
-        if not lists.toeplitz:
-            lists = tile_lists(index, placement, key_major=True)
-        dkv = self.tiles_dkdv(dout, q, k, v, lse, delta, lists, placement, index.block_size, scale)
-        return total.to(q.dtype) if final else total, dkv
+        by_key = lists if lists.toeplitz else tile_lists(index, placement, key_major=True)
+        dkv = self.tiles_dkdv(dout, q, k, v, lse, delta, by_key, placement, index.block_size, scale)
+
+        def query_gradient(
+            dq: Tensor | None, *, columns: Columns | None = None, final: bool = False
+        ) -> Tensor:
+            total = self.tiles_dq(dout, q, k, v, lse, delta, lists, index.block_size, scale, dq)
+            if columns is not None:
+                self.columns_dq(dout, q, *columns, lse, delta, index, placement.q_blocks, scale, total)
+            return total.to(q.dtype) if final else total
+
+        return dkv, query_gradient
 
     def tiles_dq(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, lists: TileLists, size: int,

@@ -144,13 +144,15 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, 
     plan, backend, index = call.plan, call.backend, call.index
     out: Tensor | None = None
     lse: Tensor | None = None
-    columns = _start_columns(k, v, call)  # ahead of the first transfer, for they are needed first
+    columns: PendingSum | None = None
     for step, kv in ring_steps((k, v), plan.ring):
-        # The columns belong to the step under which the first transfer hides.
-        compact = None if step.number or columns is None else _arrived(columns)
+        if step.number == 0:
+            columns = _start_columns(k, v, call)
+        final = step.number + 1 == plan.ring.world
+        # Until the last step, which takes them along, all others hide the columns' way here.
+        compact = _arrived(columns) if final and columns is not None else None
         out, lse = backend.tiles_forward(
-            q, kv[0], kv[1], index, plan.placements[step.source], call.scale, out, lse, columns=compact,
-            final=step.number + 1 == plan.ring.world,
+            q, kv[0], kv[1], index, plan.placements[step.source], call.scale, out, lse, columns=compact, final=final
         )  # fmt: skip
         del kv  # its memory is for the keys to come
     assert out is not None and lse is not None
@@ -165,22 +167,27 @@ def _ring_backward(
     add."""
     plan, backend, index, scale = call.plan, call.backend, call.index, call.scale
     delta = backend.row_delta(out, dout)
-    columns, columns_home = _start_columns(k, v, call), None
-    home, dq, compact = GradientRing(plan.ring), None, None
+    home, dq = GradientRing(plan.ring), None
+    columns: PendingSum | None = None
+    columns_home: PendingSum | None = None
     for step, kv in ring_steps((k, v), plan.ring, own_node_last=True):
-        final = step.number + 1 == plan.ring.world
-        if final and columns is not None:  # they had every step before to arrive in
-            compact = _arrived(columns)
-        dq, share = backend.tiles_backward(
-            dout, q, kv[0], kv[1], lse, delta, index, plan.placements[step.source], scale, dq, columns=compact,
-            final=final,
-        )  # fmt: skip
+        if step.number == 0:
+            columns = _start_columns(k, v, call)
+        compact = None
+        # Half of the steps hide the columns' way here, the other half their gradients' way home.
+        if step.number == plan.ring.world // 2 and columns is not None:
+            compact, columns = _arrived(columns), None
+            grads = backend.columns_backward(dout, q, *compact, lse, delta, index, plan.q_blocks, scale)
+            columns_home = plan.ring.start_sum(grads)
+            del grads
+        share, query_gradient = backend.tiles_backward(
+            dout, q, kv[0], kv[1], lse, delta, index, plan.placements[step.source], scale
+        )
         home.add(share, step)
-        del kv, share
+        del share  # on its way; under the last one, no step is left but the rest of this
+        dq = query_gradient(dq, columns=compact, final=step.number + 1 == plan.ring.world)
+        del kv, query_gradient
     assert dq is not None
-    if compact is not None:  # computed under the last gradients' way home, for which no step is left
-        grads = backend.columns_backward(dout, q, *compact, lse, delta, index, plan.q_blocks, scale)
-        columns_home = plan.ring.start_sum(grads)
     dkv = home.finish()
     if columns_home is not None:
         backend.scatter_columns(columns_home.wait(), index.columns, call.slots, dkv)

@@ -1,10 +1,10 @@
-"""Transfers between two ranks, and a benchmark's way of making those between nodes slow."""
+"""Transfers between ranks, and a benchmark's way of making those between nodes slow."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -29,6 +29,19 @@ def begin_transfer(send: dist.P2POp, receive: dist.P2POp) -> Sequence[Waitable]:
     return dist.batch_isend_irecv([send, receive])
 
 
+def begin_sum(x: torch.Tensor, group: dist.ProcessGroup) -> Sequence[Waitable]:
+    """Begin summing ``x`` in place over a group, in the background; done like a transfer."""
+    if _slow and _slow[-1].nodes(group) > 1:
+        return _slow[-1].begin_sum(x, group)
+    return [_sum(x, group)]
+
+
+def _sum(x: torch.Tensor, group: dist.ProcessGroup) -> Waitable:
+    work = dist.all_reduce(x, group=group, async_op=True)
+    assert work is not None
+    return work
+
+
 @contextmanager
 def slow_links(
     node_size: int, delay_seconds: float = 0.0, bytes_per_second: float = math.inf
@@ -37,7 +50,8 @@ def slow_links(
 
     For benchmarks on one machine; enter it on all ranks alike. Each rank has one link to other nodes, as with one
     network card a GPU, which carries one message at a time: delay_seconds + bytes / bytes_per_second each. Slowed are
-    the ring's hops (keys, values and their gradients); collectives (columns, estimation) are not.
+    the ring's hops (keys, values and their gradients) and its sums of columns, which over n nodes put
+    2 (n - 1) / (n node_size) of their bytes on each link; the collectives of estimation are not.
 
     On a GPU the sender's link is a stream that spins for that long before the message is handed to NCCL, so neither
     the host nor computing is held up but where it waits for the message. Elsewhere messages go at once, and both ends
@@ -72,23 +86,35 @@ class _SlowLinks:
         return operation.peer // self.node_size != dist.get_rank() // self.node_size
 
     def begin(self, send: dist.P2POp, receive: dist.P2POp) -> Sequence[Waitable]:
-        seconds = self.delay_seconds + send.tensor.nbytes / self.bytes_per_second
-        if send.tensor.is_cuda:
-            return self._begin_on_gpu(send, receive, seconds)
-        self.free_at = max(self.free_at, time.perf_counter()) + seconds
-        return [*dist.batch_isend_irecv([send, receive]), _Arrival(self.free_at)]
+        carried = send.tensor.nbytes if self.between(send) or not send.tensor.is_cuda else None
+        return self._carry(send.tensor.device, carried, lambda: dist.batch_isend_irecv([send, receive]))
 
-    def _begin_on_gpu(self, send: dist.P2POp, receive: dist.P2POp, seconds: float) -> Sequence[Waitable]:
-        """NCCL's stream waits for the one that is current when it is called: here, for the spinning link."""
-        device = send.tensor.device
+    def begin_sum(self, x: torch.Tensor, group: dist.ProcessGroup) -> Sequence[Waitable]:
+        nodes = self.nodes(group)
+        carried = 2 * (nodes - 1) / (nodes * self.node_size) * x.nbytes
+        return self._carry(x.device, carried, lambda: [_sum(x, group)])
+
+    def nodes(self, group: dist.ProcessGroup) -> int:
+        """That its ranks are on."""
+        return len({rank // self.node_size for rank in dist.get_process_group_ranks(group)})
+
+    def _carry(
+        self, device: torch.device, carried: float | None, begin: Callable[[], Sequence[Waitable]]
+    ) -> Sequence[Waitable]:
+        """Begin a message that puts this many bytes on this rank's link; None for one that only arrives here."""
+        seconds = 0.0 if carried is None else self.delay_seconds + carried / self.bytes_per_second
+        if device.type != "cuda":
+            self.free_at = max(self.free_at, time.perf_counter()) + seconds
+            return [*begin(), _Arrival(self.free_at)]
+        # NCCL's stream waits for the one that is current when it is called: here, for the spinning link.
         if device not in self.streams:
             self.streams[device] = torch.cuda.Stream(device, priority=-1)
         link = self.streams[device]
         link.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(link):
-            if self.between(send):
+            if seconds:
                 torch.cuda._sleep(round(seconds * _cycles_per_second(device)))
-            return dist.batch_isend_irecv([send, receive])
+            return begin()
 
 
 @dataclass(frozen=True)

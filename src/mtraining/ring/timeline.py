@@ -27,8 +27,7 @@ class RingTimes:
 
     Attributes:
         phase: forward (a layer's recompute runs it again) or backward.
-        compute: all but ``exposed``. Columns count to the first step in forward, and in backward to the last, with
-            what brings gradients home.
+        compute: all but ``exposed``. What brings gradients home counts to backward's last step.
         exposed: waits for transfers that were still under way when their result was needed.
     """
 

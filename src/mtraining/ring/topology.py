@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
-from mtraining.ring.links import begin_transfer
+from mtraining.ring.links import begin_sum, begin_transfer
 from mtraining.ring.timeline import waiting
 
 # torch 2.13 renamed it and warns under the old name
@@ -135,13 +135,14 @@ class PendingSum:
 
     def __init__(self, x: Tensor, group: dist.ProcessGroup | None) -> None:
         self._x = x
-        self._work = None if group is None else dist.all_reduce(x, group=group, async_op=True)
+        self._works = [] if group is None else begin_sum(x, group)
 
     def wait(self) -> Tensor:
         """Finish and return the summed tensor."""
-        if self._work is not None:
+        if self._works:
             with waiting():
-                self._work.wait()
+                for work in self._works:
+                    work.wait()
         return self._x
 
 

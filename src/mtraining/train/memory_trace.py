@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mtraining.kernel import SparseIndex
-from mtraining.kernel.backend import Columns
+from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.reference import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import ParallelLM
@@ -109,16 +109,24 @@ class ShapeBackend:
 
     def tiles_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
-        placement: Any, scale: float, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        straight = final and dq is None and not index.dense  # written in q's dtype at once
-        if dq is None:
-            dq = torch.zeros_like(q, dtype=q.dtype if straight else lse.dtype)
-        # a dense kernel has its own dq, which it sums in fp32
-        work = (torch.zeros_like(dq), torch.zeros_like(q)) if index.dense else None
+        placement: Any, scale: float,
+    ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
+        # a dense kernel has a dq of its own, which it sums in fp32
+        work = torch.zeros_like(q, dtype=lse.dtype) if index.dense else None
+        parts = [torch.zeros_like(q)] if index.dense else []
         share = k.new_zeros(2, *k.shape, dtype=lse.dtype)
         del work
-        return dq.to(q.dtype) if final else dq, share
+
+        def query_gradient(
+            dq: Tensor | None, *, columns: Columns | None = None, final: bool = False
+        ) -> Tensor:
+            straight = final and dq is None and not index.dense  # written in q's dtype at once
+            if dq is None:
+                dq = torch.zeros_like(q, dtype=q.dtype if straight else lse.dtype)
+            parts.clear()
+            return dq.to(q.dtype) if final else dq
+
+        return share, query_gradient
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,

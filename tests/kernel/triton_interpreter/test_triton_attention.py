@@ -11,7 +11,7 @@ import torch
 from mtraining.errors import UserError
 from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, select_backend, triton_hidden
 from mtraining.kernel.triton_backend import TritonBackend
-from triton_cases import Case, assert_equal, assert_passes, build, reference, solve, whole
+from triton_cases import Case, assert_equal, assert_passes, build, reference, solve, tiles_gradients, whole
 
 STRIPED = {"q_blocks": range(1, 8, 2), "num_blocks": 8}
 ZIGZAG = {"q_blocks": (1, 6), "num_blocks": 8, "size": 16}
@@ -80,8 +80,8 @@ def test_merging_and_adding_leave_earlier_results_in_place() -> None:
     assert torch.equal(merged_lse[:, 0], lse[:, 0])
     assert not torch.equal(merged[:, :, 1], out[:, :, 1])
     dq = torch.randn(p.q.shape)
-    grown, *_ = TritonBackend().tiles_backward(
-        p.dout, p.q, p.k, p.v, lse, lse, p.index, p.place, p.scale, dq.clone()
+    grown, *_ = tiles_gradients(
+        TritonBackend(), p.dout, p.q, p.k, p.v, lse, lse, p.index, p.place, p.scale, dq.clone()
     )
     assert torch.equal(grown[:, :, 0], dq[:, :, 0])
     assert not torch.equal(grown[:, :, 1], dq[:, :, 1])
@@ -91,10 +91,8 @@ def test_dq_of_any_strides() -> None:
     p = build(whole(2, size=16))
     lse, truth = reference(p)
     dq = torch.zeros(*p.q.shape[:2], p.q.shape[3], p.q.shape[2]).transpose(2, 3)
-    delta = truth["delta"].float()
-    total, *_ = TritonBackend().tiles_backward(
-        p.dout, p.q, p.k, p.v, lse.float(), delta, p.index, p.place, p.scale, dq, columns=(p.ck, p.cv)
-    )
+    given = (p.dout, p.q, p.k, p.v, lse.float(), truth["delta"].float(), p.index, p.place, p.scale, dq)
+    total, *_ = tiles_gradients(TritonBackend(), *given, columns=(p.ck, p.cv))
     torch.testing.assert_close(total.double(), truth["dq"], rtol=1e-4, atol=1e-5)
 
 
@@ -129,8 +127,8 @@ def test_tables_of_columns_are_made_once_a_backward_pass(monkeypatch: pytest.Mon
     backend, stat = TritonBackend(), torch.zeros(p.q.shape[0], p.q.shape[2], p.q.shape[1])
     other = replace(p.index, diagonals=~p.index.diagonals)
     for index in (p.index, other):
-        backend.tiles_backward(
-            p.dout, p.q, p.k, p.v, stat, stat, p.index, p.place, p.scale, None, columns=(p.ck, p.cv)
+        tiles_gradients(
+            backend, p.dout, p.q, p.k, p.v, stat, stat, p.index, p.place, p.scale, None, columns=(p.ck, p.cv)
         )
         backend.columns_backward(p.dout, p.q, p.ck, p.cv, stat, stat, index, p.place.q_blocks, p.scale)
     assert [index is other for index in made] == [False, False, True]
