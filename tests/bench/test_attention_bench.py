@@ -50,11 +50,12 @@ def test_the_command_writes_the_csv(tmp_path: Path) -> None:
     assert path.name.startswith("attention-cpu-") and str(path) in result.output
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == WANTED
+    assert list(rows[0]) == [*WANTED, "tiles"]
     ours = [row for row in rows if row["backend"] == "reference"]
     assert {row["phase"] for row in ours} >= {"estimate", "forward", "backward"}
     for row in rows:
         assert float(row["ms"]) > 0 and row["commit"] == "abc123"
+    assert {row["tiles"] for row in ours} == {"tables"}
     whole = next(row for row in ours if row["phase"] == "forward" and row["columns"] == "24")
     assert float(whole["ratio"]) == pytest.approx(
         float(whole["tflops"]) / float(whole["dense_tflops"]), rel=1e-3
@@ -72,6 +73,19 @@ def test_a_second_run_adds_to_the_file(tmp_path: Path) -> None:
     first = record.write_csv(rows, tmp_path, "attention")
     assert record.write_csv(rows, tmp_path, "attention") == first
     assert len(first.read_text().splitlines()) == 1 + 2 * len(rows)
+
+
+def test_a_file_of_other_columns_is_left_alone(tmp_path: Path) -> None:
+    rows = run(competitors=()).rows
+    first = record.write_csv(rows, tmp_path, "attention")
+    old = "date,commit\n2026-01-01,abc\n"
+    first.write_text(old)
+    second = record.write_csv(rows, tmp_path, "attention")
+    assert second.name == f"{first.stem}-2.csv" and record.write_csv(rows, tmp_path, "attention") == second
+    assert first.read_text() == old
+    with pytest.raises(UserError, match="has other columns"), record.appended(first, ["date"]):
+        pass
+    assert first.read_text() == old
 
 
 class Broken(ReferenceBackend):

@@ -23,6 +23,7 @@ from mtraining.bench.record import Provenance, Row, provenance, table, write_csv
 from mtraining.bench.timing import Timing, measure
 from mtraining.errors import UserError
 from mtraining.kernel import Backend, select_backend
+from mtraining.kernel.tiles_file import tiles_in_use
 from mtraining.pattern import SequenceShard, VerticalSlash
 
 SMALL = 2048  # tokens of the whole comparison with the fp64 reference
@@ -219,7 +220,7 @@ class _Bench:
             q_heads=case.q_heads, kv_heads=case.kv_heads, head_dim=case.head_dim, blocks_per_row=blocks,
             columns=index.columns.shape[-1], phase=phase, ms=timing.ms, tflops=tflops, dense_backend=name,
             dense_tflops=rate, ratio=tflops / rate if tflops and rate else None, index_mib=mib if inner else None,
-            peak_mib=timing.peak_mib,
+            peak_mib=timing.peak_mib, tiles=tiles_in_use(self.device, case.dtype, case.head_dim) if inner else None,
         )  # fmt: skip
         self.result.rows.append(row)
         beside = f", {row.ratio:.2f} of {name}" if row.ratio else ""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Row:
     ``tflops`` counts 4 * block^2 * head_dim for each slash tile and the useful area of columns, backward 2.5 times
     that; ``dense_tflops`` counts all causal tiles the same way. ``dense_backend`` is the best dense kernel of the run
     for this shape, with ``@length`` where it was timed on a shorter sequence. ``index_mib``: the index and the
-    gathered columns.
+    gathered columns. ``tiles``: what `mtraining.kernel.tiles_file.tiles_in_use` says; None for kernels of others.
     """
 
     date: str
@@ -52,6 +53,7 @@ class Row:
     ratio: float | None
     index_mib: float | None
     peak_mib: float | None
+    tiles: str | None
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,16 @@ def _git(folder: Path, *args: str) -> str:
 
 @contextmanager
 def appended(path: Path, header: Sequence[str]) -> Iterator[Callable[[Iterable[object]], None]]:
-    """Append to a CSV file, made with its folder and ``header`` where it is new: gives what writes a row, at once."""
+    """Append to a CSV file, made with its folder and ``header`` where it is new: gives what writes a row, at once.
+
+    Raises:
+        UserError: the file has other columns.
+    """
     new = not path.exists()
+    if not _has(path, header):
+        raise UserError(
+            f"{path} has other columns than are written now; name another file, or move this one away."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -118,19 +128,27 @@ def appended(path: Path, header: Sequence[str]) -> Iterator[Callable[[Iterable[o
 def write_csv(rows: Sequence[Any], folder: Path, name: str) -> Path:
     """Append rows to ``folder``/name-GPU-DATE.csv, with a header where it is new; returns its path.
 
+    Where that file has other columns, from another version of the program, a number follows the date.
+
     Args:
         rows: dataclasses of one kind, with ``gpu`` and ``date``.
     """
-    path = folder / f"{name}-{slug(rows[0].gpu)}-{rows[0].date}.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
-        if new:
-            writer.writeheader()
+    header = [field.name for field in fields(rows[0])]
+    stem = f"{name}-{slug(rows[0].gpu)}-{rows[0].date}"
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    path = next(path for name in names if _has(path := folder / f"{name}.csv", header))
+    with appended(path, header) as write:
         for row in rows:
-            writer.writerow({key: _cell(value) for key, value in asdict(row).items()})
+            write(_cell(value) for value in asdict(row).values())
     return path
+
+
+def _has(path: Path, header: Sequence[str]) -> bool:
+    """Whether rows of these columns may be appended to a file, or to one that does not exist."""
+    if not path.is_file():  # new, or a device
+        return True
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), None) == list(header)
 
 
 def _cell(value: object) -> str:

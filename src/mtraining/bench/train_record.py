@@ -18,7 +18,8 @@ class TrainRow:
     slowest rank; ``peak_gib`` of the rank that took most, ``predicted_gib`` what `mtraining.train.memory` expects.
     ``dense_step_seconds`` and ``speedup`` are against the dense step of the same run with the same length, layers,
     recompute policy, fusion and offload. ``estimate_seconds``: the index estimates of all layers, measured alone.
-    ``ring_exposed_fraction``: share of the step's ring time in which the GPU waits for keys.
+    ``ring_exposed_fraction``: share of the step's ring time in which the GPU waits for keys. ``tiles``: as
+    `mtraining.kernel.tiles_file.tiles_in_use` says.
     """
 
     date: str
@@ -46,6 +47,7 @@ class TrainRow:
     predicted_gib: float | None
     ring_exposed_fraction: float | None
     estimate_seconds: float | None
+    tiles: str
 
 
 def dense_seconds(rows: Sequence[TrainRow], key: tuple[Any, ...]) -> float | None:

@@ -29,6 +29,7 @@ from mtraining.bench.train_progress import Effort, Progress
 from mtraining.bench.train_record import TrainRow, comparable, dense_seconds
 from mtraining.errors import UserError
 from mtraining.kernel import Backend, select_backend
+from mtraining.kernel.tiles_file import tiles_in_use
 from mtraining.layout import build_layout
 from mtraining.pattern import VerticalSlash
 from mtraining.ring import Ring, Timeline
@@ -198,6 +199,7 @@ def _measure(case: TrainCase, effort: Effort, place: Runtime, told: Provenance) 
         predicted_gib=_predicted(case, place.world, place.device).peak / GIB,
         ring_exposed_fraction=timed.exposed,
         estimate_seconds=None if case.density is None else _estimate(case, place),
+        tiles=tiles_in_use(place.device, compute_dtype(place.device), case.shape.head_dim),
     )
 
 
