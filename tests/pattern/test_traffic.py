@@ -83,6 +83,10 @@ def received(world: int, name: str, **options: Any) -> int:
     shard = SequenceShard(build_layout("striped", SIZE).positions(TOKENS, world), comm)
     q, k = (torch.randn(1, TOKENS // world, heads, DIM, dtype=torch.bfloat16) for heads in (HEADS, KV))
     build_pattern(name, block_size=SIZE, **options).estimate(q, k, shard, 0.25)
+    if name == "vertical_slash":
+        assert (
+            len(comm.received) == 4
+        )  # queries, their log-sum-exps, masses, the choice: each a message's latency
     return sum(comm.received)
 
 

@@ -23,7 +23,7 @@ from mtraining.kernel import SparseIndex
 from mtraining.pattern.base import Collective, Pattern, SequenceShard, require
 from mtraining.pattern.blocks import block_means, grouped_products
 from mtraining.pattern.diagonals import distances_to_diagonals
-from mtraining.pattern.probe import column_and_slash_mass, share_rows
+from mtraining.pattern.probe import column_and_slash_mass, share_choice, share_rows
 
 _MAP = 2**24  # block pairs whose weights are in memory at a time
 
@@ -80,8 +80,7 @@ class FlexPrefill(Pattern):
                 queries[:, :, heads], keys[:, :, kv], true[:, heads], own, scale, comm
             )
         columns, diagonals = self._vertical_slash(verticals, slashes, shard)
-        columns = share_rows(columns, batch, q_heads, shard)
-        diagonals = share_rows(diagonals.to(torch.uint8), batch, q_heads, shard).bool()
+        columns, diagonals = share_choice(columns, diagonals, batch, q_heads, shard)
         return shard.block_index(
             size,
             chosen & query_aware[..., None, None],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mtraining.pattern.base import SequenceShard
 
@@ -78,10 +79,10 @@ def column_and_slash_mass(
     columns, slashes = backend.probe_mass(
         probe, k, positions, shard.positions, scale, lse, seq_len, block_size
     )
-    owned = -(-columns.shape[0] // world)
-    padding = (0, 0, 0, owned * world - columns.shape[0])
-    columns = shard.comm.all_to_all(torch.nn.functional.pad(columns, padding).unflatten(0, (world, owned)))
-    slashes = shard.comm.all_to_all(torch.nn.functional.pad(slashes, padding).unflatten(0, (world, owned)))
+    owned, width = -(-columns.shape[0] // world), columns.shape[1]
+    both = pad(torch.cat([columns, slashes], 1), (0, 0, 0, owned * world - columns.shape[0]))
+    both = shard.comm.all_to_all(both.unflatten(0, (world, owned)))
+    columns, slashes = both[..., :width], both[..., width:]
     verticals = columns.new_empty(owned, seq_len)
     verticals[:, shard.all_positions.flatten()] = columns.transpose(0, 1).flatten(1)
     return verticals, slashes.sum(0)
@@ -90,3 +91,24 @@ def column_and_slash_mass(
 def share_rows(owned: Tensor, batch: int, q_heads: int, shard: SequenceShard) -> Tensor:
     """Owned rows (rows, n) of every rank -> (batch, q_heads, n) on every rank, the padding rows dropped."""
     return shard.comm.all_gather(owned).flatten(0, 1)[: batch * q_heads].unflatten(0, (batch, q_heads))
+
+
+def share_choice(
+    columns: Tensor, diagonals: Tensor, batch: int, q_heads: int, shard: SequenceShard
+) -> tuple[Tensor, Tensor]:
+    """What was chosen for the owned rows, on every rank: one message.
+
+    Args:
+        columns: integers (rows, capacity).
+        diagonals: bool (rows, blocks).
+
+    Returns:
+        int32 (batch, q_heads, capacity) and bool (batch, q_heads, blocks), both contiguous.
+    """
+    capacity, blocks = columns.shape[1], diagonals.shape[1]
+    flags = diagonals.new_zeros(diagonals.shape[0], blocks + -blocks % 4, dtype=torch.uint8)
+    flags[:, :blocks] = diagonals
+    chosen = torch.cat([columns.to(torch.int32), flags.view(torch.int32)], 1)
+    both = share_rows(chosen, batch, q_heads, shard)
+    flags = both[..., capacity:].contiguous().view(torch.uint8)[..., :blocks]
+    return both[..., :capacity].contiguous(), flags.bool().contiguous()

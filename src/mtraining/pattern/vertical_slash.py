@@ -17,7 +17,7 @@ from mtraining.kernel import Backend, SparseIndex
 from mtraining.kernel.reference_estimate import diagonal_mass
 from mtraining.pattern.base import Pattern, SequenceShard, require
 from mtraining.pattern.diagonals import distances_to_diagonals, heaviest_diagonals
-from mtraining.pattern.probe import PLACEMENTS, column_and_slash_mass, probe_positions, share_rows
+from mtraining.pattern.probe import PLACEMENTS, column_and_slash_mass, probe_positions, share_choice
 
 SLASH_UNITS = ("token", "block")
 
@@ -157,12 +157,8 @@ def estimate_by_head(
                 mass = diagonal_mass(mass, pattern.slash_size)
             chosen, diagonals[mine] = pattern.select(verticals[mine], mass, shard.backend)
             columns[mine, : chosen.shape[1]] = chosen
-    return SparseIndex(
-        seq_len,
-        one.block_size,
-        share_rows(diagonals.to(torch.uint8), batch, q_heads, shard).bool(),
-        share_rows(columns.to(torch.int32), batch, q_heads, shard).contiguous(),
-    )
+    columns, diagonals = share_choice(columns, diagonals, batch, q_heads, shard)
+    return SparseIndex(seq_len, one.block_size, diagonals, columns)
 
 
 @lru_cache(maxsize=256)
