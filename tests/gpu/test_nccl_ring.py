@@ -15,6 +15,7 @@ from ring_jobs import JOBS, run_job
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("gpus"),  # one pool of processes
     pytest.mark.filterwarnings(
         "default"
     ),  # the workers' too: what libraries warn of there is not what is tested

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from mtraining.kernel import triton_columns, triton_probe, triton_tiles
+from mtraining.kernel import triton_columns, triton_partial, triton_probe, triton_tiles
 from mtraining.kernel.triton_config import Tiles, padded, table_tiles
 
 KERNELS = {
@@ -114,6 +114,30 @@ def test_probe_compiles(capability: int, dim: int, size: int) -> None:
 
 def test_probe_lse_compiles() -> None:
     assert 0 < compiled_probe(triton_probe.probe_lse_kernel, 90, 128, 1).metadata.shared <= 128 * 1024
+
+
+@pytest.mark.parametrize("to", ["*bf16", "*fp32"], ids=["final", "going on"])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_merge_reads_all_before_it_writes(capability: int, dim: int, to: str) -> None:
+    """It writes where it reads, and not every thread what it read: the lse of a warp's rows are another's to store."""
+    kernel = triton_partial._merge_kernel
+    chosen: dict[str, object] = {"HAS_PREV": True, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "BLOCK_M": 32}
+    kinds = {"part_ptr": "*bf16", "to_ptr": to}
+    types = {
+        name: "constexpr" if name in chosen else kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    names = list(enumerate(kernel.arg_names))
+    aligned = [(i,) for i, name in names if types[name].startswith("*") or re.fullmatch(r"[pot]_[brh]", name)]
+    source = ASTSource(
+        kernel, types, constexprs={(i,): chosen[name] for i, name in names if name in chosen},
+        attrs={place: [["tt.divisibility", 16]] for place in aligned},
+    )  # fmt: skip
+    ptx = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options={}).asm["ptx"]
+    last_read, first_write = ptx.rindex("ld.global"), ptx.index("st.global")
+    assert last_read < first_write
+    assert "bar.sync" in ptx[last_read:first_write]
 
 
 def test_hopper_kernels_use_asynchronous_products_and_copies() -> None:

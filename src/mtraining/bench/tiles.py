@@ -107,7 +107,11 @@ def choose(
     table, best = tried[0], min(ms, key=lambda tiles: ms[tiles])
     if table in ms and best != table:
         if _gains(ms[best], ms[table]):  # the least of several noisy readings flatters: read the two again
-            ms |= {tiles: time(tiles) for tiles in (table, best)}
+            try:
+                ms |= {tiles: time(tiles) for tiles in (table, best)}
+            except Exception as error:  # a later candidate may have left the GPU in an error state
+                result.failures.append(f"{name}: the tables' entry stays: {_last_line(error)}")
+                best = table
         if not _gains(ms[best], ms[table]):
             best = table
     return Choice(best, table, ms, left_out)

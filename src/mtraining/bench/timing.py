@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 _FLUSH_BYTES = 256 << 20  # several times any L2
-_PAUSE_CYCLES = 20_000_000  # about ten milliseconds
-_MOST_UNTIMED = 500  # calls, so that the queue of launches does not fill where each is short
+_MOST_TIMED, _MOST_UNTIMED = 10, 500  # calls
+_CYCLES_PER_SECOND = 2e9  # of a GPU's clock, at most
+_MOST_QUEUEING = 0.02  # seconds a call; what takes longer waits for the GPU itself
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Timing:
 
 
 def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.5) -> Timing:
-    """Time ``run``: warm-up, then 3 to 50 repetitions in about ``seconds``, each after the L2 cache is overwritten.
+    """Time ``run``: warm-up, then 3 to 10 repetitions in about ``seconds``, each after the L2 cache is overwritten.
 
-    The repetitions are queued together behind a pause, so that the time is the GPU's, as in a training step whose host
-    runs ahead, and not that of launching kernels onto an idle GPU. Before them ``run`` repeats for ``seconds`` without
-    being timed: a GPU that comes from idling runs short work at clocks that its power limit does not let it keep in
-    training, and long work at those it can keep, so lengths and kernels would not compare.
+    The repetitions are queued together behind a pause twice as long as queueing them takes, so that the time is the
+    GPU's, as in a training step whose host runs ahead, and not that of launching kernels onto an idle GPU. Before them
+    ``run`` repeats for ``seconds`` without being timed: a GPU that comes from idling runs short work at clocks that its
+    power limit does not let it keep in training, and long work at those it can keep, so lengths and kernels would not
+    compare.
     """
     if device.type != "cuda":
         run()
@@ -40,17 +42,23 @@ def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) / 2**20
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
-    estimate = _events_ms(run, flush, 1)[0]
+    begin = time.perf_counter()
+    run()
+    queueing = min(time.perf_counter() - begin, _MOST_QUEUEING)
+    estimate = _events_ms(run, flush, 1, pause=2 * queueing)[0]
     fit = max(3, int(1000 * seconds / max(estimate, 1e-3)))
-    times = _events_ms(run, flush, min(50, fit), untimed=min(_MOST_UNTIMED, fit))
+    timed = min(_MOST_TIMED, fit)
+    times = _events_ms(run, flush, timed, pause=2 * timed * queueing, untimed=min(_MOST_UNTIMED, fit))
     return Timing(statistics.median(times), peak)
 
 
-def _events_ms(run: Callable[[], object], flush: torch.Tensor, times: int, untimed: int = 0) -> list[float]:
+def _events_ms(
+    run: Callable[[], object], flush: torch.Tensor, times: int, pause: float, untimed: int = 0
+) -> list[float]:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
-    torch.cuda._sleep(_PAUSE_CYCLES)
     for _ in range(untimed):
         run()
+    torch.cuda._sleep(int(pause * _CYCLES_PER_SECOND))
     for start, end in events:
         flush.zero_()
         start.record()

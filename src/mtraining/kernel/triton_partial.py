@@ -195,6 +195,8 @@ def _merge_kernel(
         divisor = tl.where(total == 0.0, 1.0, total)
         out = out * (weight / divisor)[:, None] + old * (old_weight / divisor)[:, None]
         lse = tl.where(total == 0.0, float("-inf"), safe + tl.log(divisor))
+        # What is written stands where other warps read: each loads the lse of its own rows, one stores them all.
+        tl.debug_barrier()
     to = to_ptr + batch * t_b + head * t_h + first * t_r
     store_tile_rows(
         to, tile_offsets(t_r, BLOCK_M, BLOCK_D), out.to(to_ptr.dtype.element_ty), left, HEAD_DIM, BLOCK_D
