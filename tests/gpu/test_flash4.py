@@ -106,6 +106,22 @@ def test_last_pass_leaves_zeros_where_nothing_is_seen(dim: int) -> None:
     assert unseen.any() and not last[unseen].any()
 
 
+@pytest.mark.parametrize("kernel", ["flash4", "triton"])
+@pytest.mark.parametrize("merging", [False, True])
+def test_nan_goes_through(kernel: str, merging: bool) -> None:
+    """Hidden, a run whose activations broke would go on with zeros."""
+    p = problem(whole(4, q_heads=2, dim=128, columns=0, diagonal_share=1.0, **BF16))
+    p.q[:, 200, 1] = torch.nan
+    lse = torch.zeros(p.q.shape[0], p.q.shape[2], p.q.shape[1], device="cuda")
+    before = (torch.zeros(p.q.shape, device="cuda"), lse) if merging else (None, None)
+    served = select_backend(kernel, p.q.device, p.q.dtype, p.q.shape[-1])
+    for final in (False, True):
+        given = (None if x is None else x.clone() for x in before)
+        out, _ = served.tiles_forward(p.q, p.k, p.v, p.index, p.place, p.scale, *given, final=final)
+        assert out[:, 200, 1].isnan().all()
+        assert out.isnan().sum() == out[:, 200, 1].numel()
+
+
 def test_nothing_waits_for_the_device() -> None:
     from mtraining.kernel.flash4 import Flash4Backend
 

@@ -122,7 +122,7 @@ def test_probe_lse_compiles() -> None:
 def test_a_merge_reads_all_before_it_writes(capability: int, dim: int, to: str) -> None:
     """It writes where it reads, and not every thread what it read: the lse of a warp's rows are another's to store."""
     kernel = triton_partial._merge_kernel
-    chosen: dict[str, object] = {"HAS_PREV": True, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "BLOCK_M": 32}
+    chosen: dict[str, object] = {"HEAD_DIM": dim, "BLOCK_D": padded(dim), "BLOCK_M": 32}
     kinds = {"part_ptr": "*bf16", "to_ptr": to}
     types = {
         name: "constexpr" if name in chosen else kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")

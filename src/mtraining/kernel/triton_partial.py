@@ -66,7 +66,8 @@ def merge_partial(
     """Merge a partial attention into a previous fp32 one, in place where there is one.
 
     Args:
-        part: (batch, rows, q_heads, head_dim), any dtype; ignored where ``part_lse`` is -inf, whatever stands there.
+        part: (batch, rows, q_heads, head_dim), any dtype; zero in rows that saw no key. NaN goes through, whatever
+            lse says of it: flash-attn-4 has -inf for such rows.
         part_lse: fp32 (batch, q_heads, rows), contiguous.
         out, lse: the previous result, or None.
         final: the result is wanted in the dtype of ``part``, which is then written over.
@@ -76,27 +77,13 @@ def merge_partial(
     """
     batch, rows, heads, dim = part.shape
     grid = (triton.cdiv(rows, _BLOCK_M) * batch * heads,)
-    merging = out is not None and lse is not None
-    if final and not merging:
-        _blank_kernel[grid](
-            part,
-            part_lse,
-            *part.stride()[:3],
-            rows,
-            heads,
-            HEAD_DIM=dim,
-            BLOCK_D=padded(dim),
-            BLOCK_M=_BLOCK_M,
-        )
-        return part, part_lse
     if out is None or lse is None:
-        out = torch.empty(part.shape, dtype=torch.float32, device=part.device)
-        lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=part.device)
+        return part if final else part.float(), part_lse
     out, lse = (out if out.stride(-1) == 1 else out.contiguous()), lse.contiguous()
     result = part if final else out
     _merge_kernel[grid](
         part, part_lse, out, lse, result, *part.stride()[:3], *out.stride()[:3], *result.stride()[:3], rows, heads,
-        HAS_PREV=merging, HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=_BLOCK_M,
+        HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=_BLOCK_M,
     )  # fmt: skip
     return result, lse
 
@@ -143,60 +130,36 @@ def _block_lists_kernel(
     tl.store(own + pid, own_slot)
 
 
-@triton.jit
-def _rows_of_program(rows, heads, BLOCK_M: tl.constexpr):
-    """batch, head, first row, rows left from there, lanes, and where their lse stand."""
+@triton.jit(do_not_specialize=["rows", "heads"])
+def _merge_kernel(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, to_ptr, p_b, p_r, p_h, o_b, o_r, o_h, t_b, t_r, t_h, rows, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program for a few rows of a head; heads side by side read whole lines."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(rows, BLOCK_M)
     head = (pid % heads).to(tl.int64)
     tile = (pid // heads) % tiles
     batch = (pid // heads // tiles).to(tl.int64)
-    first = tile.to(tl.int64) * BLOCK_M
+    first, left = tile.to(tl.int64) * BLOCK_M, rows - tile * BLOCK_M
     lane = tl.arange(0, BLOCK_M)
-    return batch, head, first, rows - tile * BLOCK_M, lane, (batch * heads + head) * rows + first + lane
-
-
-@triton.jit(do_not_specialize=["rows", "heads"])
-def _blank_kernel(
-    part_ptr, part_lse_ptr, p_b, p_r, p_h, rows, heads,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Zeros in the rows that saw nothing; the others are not touched, which is what this saves over a merge."""
-    batch, head, first, left, lane, at_lse = _rows_of_program(rows, heads, BLOCK_M)
-    unseen = tl.load(part_lse_ptr + at_lse, mask=lane < left, other=0.0) == float("-inf")
-    at = part_ptr + batch * p_b + head * p_h + first * p_r + tile_offsets(p_r, BLOCK_M, BLOCK_D)
-    mask = unseen[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    tl.store(at, tl.zeros([BLOCK_M, BLOCK_D], part_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows", "heads"])
-def _merge_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, to_ptr, p_b, p_r, p_h, o_b, o_r, o_h, t_b, t_r, t_h, rows, heads,
-    HAS_PREV: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """One program for a few rows of a head; heads side by side read whole lines."""
-    batch, head, first, left, lane, at_lse = _rows_of_program(rows, heads, BLOCK_M)
+    at_lse = (batch * heads + head) * rows + first + lane
     at_out = out_ptr + batch * o_b + head * o_h + first * o_r
     at_part = part_ptr + batch * p_b + head * p_h + first * p_r
-    out_offsets = tile_offsets(o_r, BLOCK_M, BLOCK_D)
-    lse = tl.load(part_lse_ptr + at_lse, mask=lane < left, other=float("-inf"))
-    part = load_tile_rows(at_part, tile_offsets(p_r, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D).to(
-        tl.float32
-    )
-    out = tl.where((lse == float("-inf"))[:, None], 0.0, part)
-    if HAS_PREV:
-        old_lse = tl.load(lse_ptr + at_lse, mask=lane < left, other=float("-inf"))
-        old = load_tile_rows(at_out, out_offsets, left, HEAD_DIM, BLOCK_D)
-        top = tl.maximum(lse, old_lse)
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        weight = tl.exp(lse - safe)
-        old_weight = tl.exp(old_lse - safe)
-        total = weight + old_weight
-        divisor = tl.where(total == 0.0, 1.0, total)
-        out = out * (weight / divisor)[:, None] + old * (old_weight / divisor)[:, None]
-        lse = tl.where(total == 0.0, float("-inf"), safe + tl.log(divisor))
-        # What is written stands where other warps read: each loads the lse of its own rows, one stores them all.
-        tl.debug_barrier()
+    new_lse = tl.load(part_lse_ptr + at_lse, mask=lane < left, other=float("-inf"))
+    old_lse = tl.load(lse_ptr + at_lse, mask=lane < left, other=float("-inf"))
+    new = load_tile_rows(at_part, tile_offsets(p_r, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D).to(tl.float32)
+    old = load_tile_rows(at_out, tile_offsets(o_r, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D)
+    top = tl.maximum(new_lse, old_lse)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp(new_lse - safe)
+    old_weight = tl.exp(old_lse - safe)
+    total = weight + old_weight
+    divisor = tl.where(total == 0.0, 1.0, total)
+    out = new * (weight / divisor)[:, None] + old * (old_weight / divisor)[:, None]
+    lse = tl.where(total == 0.0, float("-inf"), safe + tl.log(divisor))
+    # What is written stands where other warps read: each loads the lse of its own rows, one stores them all.
+    tl.debug_barrier()
     to = to_ptr + batch * t_b + head * t_h + first * t_r
     store_tile_rows(
         to, tile_offsets(t_r, BLOCK_M, BLOCK_D), out.to(to_ptr.dtype.element_ty), left, HEAD_DIM, BLOCK_D

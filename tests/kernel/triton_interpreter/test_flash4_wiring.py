@@ -55,9 +55,11 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, mask_mod: Any,
         return_lse: bool, pack_gqa: bool) -> tuple[Tensor, ...]:  # fmt: skip
     mask = listed_mask(block_sparse_tensors, mask_mod, q.shape[1] // SIZE, k.shape[1] // SIZE)
     s = scores(q, k, mask, softmax_scale)
-    prob = s.softmax(-1)  # NaN in rows that see nothing, as garbage as can be
+    prob = s.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
     values = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
-    return torch.einsum("bhqk,bkhd->bqhd", prob, values), s.logsumexp(-1), None, None
+    lse = s.logsumexp(-1)
+    lse = torch.where(lse.isnan(), -torch.inf, lse)  # as its Softmax.finalize does
+    return torch.einsum("bhqk,bkhd->bqhd", prob, values), lse, None, None
 
 
 def bwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, *, softmax_scale: float,
@@ -102,8 +104,25 @@ def test_lists_merge_and_global_delta_give_the_reference(name: str) -> None:
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("name", ["no diagonal", "zigzag, own keys"])
 def test_first_and_last_passes(name: str) -> None:
-    """Rows that see nothing hold NaN until the last pass blanks them."""
     assert_passes(flash4.Flash4Backend(), build(CASES[name]), 1e-5)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("merging", [False, True])
+def test_nan_goes_through(merging: bool, final: bool) -> None:
+    """Hidden, a run whose activations broke would go on with zeros."""
+    p = build(whole(3, size=SIZE, diagonal_share=1.0))
+    p.q[:, 5, -1] = torch.nan
+    before = (
+        torch.randn(p.q.shape),
+        torch.randn(p.q.shape[0], p.q.shape[2], p.q.shape[1]),
+    )
+    out, _ = flash4.Flash4Backend().tiles_forward(
+        p.q, p.k, p.v, p.index, p.place, p.scale, *(before if merging else (None, None)), final=final
+    )
+    assert out[:, 5, -1].isnan().all()
+    assert out.isnan().sum() == out[:, 5, -1].numel()
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -147,7 +166,7 @@ def test_merge_is_exact_for_rows_without_keys_on_either_side() -> None:
     part = torch.randn(1, 40, 2, 16)
     part_lse = torch.randn(1, 2, 40)
     part_lse[..., :10] = -torch.inf
-    part[:, :10] = torch.nan
+    part[:, :10] = 0.0
     out, lse = merge_partial(part, part_lse, None, None)
     assert (
         out[:, :10].abs().sum() == 0 and torch.equal(lse, part_lse) and torch.equal(out[:, 10:], part[:, 10:])
@@ -155,6 +174,6 @@ def test_merge_is_exact_for_rows_without_keys_on_either_side() -> None:
     last, last_lse = merge_partial(part.clone(), part_lse, None, None, final=True)
     assert torch.equal(last, out) and torch.equal(last_lse, lse)
     nothing = torch.full_like(part_lse, -torch.inf)
-    kept, kept_lse = merge_partial(torch.full_like(part, torch.nan), nothing, out.clone(), lse.clone())
+    kept, kept_lse = merge_partial(torch.zeros_like(part), nothing, out.clone(), lse.clone())
     assert torch.equal(kept, out) and torch.allclose(kept_lse, lse, atol=1e-6)
     assert torch.equal(kept_lse.isneginf(), lse.isneginf())
