@@ -36,7 +36,7 @@ from mtraining.bench.train_cases import SHAPES, TrainCase, parse_tokens
 from mtraining.bench.train_model import batches, build_model, parallel, place_for, random_sequences, stepper
 from mtraining.model import loss
 from mtraining.pattern import Pattern
-from mtraining.ring import attention
+from mtraining.ring import attention, prioritise_transfers
 
 MATMUL = ("gemm", "nvjet", "cutlass", "xmma", "cublas", "aten::mm", "aten::addmm", "aten::linear")
 ATTENTION = ("estimation", "attention forward", "attention backward", "ring transfers")
@@ -207,6 +207,7 @@ def main() -> int:
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        prioritise_transfers()
     alone: dict[str, Any] = (
         {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,9 @@ def measured(worker: Worker, case: MemoryCase) -> int:
             for p in model.parameters()
             for x in (p.to_local(), *(s.to_local() for s in stepper._optimizer.state[p].values() if s.ndim))
         )
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        # PyTorch 2.11's profiler warns that it keeps the events of one cycle; there is one.
+        quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
+        with quiet, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
             stepper.run(iter([batch] * case.accumulation), 1)
     changes = [event.nbytes() for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
     total = highest = 0

@@ -9,6 +9,8 @@ import os
 
 import torch
 
+from mtraining.ring import prioritise_transfers
+
 _OVER_SOCKETS = {
     "NCCL_NET": "Socket",
     "NCCL_SOCKET_IFNAME": "lo",
@@ -47,6 +49,7 @@ def take_device(on_gpu: bool) -> torch.device:
     if not on_gpu:
         return torch.device("cpu")
     share_gpus()
+    prioritise_transfers()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device

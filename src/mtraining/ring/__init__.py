@@ -2,7 +2,7 @@
 
 from mtraining.ring.attention import sparse_ring_attention
 from mtraining.ring.balance import Imbalance, imbalance, tile_work
-from mtraining.ring.links import slow_links
+from mtraining.ring.links import prioritise_transfers, slow_links
 from mtraining.ring.observe import AttentionStats, Observer
 from mtraining.ring.op import AttentionRuntime
 from mtraining.ring.tape import IndexTape
@@ -19,6 +19,7 @@ __all__ = [
     "RingTimes",
     "Timeline",
     "imbalance",
+    "prioritise_transfers",
     "slow_links",
     "sparse_ring_attention",
     "tile_work",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mtraining.kernel.reference import accumulation_dtype
+from mtraining.ring.links import head_start
 from mtraining.ring.timeline import begin_step
 from mtraining.ring.topology import Hop, Ring
 
@@ -108,6 +109,7 @@ class GradientRing:
             self._hops[step.outer] = self._ring.inner_hop(share)
         elif self._ring.inner > 1 or step.outer:
             self._home_hops.append(self._ring.home_hop(share, step.outer))
+            head_start(share.device)
             self._collect(but=2)  # each holds two sums in memory
         else:
             self._total = share  # a node of one rank: the keys were its own

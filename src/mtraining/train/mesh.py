@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mtraining.errors import UserError
-from mtraining.ring import Ring
+from mtraining.ring import Ring, prioritise_transfers
 
 if TYPE_CHECKING:
     from mtraining.train.config import Config, ParallelSection
@@ -115,8 +115,7 @@ def runtime(config: Config) -> Iterator[Runtime]:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if not joined:
-        # A transfer that becomes ready beside a kernel of thousands of blocks is not to queue behind all of them.
-        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+        prioritise_transfers()
         alone = "RANK" not in os.environ
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
