@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,8 @@ def test_a_rank_that_fails_names_itself(
         raise error
 
     monkeypatch.setattr(watch, "exit_now", ended.append)
-    watch._Watch(tmp_path, 0, 2)
-    with pytest.raises(type(error)), watch.watched(tmp_path, 1, 2):
+    watch._Watch(tmp_path, 0, 2, 600)
+    with pytest.raises(type(error)), watch.watched(tmp_path, 1, 2, 600):
         fail()
     deadline = time.monotonic() + 10
     while not ended and time.monotonic() < deadline:
@@ -203,6 +204,44 @@ def test_a_rank_that_fails_names_itself(
     assert str(launch._cause(0, seen, tmp_path)).startswith(
         f"rank 1 failed ({type(error).__name__}: {error}), so the other ranks were ended; there is no"
     )
+
+
+def test_a_stall_says_where_each_rank_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Four ranks as four watches on one store; three wait for the one that hangs elsewhere. Told once."""
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    monkeypatch.setattr(watch, "launcher_store", lambda: dist.TCPStore("localhost", store.port))
+    monkeypatch.setattr(watch, "_numbers", itertools.repeat(0))
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "PACKAGE", Path(__file__).parent)
+    watches: list[watch._Watch] = []
+    end = threading.Event()
+
+    def waits() -> None:
+        end.wait()
+
+    def reads_data() -> None:
+        end.wait()
+
+    def rank(number: int) -> None:
+        watches.append(watch._Watch(tmp_path, number, 4, 0.4))
+        (reads_data if number == 2 else waits)()
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    end.set()
+    for thread in threads:
+        thread.join()
+    for each in watches:
+        each._leaving.set()
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 1
+    hung, waiting = (rf"test_launch\.py:\d+ \({name}\)" for name in ("reads_data", "waits"))
+    pattern = rf"warning: rank 0 has not moved for 0 s; rank 2 in {hung}; ranks 0-1, 3 in {waiting}\. A collective .*"
+    assert re.fullmatch(pattern, told[0])
 
 
 def test_bad_input_found_by_the_ranks_is_told_once(tmp_path: Path, shards: Path) -> None:

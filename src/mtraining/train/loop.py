@@ -64,7 +64,7 @@ def train(config: Config) -> RunResult:
         stoppable(config.output) as stops,
         runtime(config) as place,
         repeatable(config.train.deterministic),
-        watched(config.output, place.rank, place.world),
+        watched(config.output, place.rank, place.world, config.distributed.timeout_seconds / 4),
         full_disk_told(config.output),
     ):
         torch.manual_seed(config.train.seed)

@@ -3,12 +3,16 @@
 A launcher does this for its own machine. What it cannot do is end the ranks of other machines, or name the rank whose
 silence they see as a broken connection, or (NCCL between GPUs that share memory) as a wait without end. So a thread of
 each rank says through the launcher's store that the rank lives, and looks for its neighbour.
+
+A rank that lives and hangs, in reading data say, looks to the others like a wait without end as well. So ranks also say
+where in the program they are, and rank 0 tells it when nothing moves, long before the wait is given up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import sys
 import threading
@@ -23,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from mtraining.errors import UserError
 from mtraining.train.store import CheckpointStore
 
+PACKAGE = Path(__file__).parents[1]
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 15.0  # a rank is dead that has not been heard for so long
 SUSPECT_SECONDS = 4.0  # ... or for so long when a connection has just broken
@@ -39,15 +44,18 @@ _numbers = itertools.count()  # a process may run more than once, as all ranks d
 
 
 @contextmanager
-def watched(run: Path, rank: int, world: int) -> Iterator[None]:
+def watched(run: Path, rank: int, world: int, stall_seconds: float) -> Iterator[None]:
     """End this process when another rank of the run dies or fails, and tell the others when this one fails.
 
     Does nothing for processes that no launcher started. Leaving is collective: ranks that are done wait for the others.
+
+    Args:
+        stall_seconds: when rank 0 has not moved for so long, it warns and says where each rank is.
     """
     if world == 1 or "RANK" not in os.environ:
         yield
         return
-    watch = _Watch(run, rank, world)
+    watch = _Watch(run, rank, world, stall_seconds)
     try:
         yield
     except Exception as error:
@@ -86,8 +94,9 @@ def launcher_store() -> dist.TCPStore:
 
 
 class _Watch:
-    def __init__(self, run: Path, rank: int, world: int) -> None:
-        self._run, self._rank, self._world = run, rank, world
+    def __init__(self, run: Path, rank: int, world: int, stall_seconds: float) -> None:
+        self._run, self._rank, self._world, self._stall_seconds = run, rank, world, stall_seconds
+        self._watched = threading.get_ident()
         self._prefix = f"mtraining/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_numbers)}"
         self._store = launcher_store()  # the main thread's
         self._suspicious = threading.Event()
@@ -118,10 +127,17 @@ class _Watch:
         store, beat = launcher_store(), 0
         neighbour = (self._rank + 1) % self._world
         heard: dict[int, tuple[str, float]] = {}
+        here, since = "", time.monotonic()
         try:
             while not self._leaving.wait(BEAT_SECONDS):
                 beat += 1
-                store.set(f"{self._prefix}/beat/{self._rank}", str(beat))
+                moved, here = here, whereabouts(self._watched)
+                if moved != here:
+                    since = time.monotonic()
+                store.set(f"{self._prefix}/beat/{self._rank}", f"{beat} {here}")
+                if self._rank == 0 and time.monotonic() - since > self._stall_seconds:
+                    self._tell_stalled(store)
+                    since = math.inf  # once, until it moves
                 suspicious = self._suspicious.is_set()
                 for other in range(self._world) if suspicious else (neighbour,):
                     key, now = f"{self._prefix}/beat/{other}", time.monotonic()
@@ -139,6 +155,21 @@ class _Watch:
             if not self._leaving.wait(GRACE_SECONDS):
                 self._end("rank 0 or its launcher, which keeps the ranks in touch, stopped answering")
 
+    def _tell_stalled(self, store: dist.TCPStore) -> None:
+        places: dict[str, list[int]] = {}
+        for rank in range(self._world):
+            key = f"{self._prefix}/beat/{rank}"
+            told = store.get(key).decode() if store.check([key]) else ""
+            places.setdefault(told.partition(" ")[2] or "a place not told yet", []).append(rank)
+        fewest = sorted(places.items(), key=lambda item: len(item[1]))  # the others may be waiting for these
+        print(
+            f"warning: rank 0 has not moved for {self._stall_seconds:.0f} s; "
+            + "; ".join(f"{_named(ranks)} in {place}" for place, ranks in fewest)
+            + ". A collective that waits longer than distributed.timeout_seconds ends the run.",
+            file=sys.stderr,
+            flush=True,
+        )
+
     def _verdict(self, store: dist.TCPStore, rank: int, what: str) -> None:
         """The first one holds."""
         store.compare_set(f"{self._prefix}/verdict", "", f"rank {rank} {what}")
@@ -150,6 +181,24 @@ class _Watch:
         if self._suspicious.is_set() or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {verdict}, so rank {self._rank} ends too; {way_on(self._run)}", file=sys.stderr)
         exit_now(1)
+
+
+def whereabouts(thread: int) -> str:
+    """The innermost place in this package, "train/step.py:91 (run)", at which a thread of this process is."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            return f"{path.relative_to(PACKAGE)}:{frame.f_lineno} ({frame.f_code.co_name})"
+        frame = frame.f_back
+    return "code of others"
+
+
+def _named(ranks: list[int]) -> str:
+    """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
+    runs = [list(run) for _, run in itertools.groupby(enumerate(ranks), key=lambda item: item[1] - item[0])]
+    spans = [str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs]
+    return ("ranks " if len(ranks) > 1 else "rank ") + ", ".join(spans)
 
 
 def exit_now(code: int) -> None:
