@@ -30,20 +30,28 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (0 where ignored) and logsumexp of each token, and the logits, in the wide dtype."""
+def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each token, 0 where ignored, in the wide dtype."""
+    lse = torch.logsumexp(logits.to(_wide(logits.dtype)), dim=-1)
+    return torch.where(labels != IGNORED, lse - _at_label(logits, labels), 0.0)
+
+
+def _at_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logit of each token's label, any where it is ignored."""
+    return logits.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+
+
+def _softmax_in_place(logits: Tensor, labels: Tensor, at_label: Tensor) -> Tensor:
+    """Token losses; ``logits`` become their softmax, and 0 for ignored tokens.
+
+    ``at_label`` was read from the logits apart: compiled together with what writes over them, PyTorch 2.11's inductor
+    reads it afterwards on a CPU.
+    """
     wide = logits.to(_wide(logits.dtype))
     lse = torch.logsumexp(wide, dim=-1)
-    target = wide.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
-    return torch.where(labels != IGNORED, lse - target, 0.0), lse, wide
-
-
-def _softmax_in_place(logits: Tensor, labels: Tensor) -> Tensor:
-    """Token losses; ``logits`` become their softmax, and 0 for ignored tokens."""
-    losses, lse, wide = _token_losses(logits, labels)
-    ignored = (labels == IGNORED)[:, None]
-    logits.copy_(wide.sub_(lse[:, None]).exp_().masked_fill_(ignored, 0.0))
-    return losses
+    ignored = labels == IGNORED
+    logits.copy_(wide.sub_(lse[:, None]).exp_().masked_fill_(ignored[:, None], 0.0))
+    return torch.where(ignored, 0.0, lse - at_label)
 
 
 def _less_onehot(softmax: Tensor, losses: Tensor, labels: Tensor) -> None:
@@ -77,9 +85,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits = hidden[rows] @ weight.T
             if d_hidden is None and d_weight is None:
-                total += _token_losses(logits, labels[rows])[0].sum()
+                total += _token_losses(logits, labels[rows]).sum()
                 continue
-            losses = softmax_in_place(logits, labels[rows])
+            losses = softmax_in_place(logits, labels[rows], _at_label(logits, labels[rows]))
             total += losses.sum()
             _less_onehot(logits, losses, labels[rows])
             if d_hidden is not None:
@@ -149,7 +157,7 @@ def chunked_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
     """The loss of each token, shaped like ``labels``, fp32 (fp64 for fp64 inputs), 0 where ignored. No gradient."""
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     parts = [
-        _token_losses(flat[start : start + chunk] @ weight.T, flat_labels[start : start + chunk])[0]
+        _token_losses(flat[start : start + chunk] @ weight.T, flat_labels[start : start + chunk])
         for start in range(0, flat.shape[0], chunk)
     ]
     return torch.cat(parts).view(labels.shape)
