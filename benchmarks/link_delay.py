@@ -36,13 +36,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mtraining.bench.processes import backend_for, gpus_in_use, take_device
+from mtraining.bench.processes import gpus_in_use, take_device
 from mtraining.bench.record import code_version
 from mtraining.bench.ring_gate import random_inputs
 from mtraining.kernel import ReferenceBackend
 from mtraining.layout import build_layout
 from mtraining.pattern import Pattern, ToeplitzRandom
 from mtraining.ring import Timeline, slow_links, sparse_ring_attention
+from mtraining.train.mesh import backend_for
 
 CUDA = torch.cuda.is_available()
 TOKENS, HEADS, COLUMN_COUNT = (524288, (16, 2, 128), 2048) if CUDA else (1024, (2, 1, 16), 32)

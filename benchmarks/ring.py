@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mtraining.bench.gate import TOLERANCE
-from mtraining.bench.processes import backend_for, gpus_in_use, take_device
+from mtraining.bench.processes import gpus_in_use, take_device
 from mtraining.bench.record import appended, code_version
 from mtraining.bench.ring_gate import HEADS as GATE_HEADS
 from mtraining.bench.ring_gate import RESULTS, RingCase, gate_pattern, random_inputs
@@ -33,6 +33,7 @@ from mtraining.bench.train_cases import LAYOUTS
 from mtraining.layout import build_layout
 from mtraining.pattern import ToeplitzRandom
 from mtraining.ring import Timeline, sparse_ring_attention
+from mtraining.train.mesh import backend_for
 
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32

@@ -37,6 +37,7 @@ from mtraining.bench.train_model import batches, build_model, parallel, place_fo
 from mtraining.model import loss
 from mtraining.pattern import Pattern
 from mtraining.ring import attention, prioritise_transfers
+from mtraining.train.mesh import backend_for
 
 MATMUL = ("gemm", "nvjet", "cutlass", "xmma", "cublas", "aten::mm", "aten::addmm", "aten::linear")
 ATTENTION = ("estimation", "attention forward", "attention backward", "ring transfers")
@@ -211,7 +212,7 @@ def main() -> int:
     alone: dict[str, Any] = (
         {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     )
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **alone)
+    dist.init_process_group(backend_for(device), **alone)
     rank, world, shape = dist.get_rank(), dist.get_world_size(), SHAPES[options.model]
     case = TrainCase(
         shape=shape,

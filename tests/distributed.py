@@ -93,7 +93,8 @@ def _serve(conn: Connection, rank: int, world: int, store: str, on_gpu: bool) ->
     import torch
     import torch.distributed as dist
 
-    from mtraining.bench.processes import backend_for, take_device
+    from mtraining.bench.processes import take_device
+    from mtraining.train.mesh import backend_for
 
     torch.set_num_threads(1)
     if on_gpu:

@@ -55,11 +55,6 @@ def take_device(on_gpu: bool) -> torch.device:
     return device
 
 
-def backend_for(device: torch.device) -> str:
-    """What `torch.distributed.init_process_group` takes."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
 def gpus_in_use(world: int) -> int:
     """Of this machine, by ``world`` processes: fewer than those where they share. On CPUs each counts for one."""
     return min(world, torch.cuda.device_count() or world)

@@ -39,7 +39,7 @@ from mtraining.kernel.tiles_file import (
 )
 from mtraining.kernel.triton_backend import TritonBackend
 from mtraining.kernel.triton_config import check_block_size, forced_tiles, interpreted
-from mtraining.kernel.triton_lists import tile_lists
+from mtraining.kernel.triton_lists import lists_both_ways
 
 MARGIN = 0.02  # what a candidate must gain on the tables' entry; less is noise
 GATE_TOKENS = 1024
@@ -148,8 +148,7 @@ def kernel_runs(backend: TritonBackend, p: Problem) -> dict[str, Callable[[], ob
     delta = backend.row_delta(out, p.dout)
     part, part_lse, dq = out.float(), lse.clone(), torch.zeros_like(out, dtype=torch.float32)
     size, blocks = p.index.block_size, p.place.q_blocks
-    lists = tile_lists(p.index, p.place, key_major=False)
-    by_key = lists if lists.toeplitz else tile_lists(p.index, p.place, key_major=True)
+    lists, by_key = lists_both_ways(p.index, p.place)
     given = (p.dout, p.q, p.k, p.v, lse, delta)
 
     # A new view of ck each time: the backward kernels of one pass share tables by it, and here each makes its own.

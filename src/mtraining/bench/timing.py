@@ -38,13 +38,12 @@ def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.
     run()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) / 2**20
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     begin = time.perf_counter()
     run()
     queueing = min(time.perf_counter() - begin, _MOST_QUEUEING)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) / 2**20
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     estimate = _events_ms(run, flush, 1, pause=2 * queueing)[0]
     fit = max(3, int(1000 * seconds / max(estimate, 1e-3)))
     timed = min(_MOST_TIMED, fit)

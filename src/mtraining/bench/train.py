@@ -25,12 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtraining.bench.processes import backend_for, take_device
+from mtraining.bench.processes import take_device
 from mtraining.bench.record import COMMIT_VARIABLE, code_version, provenance, write_csv
 from mtraining.bench.train_cases import PRESETS, SHAPES, Group, TrainCase, parse_tokens
 from mtraining.bench.train_progress import Effort, Progress
 from mtraining.bench.train_record import TrainRow, draw, table
 from mtraining.errors import UserError
+from mtraining.train.mesh import backend_for
 
 CSV_FOLDER = Path("benchmarks/results")
 _STUCK = timedelta(

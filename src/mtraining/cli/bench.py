@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 bench = typer.Typer(no_args_is_help=True, help="Measure, beside what you would otherwise use.")
 
@@ -13,6 +16,19 @@ bench = typer.Typer(no_args_is_help=True, help="Measure, beside what you would o
 @bench.callback()
 def _bench() -> None:
     """Measure, beside what you would otherwise use."""
+
+
+def _print_table(console: Console, title: str, heads: list[str], cells: list[list[str]]) -> None:
+    """A narrow terminal may break its lines, but a cell cut short would be no number."""
+    from rich.table import Table
+
+    shown = Table(*heads, title=title)
+    for row in cells:
+        shown.add_row(*row)
+    console.width = max(
+        console.width, console.measure(shown, options=console.options.update(max_width=500)).maximum
+    )
+    console.print(shown)
 
 
 @bench.command()
@@ -33,7 +49,6 @@ def attention(
 ) -> None:
     """Time sparse attention against dense kernels; nothing wrong is timed. Writes a CSV."""
     from rich.console import Console
-    from rich.table import Table
 
     from mtraining.bench.attention import bench as run
     from mtraining.bench.record import table
@@ -48,13 +63,7 @@ def attention(
         out,
         say=lambda text: console.print(text, markup=False, highlight=False),
     )
-    heads, cells = table(result.rows)
-    shown = Table(*heads, title="Attention")
-    for row in cells:
-        shown.add_row(*row)
-    # a narrow terminal may break lines, but a cell cut short would be no number
-    console.width = max(console.width, console.measure(shown).maximum)
-    console.print(shown)
+    _print_table(console, "Attention", *table(result.rows))
     console.print(f"wrote {path}" if path else "no number to write", soft_wrap=True)
     if result.failures:
         raise typer.Exit(1)
@@ -95,7 +104,6 @@ def train(
 ) -> None:
     """Time whole training steps, sparse beside dense, on all GPUs; nothing wrong is timed. Writes a CSV."""
     from rich.console import Console
-    from rich.table import Table
 
     from mtraining.bench.train import Choice
     from mtraining.bench.train import bench as run
@@ -109,15 +117,7 @@ def train(
     outcome = run(choice)
     if outcome is None:  # torchrun's first process tells
         return
-    heads, cells = table(outcome.rows)
-    shown = Table(*heads, title="Training steps")
-    for row in cells:
-        shown.add_row(*row)
-    # a narrow terminal may break lines, but a cell cut short would be no number
-    console.width = max(
-        console.width, console.measure(shown, options=console.options.update(max_width=500)).maximum
-    )
-    console.print(shown)
+    _print_table(console, "Training steps", *table(outcome.rows))
     for line in (*outcome.failures, *outcome.notes):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(f"wrote {outcome.path}" if outcome.path else "no number to write", soft_wrap=True)
@@ -138,7 +138,6 @@ def tiles(
 ) -> None:
     """Find the fastest tiles for the portable kernels on this GPU, and keep them for training."""
     from rich.console import Console
-    from rich.table import Table
 
     from mtraining.errors import UserError
 
@@ -158,15 +157,7 @@ def tiles(
         seq_len,
         say=lambda text: console.print(text, markup=False, highlight=False),
     )
-    heads, cells = table(result)
-    shown = Table(*heads, title="Tiles")
-    for row in cells:
-        shown.add_row(*row)
-    # a narrow terminal may break lines, but a cell cut short would be no number
-    console.width = max(
-        console.width, console.measure(shown, options=console.options.update(max_width=500)).maximum
-    )
-    console.print(shown)
+    _print_table(console, "Tiles", *table(result))
     for line in result.failures:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(f"wrote {path}" if path else "nothing to write", soft_wrap=True)

@@ -28,7 +28,7 @@ from mtraining.kernel.triton_backend import (
     ways_to_split,
 )
 from mtraining.kernel.triton_hidden import ColumnTables, column_tables, tables_of_backward
-from mtraining.kernel.triton_lists import TileLists, tile_lists
+from mtraining.kernel.triton_lists import TileLists, lists_both_ways, tile_lists
 
 BLOCK = 128
 HEAD_DIMS = (64, 128)
@@ -91,8 +91,7 @@ class HopperBackend(TritonBackend):
         dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
         batch, _, heads, dim = q.shape
         kv_heads, group = k.shape[2], heads // k.shape[2]
-        by_query = tile_lists(index, placement, key_major=False)
-        lists = by_query if by_query.toeplitz else tile_lists(index, placement, key_major=True)
+        by_query, lists = lists_both_ways(index, placement)
         rows, cols = placement.q_blocks.numel(), placement.k_blocks.numel()
         splits = ways_to_split(batch * kv_heads * cols, group, q.device)
         while group % splits:

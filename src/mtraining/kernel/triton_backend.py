@@ -19,7 +19,7 @@ from mtraining.kernel.triton_config import check_block_size, choose_tiles, inter
 from mtraining.kernel.triton_delta import row_delta_kernel
 from mtraining.kernel.triton_estimate import TritonEstimation
 from mtraining.kernel.triton_hidden import column_tables, tables_of_backward
-from mtraining.kernel.triton_lists import TileLists, tile_lists
+from mtraining.kernel.triton_lists import TileLists, lists_both_ways, tile_lists
 
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -96,14 +96,13 @@ class TritonBackend(TritonEstimation):
         lse, delta = lse.contiguous(), delta.contiguous()
         check_call(index, scale)
         dout = dout.to(q.dtype)
-        lists = tile_lists(index, placement, key_major=False)
-        by_key = lists if lists.toeplitz else tile_lists(index, placement, key_major=True)
+        by_query, by_key = lists_both_ways(index, placement)
         dkv = self.tiles_dkdv(dout, q, k, v, lse, delta, by_key, placement, index.block_size, scale)
 
         def query_gradient(
             dq: Tensor | None, *, columns: Columns | None = None, final: bool = False
         ) -> Tensor:
-            total = self.tiles_dq(dout, q, k, v, lse, delta, lists, index.block_size, scale, dq)
+            total = self.tiles_dq(dout, q, k, v, lse, delta, by_query, index.block_size, scale, dq)
             if columns is not None:
                 self.columns_dq(dout, q, *columns, lse, delta, index, placement.q_blocks, scale, total)
             return total.to(q.dtype) if final else total

@@ -57,6 +57,12 @@ def tile_lists(index: SparseIndex, placement: Placement, key_major: bool) -> Til
     return _explicit(index, placement, row_blocks, col_blocks, key_major)
 
 
+def lists_both_ways(index: SparseIndex, placement: Placement) -> tuple[TileLists, TileLists]:
+    """By query block and by key block; one and the same where it is Toeplitz, which serves both."""
+    by_query = tile_lists(index, placement, key_major=False)
+    return by_query, by_query if by_query.toeplitz else tile_lists(index, placement, key_major=True)
+
+
 def _toeplitz(index: SparseIndex, placement: Placement, row_blocks: Tensor, col_blocks: Tensor) -> TileLists:
     assert placement.step is not None
     stride, offset = placement.step

@@ -75,13 +75,12 @@ def merge_partial(
     Returns:
         out fp32 or final (batch, rows, q_heads, head_dim), lse fp32 (batch, q_heads, rows).
     """
-    batch, rows, heads, dim = part.shape
-    grid = (triton.cdiv(rows, _BLOCK_M) * batch * heads,)
     if out is None or lse is None:
         return part if final else part.float(), part_lse
     out, lse = (out if out.stride(-1) == 1 else out.contiguous()), lse.contiguous()
     result = part if final else out
-    _merge_kernel[grid](
+    batch, rows, heads, dim = part.shape
+    _merge_kernel[(triton.cdiv(rows, _BLOCK_M) * batch * heads,)](
         part, part_lse, out, lse, result, *part.stride()[:3], *out.stride()[:3], *result.stride()[:3], rows, heads,
         HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=_BLOCK_M,
     )  # fmt: skip

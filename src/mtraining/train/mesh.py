@@ -97,6 +97,11 @@ def choose_device(config: Config, local_rank: int, local_world: int) -> torch.de
     return torch.device("cuda", local_rank)
 
 
+def backend_for(device: torch.device) -> str:
+    """What `torch.distributed.init_process_group` takes."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 @contextmanager
 def runtime(config: Config) -> Iterator[Runtime]:
     """Join the process groups, build the mesh, and leave the groups at the end. Collective.
@@ -118,7 +123,7 @@ def runtime(config: Config) -> Iterator[Runtime]:
         prioritise_transfers()
         alone = "RANK" not in os.environ
         dist.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            backend=backend_for(device),
             timeout=timedelta(seconds=config.distributed.timeout_seconds),
             store=dist.HashStore() if alone else None,
             rank=0 if alone else -1,

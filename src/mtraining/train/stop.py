@@ -22,10 +22,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -54,8 +52,7 @@ class StopRequest:
         self._tell = tell
         self.flag = torch.zeros((), dtype=torch.float64, pin_memory=place.device.type == "cuda")
         launcher = (socket.gethostname(), os.getppid())
-        everyone: list[Any] = [None] * place.world
-        dist.all_gather_object(everyone, (launcher, os.getpid()))
+        everyone = place.gather_objects((launcher, os.getpid()))
         self._siblings = [process for parent, process in everyone if parent == launcher]
 
     def defer(self) -> None:

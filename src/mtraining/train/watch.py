@@ -140,8 +140,7 @@ class _Watch:
                     since = math.inf  # once, until it moves
                 suspicious = self._suspicious.is_set()
                 for other in range(self._world) if suspicious else (neighbour,):
-                    key, now = f"{self._prefix}/beat/{other}", time.monotonic()
-                    told = store.get(key).decode() if store.check([key]) else ""
+                    told, now = self._beat(store, other), time.monotonic()
                     if heard.get(other, ("", 0.0))[0] != told or other not in heard:
                         heard[other] = told, now
                     limit = SUSPECT_SECONDS if suspicious else SILENCE_SECONDS
@@ -155,12 +154,17 @@ class _Watch:
             if not self._leaving.wait(GRACE_SECONDS):
                 self._end("rank 0 or its launcher, which keeps the ranks in touch, stopped answering")
 
+    def _beat(self, store: dist.TCPStore, rank: int) -> str:
+        """What a rank said last, "" where it has said nothing yet."""
+        key = f"{self._prefix}/beat/{rank}"
+        return store.get(key).decode() if store.check([key]) else ""
+
     def _tell_stalled(self, store: dist.TCPStore) -> None:
         places: dict[str, list[int]] = {}
         for rank in range(self._world):
-            key = f"{self._prefix}/beat/{rank}"
-            told = store.get(key).decode() if store.check([key]) else ""
-            places.setdefault(told.partition(" ")[2] or "a place not told yet", []).append(rank)
+            places.setdefault(self._beat(store, rank).partition(" ")[2] or "a place not told yet", []).append(
+                rank
+            )
         fewest = sorted(places.items(), key=lambda item: len(item[1]))  # the others may be waiting for these
         print(
             f"warning: rank 0 has not moved for {self._stall_seconds:.0f} s; "
