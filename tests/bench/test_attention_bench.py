@@ -50,7 +50,7 @@ def test_the_command_writes_the_csv(tmp_path: Path) -> None:
     assert path.name.startswith("attention-cpu-") and str(path) in result.output
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == [*WANTED, "tiles"]
+    assert list(rows[0]) == [*WANTED, "tiles", "warm_up_s", "sm_mhz"]
     ours = [row for row in rows if row["backend"] == "reference"]
     assert {row["phase"] for row in ours} >= {"estimate", "forward", "backward"}
     for row in rows:
@@ -192,7 +192,17 @@ def test_useful_area_counts_each_entry_once() -> None:
 def test_growth_compares_time_a_token() -> None:
     row = run(competitors=()).rows[0]
     longer = replace(row, seq_len=row.seq_len * 4, ms=row.ms * 6)
-    assert attention.growth([longer, row])[0].endswith("relative to 128 tokens: 128: 1.00, 512: 1.50")
+    (line,) = attention.growth([longer, row])
+    assert line.endswith("time a token relative to 128 tokens: 128: 1.00, 512: 1.50")
+
+
+def test_growth_compares_cycles_where_the_clock_is_known() -> None:
+    row = replace(run(competitors=()).rows[0], sm_mhz=1800.0)
+    longer = replace(row, seq_len=row.seq_len * 4, ms=row.ms * 4.8, sm_mhz=1500.0)
+    time, cycles = attention.growth([longer, row])
+    assert time.endswith("128: 1.00, 512: 1.20")
+    assert cycles.endswith("cycles a token relative to 128 tokens: 128: 1.00, 512: 1.00")
+    assert len(attention.growth([longer, replace(row, sm_mhz=None)])) == 1
 
 
 def test_poison_is_seen_and_ends() -> None:
@@ -212,6 +222,8 @@ def test_bad_names_are_refused() -> None:
         preset("targets", 1000)
     with pytest.raises(UserError, match=r"dense: 'fa9' is not known"):
         run(competitors=("fa9",))
+    with pytest.raises(UserError, match=r"warm-up: -1 seconds cannot be; use 0 or more"):
+        attention.bench("tiny", (), "cpu", None, (), Path("unused"), warm_up=-1)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -29,6 +29,10 @@ from mtraining.pattern import SequenceShard, VerticalSlash
 SMALL = 2048  # tokens of the whole comparison with the fp64 reference
 DENSE_LONGEST = 128 * 1024  # dense rates hardly change beyond, and seconds a launch add up
 DENSE_HELP = f"dense kernel to time ({', '.join(COMPETITORS)}, or none); default: all that can run"
+WARM_UP = 2.0
+WARM_UP_HELP = (
+    "seconds of the same work before each timing; under 0.1 for the clocks of a GPU that comes from idling"
+)
 CSV_FOLDER = Path("benchmarks/results")
 Say = Callable[[str], None]
 
@@ -56,6 +60,7 @@ def run_attention_bench(
     *,
     competitors: Sequence[str] = COMPETITORS,
     seconds: float = 0.5,
+    warm_up: float = WARM_UP,
     keep: Callable[[list[Row]], object] = lambda rows: None,
     backend_of: Callable[[str, torch.device, torch.dtype, int], Backend] = select_backend,
     say: Say = print,
@@ -66,6 +71,7 @@ def run_attention_bench(
         backends: names for ``kernel``; one that refuses a case is noted and skipped for it.
         competitors: dense kernels to time as well (once a head shape and length), where they can run.
         seconds: of repetitions a timing.
+        warm_up: seconds of repetitions before them (``mtraining.bench.timing``).
         keep: given the new rows after each case, so that a run cut short loses little.
         say: told of progress, line by line.
     """
@@ -74,7 +80,7 @@ def run_attention_bench(
         if name not in COMPETITORS:
             raise UserError(f"dense: {name!r} is not known; choose from {', '.join(COMPETITORS)}.")
     rivals = tuple(name for name in competitors if name in available(device))
-    bench = _Bench(device, rivals, seconds, say, provenance(device), BenchResult())
+    bench = _Bench(device, rivals, seconds, warm_up, say, provenance(device), BenchResult())
     for case in cases:
         say(case.describe())
         kept = len(bench.result.rows)
@@ -97,6 +103,7 @@ class _Bench:
     device: torch.device
     rivals: tuple[str, ...]
     seconds: float
+    warm_up: float
     say: Say
     provenance: Provenance
     result: BenchResult
@@ -202,7 +209,7 @@ class _Bench:
         return rates
 
     def _measure(self, run: Callable[[], object]) -> Timing:
-        return measure(run, self.device, self.seconds)
+        return measure(run, self.device, self.seconds, self.warm_up)
 
     def _row(
         self, backend: str, p: Problem, phase: str, timing: Timing, dense: _Dense, *, pattern: str | None = None,
@@ -221,6 +228,7 @@ class _Bench:
             columns=index.columns.shape[-1], phase=phase, ms=timing.ms, tflops=tflops, dense_backend=name,
             dense_tflops=rate, ratio=tflops / rate if tflops and rate else None, index_mib=mib if inner else None,
             peak_mib=timing.peak_mib, tiles=tiles_in_use(self.device, case.dtype, case.head_dim) if inner else None,
+            warm_up_s=self.warm_up, sm_mhz=timing.sm_mhz,
         )  # fmt: skip
         self.result.rows.append(row)
         beside = f", {row.ratio:.2f} of {name}" if row.ratio else ""
@@ -236,7 +244,8 @@ class _Bench:
 
 
 def growth(rows: Sequence[Row]) -> list[str]:
-    """Time a token at each length relative to the shortest, a line for rows alike but for their length."""
+    """Time a token, and cycles of the multiprocessors where their clock is known, at each length relative to the
+    shortest: a line for rows alike but for their length. Where time grows and cycles do not, the clock fell."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row.pattern != "dense" and row.blocks_per_row is not None and row.index_mib is not None:
@@ -247,9 +256,18 @@ def growth(rows: Sequence[Row]) -> list[str]:
     for (backend, phase, *_), group in groups.items():
         group.sort(key=lambda row: row.seq_len)
         if group[0].seq_len != group[-1].seq_len:
-            first = group[0].ms / group[0].seq_len
-            parts = ", ".join(f"{row.seq_len}: {row.ms / row.seq_len / first:.2f}" for row in group)
-            lines.append(f"{backend} {phase}, time a token relative to {group[0].seq_len} tokens: {parts}")
+            counted = {"time": [row.ms for row in group]}
+            if all(row.sm_mhz for row in group):
+                counted["cycles"] = [row.ms * (row.sm_mhz or 0) for row in group]
+            for what, amounts in counted.items():
+                a_token = [amount / row.seq_len for row, amount in zip(group, amounts, strict=True)]
+                parts = ", ".join(
+                    f"{row.seq_len}: {each / a_token[0]:.2f}"
+                    for row, each in zip(group, a_token, strict=True)
+                )
+                lines.append(
+                    f"{backend} {phase}, {what} a token relative to {group[0].seq_len} tokens: {parts}"
+                )
     return lines
 
 
@@ -268,6 +286,7 @@ def bench(
     max_seq_len: int | None,
     competitors: Sequence[str],
     out: Path,
+    warm_up: float = WARM_UP,
     say: Say = print,
 ) -> tuple[BenchResult, Path | None]:
     """Run a preset, adding to its CSV case by case; the path is None where there is no row to write.
@@ -275,6 +294,8 @@ def bench(
     Empty ``name``, ``backends``, ``device`` and ``competitors`` stand for what suits the machine; ("none",) for no
     competitor.
     """
+    if warm_up < 0:
+        raise UserError(f"warm-up: {warm_up} seconds cannot be; use 0 or more.")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cases = preset(name or ("targets" if where.type == "cuda" else "tiny"), max_seq_len)
     paths: list[Path] = []
@@ -283,6 +304,7 @@ def bench(
         backends or default_backends(where),
         where,
         competitors=() if tuple(competitors) == ("none",) else tuple(competitors) or COMPETITORS,
+        warm_up=warm_up,
         keep=lambda rows: paths.append(write_csv(rows, out, "attention")) if rows else None,
         say=say,
     )
@@ -301,10 +323,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="", help="cuda or cpu; default: cuda where there is one")
     parser.add_argument("--max-seq-len", type=int, help="leave longer sequences out")
     parser.add_argument("--dense", action="append", default=[], help=f"{DENSE_HELP}; may be repeated")
+    parser.add_argument(
+        "--warm-up", type=float, default=WARM_UP, help=f"{WARM_UP_HELP}; default: {WARM_UP:g}"
+    )
     parser.add_argument("--out", type=Path, default=CSV_FOLDER, help="folder of the CSV")
     args = parser.parse_args(argv)
     try:
-        result, path = bench(args.preset, args.backend, args.device, args.max_seq_len, args.dense, args.out)
+        result, path = bench(
+            args.preset, args.backend, args.device, args.max_seq_len, args.dense, args.out, args.warm_up
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,7 +29,8 @@ class Row:
     ``tflops`` counts 4 * block^2 * head_dim for each slash tile and the useful area of columns, backward 2.5 times
     that; ``dense_tflops`` counts all causal tiles the same way. ``dense_backend`` is the best dense kernel of the run
     for this shape, with ``@length`` where it was timed on a shorter sequence. ``index_mib``: the index and the
-    gathered columns. ``tiles``: what `mtraining.kernel.tiles_file.tiles_in_use` says; None for kernels of others.
+    gathered columns. ``tiles``: what `mtraining.kernel.tiles_file.tiles_in_use` says; None for kernels of others. ``warm_up_s``: seconds of the same
+    work before what was timed, and ``sm_mhz`` the clock meanwhile (``mtraining.bench.timing``).
     """
 
     date: str
@@ -54,6 +55,8 @@ class Row:
     index_mib: float | None
     peak_mib: float | None
     tiles: str | None
+    warm_up_s: float
+    sm_mhz: float | None
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def _cell(value: object) -> str:
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of what a reader wants first."""
     heads = ["backend", "tokens", "heads", "dim", "blocks", "columns", "phase", "ms", "TFLOP/s", "best dense", "ratio",
-             "index MiB", "peak MiB"]  # fmt: skip
+             "index MiB", "peak MiB", "SM MHz"]  # fmt: skip
     cells = [
         [
             row.backend,
@@ -176,6 +179,7 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
             "" if row.ratio is None else f"{row.ratio:.2f}",
             "" if row.index_mib is None else f"{row.index_mib:.1f}",
             "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+            "" if row.sm_mhz is None else f"{row.sm_mhz:.0f}",
         ]
         for row in rows
     ]

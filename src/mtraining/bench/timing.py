@@ -10,27 +10,32 @@ from dataclasses import dataclass
 import torch
 
 _FLUSH_BYTES = 256 << 20  # several times any L2
-_MOST_TIMED, _MOST_UNTIMED = 10, 500  # calls
+_MOST_TIMED = 10  # calls
+_AT_ONCE = 0.05  # seconds of untimed work between two looks at the clock
 _CYCLES_PER_SECOND = 2e9  # of a GPU's clock, at most
 _MOST_QUEUEING = 0.02  # seconds a call; what takes longer waits for the GPU itself
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds, and peak MiB allocated on the GPU meanwhile (None on a CPU)."""
+    """Median milliseconds; peak MiB allocated on the GPU meanwhile, and the mean clock of its multiprocessors in MHz
+    (None on a CPU; the clock also where nothing tells it: it takes the package nvidia-ml-py)."""
 
     ms: float
     peak_mib: float | None
+    sm_mhz: float | None = None
 
 
-def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.5) -> Timing:
-    """Time ``run``: warm-up, then 3 to 10 repetitions in about ``seconds``, each after the L2 cache is overwritten.
+def measure(
+    run: Callable[[], object], device: torch.device, seconds: float = 0.5, warm_up: float = 0.5
+) -> Timing:
+    """Time ``run``: 3 to 10 repetitions in about ``seconds``, each after the L2 cache is overwritten.
 
     The repetitions are queued together behind a pause twice as long as queueing them takes, so that the time is the
     GPU's, as in a training step whose host runs ahead, and not that of launching kernels onto an idle GPU. Before them
-    ``run`` repeats for ``seconds`` without being timed: a GPU that comes from idling runs short work at clocks that its
-    power limit does not let it keep in training, and long work at those it can keep, so lengths and kernels would not
-    compare.
+    ``run`` repeats for ``warm_up`` seconds without being timed: a GPU that comes from idling runs for some tenths of a
+    second at clocks that its power limit does not let it keep in training, so that short and long work would not
+    compare. Two seconds are enough on an H200.
     """
     if device.type != "cuda":
         run()
@@ -44,27 +49,44 @@ def measure(run: Callable[[], object], device: torch.device, seconds: float = 0.
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) / 2**20
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
-    estimate = _events_ms(run, flush, 1, pause=2 * queueing)[0]
-    fit = max(3, int(1000 * seconds / max(estimate, 1e-3)))
-    timed = min(_MOST_TIMED, fit)
-    times = _events_ms(run, flush, timed, pause=2 * timed * queueing, untimed=min(_MOST_UNTIMED, fit))
-    return Timing(statistics.median(times), peak)
+    (estimate,), _ = _events_ms(run, flush, 1, 2 * queueing)
+    _keep_busy(run, max(1, int(1000 * _AT_ONCE / max(estimate, 1e-3))), warm_up)
+    timed = min(_MOST_TIMED, max(3, int(1000 * seconds / max(estimate, 1e-3))))
+    times, clocks = _events_ms(run, flush, timed, 2 * timed * queueing)
+    return Timing(statistics.median(times), peak, statistics.mean(clocks) if clocks else None)
+
+
+def _keep_busy(run: Callable[[], object], calls: int, seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
 
 
 def _events_ms(
-    run: Callable[[], object], flush: torch.Tensor, times: int, pause: float, untimed: int = 0
-) -> list[float]:
+    run: Callable[[], object], flush: torch.Tensor, times: int, pause: float
+) -> tuple[list[float], list[int]]:
+    """Milliseconds of each call, and clocks read until the last one was done."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
-    for _ in range(untimed):
-        run()
     torch.cuda._sleep(int(pause * _CYCLES_PER_SECOND))
     for start, end in events:
         flush.zero_()
         start.record()
         run()
         end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
+    clocks = []
+    while not events[-1][1].query():
+        clocks += _clock(flush.device)
+        time.sleep(0.001)
+    return [start.elapsed_time(end) for start, end in events], clocks
+
+
+def _clock(device: torch.device) -> list[int]:
+    try:
+        return [torch.cuda.clock_rate(device)]
+    except (ImportError, RuntimeError):
+        return []
 
 
 def _wall_ms(run: Callable[[], object]) -> float:

@@ -46,6 +46,13 @@ def attention(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("benchmarks/results"),
+    warm_up: Annotated[
+        float,
+        typer.Option(
+            help="Seconds of the same work before each timing; under 0.1 for the clocks of a GPU that comes from "
+            "idling."
+        ),
+    ] = 2.0,
 ) -> None:
     """Time sparse attention against dense kernels; nothing wrong is timed. Writes a CSV."""
     from rich.console import Console
@@ -61,6 +68,7 @@ def attention(
         max_seq_len,
         dense or [],
         out,
+        warm_up,
         say=lambda text: console.print(text, markup=False, highlight=False),
     )
     _print_table(console, "Attention", *table(result.rows))
