@@ -299,9 +299,21 @@ def test_auto_on_a_gpu_takes_the_fastest_dense_kernel_that_can_serve(
         "mtraining.kernel.flash4._unsupported_version", lambda: None if flash4 else "is missing"
     )
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    kernel, why = choice._fastest_dense(GPU, dtype, head_dim)
+    kernel, why = choice._fastest_dense(GPU, dtype, head_dim, deterministic)
     assert (kernel.name if kernel else None) == chosen
     if chosen != "flash4":
         assert "'flash4' " in why
-    backend = select_backend.__wrapped__("auto", GPU, dtype, head_dim)
+    backend = choice._chosen.__wrapped__("auto", GPU, dtype, head_dim, deterministic)
     assert backend.name == (f"triton, dense {chosen}" if chosen else "triton")
+
+
+def test_a_choice_kept_is_not_one_for_other_demands(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = pytest.importorskip("mtraining.kernel.choice")
+    monkeypatch.setattr(choice, "_flash4_unsupported", lambda *args: "is missing")
+    monkeypatch.setattr(choice, "dense_unsupported", lambda *args: None)
+    names = []
+    for deterministic in (False, True, False):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda asked=deterministic: asked)
+        names.append(select_backend("auto", CPU, torch.bfloat16, 40).name)
+    choice._chosen.cache_clear()
+    assert names == ["reference, dense cudnn", "reference, dense flash", "reference, dense cudnn"]

@@ -20,12 +20,11 @@ logger = logging.getLogger(__name__)
 _DENSE: dict[str, type[DenseKernel]] = {"flash4": Flash4Dense, "cudnn": CudnnDense, "flash": FlashDense}
 
 
-@cache
 def select_backend(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     """The backend for ``kernel``.
 
-    * ``auto``: the fastest for sparse indices, with the fastest dense kernel for dense ones in layouts of runs; the log
-      says which these are, and why.
+    * ``auto``: the fastest for sparse indices, with the fastest dense kernel for dense ones in layouts of runs, of those
+      that repeat bit for bit where PyTorch is asked for deterministic algorithms; the log says which these are, and why.
     * ``reference`` and ``triton``: everything by that backend, dense attention as tiles too.
     * ``flash4``: flash-attn-4 for tiles and for dense attention, Triton for the rest.
     * ``cudnn`` and ``flash``: dense attention only.
@@ -33,6 +32,13 @@ def select_backend(kernel: str, device: torch.device, dtype: torch.dtype, head_d
     Raises:
         UserError: unknown name, or a backend that cannot serve this device, dtype or head_dim.
     """
+    return _chosen(kernel, device, dtype, head_dim, torch.are_deterministic_algorithms_enabled())
+
+
+@cache
+def _chosen(
+    kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
+) -> Backend:
     if kernel not in KERNELS:
         raise UserError(f"kernel: {kernel!r} is not known; choose one of {', '.join(KERNELS)}.")
     if kernel == "reference":
@@ -47,7 +53,7 @@ def select_backend(kernel: str, device: torch.device, dtype: torch.dtype, head_d
             raise UserError(f"kernel: {kernel!r} {reason}; use kernel=auto.")
         return WithDense(kernel, _sparse(device, dtype, head_dim)[0], _DENSE[kernel](), only=True)
     sparse, why = _sparse(device, dtype, head_dim)
-    dense, why_dense = _fastest_dense(device, dtype, head_dim)
+    dense, why_dense = _fastest_dense(device, dtype, head_dim, deterministic)
     logger.info(
         "kernel: auto chose %r for %s, %s, head_dim %d: %s; and for dense attention %r: %s",
         sparse.name, device.type, dtype, head_dim, why, dense.name if dense else sparse.name, why_dense,
@@ -62,13 +68,15 @@ def _sparse(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Ba
     return ReferenceBackend(), f"the only backend on {device.type}"
 
 
-def _fastest_dense(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[DenseKernel | None, str]:
+def _fastest_dense(
+    device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
+) -> tuple[DenseKernel | None, str]:
     """The first that can serve, and what the faster ones lack."""
     reasons: list[str] = []
     for name, kernel in _DENSE.items():
         if name == "flash4":
             reason = _flash4_unsupported(device, dtype, head_dim)
-        elif name == "cudnn" and torch.are_deterministic_algorithms_enabled():
+        elif name == "cudnn" and deterministic:
             reason = "is not deterministic"
         else:
             reason = dense_unsupported(name, device, dtype, head_dim)
