@@ -85,7 +85,7 @@ def _events_ms(
 def _clock(device: torch.device) -> list[int]:
     try:
         return [torch.cuda.clock_rate(device)]
-    except (ImportError, RuntimeError):
+    except Exception:  # no package to ask, or a driver that does not tell: a time without its clock is still a time
         return []
 
 
