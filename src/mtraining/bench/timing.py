@@ -85,7 +85,7 @@ def _events_ms(
 def _clock(device: torch.device) -> list[int]:
     try:
         return [torch.cuda.clock_rate(device)]
-    except Exception:  # no package to ask, or a driver that does not tell: a time without its clock is still a time
+    except Exception:  # no package to ask, or a driver that does not tell: the time stands without
         return []
 
 
