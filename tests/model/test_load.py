@@ -124,6 +124,11 @@ def changed(**fields: Any) -> dict[str, Any]:
         (changed(num_attention_heads=5), "num_attention_heads=5 does not divide hidden_size=48"),
         (changed(num_key_value_heads=2), "num_key_value_heads=2 does not divide num_attention_heads=3"),
         (changed(hidden_size="many"), r"refuses this qwen2 config \(Field 'hidden_size' expected int"),
+        (changed(model_type="glm"), r"cannot build this glm \(Padding_idx must be within num_embeddings\); c"),
+        ({"config": {"model_type": "gpt2"}}, r"gpt2 has no rotary embedding \(rope_parameters\)"),
+        ({"config": {"model_type": "blt"}}, "the config of blt has no num_attention_heads"),
+        ({"config": {"model_type": "recurrent_gemma"}}, r"does not say how many positions it knows \(max_position_emb"),
+        ({"config": {"model_type": "gemma4_assistant"}}, "'gemma4_assistant' has no default config in transformers"),
         ({"init": "/no/such/folder", "config": {}}, "'/no/such/folder' is neither a Hugging Face model folder"),
         ({"tokenizer": "/no/such/tokenizer"}, "model.tokenizer='/no/such/tokenizer' cannot be loaded"),
     ],
@@ -132,6 +137,29 @@ def test_bad_options_are_refused(changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         build_model(options_with(**changes), SEQ_LEN)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_fields_that_a_model_takes_under_another_name_or_beside_its_config(device: str) -> None:
+    """As the checkpoints of this family write them."""
+    model, _ = build_model(tiny_options("qwen3_moe", "float32"), SEQ_LEN, device)
+    layer = model.model.layers[0]
+    assert layer.self_attn.q_proj.weight.shape == (3 * 16, 48) and model.config.num_local_experts == 4
+
+
+def test_a_head_dim_that_a_model_does_not_take_is_refused() -> None:
+    options = ModelOptions.model_validate({"config": {**tiny_options("persimmon").config, "head_dim": 32}})
+    with pytest.raises(
+        UserError, match="layer 0 of persimmon has heads of size 16 where its config says head_dim=32"
+    ):
+        build_model(options, SEQ_LEN)
+
+
+def test_an_expected_field_may_have_its_other_name(tmp_path: Path) -> None:
+    build_model(tiny_options("qwen3_moe", "float32"), SEQ_LEN)[0].save_pretrained(tmp_path)
+    build_model(ModelOptions(init=str(tmp_path), config={"num_experts": 4}), SEQ_LEN)
+    with pytest.raises(UserError, match=r"model.config.num_experts=8 but the loaded model has 4"):
+        build_model(ModelOptions(init=str(tmp_path), config={"num_experts": 8}), SEQ_LEN)
 
 
 def test_unknown_keys_are_refused() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCK, DENSE, FAMILIES, SPARSE, tiny_batch, tiny_model
+from tiny_models import BLOCK, DENSE, FAMILIES, MORE_FAMILIES, SPARSE, tiny_batch, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from mtraining.errors import UserError
@@ -167,7 +167,7 @@ def test_no_forward_looks_for_packed_documents(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", search)
     batch = tiny_batch()
-    for family in FAMILIES:
+    for family in (*FAMILIES, *MORE_FAMILIES):
         model = parallelize(tiny_model(family), pattern=Dense(block_size=BLOCK))
         model(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels)
 

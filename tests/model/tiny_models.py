@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,50 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"model_type": "granite", "attention_multiplier": 0.4, "residual_multiplier": 0.7},
 }
 
+_TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# Each with something of its own around attention, or in how it is called.
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "bitnet": {},
+    "diffllama": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 64,
+    },  # attends twice a layer
+    "ernie4_5": {},
+    "gemma": {"head_dim": 16},
+    "glm4": {"head_dim": 16, **_TOKENS},
+    "gpt_neox": {"num_key_value_heads": None},  # parallel residual
+    "jetmoe": {
+        "num_attention_heads": None,
+        "kv_channels": 16,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    },
+    "lfm2": {"layer_types": ["full_attention"] * 2},
+    "nemotron": {},
+    "olmo2": {},
+    "persimmon": {"num_key_value_heads": None},
+    "phi3": _TOKENS,
+    "smollm3": {**_TOKENS, "no_rope_layers": [1, 0]},
+    "starcoder2": {},
+}
+# Whose experts transformers multiplies in fp32 or less.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "flex_olmo": {**_TOKENS, "num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+
 
 def tiny_options(family: str, dtype: str = "float64", **rope: Any) -> ModelOptions:
-    """Options of a random two-layer model."""
-    return ModelOptions.model_validate(
-        {"config": {**_COMMON, **FAMILIES[family]}, "dtype": dtype, "rope": rope, "seed": 3}
-    )
+    """Options of a random two-layer model; fields that are None in its family are left out."""
+    own = {"model_type": family, **{**FAMILIES, **MORE_FAMILIES, **EXPERTS}[family]}
+    fields = {
+        name: value for name, value in {**_COMMON, **own}.items() if value is not None or name not in _COMMON
+    }
+    return ModelOptions.model_validate({"config": fields, "dtype": dtype, "rope": rope, "seed": 3})
 
 
 def tiny_model(family: str, dtype: str = "float64") -> Any:
@@ -58,7 +97,7 @@ def tiny_model(family: str, dtype: str = "float64") -> Any:
     # The usual small initial weights give nearly uniform attention, where a wrong mask hardly shows.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "q_proj.weight" in name or "k_proj.weight" in name:
+            if re.search(r"\b(q_proj|k_proj|qkv_proj|kv_proj|query_key_value)\.weight", name):
                 parameter.mul_(12)
     return model
 
@@ -97,20 +136,27 @@ def plain_gradients(
     """
     model.set_attn_implementation("eager")
     hooks = []
-    for layer, mask in zip(model.model.layers, masks or (), strict=False):
+    for layer, mask in zip(model.base_model.layers, masks or (), strict=False):
         bias = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, float("-inf"))
 
         def give(module: Any, args: Any, kwargs: dict[str, Any], bias: Tensor = bias) -> Any:
             return args, {**kwargs, "attention_mask": bias}
 
-        hooks.append(layer.self_attn.register_forward_pre_hook(give, with_kwargs=True))
+        (attention,) = (
+            getattr(layer, name)
+            for name in ("self_attn", "self_attention", "attention")
+            if hasattr(layer, name)
+        )
+        hooks.append(attention.register_forward_pre_hook(give, with_kwargs=True))
     logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     total = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
     loss = total / batch.num_labels
     loss.backward()
     for hook in hooks:
         hook.remove()
-    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss.item(), {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

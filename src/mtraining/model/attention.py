@@ -46,7 +46,8 @@ def sparse_attention(
         scaling: softmax scale; None is head_dim ** -0.5.
 
     Returns:
-        (batch, local tokens, q_heads, head_dim) in query's dtype, and None for the weights, which never exist.
+        (batch, local tokens, q_heads, head_dim) in query's dtype, contiguous, and None for the weights, which never
+        exist.
 
     Raises:
         UserError: something is asked that sparse attention would not honour.
@@ -71,7 +72,8 @@ def sparse_attention(
             raise UserError(
                 f"model: this forward asks for {what}, which sparse attention does not honour; remove it."
             )
-    return runtime(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling), None
+    out = runtime(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling)
+    return out.contiguous(), None  # as transformers' own leave it, since some models take a view
 
 
 def refuse_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -75,11 +75,11 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
     dtype = getattr(torch, options.dtype)
     if dry:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = _from_config(config)
     elif options.init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = _from_config(config, dtype=torch.float32)
     elif smollm2 is not None:
         model = LlamaForCausalLM(config)
         model.load_state_dict(smollm2.state_dict())
@@ -89,6 +89,17 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
     check_supported(model)
     tokenizer = None if dry else _tokenizer(options, smollm2)
     return model.to(device), tokenizer
+
+
+def _from_config(config: Any, **options: Any) -> Any:
+    """The architecture; whatever a model's own code says of fields that it cannot work with is one sentence."""
+    try:
+        return AutoModelForCausalLM.from_config(config, **options)
+    except Exception as error:
+        raise UserError(
+            f"model.config: transformers cannot build this {config.model_type} ({_first_line(error)}); correct the "
+            f"fields, or give those that it needs."
+        ) from error
 
 
 def _cast_parameters(model: Any, dtype: torch.dtype) -> None:
@@ -101,9 +112,8 @@ def _cast_parameters(model: Any, dtype: torch.dtype) -> None:
 def _config(options: ModelOptions, seq_len: int, dry: bool, smollm2: SmolLM2 | None) -> Any:
     given = dict(options.config)
     if options.init == "random":
-        if options.rope.type == "none" and options.rope.theta is None:
-            given.setdefault("max_position_embeddings", seq_len)  # a fresh model has no native context
-        return _config_from_fields(given)
+        fresh = options.rope.type == "none" and options.rope.theta is None  # without a native context
+        return _config_from_fields(given, max_position_embeddings=seq_len if fresh else None)
     if smollm2 is not None:
         config: Any = smollm2.config()
     elif dry and "model_type" in given:
@@ -120,19 +130,27 @@ def _config(options: ModelOptions, seq_len: int, dry: bool, smollm2: SmolLM2 | N
     return config
 
 
-def _config_from_fields(fields: dict[str, Any]) -> Any:
-    """A config of ``fields['model_type']``; unknown fields, which transformers would keep in silence, are refused."""
+def _config_from_fields(fields: dict[str, Any], max_position_embeddings: int | None = None) -> Any:
+    """A config of ``fields['model_type']``; unknown fields, which transformers would keep in silence, are refused.
+
+    Args:
+        max_position_embeddings: where ``fields`` do not say, and the architecture has such a field.
+    """
     model_type = fields.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise UserError(
             f"model.config.model_type={model_type!r} is not known{_nearest(model_type, CONFIG_MAPPING.keys())}"
         )
-    known = {*CONFIG_MAPPING[model_type]().to_dict(), "rope_theta", "rope_scaling"}
+    kind = CONFIG_MAPPING[model_type]
+    # Some models take head_dim from their config though it is no field of it: `check_supported` looks who does.
+    known = {*_defaults(kind), *(kind.attribute_map or ()), "rope_theta", "rope_scaling", "head_dim"}
     for field in fields:
         if field not in known:
             raise UserError(
                 f"model.config.{field} is not a field of {model_type} configs{_nearest(field, known)}"
             )
+    if max_position_embeddings is not None and "max_position_embeddings" in known:
+        fields.setdefault("max_position_embeddings", max_position_embeddings)
     try:
         return AutoConfig.for_model(model_type, **fields)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
@@ -141,12 +159,25 @@ def _config_from_fields(fields: dict[str, Any]) -> Any:
         ) from error
 
 
+def _defaults(kind: Any) -> dict[str, Any]:
+    try:
+        return dict(kind().to_dict())
+    except StrictDataclassError as error:  # there are architectures without a default
+        raise UserError(
+            f"model.config.model_type={kind.model_type!r} has no default config in transformers; use another model."
+        ) from error
+
+
 def _check_expected(config: Any, expected: Mapping[str, Any]) -> None:
     present = config.to_dict()
     # A rope written in the older style reads back under its present name.
     rope = present.get("rope_parameters") or {}
     for field, value in expected.items():
-        found = rope.get("rope_theta") if field == "rope_theta" else present.get(field)
+        found = (
+            rope.get("rope_theta")
+            if field == "rope_theta"
+            else present.get(field, getattr(config, field, None))
+        )
         if isinstance(value, Mapping) and isinstance(found, Mapping):
             found = {key: found.get(key) for key in value}
         if found != value:

@@ -56,7 +56,10 @@ def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:
         UserError: the options do not cover ``seq_len``, or contradict each other or the model.
     """
     _refuse_idle_options(options)
-    if not getattr(config, "rope_parameters", None):
+    if (
+        not getattr(config, "rope_parameters", None)
+        or getattr(config, "max_position_embeddings", None) is None
+    ):
         check_rope(config)
     if options.type == "none":
         _keep(config, options, seq_len)

@@ -74,13 +74,13 @@ def check_config(config: Any) -> None:
             "model: output_router_logits=True asks for a router loss that the chunked loss does not add; set "
             "it to False."
         )
+    _check_heads(config, name)
     value_dim = fields.get("v_head_dim")
     if value_dim is not None and value_dim != head_dim_of(config):
         raise UserError(
             f"model: {name} has values of size v_head_dim={value_dim} beside queries of size {head_dim_of(config)}; "
             f"use a model whose queries, keys and values share one head_dim."
         )
-    _check_heads(config, name)
     check_rope(config)
 
 
@@ -95,6 +95,10 @@ def check_rope(config: Any) -> None:
     if not parameters:
         raise UserError(
             f"model: {name} has no rotary embedding (rope_parameters); use a model with rotary positions."
+        )
+    if getattr(config, "max_position_embeddings", None) is None:
+        raise UserError(
+            f"model: {name} does not say how many positions it knows (max_position_embeddings); use a model that does."
         )
     if "rope_type" not in parameters:
         raise UserError(
@@ -146,7 +150,11 @@ def head_dim_of(config: Any) -> int:
 
 
 def _check_heads(config: Any, name: str) -> None:
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        raise UserError(
+            f"model: the config of {name} has no num_attention_heads; use a causal language model of the Llama kind."
+        )
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % kv_heads:
         raise UserError(
@@ -209,8 +217,13 @@ def check_supported(hf_model: Any) -> None:
         raise UserError(
             f"model: {name} does not use transformers' attention interface; use a model that does."
         )
-    for _ in attention_modules(hf_model):
-        pass
+    for index, attention in attention_modules(hf_model):
+        own, told = getattr(attention, "head_dim", None), head_dim_of(hf_model.config)
+        if own is not None and own != told:
+            raise UserError(
+                f"model: layer {index} of {name} has heads of size {own} where its config says head_dim={told}; "
+                f"correct model.config."
+            )
 
 
 def attention_modules(hf_model: Any) -> Iterator[tuple[int, nn.Module]]:
