@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from distributed import Worker
 from mtraining.bench.train_model import Optimisation
@@ -50,15 +50,20 @@ class MemoryCase:
     tied: bool = True
     loss_chunk: int = 512
     dtype: torch.dtype = torch.bfloat16
+    experts: int = 0
 
     def model(self, device: torch.device | str) -> Any:
-        config = Qwen2Config(
-            vocab_size=self.vocab, hidden_size=self.hidden, intermediate_size=self.mlp, num_hidden_layers=self.layers,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=self.seq_len,
-            tie_word_embeddings=self.tied,
-        )  # fmt: skip
+        sizes = {
+            "vocab_size": self.vocab, "hidden_size": self.hidden, "intermediate_size": self.mlp,
+            "num_hidden_layers": self.layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": self.seq_len, "tie_word_embeddings": self.tied,
+        }  # fmt: skip
         with torch.device(device):
-            return Qwen2ForCausalLM(config)
+            if self.experts:
+                return MixtralForCausalLM(
+                    MixtralConfig(**sizes, num_local_experts=self.experts, sliding_window=None)
+                )
+            return Qwen2ForCausalLM(Qwen2Config(**sizes))
 
     def build(self) -> Pattern:
         options = {"density": 0.3, "columns": 256, "window": 2} if self.pattern == "toeplitz_random" else {}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from memory_cases import MemoryCase, measured
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from distributed import ProcessPool
@@ -42,6 +43,10 @@ CASES = {
     "untied": MemoryCase(tied=False, vocab=8192),
     "grid": MemoryCase(world=4, dp=2, accumulation=2, batch=2, seq_len=2048),
     "dense, everything kept": MemoryCase(pattern="dense", recompute="none", batch=2),
+    "experts": MemoryCase(experts=4, mlp=128, seq_len=2048),
+    "experts, fp32": MemoryCase(
+        experts=4, mlp=128, seq_len=2048, dtype=torch.float32, recompute="keep_attention"
+    ),
     "hierarchical, kept": MemoryCase(world=4, cp_outer=2, recompute="keep_attention", layers=8),
 }
 
@@ -80,6 +85,38 @@ def alone(case: MemoryCase, fused: str = "none", offload: bool = False) -> Predi
         case.recompute, offload, fused, case.dtype, case.loss_chunk,
     )  # fmt: skip
     return predict(work)
+
+
+def of_model(config: Any) -> Prediction:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    case = MemoryCase(seq_len=1024)
+    work = Workload(
+        model, 1, (1, 1), case.seq_len, 1, 1, [case.build()], build_layout("striped", 16), "none", False, "none",
+        torch.bfloat16, case.loss_chunk,
+    )  # fmt: skip
+    return predict(work)
+
+
+def test_the_largest_layers_count_where_experts_begin_after_the_first() -> None:
+    def model(dense: int) -> Any:
+        return AutoConfig.for_model(
+            "glm4_moe", vocab_size=260, hidden_size=64, intermediate_size=64, moe_intermediate_size=64,
+            num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, n_routed_experts=8,
+            num_experts_per_tok=4, n_shared_experts=1, n_group=1, topk_group=1, pad_token_id=0,
+            first_k_dense_replace=dense,
+        )  # fmt: skip
+
+    kept = [of_model(model(dense)).components["kept: everything"] for dense in (0, 2, 3)]
+    assert kept[0] == kept[1] > 2 * kept[2]
+
+
+def test_options_of_each_layer_are_those_of_the_layer_that_is_traced() -> None:
+    config = AutoConfig.for_model(
+        "smollm3", vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, no_rope_layers=[0],
+    )  # fmt: skip
+    assert of_model(config).peak > 0
 
 
 def test_offload_leaves_three_layers_and_fusion_halves_the_layer() -> None:

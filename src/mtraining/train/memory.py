@@ -13,6 +13,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from torch import nn
 
 from mtraining.errors import UserError
 from mtraining.kernel.reference import accumulation_dtype
@@ -175,16 +176,7 @@ class _Parameters:
 
 def _traced(work: Workload) -> Trace:
     """Activations of a short model of the same shape, on the meta device."""
-    config = copy.deepcopy(work.hf_model.config)
-    config.num_hidden_layers = LAYERS
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1] * LAYERS  # they are all alike
-    config._attn_implementation = "eager"  # not yet ours: parallelize sets that
-    with (
-        torch.random.fork_rng(devices=[]),
-        META,
-    ):  # a run on its way to the same weights on every rank is not disturbed
-        short = type(work.hf_model)(config).to(work.compute)
+    short = _shortened(work)
     pattern = max(work.patterns, key=lambda pattern: columns_of(pattern, work.seq_len))
     model = parallelize(
         short,
@@ -195,11 +187,32 @@ def _traced(work: Workload) -> Trace:
     )
     if work.fused != "none":
         fuse_shapes(short)
-    heads, ring = config.num_attention_heads, work.ring
+    heads, ring = short.config.num_attention_heads, work.ring
     call = shape_call(
         pattern, work.layout, ring, work.seq_len, work.batch, heads, columns_of(pattern, work.seq_len)
     )
     return trace(model, call, work.batch, work.seq_len // (ring[0] * ring[1]))
+
+
+def _shortened(work: Workload) -> Any:
+    """A model of :data:`LAYERS` layers, each like the largest one of ``work``'s: experts may begin after a few."""
+    config = copy.deepcopy(work.hf_model.config)
+    config._attn_implementation = "eager"  # not yet ours: parallelize sets that
+    # A run on its way to the same weights on every rank is not disturbed.
+    with torch.random.fork_rng(devices=[]), META:
+        model = type(work.hf_model)(config).to(work.compute)
+    decoder = decoder_of(model)
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder.layers]
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    decoder.layers = nn.ModuleList(copy.deepcopy(decoder.layers[largest]) for _ in range(LAYERS))
+    for module in model.modules():
+        if getattr(module, "config", None) is not None:
+            module.config = config
+    config.num_hidden_layers = LAYERS
+    for field, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == len(sizes):  # of each layer
+            setattr(config, field, [value[largest]] * LAYERS)
+    return model
 
 
 def _eager_chunk(work: Workload) -> int:
