@@ -147,6 +147,12 @@ def test_fields_that_a_model_takes_under_another_name_or_beside_its_config(devic
     assert layer.self_attn.q_proj.weight.shape == (3 * 16, 48) and model.config.num_local_experts == 4
 
 
+def test_yarn_where_the_config_leaves_head_dim_to_be_derived() -> None:
+    """transformers' YaRN multiplies by it."""
+    model, _ = build_model(tiny_options("mixtral", "float32", type="yarn", factor=4.0), SEQ_LEN)
+    assert model.config.head_dim == 16 and model.model.rotary_emb.inv_freq.shape == (8,)
+
+
 def test_a_head_dim_that_a_model_does_not_take_is_refused() -> None:
     options = ModelOptions.model_validate({"config": {**tiny_options("persimmon").config, "head_dim": 32}})
     with pytest.raises(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mtraining.errors import UserError
-from mtraining.model.support import check_rope
+from mtraining.model.support import check_rope, head_dim_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,9 @@ def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:
         or getattr(config, "max_position_embeddings", None) is None
     ):
         check_rope(config)
+    heads = getattr(config, "num_attention_heads", None)
+    if getattr(config, "head_dim", 0) is None and heads and config.hidden_size % heads == 0:
+        config.head_dim = head_dim_of(config)  # transformers' YaRN, and some models, take it as it stands
     if options.type == "none":
         _keep(config, options, seq_len)
     else:
