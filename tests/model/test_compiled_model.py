@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from test_gradients import TOPOLOGIES, take
-from tiny_models import DENSE, SPARSE, relative_errors, tiny_batch, tiny_model
+from tiny_models import DENSE, EXPERTS, SPARSE, relative_errors, tiny_batch, tiny_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -85,6 +85,23 @@ def test_compiled_layers_equal_eager_ones(
     assert max(errors.values()) <= tolerance, errors
     assert compiled_densities == densities and len(densities) == 2
     assert graphs == 2  # one of two layers with different patterns and their recompute, one of the final norm
+
+
+@pytest.mark.parametrize("family", ["gemma", "glm4", "gpt_neox", "jetmoe", "phi3", "smollm3", *EXPERTS])
+def test_layers_of_other_families_compile_whole(family: str) -> None:
+    torch._dynamo.reset()
+    batch, found = tiny_batch(), []
+    for how in ("none", "compile"):
+        model = tiny_model(family, "float32")
+        with mock.patch.object(parallel, "fuse", functools.partial(fuse, backend="aot_eager")):
+            made = parallelize(model, pattern=build_pattern(**SPARSE), recompute="none", fused=how)  # type: ignore[arg-type]
+        loss = made(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels)
+        loss.backward()
+        named = ((name, parameter.grad) for name, parameter in model.named_parameters())
+        found.append((loss.item(), {name: grad for name, grad in named if grad is not None}))
+    (loss, gradients), (compiled_loss, compiled) = found
+    assert compiled_loss == pytest.approx(loss, rel=1e-6)
+    assert max(relative_errors(compiled, gradients).values()) < 1e-5
 
 
 def test_the_whole_decoder_is_one_graph() -> None:

@@ -10,7 +10,17 @@ from unittest import mock
 import pytest
 import torch
 from test_gradients import TOPOLOGIES, take
-from tiny_models import BLOCK, DENSE, SEQ_LEN, tiny_batch, tiny_model, tiny_options
+from tiny_models import (
+    BLOCK,
+    DENSE,
+    EXPERTS,
+    FAMILIES,
+    MORE_FAMILIES,
+    SEQ_LEN,
+    tiny_batch,
+    tiny_model,
+    tiny_options,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -38,6 +48,21 @@ def train_and_export(worker: Worker, family: str, topology: str | None, folder: 
     export_model(model, folder)
     assert (folder / "config.json").exists()  # on every rank: nobody runs ahead of the writer
     return model.hidden_states(*inputs[:2])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, *EXPERTS])
+def test_every_family_comes_back_through_transformers(family: str, tmp_path: Path) -> None:
+    """Experts are stored one by one and computed as one tensor."""
+    model = tiny_model(family, "float32").eval()
+    export_model(
+        parallelize(tiny_model(family, "float32"), pattern=build_pattern(**DENSE)), tmp_path / "model"
+    )
+    plain, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for each in (model, plain):
+        each.set_attn_implementation("eager")
+    tokens = tiny_batch().input_ids
+    assert torch.equal(plain(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize(("family", "topology"), [("qwen2", None), ("qwen2", "cp2"), ("llama", "dp2xcp2")])

@@ -153,6 +153,13 @@ def test_yarn_where_the_config_leaves_head_dim_to_be_derived() -> None:
     assert model.config.head_dim == 16 and model.model.rotary_emb.inv_freq.shape == (8,)
 
 
+def test_a_rope_that_the_architecture_does_not_know_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"model.rope.type=yarn: transformers refuses .* for phi3 \(.*'longrope'"
+    ):
+        build_model(tiny_options("phi3", type="yarn", factor=4.0), SEQ_LEN)
+
+
 def test_a_head_dim_that_a_model_does_not_take_is_refused() -> None:
     options = ModelOptions.model_validate({"config": {**tiny_options("persimmon").config, "head_dim": 32}})
     with pytest.raises(

@@ -69,7 +69,13 @@ def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:
     else:
         _extend(config, options, seq_len)
     check_rope(config)
-    config.validate_rope()
+    try:
+        config.validate_rope()
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"model.rope.type={options.type}: transformers refuses these rotary settings for {config.model_type} "
+            f"({error}); use another type, or another model."
+        ) from error
 
 
 def _refuse_idle_options(options: RopeOptions) -> None:
