@@ -56,10 +56,8 @@ def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:
         UserError: the options do not cover ``seq_len``, or contradict each other or the model.
     """
     _refuse_idle_options(options)
-    if (
-        not getattr(config, "rope_parameters", None)
-        or getattr(config, "max_position_embeddings", None) is None
-    ):
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" not in parameters or getattr(config, "max_position_embeddings", None) is None:
         check_rope(config)
     heads = getattr(config, "num_attention_heads", None)
     if getattr(config, "head_dim", 0) is None and heads and config.hidden_size % heads == 0:
