@@ -18,6 +18,7 @@ from mtraining.model.fused import use_liger
 from mtraining.pattern import build_pattern
 
 plain_rotary, plain_mlp = modeling_qwen2.apply_rotary_pos_emb, modeling_qwen2.Qwen2MLP
+plain_activations = dict(dict.items(modeling_qwen2.ACT2FN))
 calls: list[str] = []
 
 
@@ -33,6 +34,7 @@ def apply_to_qwen2(
     assert rope and swiglu and not fused_linear_cross_entropy
     modeling_qwen2.apply_rotary_pos_emb = rotary
     modeling_qwen2.Qwen2MLP = object
+    modeling_qwen2.ACT2FN["silu"] = modeling_qwen2.ACT2FN["not yet known"] = object
     for layer in model.model.layers:
         forward: Callable[..., Any] = layer.mlp.forward
         layer.mlp.forward = lambda x, forward=forward: (calls.append("mlp"), forward(x))[1]
@@ -49,6 +51,7 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     assert modeling_qwen2.apply_rotary_pos_emb is plain_rotary
     assert modeling_qwen2.Qwen2MLP is plain_mlp
+    assert dict(dict.items(modeling_qwen2.ACT2FN)) == plain_activations
 
 
 def step(model: Any) -> float:

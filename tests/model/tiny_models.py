@@ -59,6 +59,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "glm4": {"head_dim": 16, **_TOKENS},
     "gpt_neox": {"num_key_value_heads": None},  # parallel residual
+    "helium": {"head_dim": 16},
     "hunyuan_v1_dense": {},
     "jetmoe": {
         "num_attention_heads": None,

@@ -97,11 +97,21 @@ def use_liger(model: Any) -> None:
     known = inspect.signature(apply).parameters
     source = vars(sys.modules[type(model).__module__])
     before = dict(source)
+    # Tables such as that of activations, which all models share; some make what they are asked for.
+    tables = [
+        (value, dict(dict.items(value)))
+        for name, value in before.items()
+        if isinstance(value, dict) and not name.startswith("__")
+    ]
     try:
         apply(model=model, **{part: on for part, on in _LIGER_PARTS.items() if part in known})
         replaced = {key: value for key, value in source.items() if before.get(key) is not value}
     finally:
         source.update(before)
+        for value, contents in tables:
+            if dict(dict.items(value)) != contents:
+                value.clear()
+                value.update(contents)
     functions = {key: value for key, value in replaced.items() if inspect.isfunction(value)}
     for _, attention in attention_modules(model):
         forward = inspect.unwrap(type(attention).forward)
