@@ -19,7 +19,7 @@ from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.pattern import build_pattern
 from mtraining.train.config import load_config
-from mtraining.train.memory import GIB, Prediction, Workload, columns_of, predict
+from mtraining.train.memory import GIB, Prediction, Unpredictable, Workload, columns_of, predict
 from mtraining.train.memory_report import MemoryLog, predict_config
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen2.5-3b-512k.yaml"
@@ -215,3 +215,25 @@ def test_the_log_tells_what_is_predicted_and_what_was_measured(monkeypatch: pyte
     for _ in range(3):
         log.step_done()
     assert len(told) == 2 and "measured" in told[1] and "2.00 of what was predicted" in told[1]
+
+
+def test_a_model_that_reads_numbers_runs_unpredicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    routed = AutoConfig.for_model(
+        "jetmoe", vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_key_value_heads=2,
+        kv_channels=16, num_local_experts=4,
+    )  # fmt: skip
+    with pytest.raises(
+        Unpredictable, match="memory cannot be predicted for jetmoe, whose own code reads numbers"
+    ):
+        of_model(routed)
+
+    def predicted(*_: Any) -> Prediction:
+        raise Unpredictable("memory cannot be predicted")
+
+    monkeypatch.setattr("mtraining.train.memory_report.predict_config", predicted)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * GIB)
+    told: list[str] = []
+    log = MemoryLog(load_config(RECIPE, FOUR), None, torch.device("cuda"), told.append)
+    for _ in range(2):
+        log.step_done()
+    assert told == ["memory cannot be predicted", "memory a GPU, measured: 3.00 GiB"]

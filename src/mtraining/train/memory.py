@@ -105,8 +105,16 @@ class Prediction:
         ]
 
 
+class Unpredictable(UserError):
+    """A model whose own code cannot run on shapes alone."""
+
+
 def predict(work: Workload) -> Prediction:
-    """The peak of a step once the optimizer has its state, that is from the second step on."""
+    """The peak of a step once the optimizer has its state, that is from the second step on.
+
+    Raises:
+        Unpredictable: the model's code reads numbers, as some that route tokens do.
+    """
     sizes, seen = _Parameters.of(work), _traced(work)
     layers, standing = sizes.layers, work.accumulation > 1
     compute, reduce = work.compute.itemsize, work.reduce.itemsize
@@ -191,7 +199,15 @@ def _traced(work: Workload) -> Trace:
     call = shape_call(
         pattern, work.layout, ring, work.seq_len, work.batch, heads, columns_of(pattern, work.seq_len)
     )
-    return trace(model, call, work.batch, work.seq_len // (ring[0] * ring[1]))
+    try:
+        return trace(model, call, work.batch, work.seq_len // (ring[0] * ring[1]))
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        raise Unpredictable(
+            f"memory cannot be predicted for {short.config.model_type}, whose own code reads numbers where only shapes "
+            "are known; run two steps, after which the log tells the measured peak."
+        ) from error
 
 
 def _shortened(work: Workload) -> Any:

@@ -10,7 +10,7 @@ import torch
 from mtraining.layout import build_layout
 from mtraining.model import build_model
 from mtraining.train.config import Config
-from mtraining.train.memory import GIB, Prediction, Workload, predict
+from mtraining.train.memory import GIB, Prediction, Unpredictable, Workload, predict
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -58,8 +58,12 @@ class MemoryLog:
         self, config: Config, hf_model: Any, device: torch.device, tell: Callable[[str], None]
     ) -> None:
         self._device, self._tell, self._steps = device, tell, 0
-        self._prediction = predict_config(config, hf_model)
-        tell(render(self._prediction))
+        self._prediction: Prediction | None = None
+        try:
+            self._prediction = predict_config(config, hf_model)
+            tell(render(self._prediction))
+        except Unpredictable as reason:
+            tell(str(reason))
 
     def step_done(self) -> None:
         """After every step."""
@@ -74,6 +78,7 @@ def render(prediction: Prediction) -> str:
     return f"memory a GPU, predicted: {prediction.peak / GIB:.2f} GiB {prediction.moment} ({parts})"
 
 
-def render_measured(prediction: Prediction, measured: int) -> str:
-    """One line for a log: the measured peak beside the predicted one."""
-    return f"memory a GPU, measured: {measured / GIB:.2f} GiB, {measured / prediction.peak:.2f} of what was predicted"
+def render_measured(prediction: Prediction | None, measured: int) -> str:
+    """One line for a log: the measured peak beside the predicted one, if there is one."""
+    beside = f", {measured / prediction.peak:.2f} of what was predicted" if prediction else ""
+    return f"memory a GPU, measured: {measured / GIB:.2f} GiB{beside}"
