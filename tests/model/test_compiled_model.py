@@ -28,13 +28,13 @@ pytestmark = pytest.mark.filterwarnings(  # torch.compile's own
 
 
 def step(
-    worker: Worker, topology: str | None, recompute: Any, backend: str | None
+    worker: Worker, topology: str | None, recompute: Any, backend: str | None, family: str = "qwen2"
 ) -> tuple[float, dict[str, Tensor], list[float], int]:
     """Job: loss and gradients of one step, densities of its layers, and graphs compiled; no backend is eager mode."""
     torch._dynamo.reset()
     mesh = worker.mesh(*TOPOLOGIES[topology]) if topology else None
     layout = build_layout("striped", SPARSE["block_size"])
-    model = tiny_model("qwen2")
+    model = tiny_model(family)
     compiler = CompileCounterWithBackend(backend or "eager")
     with mock.patch.object(parallel, "fuse", functools.partial(fuse, backend=compiler)):
         made = parallelize(
@@ -88,18 +88,11 @@ def test_compiled_layers_equal_eager_ones(
 
 
 @pytest.mark.parametrize("family", ["gemma", "glm4", "gpt_neox", "jetmoe", "phi3", "smollm3", *EXPERTS])
-def test_layers_of_other_families_compile_whole(family: str) -> None:
-    torch._dynamo.reset()
-    batch, found = tiny_batch(), []
-    for how in ("none", "compile"):
-        model = tiny_model(family, "float32")
-        with mock.patch.object(parallel, "fuse", functools.partial(fuse, backend="aot_eager")):
-            made = parallelize(model, pattern=build_pattern(**SPARSE), recompute="none", fused=how)  # type: ignore[arg-type]
-        loss = made(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels)
-        loss.backward()
-        named = ((name, parameter.grad) for name, parameter in model.named_parameters())
-        found.append((loss.item(), {name: grad for name, grad in named if grad is not None}))
-    (loss, gradients), (compiled_loss, compiled) = found
+def test_layers_of_other_families_compile_whole(pool: ProcessPool, family: str) -> None:
+    (loss, gradients, *_), (compiled_loss, compiled, *_) = (
+        pool.run(step, world=1, topology=None, recompute="none", backend=which, family=family)[0]
+        for which in (None, "aot_eager")
+    )
     assert compiled_loss == pytest.approx(loss, rel=1e-6)
     assert max(relative_errors(compiled, gradients).values()) < 1e-5
 

@@ -10,17 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from test_gradients import TOPOLOGIES, take
-from tiny_models import (
-    BLOCK,
-    DENSE,
-    EXPERTS,
-    FAMILIES,
-    MORE_FAMILIES,
-    SEQ_LEN,
-    tiny_batch,
-    tiny_model,
-    tiny_options,
-)
+from tiny_models import BLOCK, DENSE, EVERY_FAMILY, SEQ_LEN, tiny_batch, tiny_model, tiny_options
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -50,7 +40,7 @@ def train_and_export(worker: Worker, family: str, topology: str | None, folder: 
     return model.hidden_states(*inputs[:2])
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, *EXPERTS])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_family_comes_back_through_transformers(family: str, tmp_path: Path) -> None:
     """Experts are stored one by one and computed as one tensor."""
     model = tiny_model(family, "float32").eval()

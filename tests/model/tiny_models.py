@@ -37,12 +37,12 @@ _COMMON: dict[str, Any] = {
     "num_key_value_heads": 1,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "llama": {"model_type": "llama", "tie_word_embeddings": True},
-    "mistral": {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 3},
+    "qwen2": {},
+    "qwen3": {"head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None, "num_key_value_heads": 3},
     # with a softmax scale of its own
-    "granite": {"model_type": "granite", "attention_multiplier": 0.4, "residual_multiplier": 0.7},
+    "granite": {"attention_multiplier": 0.4, "residual_multiplier": 0.7},
 }
 
 _TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -82,18 +82,20 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
+EVERY_FAMILY = {**FAMILIES, **MORE_FAMILIES, **EXPERTS}
 
 
-def tiny_options(family: str, dtype: str = "float64", **rope: Any) -> ModelOptions:
-    """Options of a random two-layer model; fields that are None in its family are left out."""
-    own = {"model_type": family, **{**FAMILIES, **MORE_FAMILIES, **EXPERTS}[family]}
+def tiny_options(family: str, dtype: str | None = None, **rope: Any) -> ModelOptions:
+    """Options of a random two-layer model, fp64 where its family can; fields that are None there are left out."""
+    own = {"model_type": family, **EVERY_FAMILY[family]}
     fields = {
         name: value for name, value in {**_COMMON, **own}.items() if value is not None or name not in _COMMON
     }
+    dtype = dtype or ("float32" if family in EXPERTS else "float64")
     return ModelOptions.model_validate({"config": fields, "dtype": dtype, "rope": rope, "seed": 3})
 
 
-def tiny_model(family: str, dtype: str = "float64") -> Any:
+def tiny_model(family: str, dtype: str | None = None) -> Any:
     """A random two-layer model; the same for every call and on every rank."""
     model = build_model(tiny_options(family, dtype), SEQ_LEN)[0]
     # The usual small initial weights give nearly uniform attention, where a wrong mask hardly shows.
@@ -156,9 +158,7 @@ def plain_gradients(
     loss.backward()
     for hook in hooks:
         hook.remove()
-    return loss.item(), {
-        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
-    }
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

@@ -78,10 +78,10 @@ def test_components_add_up_and_scale() -> None:
     assert 0 < found.attention < found.components["working set of a layer"]
 
 
-def alone(case: MemoryCase, fused: str = "none", offload: bool = False) -> Prediction:
-    """Of one process, with what a CPU cannot do."""
+def alone(case: MemoryCase, fused: str = "none", offload: bool = False, model: Any = None) -> Prediction:
+    """Of one process, with what a CPU cannot do, or of another model than the case's."""
     work = Workload(
-        case.model("meta"), 1, (1, 1), case.seq_len, 1, 1, [case.build()], build_layout("striped", 16),
+        model or case.model("meta"), 1, (1, 1), case.seq_len, 1, 1, [case.build()], build_layout("striped", 16),
         case.recompute, offload, fused, case.dtype, case.loss_chunk,
     )  # fmt: skip
     return predict(work)
@@ -90,12 +90,7 @@ def alone(case: MemoryCase, fused: str = "none", offload: bool = False) -> Predi
 def of_model(config: Any) -> Prediction:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    case = MemoryCase(seq_len=1024)
-    work = Workload(
-        model, 1, (1, 1), case.seq_len, 1, 1, [case.build()], build_layout("striped", 16), "none", False, "none",
-        torch.bfloat16, case.loss_chunk,
-    )  # fmt: skip
-    return predict(work)
+    return alone(MemoryCase(seq_len=1024, recompute="none"), model=model)
 
 
 def test_the_largest_layers_count_where_experts_begin_after_the_first() -> None:

@@ -30,9 +30,6 @@ SMALL = 2048  # tokens of the whole comparison with the fp64 reference
 DENSE_LONGEST = 128 * 1024  # dense rates hardly change beyond, and seconds a launch add up
 DENSE_HELP = f"dense kernel to time ({', '.join(COMPETITORS)}, or none); default: all that can run"
 WARM_UP = 2.0
-WARM_UP_HELP = (
-    "seconds of the same work before each timing; under 0.1 for the clocks of a GPU that comes from idling"
-)
 CSV_FOLDER = Path("benchmarks/results")
 Say = Callable[[str], None]
 
@@ -324,7 +321,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-seq-len", type=int, help="leave longer sequences out")
     parser.add_argument("--dense", action="append", default=[], help=f"{DENSE_HELP}; may be repeated")
     parser.add_argument(
-        "--warm-up", type=float, default=WARM_UP, help=f"{WARM_UP_HELP}; default: {WARM_UP:g}"
+        "--warm-up",
+        type=float,
+        default=WARM_UP,
+        help=f"seconds of the same work before each timing; under 0.1 for the clocks of a GPU that comes from idling; "
+        f"default: {WARM_UP:g}",
     )
     parser.add_argument("--out", type=Path, default=CSV_FOLDER, help="folder of the CSV")
     args = parser.parse_args(argv)

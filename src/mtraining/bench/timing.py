@@ -50,8 +50,9 @@ def measure(
     peak = torch.cuda.max_memory_allocated(device) / 2**20
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     (estimate,), _ = _events_ms(run, flush, 1, 2 * queueing)
-    _keep_busy(run, max(1, int(1000 * _AT_ONCE / max(estimate, 1e-3))), warm_up)
-    timed = min(_MOST_TIMED, max(3, int(1000 * seconds / max(estimate, 1e-3))))
+    a_second = 1000 / max(estimate, 1e-3)  # calls
+    _keep_busy(run, max(1, int(a_second * _AT_ONCE)), warm_up)
+    timed = min(_MOST_TIMED, max(3, int(a_second * seconds)))
     times, clocks = _events_ms(run, flush, timed, 2 * timed * queueing)
     return Timing(statistics.median(times), peak, statistics.mean(clocks) if clocks else None)
 

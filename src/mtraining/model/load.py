@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mtraining.errors import UserError
 from mtraining.model.rope import RopeOptions, apply_rope
 from mtraining.model.smollm2 import SMOLLM2, SmolLM2
-from mtraining.model.support import check_config, check_supported
+from mtraining.model.support import check_config, check_supported, head_dim_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
     config = _config(options, seq_len, dry, smollm2)
     apply_rope(config, options.rope, seq_len)
     check_config(config)
+    if getattr(config, "head_dim", 0) is None:  # transformers' YaRN, and some models, take it as it stands
+        config.head_dim = head_dim_of(config)
     dtype = getattr(torch, options.dtype)
     if dry:
         with torch.device("meta"):

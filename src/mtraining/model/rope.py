@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mtraining.errors import UserError
-from mtraining.model.support import check_rope, head_dim_of
+from mtraining.model.support import check_rope
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,11 @@ def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:
         UserError: the options do not cover ``seq_len``, or contradict each other or the model.
     """
     _refuse_idle_options(options)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if "rope_type" not in parameters or getattr(config, "max_position_embeddings", None) is None:
+    if (
+        not getattr(config, "rope_parameters", None)
+        or getattr(config, "max_position_embeddings", None) is None
+    ):
         check_rope(config)
-    heads = getattr(config, "num_attention_heads", None)
-    if getattr(config, "head_dim", 0) is None and heads and config.hidden_size % heads == 0:
-        config.head_dim = head_dim_of(config)  # transformers' YaRN, and some models, take it as it stands
     if options.type == "none":
         _keep(config, options, seq_len)
     else:

@@ -217,9 +217,10 @@ def check_supported(hf_model: Any) -> None:
         raise UserError(
             f"model: {name} does not use transformers' attention interface; use a model that does."
         )
+    told = head_dim_of(hf_model.config)
     for index, attention in attention_modules(hf_model):
-        own, told = getattr(attention, "head_dim", None), head_dim_of(hf_model.config)
-        if own is not None and own != told:
+        own = getattr(attention, "head_dim", None) or told
+        if own != told:
             raise UserError(
                 f"model: layer {index} of {name} has heads of size {own} where its config says head_dim={told}; "
                 f"correct model.config."

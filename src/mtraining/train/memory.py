@@ -115,7 +115,8 @@ def predict(work: Workload) -> Prediction:
     Raises:
         Unpredictable: the model's code reads numbers, as some that route tokens do.
     """
-    sizes, seen = _Parameters.of(work), _traced(work)
+    sizes = _Parameters.of(work)
+    seen = _traced(work, sizes.largest)
     layers, standing = sizes.layers, work.accumulation > 1
     compute, reduce = work.compute.itemsize, work.reduce.itemsize
     stored = sizes.stored / work.world
@@ -165,9 +166,11 @@ def predict(work: Workload) -> Prediction:
 
 @dataclass(frozen=True)
 class _Parameters:
-    """Numbers of parameters: of the largest layer, of FSDP's root unit and of all; ``stored``: bytes of all."""
+    """Numbers of parameters: of the largest layer (``largest`` is its number), of FSDP's root unit and of all;
+    ``stored``: bytes of all."""
 
     layers: int
+    largest: int
     layer: int
     root: int
     total: int
@@ -179,12 +182,13 @@ class _Parameters:
         layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_of(model).layers]
         total = sum(p.numel() for p in model.parameters())
         stored = sum(p.numel() * p.element_size() for p in model.parameters())
-        return _Parameters(len(layers), max(layers), total - sum(layers), total, stored)
+        largest = max(layers)
+        return _Parameters(len(layers), layers.index(largest), largest, total - sum(layers), total, stored)
 
 
-def _traced(work: Workload) -> Trace:
-    """Activations of a short model of the same shape, on the meta device."""
-    short = _shortened(work)
+def _traced(work: Workload, largest: int) -> Trace:
+    """Activations of a short model of the same shape, on the meta device, with layers like number ``largest``."""
+    short = _shortened(work.hf_model, largest).to(work.compute)
     pattern = max(work.patterns, key=lambda pattern: columns_of(pattern, work.seq_len))
     model = parallelize(
         short,
@@ -210,23 +214,20 @@ def _traced(work: Workload) -> Trace:
         ) from error
 
 
-def _shortened(work: Workload) -> Any:
-    """A model of :data:`LAYERS` layers, each like the largest one of ``work``'s: experts may begin after a few."""
-    config = copy.deepcopy(work.hf_model.config)
+def _shortened(hf_model: Any, largest: int) -> Any:
+    """A model of :data:`LAYERS` layers, each like number ``largest`` of ``hf_model``: experts may begin after a few."""
+    config, depth = copy.deepcopy(hf_model.config), len(decoder_of(hf_model).layers)
+    config.num_hidden_layers = largest + 1
     config._attn_implementation = "eager"  # not yet ours: parallelize sets that
     # A run on its way to the same weights on every rank is not disturbed.
     with torch.random.fork_rng(devices=[]), META:
-        model = type(work.hf_model)(config).to(work.compute)
-    decoder = decoder_of(model)
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in decoder.layers]
-    largest = max(range(len(sizes)), key=sizes.__getitem__)
-    decoder.layers = nn.ModuleList(copy.deepcopy(decoder.layers[largest]) for _ in range(LAYERS))
-    for module in model.modules():
-        if getattr(module, "config", None) is not None:
-            module.config = config
+        model = type(hf_model)(config)
+    decoder, shared = decoder_of(model), {id(config): config}
+    layer = decoder.layers[largest]
+    decoder.layers = nn.ModuleList([layer, *(copy.deepcopy(layer, shared) for _ in range(LAYERS - 1))])
     config.num_hidden_layers = LAYERS
     for field, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == len(sizes):  # of each layer
+        if isinstance(value, list) and len(value) == depth:  # of each layer
             setattr(config, field, [value[largest]] * LAYERS)
     return model
 
