@@ -38,7 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mtraining.bench.processes import gpus_in_use, take_device
 from mtraining.bench.record import code_version
-from mtraining.bench.ring_gate import random_inputs
+from mtraining.bench.ring.gate import random_inputs
 from mtraining.kernel import ReferenceBackend
 from mtraining.layout import build_layout
 from mtraining.pattern import Pattern, ToeplitzRandom

@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mtraining.bench.gate import TOLERANCE
+from mtraining.bench.attention.gate import TOLERANCE
 from mtraining.bench.processes import gpus_in_use, take_device
 from mtraining.bench.record import appended, code_version
-from mtraining.bench.ring_gate import HEADS as GATE_HEADS
-from mtraining.bench.ring_gate import RESULTS, RingCase, gate_pattern, random_inputs
-from mtraining.bench.train_cases import LAYOUTS
+from mtraining.bench.ring.gate import HEADS as GATE_HEADS
+from mtraining.bench.ring.gate import RESULTS, RingCase, gate_pattern, random_inputs
+from mtraining.bench.train.cases import LAYOUTS
 from mtraining.layout import build_layout
 from mtraining.pattern import ToeplitzRandom
 from mtraining.ring import Timeline, sparse_ring_attention

@@ -32,8 +32,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mtraining.bench.record import code_version
-from mtraining.bench.train_cases import SHAPES, TrainCase, parse_tokens
-from mtraining.bench.train_model import batches, build_model, parallel, place_for, random_sequences, stepper
+from mtraining.bench.train.cases import SHAPES, TrainCase, parse_tokens
+from mtraining.bench.train.model import batches, build_model, parallel, place_for, random_sequences, stepper
 from mtraining.model import loss
 from mtraining.pattern import Pattern
 from mtraining.ring import attention, prioritise_transfers

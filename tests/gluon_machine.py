@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtraining.kernel import hopper_common, hopper_items, triton_common
+from mtraining.kernel.hopper import common as hopper_common
+from mtraining.kernel.hopper import items as hopper_items
+from mtraining.kernel.triton import common as triton_common
 
 
 class Stopped(BaseException):

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from distributed import ProcessPool, Worker
-from mtraining.bench.gate import TOLERANCE, GateError, poisoned_memory
-from mtraining.bench.ring_gate import HEADS, RESULTS, Given, RingCase, gate_pattern
-from mtraining.bench.train_cases import LAYOUTS, SHAPES, TrainCase
+from mtraining.bench.attention.gate import TOLERANCE, GateError, poisoned_memory
+from mtraining.bench.ring.gate import HEADS, RESULTS, Given, RingCase, gate_pattern
+from mtraining.bench.train.cases import LAYOUTS, SHAPES, TrainCase
 from mtraining.kernel import SparseIndex
 from mtraining.pattern import build_pattern
 from mtraining.ring import Ring, slow_links
@@ -152,8 +152,8 @@ def memory_again(worker: Worker, rounds: int, seconds: float) -> Found:
 
 def training_step(worker: Worker, grid: str) -> Found:
     """Loss and gradients of a step equal those of one process; the trainer's step, run twice, is made of them."""
-    from mtraining.bench.train_gate import LOSS_TOLERANCE, VOCABULARY, check_step, gate_model, shortened
-    from mtraining.bench.train_model import (
+    from mtraining.bench.train.gate import LOSS_TOLERANCE, VOCABULARY, check_step, gate_model, shortened
+    from mtraining.bench.train.model import (
         batches,
         compute_dtype,
         parallel,

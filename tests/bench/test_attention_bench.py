@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from mtraining.bench import attention, dense, record
-from mtraining.bench.cases import PRESETS, Case, preset
-from mtraining.bench.gate import poisoned_memory, rows_mask
-from mtraining.bench.problem import build, useful_areas
+from mtraining.bench import record
+from mtraining.bench.attention import competitors as dense
+from mtraining.bench.attention import run as attention
+from mtraining.bench.attention.cases import PRESETS, Case, preset
+from mtraining.bench.attention.gate import poisoned_memory, rows_mask
+from mtraining.bench.attention.problem import build, useful_areas
 from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.kernel import ReferenceBackend, select_backend
@@ -262,7 +264,7 @@ def test_it_runs_without_the_packages_of_the_command_line() -> None:
     code = (
         "import sys\n"
         "for name in ('typer', 'rich', 'pydantic', 'datasets', 'transformers'): sys.modules[name] = None\n"
-        "from mtraining.bench.attention import main\n"
+        "from mtraining.bench.attention.run import main\n"
         "sys.exit(main(['--preset', 'nothing']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtraining.bench import price as module
+from mtraining.bench.attention import price as module
 from mtraining.bench.timing import Timing
 
 

@@ -16,14 +16,14 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import InterpreterError, OutOfResources
 
-from mtraining.bench import tiles as module
-from mtraining.bench.gate import GateError
-from mtraining.bench.tiles import Choice, TilesResult, choose, save, served_elsewhere, table
-from mtraining.bench.tiles_candidates import candidates
+from mtraining.bench.attention.gate import GateError
+from mtraining.bench.tiles import run as module
+from mtraining.bench.tiles.candidates import candidates
+from mtraining.bench.tiles.run import Choice, TilesResult, choose, save, served_elsewhere, table
 from mtraining.cli import app
 from mtraining.errors import UserError
-from mtraining.kernel.tiles_file import KERNELS, Call, Tiles, measured_tiles, tiles_path
-from mtraining.kernel.triton_config import cut_tiles, default_tiles
+from mtraining.kernel.measured_tiles import KERNELS, Call, Tiles, measured_tiles, tiles_path
+from mtraining.kernel.triton.tile_sizes import cut_tiles, default_tiles
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 TABLE, WIDE, DEEP = Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 3)
@@ -118,7 +118,7 @@ def test_the_candidates(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, 
 def test_kernels_whose_tiles_are_part_of_their_design_are_not_searched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mtraining.kernel.hopper_backend import HopperBackend
+    from mtraining.kernel.hopper.backend import HopperBackend
 
     monkeypatch.setattr(module, "select_backend", lambda *args: HopperBackend())
     monkeypatch.setattr(module, "interpreted", lambda: True)  # for a device that is there

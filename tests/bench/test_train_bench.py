@@ -12,12 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from distributed import ProcessPool, Worker
-from mtraining.bench import train_gate, train_model, train_worker
 from mtraining.bench.record import Provenance
-from mtraining.bench.train import Choice
-from mtraining.bench.train_cases import SHAPES, TrainCase, parse_tokens, tokens
-from mtraining.bench.train_progress import Effort, Progress
-from mtraining.bench.train_record import TrainRow, draw
+from mtraining.bench.train import gate as train_gate
+from mtraining.bench.train import model as train_model
+from mtraining.bench.train import worker as train_worker
+from mtraining.bench.train.cases import SHAPES, TrainCase, parse_tokens, tokens
+from mtraining.bench.train.progress import Effort, Progress
+from mtraining.bench.train.record import TrainRow, draw
+from mtraining.bench.train.run import Choice
 from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.pattern import Dense, VerticalSlash

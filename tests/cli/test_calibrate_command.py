@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from mtraining.bench import price
+from mtraining.bench.attention import price
 from mtraining.bench.timing import Timing
 from mtraining.cli.calibrate import calibrate as command
 from mtraining.data import PrepareOptions, prepare

@@ -48,7 +48,7 @@ def problem(case: Case) -> Problem:
 @pytest.mark.parametrize("dim", [64, 96, 128])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(name: str, dim: int) -> None:
-    from mtraining.kernel.flash4 import (
+    from mtraining.kernel.external.flash4 import (
         Flash4Backend,
     )  # as it is, so that head_dims not yet enabled are tried as well
 
@@ -60,7 +60,7 @@ def test_equals_the_reference(name: str, dim: int) -> None:
 @pytest.mark.parametrize("dim", [64, 128])
 def test_hundred_launches_agree(dim: int) -> None:
     """Atomics change the last bits; a launch that races gives garbage, which one comparison may miss."""
-    from mtraining.kernel.flash4 import Flash4Backend
+    from mtraining.kernel.external.flash4 import Flash4Backend
 
     p = problem(whole(16, q_heads=8, kv_heads=2, dim=dim, columns=0, **BF16))
     _, first = solve(Flash4Backend(), p)
@@ -72,7 +72,7 @@ def test_hundred_launches_agree(dim: int) -> None:
 
 def test_merging_several_bf16_partials_stays_within_bf16() -> None:
     """A ring of eight: out is rounded once a step, and the errors do not pile up."""
-    from mtraining.kernel.flash4 import Flash4Backend
+    from mtraining.kernel.external.flash4 import Flash4Backend
 
     world, blocks = 8, 64
     p = problem(whole(blocks, q_heads=2, dim=128, columns=0, diagonal_share=0.6, **BF16))
@@ -95,7 +95,7 @@ def test_merging_several_bf16_partials_stays_within_bf16() -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_last_pass_leaves_zeros_where_nothing_is_seen(dim: int) -> None:
-    from mtraining.kernel.flash4 import Flash4Backend
+    from mtraining.kernel.external.flash4 import Flash4Backend
 
     p = problem(whole(8, q_heads=4, kv_heads=2, dim=dim, columns=0, diagonal_share=0.2, **BF16))
     step = p.q, p.k, p.v, p.index, p.place, p.scale, None, None
@@ -123,7 +123,7 @@ def test_nan_goes_through(kernel: str, merging: bool) -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    from mtraining.kernel.flash4 import Flash4Backend
+    from mtraining.kernel.external.flash4 import Flash4Backend
 
     p = problem(whole(8, q_heads=4, kv_heads=2, dim=128, **BF16))
     solve(Flash4Backend(), p)  # compiles

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtraining import sparse_ring_attention
 from mtraining.kernel import select_backend
-from mtraining.kernel.reference_estimate import ReferenceEstimation
+from mtraining.kernel.reference.estimate import ReferenceEstimation
 from mtraining.pattern import SequenceShard, build_pattern
 from mtraining.pattern.probe import probe_positions
 

@@ -9,13 +9,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from mtraining.bench import gate
-from mtraining.bench import tiles as module
-from mtraining.bench.cases import Case
-from mtraining.bench.problem import Layer, build
-from mtraining.kernel.tiles_file import Tiles, measured_tiles
-from mtraining.kernel.triton_backend import TritonBackend
-from mtraining.kernel.triton_config import choose_tiles
+from mtraining.bench.attention import gate
+from mtraining.bench.attention.cases import Case
+from mtraining.bench.attention.problem import Layer, build
+from mtraining.bench.tiles import run as module
+from mtraining.kernel.measured_tiles import Tiles, measured_tiles
+from mtraining.kernel.triton.backend import TritonBackend
+from mtraining.kernel.triton.tile_sizes import choose_tiles
 
 pytestmark = pytest.mark.gpu
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, hopper_backend, select_backend
-from mtraining.kernel.hopper_backend import HopperBackend, unsupported
-from mtraining.kernel.triton_backend import TritonBackend
+from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, select_backend
+from mtraining.kernel.hopper import backend as hopper_backend
+from mtraining.kernel.hopper.backend import HopperBackend, unsupported
+from mtraining.kernel.triton.backend import TritonBackend
 from triton_cases import (
     Case,
     assert_equal,

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mtraining.errors import UserError
 from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, dense_index, select_backend
-from mtraining.kernel import dense as dense_module
-from mtraining.kernel.dense import WithDense
-from mtraining.kernel.dense_kernels import CudnnDense, DenseKernel, Flash4Dense, FlashDense, stand_in
+from mtraining.kernel.external import dense as dense_module
+from mtraining.kernel.external.dense import WithDense
+from mtraining.kernel.external.dense_kernels import CudnnDense, DenseKernel, Flash4Dense, FlashDense, stand_in
 from mtraining.kernel.placement import causal_pieces
 from mtraining.layout import build_layout
 from triton_cases import relative_error, tiles_gradients
@@ -202,7 +202,7 @@ class Flash4Double:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_flash4_is_told_the_global_delta(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
     double = Flash4Double()
-    monkeypatch.setattr("mtraining.kernel.dense_kernels._flash4", lambda: double)
+    monkeypatch.setattr("mtraining.kernel.external.dense_kernels._flash4", lambda: double)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     backend = WithDense("flash4", ReferenceBackend(), Flash4Dense())
     (q, k, v, dout), index, placement = problem("zigzag, own", (2, 2))
@@ -296,7 +296,7 @@ def test_auto_on_a_gpu_takes_the_fastest_dense_kernel_that_can_serve(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
     monkeypatch.setattr(
-        "mtraining.kernel.flash4._unsupported_version", lambda: None if flash4 else "is missing"
+        "mtraining.kernel.external.flash4._unsupported_version", lambda: None if flash4 else "is missing"
     )
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     kernel, why = choice._fastest_dense(GPU, dtype, head_dim, deterministic)

@@ -36,7 +36,7 @@ def test_refused_by_card_version_and_shape(
     head_dim: int,
     words: str,
 ) -> None:
-    from mtraining.kernel import flash4
+    from mtraining.kernel.external import flash4
 
     def installed(name: str) -> str:
         if version is None:
@@ -52,7 +52,7 @@ def test_refused_by_card_version_and_shape(
 
 
 def test_accepted_on_hopper_with_the_pinned_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtraining.kernel import flash4
+    from mtraining.kernel.external import flash4
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(metadata, "version", lambda name: "4.0.0b36")

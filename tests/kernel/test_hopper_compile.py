@@ -17,7 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from mtraining.kernel import hopper_forward, hopper_keys, hopper_queries
+from mtraining.kernel.hopper import forward as hopper_forward
+from mtraining.kernel.hopper import keys as hopper_keys
+from mtraining.kernel.hopper import queries as hopper_queries
 
 SHARED = 227 * 1024
 SWIZZLED = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, dense_index, merge, select_backend
-from mtraining.kernel.reference import accumulation_dtype
+from mtraining.kernel.reference.attention import accumulation_dtype
 from triton_cases import tiles_gradients
 
 SIZE = 8

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from mtraining.errors import UserError
-from mtraining.kernel import tiles_file
-from mtraining.kernel.tiles_file import Tiles, measured_tiles, tiles_in_use, tiles_path
+from mtraining.kernel import measured_tiles as tiles_file
+from mtraining.kernel.measured_tiles import Tiles, measured_tiles, tiles_in_use, tiles_path
 
 pytest.importorskip("triton")
 
-from mtraining.kernel.triton_config import choose_tiles, forced_tiles
+from mtraining.kernel.triton.tile_sizes import choose_tiles, forced_tiles
 
 CPU = torch.device("cpu")
 TABLE, MEASURED = Tiles(64, 64, 4, 1), Tiles(16, 32, 2, 2)

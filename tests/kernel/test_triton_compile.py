@@ -13,8 +13,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from mtraining.kernel import triton_columns, triton_partial, triton_probe, triton_tiles
-from mtraining.kernel.triton_config import Tiles, padded, table_tiles
+from mtraining.kernel.external import partial as triton_partial
+from mtraining.kernel.triton import columns as triton_columns
+from mtraining.kernel.triton import probe as triton_probe
+from mtraining.kernel.triton import slashes as triton_tiles
+from mtraining.kernel.triton.tile_sizes import Tiles, padded, table_tiles
 
 KERNELS = {
     "tiles_forward": triton_tiles.forward_kernel,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
-from mtraining.kernel.reference_estimate import diagonal_mass
+from mtraining.kernel.reference.estimate import diagonal_mass
 from mtraining.layout import build_layout
 from mtraining.pattern import SequenceShard, VerticalSlash, build_pattern
 from mtraining.pattern.diagonals import distances_to_diagonals, heaviest_diagonals

@@ -12,10 +12,10 @@ from torch import Tensor
 from distributed import ProcessPool, Worker
 from mtraining.layout import build_layout
 from mtraining.pattern import VerticalSlash
+from mtraining.predict.trace import META, LiveBytes, _ShapeRing, shape_call
 from mtraining.ring import Ring, attention, links, sparse_ring_attention
 from mtraining.ring.schedule import GradientRing, ring_steps
 from mtraining.ring.topology import Hop
-from mtraining.train.memory_trace import META, LiveBytes, _ShapeRing, shape_call
 
 
 def schedule_job(

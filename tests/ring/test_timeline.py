@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
-from mtraining.kernel.reference import ReferenceBackend
+from mtraining.kernel.reference.attention import ReferenceBackend
 from mtraining.layout import build_layout
 from mtraining.pattern import VerticalSlash
 from mtraining.ring import AttentionRuntime, IndexTape, RingTimes, Timeline, slow_links, sparse_ring_attention

@@ -12,13 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from distributed import Worker
-from mtraining.bench.train_model import Optimisation
+from mtraining.bench.train.model import Optimisation
 from mtraining.layout import build_layout
 from mtraining.model import parallelize
 from mtraining.pattern import Pattern, build_pattern
+from mtraining.predict.memory import Prediction, Workload, predict
+from mtraining.predict.trace import META, ShapeBackend
 from mtraining.ring import attention
-from mtraining.train.memory import Prediction, Workload, predict
-from mtraining.train.memory_trace import META, ShapeBackend
 from mtraining.train.mesh import Runtime, build_mesh
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Stepper

@@ -18,8 +18,8 @@ from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.pattern import build_pattern
+from mtraining.predict.memory import GIB, Prediction, Unpredictable, Workload, columns_of, predict
 from mtraining.train.config import load_config
-from mtraining.train.memory import GIB, Prediction, Unpredictable, Workload, columns_of, predict
 from mtraining.train.memory_report import MemoryLog, predict_config
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen2.5-3b-512k.yaml"

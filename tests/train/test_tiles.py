@@ -14,7 +14,7 @@ from tiny_run import raw_config, run_job, tiny_config
 
 from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
-from mtraining.kernel.tiles_file import device_name, measured_tiles, tiles_path, triton_version
+from mtraining.kernel.measured_tiles import device_name, measured_tiles, tiles_path, triton_version
 from mtraining.train.loop import train
 from mtraining.train.metrics import read_metrics
 from mtraining.train.store import CheckpointStore, read_manifest

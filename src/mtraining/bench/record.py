@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mtraining.errors import UserError
-from mtraining.kernel.tiles_file import device_name, slug, triton_version
+from mtraining.kernel.measured_tiles import device_name, slug, triton_version
 
 COMMIT_VARIABLE = "MTRAINING_COMMIT"
 
@@ -29,7 +29,7 @@ class Row:
     ``tflops`` counts 4 * block^2 * head_dim for each slash tile and the useful area of columns, backward 2.5 times
     that; ``dense_tflops`` counts all causal tiles the same way. ``dense_backend`` is the best dense kernel of the run
     for this shape, with ``@length`` where it was timed on a shorter sequence. ``index_mib``: the index and the
-    gathered columns. ``tiles``: what `mtraining.kernel.tiles_file.tiles_in_use` says; None for kernels of others.
+    gathered columns. ``tiles``: what `mtraining.kernel.measured_tiles.tiles_in_use` says; None for kernels of others.
     ``warm_up_s``: seconds of the same work before what was timed, and ``sm_mhz`` the clock meanwhile
     (``mtraining.bench.timing``).
     """

@@ -57,7 +57,7 @@ def attention(
     """Time sparse attention against dense kernels; nothing wrong is timed. Writes a CSV."""
     from rich.console import Console
 
-    from mtraining.bench.attention import bench as run
+    from mtraining.bench.attention.run import bench as run
     from mtraining.bench.record import table
 
     console = Console()
@@ -113,9 +113,9 @@ def train(
     """Time whole training steps, sparse beside dense, on all GPUs; nothing wrong is timed. Writes a CSV."""
     from rich.console import Console
 
-    from mtraining.bench.train import Choice
-    from mtraining.bench.train import bench as run
-    from mtraining.bench.train_record import table
+    from mtraining.bench.train.record import table
+    from mtraining.bench.train.run import Choice
+    from mtraining.bench.train.run import bench as run
 
     console = Console()
     choice = Choice(
@@ -150,8 +150,8 @@ def tiles(
     from mtraining.errors import UserError
 
     try:
-        from mtraining.bench.tiles import bench as run
-        from mtraining.bench.tiles import table
+        from mtraining.bench.tiles.run import bench as run
+        from mtraining.bench.tiles.run import table
     except ImportError as missing:
         raise UserError(
             f"bench tiles needs the triton package ({missing}); install mtraining[gpu]."

@@ -52,7 +52,7 @@ def calibrate(
     import torch
     import yaml
 
-    from mtraining.bench.price import column_price
+    from mtraining.bench.attention.price import column_price
     from mtraining.errors import UserError
     from mtraining.evaluate.calibrate import calibrate as search
     from mtraining.evaluate.calibrate import draw

@@ -67,7 +67,7 @@ def _dry_run(settings: Config, memory_gib: float | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mtraining.train.memory import GIB
+    from mtraining.predict.memory import GIB
     from mtraining.train.memory_report import predict_config
 
     prediction = predict_config(settings)

@@ -4,7 +4,7 @@ MInference (arXiv 2407.02490, section 3.2) gives every head the pattern that kee
 Here the budget is the model's: heads are given candidates from cheap to dear, best bargain first (recall gained for
 cost added), until their mean cost reaches what was asked; so a head that needs little leaves room for one that
 needs much. A head costs the area that a kernel computes for it over that of full attention, an entry of a column
-counted at its price beside one of a tile (:mod:`mtraining.bench.price`). Recall is taken on real text, exact
+counted at its price beside one of a tile (:mod:`mtraining.bench.attention.price`). Recall is taken on real text, exact
 attention, and rows outside the probe; half of these rows choose, the other half say what was gained.
 """
 

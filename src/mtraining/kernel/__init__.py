@@ -4,7 +4,7 @@ from mtraining.kernel.backend import Backend
 from mtraining.kernel.choice import select_backend
 from mtraining.kernel.index import SparseIndex, dense_index, pack_blocks
 from mtraining.kernel.placement import Placement
-from mtraining.kernel.reference import ReferenceBackend, merge
+from mtraining.kernel.reference.attention import ReferenceBackend, merge
 
 __all__ = [
     "Backend",

@@ -105,7 +105,7 @@ class Backend(Protocol):
         """Probability mass under the probe, exp(score - lse) with the *global* lse, summed over the probe.
 
         Slashes are token distances where ``block_size`` is 1, else block diagonals, to which the mass of distances is
-        dealt as :func:`mtraining.kernel.reference_estimate.diagonal_mass` has it.
+        dealt as :func:`mtraining.kernel.reference.estimate.diagonal_mass` has it.
 
         Args:
             seq_len: a multiple of ``block_size``.

@@ -9,10 +9,10 @@ import torch
 
 from mtraining.errors import UserError
 from mtraining.kernel.backend import KERNELS, Backend
-from mtraining.kernel.dense import WithDense
-from mtraining.kernel.dense_kernels import CudnnDense, DenseKernel, Flash4Dense, FlashDense
-from mtraining.kernel.dense_kernels import unsupported as dense_unsupported
-from mtraining.kernel.reference import ReferenceBackend
+from mtraining.kernel.external.dense import WithDense
+from mtraining.kernel.external.dense_kernels import CudnnDense, DenseKernel, Flash4Dense, FlashDense
+from mtraining.kernel.external.dense_kernels import unsupported as dense_unsupported
+from mtraining.kernel.reference.attention import ReferenceBackend
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _fastest_dense(
 def _triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     remedy = "kernel=reference takes anything, slowly"
     try:
-        from mtraining.kernel.triton_backend import TritonBackend, unsupported
+        from mtraining.kernel.triton.backend import TritonBackend, unsupported
     except ImportError as missing:
         raise UserError(f"kernel: 'triton' needs the triton package ({missing}); {remedy}.") from missing
     reason = unsupported(device, dtype, head_dim)
@@ -97,7 +97,7 @@ def _triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
         raise UserError(f"kernel: 'triton' {reason}; {remedy}.")
     if _hopper_unsupported(device, dtype, head_dim) is not None:
         return TritonBackend()
-    from mtraining.kernel.hopper_backend import HopperBackend
+    from mtraining.kernel.hopper.backend import HopperBackend
 
     return HopperBackend()
 
@@ -109,7 +109,7 @@ def _hopper_told(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
 
 def _hopper_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     try:
-        from mtraining.kernel.hopper_backend import unsupported
+        from mtraining.kernel.hopper.backend import unsupported
     except ImportError as missing:  # Gluon is young, and other releases of Triton may lack parts of it
         return f"needs Triton 3.6 ({missing})"
     return unsupported(device, dtype, head_dim)
@@ -119,14 +119,14 @@ def _flash4(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     reason = _flash4_unsupported(device, dtype, head_dim)
     if reason is not None:
         raise UserError(f"kernel: 'flash4' {reason}; use kernel=auto.")
-    from mtraining.kernel.flash4 import Flash4Backend
+    from mtraining.kernel.external.flash4 import Flash4Backend
 
     return Flash4Backend()
 
 
 def _flash4_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     try:
-        from mtraining.kernel.flash4 import unsupported
+        from mtraining.kernel.external.flash4 import unsupported
     except ImportError as missing:
         return f"needs the triton package ({missing})"
     return unsupported(device, dtype, head_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtraining.kernel.reference import accumulation_dtype
+from mtraining.kernel.reference.attention import accumulation_dtype
 
 
 def block_means(x: Tensor, block_size: int) -> Tensor:

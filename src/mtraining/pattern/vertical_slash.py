@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtraining.kernel import Backend, SparseIndex
-from mtraining.kernel.reference_estimate import diagonal_mass
+from mtraining.kernel.reference.estimate import diagonal_mass
 from mtraining.pattern.base import Pattern, SequenceShard, require
 from mtraining.pattern.diagonals import distances_to_diagonals, heaviest_diagonals
 from mtraining.pattern.probe import PLACEMENTS, column_and_slash_mass, probe_positions, share_choice

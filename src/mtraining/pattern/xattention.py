@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mtraining.kernel import SparseIndex
-from mtraining.kernel.reference import accumulation_dtype
+from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.pattern.base import Pattern, SequenceShard, require
 from mtraining.pattern.blocks import heaviest_blocks, products
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mtraining.kernel.reference import accumulation_dtype
+from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.pattern import Pattern
 from mtraining.ring.attention import Call, attend, attend_backward, sparse_ring_attention

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtraining.kernel.reference import accumulation_dtype
+from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.ring.links import head_start
 from mtraining.ring.timeline import begin_step
 from mtraining.ring.topology import Hop, Ring

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mtraining.errors import UserError
-from mtraining.kernel.tiles_file import TABLES, tiles_path
+from mtraining.kernel.measured_tiles import TABLES, tiles_path
 from mtraining.model import ParallelLM
 from mtraining.train.checks import check_cursor, check_same_model, data_order
 from mtraining.train.config import Config

@@ -10,7 +10,7 @@ import torch
 
 from mtraining.data import SequenceDataset, TokenShards
 from mtraining.errors import UserError
-from mtraining.kernel.tiles_file import CACHE_VARIABLE, device_name, tiles_in_use, tiles_path
+from mtraining.kernel.measured_tiles import CACHE_VARIABLE, device_name, tiles_in_use, tiles_path
 from mtraining.layout import build_layout
 from mtraining.model import Refresh
 from mtraining.pattern import load_table

@@ -9,8 +9,8 @@ import torch
 
 from mtraining.layout import build_layout
 from mtraining.model import build_model
+from mtraining.predict.memory import GIB, Prediction, Unpredictable, Workload, predict
 from mtraining.train.config import Config
-from mtraining.train.memory import GIB, Prediction, Unpredictable, Workload, predict
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

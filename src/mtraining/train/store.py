@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mtraining.errors import UserError
-from mtraining.kernel.tiles_file import TABLES
+from mtraining.kernel.measured_tiles import TABLES
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
@@ -32,7 +32,7 @@ class Manifest:
 
     step: optimizer steps done; world: processes that wrote it; data: the options that fix which samples a step sees;
     shapes: parameter name -> shape; files: name -> bytes; tiles: which tile sizes attention was computed with, as
-    `mtraining.kernel.tiles_file.tiles_in_use` says, "tables" in checkpoints of before they could be measured.
+    `mtraining.kernel.measured_tiles.tiles_in_use` says, "tables" in checkpoints of before they could be measured.
     """
 
     step: int

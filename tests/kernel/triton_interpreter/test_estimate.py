@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
-from mtraining.kernel.reference_estimate import ReferenceEstimation
-from mtraining.kernel.triton_estimate import TritonEstimation
+from mtraining.kernel.reference.estimate import ReferenceEstimation
+from mtraining.kernel.triton.estimate import TritonEstimation
 from mtraining.layout import build_layout
 
 ours, reference = TritonEstimation(), ReferenceEstimation()

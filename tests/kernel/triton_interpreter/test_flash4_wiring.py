@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
-from mtraining.kernel import flash4
-from mtraining.kernel.triton_partial import BlockLists, block_lists, merge_partial
+from mtraining.kernel.external import flash4
+from mtraining.kernel.external.partial import BlockLists, block_lists, merge_partial
 from triton_cases import Case, assert_equal, assert_passes, build, reference, solve, whole
 
 SIZE = 128

@@ -8,8 +8,11 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from gluon_machine import Simulated
-from mtraining.kernel import hopper_backend, hopper_forward, hopper_keys, hopper_queries
-from mtraining.kernel.hopper_backend import HopperBackend
+from mtraining.kernel.hopper import backend as hopper_backend
+from mtraining.kernel.hopper import forward as hopper_forward
+from mtraining.kernel.hopper import keys as hopper_keys
+from mtraining.kernel.hopper import queries as hopper_queries
+from mtraining.kernel.hopper.backend import HopperBackend
 from triton_cases import Case, assert_equal, assert_passes, build, reference, solve, whole
 
 SMALL = {"size": 128, "dim": 64, "dtype": torch.float16}

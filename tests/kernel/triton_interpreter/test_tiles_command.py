@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from mtraining.bench import tiles as module
+from mtraining.bench.tiles import run as module
 from mtraining.bench.timing import Timing
 from mtraining.cli import app
-from mtraining.kernel import triton_config
-from mtraining.kernel.tiles_file import KERNELS, Tiles, measured_tiles, tiles_path
-from mtraining.kernel.triton_backend import TritonBackend
-from mtraining.kernel.triton_config import choose_tiles
+from mtraining.kernel.measured_tiles import KERNELS, Tiles, measured_tiles, tiles_path
+from mtraining.kernel.triton import tile_sizes as triton_config
+from mtraining.kernel.triton.backend import TritonBackend
+from mtraining.kernel.triton.tile_sizes import choose_tiles
 
 CPU = torch.device("cpu")
 SMALL = Tiles(16, 32, 4, 1)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mtraining.errors import UserError
-from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, select_backend, triton_hidden
-from mtraining.kernel.triton_backend import TritonBackend
+from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, select_backend
+from mtraining.kernel.triton import hidden as triton_hidden
+from mtraining.kernel.triton.backend import TritonBackend
 from triton_cases import Case, assert_equal, assert_passes, build, reference, solve, tiles_gradients, whole
 
 STRIPED = {"q_blocks": range(1, 8, 2), "num_blocks": 8}

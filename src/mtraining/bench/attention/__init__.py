@@ -1,0 +1,1 @@
+"""Time attention alone; run.py is where to start."""

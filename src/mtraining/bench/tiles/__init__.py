@@ -1,0 +1,1 @@
+"""Measure tile sizes; run.py is where to start."""

@@ -1,0 +1,1 @@
+"""Time whole training steps; run.py is where to start."""

@@ -1,0 +1,119 @@
+"""The gate before a training step is timed: its loss and gradients equal those of one process that holds all tokens.
+
+A small model (two layers, the real heads, a short sequence) under the very settings that are to be timed, against
+the eager reference kernel in fp32, without recompute, fusion, ring or sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mtraining.bench.attention.gate import GateError
+from mtraining.bench.train.cases import TrainCase
+from mtraining.bench.train.model import batches, build_model, compute_dtype, parallel, random_sequences
+from mtraining.model import ParallelLM, parallelize
+from mtraining.train.mesh import Runtime
+from mtraining.train.step import Batch
+
+LAYERS = 2
+LOSS_TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-5}
+GRADIENT_TOLERANCE = {torch.bfloat16: 8e-2, torch.float32: 1e-4}
+VOCABULARY = 512
+
+
+def shortened(case: TrainCase, world: int) -> TrainCase:
+    """The case on a short sequence, two layers, with an index that is thin enough to have gaps.
+
+    Cases that shorten to the same are checked once.
+    """
+    size = case.shape.block_size
+    blocks = 2 * world * max(2, -(-8 // world))  # a multiple of what zigzag deals
+    shape = replace(case.shape, columns=size, window=2)
+    density = None if case.density is None else 0.4
+    return replace(case, shape=shape, seq_len=blocks * size, layers=LAYERS, density=density)
+
+
+def gate_model(case: TrainCase, device: torch.device) -> Any:
+    """Weights that make attention neither uniform, its gradients rounded away, nor so sharp that rounding decides."""
+    spread = 1.2 * case.shape.hidden**-0.5
+    fields = {"vocab_size": VOCABULARY, "intermediate_size": 256, "initializer_range": spread}
+    return build_model(case.shape, case.seq_len, LAYERS, device, **fields)
+
+
+def check_step(case: TrainCase, place: Runtime, dp: int = 1) -> tuple[float, float]:
+    """Collective over the ranks of the case's ring, of all ``dp`` rings where there are several.
+
+    Returns:
+        The loss, and the norm of the gradient, of the one process.
+
+    Raises:
+        GateError: naming the loss or the parameter at fault, and its error; on all ranks alike.
+    """
+    small = shortened(case, place.world)
+    sequences = random_sequences(VOCABULARY, small.seq_len, dp)
+    reference = parallelize(
+        gate_model(small, place.device),
+        pattern=small.pattern(estimate=False),
+        layout="contiguous",
+        kernel="reference",
+        recompute="none",
+    )
+    alone = Runtime(place.device, place.mesh, 0, 1, 0, 0)
+    labels = dp * small.seq_len
+    # One by one, as each ring has its own: a prescribed index may differ from row to row of a batch.
+    rows = [next(batches(small, row, alone)) for row in sequences.split(1)]
+    loss, truth = _loss_and_gradients(reference, rows, labels)
+    tested = parallel(small, gate_model(small, place.device), place)
+    share, gradients = _loss_and_gradients(tested, [next(batches(small, sequences, place, dp))], labels)
+    true_loss = float(loss)
+    compare(float(place.sum(share)), gradients, true_loss, truth, compute_dtype(place.device))
+    return true_loss, float(torch.stack([x.norm() for x in truth.values()]).norm())
+
+
+def _loss_and_gradients(
+    model: ParallelLM, pieces: Sequence[Batch], labels: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's share of the loss (fp64), and whole gradients by name, of these batches together."""
+    device = next(model.parameters()).device
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    with model.training_step(1):
+        for piece in pieces:
+            ids, positions, wanted = (
+                piece[name].to(device) for name in ("input_ids", "position_ids", "labels")
+            )
+            share = model(ids, positions, wanted, labels)
+            share.backward()
+            loss += share.detach()
+    gradients = {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return loss, gradients
+
+
+def _whole(gradient: Any) -> Tensor:
+    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).float()
+
+
+def compare(
+    loss: float, gradients: dict[str, Tensor], true_loss: float, truth: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Raise :class:`GateError` unless both agree within the rounding of ``dtype``; NaN never does."""
+    if not abs(loss - true_loss) <= LOSS_TOLERANCE[dtype] * abs(true_loss):
+        raise GateError(f"loss {loss:.6f}, of one process {true_loss:.6f}")
+    if gradients.keys() != truth.keys():
+        raise GateError(f"gradients of {sorted(gradients.keys() ^ truth.keys())[0]} on one side only")
+    names = list(truth)
+    sizes = torch.stack([truth[name].norm() for name in names])
+    errors = torch.stack([(gradients[name] - truth[name]).norm() for name in names])
+    # A gradient that is nothing beside the others (a key's bias under softmax) is rounding error on both sides.
+    relative = errors / sizes.clamp(min=0.01 * float(sizes.max()))
+    worst = int(relative.nan_to_num(torch.inf).argmax())
+    if not float(relative[worst]) <= GRADIENT_TOLERANCE[dtype]:
+        raise GateError(
+            f"gradient of {names[worst]}: relative error {float(relative[worst]):.1e}, at most "
+            f"{GRADIENT_TOLERANCE[dtype]:.0e} is allowed"
+        )

@@ -1,0 +1,254 @@
+"""What each rank of `mtraining bench train` does: gate, build, warm up, time; case after case."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from mtraining.bench.attention.gate import GateError
+from mtraining.bench.record import Provenance
+from mtraining.bench.train.cases import TrainCase
+from mtraining.bench.train.gate import check_step, shortened
+from mtraining.bench.train.model import (
+    batches,
+    build_model,
+    compute_dtype,
+    parallel,
+    place_for,
+    random_sequences,
+    stepper,
+)
+from mtraining.bench.train.progress import Effort, Progress
+from mtraining.bench.train.record import TrainRow, comparable, dense_seconds
+from mtraining.errors import UserError
+from mtraining.kernel import Backend, select_backend
+from mtraining.kernel.measured_tiles import tiles_in_use
+from mtraining.layout import build_layout
+from mtraining.pattern import VerticalSlash
+from mtraining.predict.memory import GIB, Prediction, Workload, predict
+from mtraining.ring import Ring, Timeline
+from mtraining.ring.plan import make_plan
+from mtraining.train.mesh import Runtime
+
+Say = Callable[[str], None]
+
+
+def run_cases(
+    cases: Sequence[TrainCase],
+    effort: Effort,
+    device: torch.device,
+    told: Provenance,
+    progress: Progress,
+    keep: Callable[[TrainRow], object] = lambda row: None,
+    say: Say = print,
+) -> None:
+    """Run the cases that ``progress`` does not know yet. Collective; rank 0 keeps the rows and does the talking.
+
+    A case that is refused or wrong is noted and the rest goes on. One that fails (out of memory, a lost peer) is noted
+    and leaves by its exception, since other ranks may be waiting in the middle of the step; a rank that is alone goes
+    on after running out of memory.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    tell = progress.tell if rank == 0 else lambda **event: None
+    say = say if rank == 0 else lambda text: None
+    passed: dict[TrainCase, str] = {}
+    for number, case in enumerate(cases):
+        if number in progress.ended:
+            continue
+        if number in progress.begun:  # by processes that are gone
+            tell(note=f"{case.describe()}: ended the processes", end=number)
+            continue
+        tell(begin=number)
+        say(case.describe())
+        try:
+            place = place_for(case, device, rank, world)
+            if device.type == "cuda":  # a run out of memory costs all processes a new start
+                memory = torch.cuda.get_device_properties(device).total_memory
+                _predicted(case, world, device).check(1.1 * memory)  # a prediction may be that far off
+            key = shortened(case, world)
+            if key not in passed:
+                passed[key] = _gate(case, place)
+            if passed[key]:
+                tell(failure=f"{case.describe()}: {passed[key]}")
+                say(f"  WRONG, not timed: {passed[key]}")
+            else:
+                row = _with_dense(_measure(case, effort, place, told), progress.rows)
+                tell(row=asdict(row))
+                if rank == 0:
+                    keep(row)
+                say(f"  {row.step_seconds:.3g} s a step, {row.tokens_per_second:,.0f} tokens/s")
+        except UserError as refusal:
+            tell(note=f"{case.describe()}: not run: {refusal}")
+            say(f"  not run: {refusal}")
+        except Exception as error:
+            full = isinstance(error, torch.OutOfMemoryError)
+            reason = (
+                f"{'out of memory' if full else type(error).__name__} on rank {rank}: {_first_line(error)}"
+            )
+            progress.tell(note=f"{case.describe()}: {reason}", end=number)
+            if world > 1 or not full:
+                raise
+            say(f"  {reason}")
+        tell(end=number)
+        _free(device)
+
+
+def _gate(case: TrainCase, place: Runtime) -> str:
+    """Empty, or what is wrong."""
+    try:
+        check_step(case, place)
+    except GateError as wrong:
+        return str(wrong)
+    finally:
+        _free(place.device)
+    return ""
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """``seconds`` a step, median over ``steps``; peak bytes of the rank that took most."""
+
+    steps: int
+    seconds: float
+    exposed: float
+    peak: float | None
+
+
+def _predicted(case: TrainCase, world: int, device: torch.device) -> Prediction:
+    """The memory of each rank."""
+    outer = case.outer(world)
+    return predict(
+        Workload(
+            build_model(case.shape, case.seq_len, case.layers, torch.device("meta")),
+            world=world,
+            ring=(outer, world // outer),
+            seq_len=case.seq_len,
+            batch=1,
+            accumulation=1,
+            patterns=[case.pattern()],
+            layout=build_layout(case.layout, case.shape.block_size),
+            recompute=case.recompute,
+            offload=case.offload,
+            fused=case.fused,
+            compute=compute_dtype(device),
+        )
+    )
+
+
+def _time(case: TrainCase, effort: Effort, place: Runtime) -> _Timed:
+    device = place.device
+    model = parallel(case, build_model(case.shape, case.seq_len, case.layers, device), place)
+    step = stepper(case, model, place)
+    data = batches(case, random_sequences(case.shape.vocab, case.seq_len), place)
+    _free(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for number in range(effort.warmup):
+        step.run(data, number)
+    taken: list[float] = []
+    with Timeline() as timeline:
+        while not taken or (len(taken) < effort.steps and sum(taken) + taken[-1] <= effort.seconds):
+            taken.append(_slowest(place, partial(step.run, data, effort.warmup + len(taken))))
+    peak = max(place.gather(torch.cuda.max_memory_allocated(device))) if device.type == "cuda" else None
+    return _Timed(len(taken), statistics.median(taken), max(place.gather(timeline.exposed_fraction)), peak)
+
+
+def _slowest(place: Runtime, run: Callable[[], object]) -> float:
+    """Seconds that ``run`` takes on the slowest rank, from a common start to the end of its work on the device."""
+    place.sum(torch.zeros(1, device=place.device))
+    _wait(place.device)
+    start = time.perf_counter()
+    run()
+    _wait(place.device)
+    return max(place.gather(time.perf_counter() - start))
+
+
+def _measure(case: TrainCase, effort: Effort, place: Runtime, told: Provenance) -> TrainRow:
+    timed = _time(case, effort, place)
+    _free(place.device)
+    return TrainRow(
+        date=told.date,
+        commit=told.commit,
+        gpu=told.gpu,
+        gpus=place.world,
+        torch=told.torch,
+        model=case.shape.name,
+        layers=case.layers,
+        seq_len=case.seq_len,
+        density=_density(case, place.device),
+        pattern=case.pattern().name,
+        layout=case.layout,
+        ring=case.ring,
+        recompute=case.recompute,
+        kernel=_backend(case, place.device).name,
+        fused=case.fused,
+        offload=case.offload,
+        steps=timed.steps,
+        step_seconds=timed.seconds,
+        tokens_per_second=case.seq_len / timed.seconds,
+        dense_step_seconds=None,
+        speedup=None,
+        peak_gib=None if timed.peak is None else timed.peak / GIB,
+        predicted_gib=_predicted(case, place.world, place.device).peak / GIB,
+        ring_exposed_fraction=timed.exposed,
+        estimate_seconds=None if case.density is None else _estimate(case, place),
+        tiles=tiles_in_use(place.device, compute_dtype(place.device), case.shape.head_dim),
+    )
+
+
+def _with_dense(row: TrainRow, rows: Sequence[TrainRow]) -> TrainRow:
+    dense = row.step_seconds if row.pattern == "dense" else dense_seconds(rows, comparable(row))
+    return replace(row, dense_step_seconds=dense, speedup=dense / row.step_seconds if dense else None)
+
+
+def _density(case: TrainCase, device: torch.device) -> float:
+    """Of the prescribed index: computed area over causal tiles."""
+    if case.density is None:
+        return 1.0
+    ring = Ring.over(None)
+    shard = make_plan(ring, build_layout("contiguous", 1), case.seq_len, case.shape.block_size, device)
+    heads = torch.empty(1, 1, case.shape.heads, 1, device=device)
+    whole = shard.shard(_backend(case, device))
+    return float(case.pattern(estimate=False).estimate(heads, heads, whole, 1.0).density().mean())
+
+
+def _backend(case: TrainCase, device: torch.device) -> Backend:
+    return select_backend(case.kernel, device, compute_dtype(device), case.shape.head_dim)
+
+
+def _estimate(case: TrainCase, place: Runtime) -> float:
+    """Seconds of the index estimates of one step, one a layer: the median of three, on random queries and keys."""
+    shape, device = case.shape, place.device
+    dims = tuple(name for name in place.mesh.mesh_dim_names or () if name != "dp")
+    layout = build_layout(case.layout, shape.block_size)
+    plan = make_plan(Ring.over(place.mesh[dims]), layout, case.seq_len, shape.block_size, device)
+    shard, dtype = plan.shard(_backend(case, device)), compute_dtype(device)
+    q, k = (
+        torch.randn(1, case.seq_len // place.world, heads, shape.head_dim, device=device, dtype=dtype)
+        for heads in (shape.heads, shape.kv_heads)
+    )
+    pattern, scale = VerticalSlash(block_size=shape.block_size), shape.head_dim**-0.5
+    taken = [_slowest(place, lambda: pattern.estimate(q, k, shard, scale)) for _ in range(4)]
+    return case.layers * statistics.median(taken[1:])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,166 @@
+"""Around a foreign attention kernel: block lists for it to read, and an exact merge of what it returns.
+
+Both run on the device without a host synchronisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtraining.kernel.index import SparseIndex
+from mtraining.kernel.placement import Placement
+from mtraining.kernel.triton.common import load_tile_rows, store_tile_rows, tile_offsets
+from mtraining.kernel.triton.lists import selected_tiles
+from mtraining.kernel.triton.tile_sizes import padded
+
+_CHUNK = 1024
+_BLOCK_M = 32
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """Selected tiles of each row of blocks, those on the causal diagonal apart; local block numbers, all int32.
+
+    Attributes:
+        full_counts: (batch, q_heads, rows).
+        full: (batch, q_heads, rows, cols), the first ``full_counts`` entries of a row ascending, the rest not written.
+        own_counts: (batch, q_heads, rows), 1 where the diagonal tile is selected, else 0.
+        own: (batch, q_heads, rows, 1), the diagonal tile's block, 0 where there is none.
+    """
+
+    full_counts: Tensor
+    full: Tensor
+    own_counts: Tensor
+    own: Tensor
+
+
+def block_lists(index: SparseIndex, placement: Placement, key_major: bool) -> BlockLists:
+    """Key blocks of each local query block or, ``key_major``, query blocks of each visiting key block.
+
+    Rows have room for every block, since the longest is not known on the host: 4 bytes for each pair of local blocks.
+    """
+    rows, cols = placement.q_blocks.int(), placement.k_blocks.int()
+    if key_major:
+        rows, cols = cols, rows
+    diagonals, blocks = index.diagonals.contiguous(), index.local_blocks(placement.q_blocks)
+    shape, device = (*diagonals.shape[:2], rows.numel()), diagonals.device
+    full = torch.empty(*shape, cols.numel(), dtype=torch.int32, device=device)
+    own = torch.empty(*shape, 1, dtype=torch.int32, device=device)
+    full_counts, own_counts = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
+    _block_lists_kernel[(full_counts.numel(),)](
+        diagonals.view(torch.int8), diagonals if blocks is None else blocks, rows, cols, full, full_counts, own,
+        own_counts, index.num_blocks, rows.numel(), cols.numel(), 0 if blocks is None else blocks.shape[-1],
+        HAS_BLOCKS=blocks is not None, KEY_MAJOR=key_major, CHUNK=min(_CHUNK, triton.next_power_of_2(cols.numel())),
+    )  # fmt: skip
+    return BlockLists(full_counts, full, own_counts, own)
+
+
+def merge_partial(
+    part: Tensor, part_lse: Tensor, out: Tensor | None, lse: Tensor | None, *, final: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Merge a partial attention into a previous fp32 one, in place where there is one.
+
+    Args:
+        part: (batch, rows, q_heads, head_dim), any dtype; zero in rows that saw no key. NaN goes through, whatever
+            lse says of it: flash-attn-4 has -inf for such rows.
+        part_lse: fp32 (batch, q_heads, rows), contiguous.
+        out, lse: the previous result, or None.
+        final: the result is wanted in the dtype of ``part``, which is then written over.
+
+    Returns:
+        out fp32 or final (batch, rows, q_heads, head_dim), lse fp32 (batch, q_heads, rows).
+    """
+    if out is None or lse is None:
+        return part if final else part.float(), part_lse
+    out, lse = (out if out.stride(-1) == 1 else out.contiguous()), lse.contiguous()
+    result = part if final else out
+    batch, rows, heads, dim = part.shape
+    _merge_kernel[(triton.cdiv(rows, _BLOCK_M) * batch * heads,)](
+        part, part_lse, out, lse, result, *part.stride()[:3], *out.stride()[:3], *result.stride()[:3], rows, heads,
+        HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=_BLOCK_M,
+    )  # fmt: skip
+    return result, lse
+
+
+@triton.jit(do_not_specialize=["num_blocks", "rows", "cols", "row_bytes"])
+def _block_lists_kernel(
+    diagonals, blocks, row_blocks, col_blocks, full, full_counts, own, own_counts, num_blocks, rows, cols, row_bytes,
+    HAS_BLOCKS: tl.constexpr, KEY_MAJOR: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program a row of a head."""
+    pid = tl.program_id(0).to(tl.int64)
+    head = pid // rows
+    mine = tl.load(row_blocks + pid % rows)
+    count = 0
+    own_count = 0
+    own_slot = 0
+    for start in range(0, cols, CHUNK):
+        slot = start + tl.arange(0, CHUNK)
+        there = slot < cols
+        bit, other = selected_tiles(
+            diagonals,
+            blocks,
+            col_blocks,
+            mine,
+            slot,
+            there,
+            pid,
+            head,
+            cols,
+            num_blocks,
+            row_bytes,
+            HAS_BLOCKS,
+            KEY_MAJOR,
+        )
+        own_bit = tl.where(other == mine, bit, 0)
+        own_count += tl.sum(own_bit, 0)
+        own_slot += tl.sum(own_bit * slot, 0)
+        bit -= own_bit
+        upto = count + tl.cumsum(bit, 0)
+        tl.store(full + pid * cols + upto - 1, slot, mask=bit != 0)
+        count += tl.sum(bit, 0)
+    tl.store(full_counts + pid, count)
+    tl.store(own_counts + pid, own_count)
+    tl.store(own + pid, own_slot)
+
+
+@triton.jit(do_not_specialize=["rows", "heads"])
+def _merge_kernel(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, to_ptr, p_b, p_r, p_h, o_b, o_r, o_h, t_b, t_r, t_h, rows, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program for a few rows of a head; heads side by side read whole lines."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(rows, BLOCK_M)
+    head = (pid % heads).to(tl.int64)
+    tile = (pid // heads) % tiles
+    batch = (pid // heads // tiles).to(tl.int64)
+    first, left = tile.to(tl.int64) * BLOCK_M, rows - tile * BLOCK_M
+    lane = tl.arange(0, BLOCK_M)
+    at_lse = (batch * heads + head) * rows + first + lane
+    at_out = out_ptr + batch * o_b + head * o_h + first * o_r
+    at_part = part_ptr + batch * p_b + head * p_h + first * p_r
+    new_lse = tl.load(part_lse_ptr + at_lse, mask=lane < left, other=float("-inf"))
+    old_lse = tl.load(lse_ptr + at_lse, mask=lane < left, other=float("-inf"))
+    new = load_tile_rows(at_part, tile_offsets(p_r, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D).to(tl.float32)
+    old = load_tile_rows(at_out, tile_offsets(o_r, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D)
+    top = tl.maximum(new_lse, old_lse)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp(new_lse - safe)
+    old_weight = tl.exp(old_lse - safe)
+    total = weight + old_weight
+    divisor = tl.where(total == 0.0, 1.0, total)
+    out = new * (weight / divisor)[:, None] + old * (old_weight / divisor)[:, None]
+    lse = tl.where(total == 0.0, float("-inf"), safe + tl.log(divisor))
+    # What is written stands where other warps read: each loads the lse of its own rows, one stores them all.
+    tl.debug_barrier()
+    to = to_ptr + batch * t_b + head * t_h + first * t_r
+    store_tile_rows(
+        to, tile_offsets(t_r, BLOCK_M, BLOCK_D), out.to(to_ptr.dtype.element_ty), left, HEAD_DIM, BLOCK_D
+    )
+    tl.store(lse_ptr + at_lse, lse, mask=lane < left)

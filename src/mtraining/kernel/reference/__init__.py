@@ -1,0 +1,1 @@
+"""The specification: eager PyTorch, any device and dtype."""

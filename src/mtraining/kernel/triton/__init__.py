@@ -1,0 +1,1 @@
+"""Portable Triton kernels for NVIDIA GPUs, and for CPUs in the interpreter."""

@@ -1,0 +1,170 @@
+"""Device functions that every attention kernel shares: tile loads, the rows of the index, softmax steps.
+
+Scores are kept in units of log2 inside the kernels (``exp2`` is the hardware's exponential) and converted where the
+natural-log lse is read or written. ``scale`` multiplies after the dot, in fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tile_offsets(stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets of a (ROWS, BLOCK_D) tile from its first element; rows of a tile lie within 2^31 elements."""
+    return tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_tile(base, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile whose rows are all there; lanes past the head dimension are zero."""
+    if HEAD_DIM == BLOCK_D:
+        tile = tl.load(base + offsets)
+    else:
+        tile = tl.load(base + offsets, mask=tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM, other=0.0)
+    return tile
+
+
+@triton.jit
+def load_tile_rows(base, offsets, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of which only ``rows`` rows are there; the others are zero."""
+    there = tl.arange(0, offsets.shape[0])[:, None] < rows
+    return tl.load(base + offsets, mask=there & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def store_tile(base, offsets, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    if HEAD_DIM == BLOCK_D:
+        tl.store(base + offsets, tile)
+    else:
+        tl.store(base + offsets, tile, mask=tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+
+
+@triton.jit
+def store_tile_rows(base, offsets, tile, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    there = tl.arange(0, offsets.shape[0])[:, None] < rows
+    tl.store(base + offsets, tile, mask=there & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def load_lse2(ptr):
+    """Global log-sum-exp in units of log2; rows that see nothing get 0, so that no difference becomes NaN."""
+    lse = tl.load(ptr)
+    return tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
+
+
+@triton.jit
+def tile_row(
+    entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ: tl.constexpr,
+    KEY_MAJOR: tl.constexpr,
+):  # fmt: skip
+    """Where row ``i`` of head ``bh`` finds its tiles; see triton/lists.py for the two kinds of lists.
+
+    Returns:
+        list pointer, first and last + 1 place in it, origin (for :func:`tile_slot`), and 1 if the first entry is the
+        tile on the causal diagonal, else 0.
+    """
+    if TOEPLITZ:
+        pitch = n_rows + n_cols
+        low = n_rows - 1 - i if KEY_MAJOR else i
+        row = entries + bh * pitch
+        lo = tl.load(bounds + bh * pitch + low)
+        hi = tl.load(bounds + bh * pitch + low + n_cols)
+        origin = i - (n_rows - 1) if KEY_MAJOR else i + n_cols - 1
+        first = tl.load(row + lo, mask=hi > lo, other=-2)
+        own = (first == diagonal).to(tl.int32)
+    else:
+        row = entries + (bh * n_rows + i) * n_cols
+        lo = 0
+        hi = tl.load(bounds + bh * n_rows + i)
+        origin = 0
+        first = tl.load(row, mask=hi > 0, other=0)
+        same = tl.load(row_blocks + i) == tl.load(col_blocks + first)
+        own = (same & (hi > 0)).to(tl.int32)
+    return row, lo, hi, origin, own
+
+
+@triton.jit
+def tile_slot(entry, origin, TOEPLITZ: tl.constexpr, KEY_MAJOR: tl.constexpr):
+    """Local block that a list entry stands for."""
+    if TOEPLITZ:
+        slot = origin + entry if KEY_MAJOR else origin - entry
+    else:
+        slot = entry
+    return slot.to(tl.int64)
+
+
+@triton.jit
+def tile_place(t, lo, hi, own, SUB: tl.constexpr):
+    """Place in its list of the tile that step ``t`` of a row visits, SUB steps a tile: from the second nearest on, and
+    the one on the diagonal, which the list has first, last. Safe to read for one step past the end too."""
+    place = lo + own + t // SUB
+    return tl.where(place < hi, place, lo)
+
+
+@triton.jit
+def softmax_step(acc, top, total, scores, v, scale_log2, GUARD: tl.constexpr, PRECISION: tl.constexpr):
+    """Fold one tile of raw scores and its values into the running (acc, top, total).
+
+    GUARD: the tile may be masked (-inf) throughout a row, so that ``top`` may still be -inf afterwards.
+    """
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top) if GUARD else new_top
+    prob = tl.exp2(scores * scale_log2 - safe[:, None])
+    alpha = tl.exp2(top - safe)
+    total = total * alpha + tl.sum(prob, 1)
+    acc = tl.dot(prob.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@triton.jit
+def load_partial(
+    out_base, out_offsets, lse_ptr, HAS_PREV: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The previous partial result as the state of a running softmax: merging is going on from it."""
+    if HAS_PREV:
+        acc = load_tile(out_base, out_offsets, HEAD_DIM, BLOCK_D)
+        top = tl.load(lse_ptr) * LOG2E
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    return acc, top, total
+
+
+@triton.jit
+def store_partial(
+    out_base, out_offsets, lse_ptr, acc, top, total, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Normalise and write (out, lse); rows that saw nothing give 0 and -inf."""
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    store_tile(out_base, out_offsets, acc, HEAD_DIM, BLOCK_D)
+    lse = (top + tl.log2(tl.where(empty, 1.0, total))) * LN2
+    tl.store(lse_ptr, tl.where(empty, float("-inf"), lse))
+
+
+@triton.jit
+def query_gradient_step(dq, scores, dout, k, v, lse2, delta, scale_log2, PRECISION: tl.constexpr):
+    """Query-major: add one tile's share (without the factor ``scale``) to dq; hidden scores are -inf."""
+    prob = tl.exp2(scores * scale_log2 - lse2[:, None])
+    dprob = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    dscore = prob * (dprob - delta[:, None])
+    return tl.dot(dscore.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def key_gradient_step(dk, dv, scores, v, q, dout, lse2, delta, scale_log2, PRECISION: tl.constexpr):
+    """Key-major, transposed (scores are keys by queries): add one tile's share to dk (without ``scale``) and dv."""
+    prob = tl.exp2(scores * scale_log2 - lse2[None, :])
+    dv = tl.dot(prob.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    dprob = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    dscore = prob * (dprob - delta[None, :])
+    dk = tl.dot(dscore.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv

@@ -1,0 +1,395 @@
+"""Scores of a few probe queries against all local keys, in two passes that store no probabilities.
+
+One program takes one tile of keys of one kv head and every query head that reads it, so keys come from memory once a
+pass; the probe's queries, a few KiB a head, come from the cache. Probe queries that stand before all keys of a tile are
+left out: half of all pairs where the probe is spread over the sequence. Sums over distances (taken along the diagonals
+of the score tile) or block diagonals (three a query and tile) are added to int64 fixed-point totals: integer additions
+commute, so the result repeats bit for bit whatever the order of programs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtraining.kernel.triton.common import LN2, LOG2E, load_tile_rows, tile_offsets
+from mtraining.kernel.triton.tile_sizes import check_block_size, interpreted, padded
+
+
+@triton.jit
+def _first_reached(probe_pos_ptr, probes, nearest, BLOCK: tl.constexpr):
+    """Number of the first probe query at or after key position ``nearest``; ``probes`` where all stand before it.
+
+    Queries before it see none of a tile of keys whose first position that is; where they ascend, all others see some.
+    """
+    lane = tl.arange(0, BLOCK)
+    found = tl.full([BLOCK], 0, tl.int32) + probes
+    for start in range(0, probes, BLOCK):
+        row = start + lane
+        probe_at = tl.load(probe_pos_ptr + row, mask=row < probes, other=-1).to(tl.int32)
+        found = tl.minimum(found, tl.where(probe_at >= nearest, row, probes))
+    return tl.min(found, 0)
+
+
+@triton.jit
+def _key_positions(key_pos_ptr, left, BLOCK_N: tl.constexpr):
+    """Positions of a tile of keys; those that are not there stand after every query."""
+    column = tl.arange(0, BLOCK_N)
+    return tl.load(key_pos_ptr + column, mask=column < left, other=2**31 - 1).to(tl.int32)
+
+
+@triton.jit
+def _raw_scores(
+    probe_ptr, q_b, q_p, q_h, k_tile, probe_pos_ptr, batch, head, probe_tile, probes, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products (BLOCK_M, BLOCK_N) of a tile of probe queries with one of keys, and the queries' positions."""
+    first, row = (probe_tile * BLOCK_M).to(tl.int64), tl.arange(0, BLOCK_M)
+    left = probes - probe_tile * BLOCK_M
+    probe_at = tl.load(probe_pos_ptr + first + row, mask=row < left, other=-1).to(tl.int32)
+    base = probe_ptr + batch * q_b + head * q_h + first * q_p
+    q = load_tile_rows(base, tile_offsets(q_p, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D)
+    return tl.dot(q, tl.trans(k_tile), input_precision=PRECISION), probe_at
+
+
+@triton.jit
+def probe_lse_kernel(
+    probe_ptr, k_ptr, probe_pos_ptr, key_pos_ptr, part_ptr, q_b, q_p, q_h, k_b, k_s, k_h,
+    scale_log2, probes, keys, tiles, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Log2-sum-exp2 of every probe query over one tile of keys: part (batch, q_heads, tiles, probes)."""
+    tile, bh = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = (bh // KV_HEADS).to(tl.int64), (bh % KV_HEADS).to(tl.int64)
+    first = tile.to(tl.int64) * BLOCK_N
+    left = keys - tile * BLOCK_N
+    key_at = _key_positions(key_pos_ptr + first, left, BLOCK_N)
+    lane = tl.arange(0, BLOCK_M)
+    probe_tiles = tl.cdiv(probes, BLOCK_M)
+    blind = _first_reached(probe_pos_ptr, probes, tl.min(key_at, 0), BLOCK_N) // BLOCK_M
+    for member in range(GROUP):
+        place = (((batch * KV_HEADS + kv_head) * GROUP + member) * tiles + tile) * probes
+        for probe_tile in range(blind):  # all of its queries stand before all keys
+            row = probe_tile * BLOCK_M + lane
+            tl.store(part_ptr + place + row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=row < probes)
+    k_base = k_ptr + batch * k_b + kv_head * k_h + first * k_s
+    k_tile = load_tile_rows(k_base, tile_offsets(k_s, BLOCK_N, BLOCK_D), left, HEAD_DIM, BLOCK_D)
+    seeing = tl.maximum(probe_tiles - blind, 1)  # a divisor
+    for step in range(GROUP * (probe_tiles - blind)):
+        head = kv_head * GROUP + step // seeing
+        probe_tile = blind + step % seeing
+        scores, probe_at = _raw_scores(
+            probe_ptr, q_b, q_p, q_h, k_tile, probe_pos_ptr, batch, head, probe_tile, probes,
+            HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+        )  # fmt: skip
+        scores = tl.where(key_at[None, :] <= probe_at[:, None], scores * scale_log2, float("-inf"))
+        top = tl.max(scores, 1)
+        empty = top == float("-inf")
+        total = tl.sum(tl.exp2(scores - tl.where(empty, 0.0, top)[:, None]), 1)
+        part = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
+        row = probe_tile * BLOCK_M + lane
+        place = ((batch * KV_HEADS * GROUP + head) * tiles + tile) * probes
+        tl.store(part_ptr + place + row, part, mask=row < probes)
+
+
+@triton.jit
+def join_lse_kernel(part_ptr, lse_ptr, probes, tiles, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The tiles' log2-sum-exp2, joined in a fixed order -> natural log: lse (batch * q_heads, probes)."""
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    top = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_P], tl.float32)
+    for first in range(0, tiles, BLOCK_T):
+        tile = first + tl.arange(0, BLOCK_T)
+        places = (row * tiles + tile[:, None]) * probes + column[None, :]
+        there = (tile < tiles)[:, None] & (column < probes)[None, :]
+        part = tl.load(part_ptr + places, mask=there, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(part, 0))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(part - safe[None, :]), 0)
+        top = new_top
+    empty = top == float("-inf")
+    lse = (top + tl.log2(tl.where(empty, 1.0, total))) * LN2
+    tl.store(lse_ptr + row * probes + column, tl.where(empty, float("-inf"), lse), mask=column < probes)
+
+
+@triton.jit
+def _add_distances(total_ptr, prob, shift, distance, unit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Add the sums along the diagonals of ``prob`` (queries and keys both consecutive) to the totals by distance.
+
+    ``distance`` is that of the first query and the first key; row i, column j stand at distance + i - j. Rotating row i
+    by ``shift`` = i lines every diagonal up in one column of the tile, which then holds two of them, BLOCK_N apart.
+    """
+    tl.static_assert(BLOCK_M <= BLOCK_N, "a column would hold three diagonals")
+    lane = tl.arange(0, BLOCK_N)
+    column = shift[:, None] + (BLOCK_N - 1) - lane[None, :]
+    near = column < BLOCK_N
+    rotated = tl.gather(prob, column & (BLOCK_N - 1), 1)
+    at = total_ptr + (distance - (BLOCK_N - 1)) + lane
+    total = tl.sum(tl.where(near, rotated, 0.0), 0)
+    tl.atomic_add(at, (total * unit).to(tl.int64), mask=total > 0.0, sem="relaxed")
+    total = tl.sum(tl.where(near, 0.0, rotated), 0)
+    tl.atomic_add(at + BLOCK_N, (total * unit).to(tl.int64), mask=total > 0.0, sem="relaxed")
+
+
+@triton.jit
+def _add_entries(
+    total_ptr, prob, probe_pos_ptr, key_at, rows, unit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Add each entry of ``prob`` to the totals by distance: for queries or keys at scattered positions."""
+    lane = tl.arange(0, 16)
+    for first in range(0, BLOCK_M, 16):  # a slice of rows at a time: a whole tile of addresses would not fit
+        index = tl.broadcast_to((first + lane)[:, None], [16, BLOCK_N])
+        part = tl.gather(prob, index, 0)
+        probe_at = tl.load(probe_pos_ptr + first + lane, mask=first + lane < rows, other=0).to(tl.int32)
+        at = total_ptr + (probe_at[:, None] - key_at[None, :])
+        tl.atomic_add(at, (part * unit).to(tl.int64), mask=part > 0.0, sem="relaxed")
+
+
+@triton.jit
+def _less_column(x, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """x[i] - j / SIZE for row i and column j, fp32 (BLOCK_M, BLOCK_N).
+
+    Column j = 8 n + 2 m + c: tensor cores leave a thread the columns of one m, so that 8 n + c are constants in its
+    instructions. As one row of numbers the columns would take a register each, all through the loop.
+    """
+    middle = tl.arange(0, 4).to(tl.float32) * (2 / SIZE)
+    outer = (tl.arange(0, BLOCK_N // 8)[:, None] * 8 + tl.arange(0, 2)[None, :]).to(tl.float32) / SIZE
+    rest = (x[:, None] - middle[None, :])[:, None, :, None] - outer[None, :, None, :]
+    return tl.reshape(rest, [BLOCK_M, BLOCK_N])
+
+
+@triton.jit
+def _add_diagonals(
+    total_ptr, prob, farthest, unit, slashes, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Add ``prob`` (keys consecutive, queries anywhere) to the totals by block diagonal: three sums a query.
+
+    ``farthest`` is each query's distance from where the first key stands: SIZE a + r. The tile is no wider than a
+    block, so key j is less than one block diagonal from a, at a + (r - j) / SIZE: this offset's share goes to a + 1 or
+    a - 1, the rest to a.
+    """
+    tl.static_assert(BLOCK_N <= SIZE, "a query would reach further diagonals")
+    farthest = tl.maximum(farthest, 0)  # queries before all keys have nothing to add
+    diagonal = farthest // SIZE
+    offset = _less_column((farthest - diagonal * SIZE).to(tl.float32) / SIZE, SIZE, BLOCK_M, BLOCK_N)
+    above = tl.sum(prob * tl.maximum(offset, 0.0), 1)
+    below = tl.sum(prob * tl.maximum(-offset, 0.0), 1)
+    own = tl.sum(prob, 1) - above - below
+    # As one tensor (BLOCK_M, 2, 2): one trip through shared memory to the threads that add.
+    sums = tl.join(tl.join(below, own), tl.join(above, tl.zeros_like(own)))
+    step = tl.arange(0, 2)[None, :, None] + 2 * tl.arange(0, 2)[None, None, :] - 1
+    at = diagonal[:, None, None] + step
+    inside = (sums > 0.0) & (at >= 0) & (at < slashes)  # rounding may put a key at distance 0 a hair below
+    tl.atomic_add(total_ptr + at, (sums * unit).to(tl.int64), mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _add_runs(
+    total_ptr, prob, probe_at, key_at, key_pos_ptr, left, unit, slashes, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """:func:`_add_diagonals` for keys anywhere: each run of consecutive positions by itself."""
+    lane = tl.arange(0, BLOCK_N)
+    later = (lane > 0) & (lane < left)
+    previous = tl.load(key_pos_ptr + lane - 1, mask=later, other=0).to(tl.int32)
+    run_of = tl.cumsum((later & (key_at != previous + 1)).to(tl.int32), 0)
+    for run in range(tl.max(run_of, 0) + 1):
+        inside = run_of == run
+        # Where the tile's first key would stand if all of it were this run.
+        origin = tl.min(tl.where(inside, key_at - lane, 2**31 - 1), 0)
+        part = tl.where(inside[None, :], prob, 0.0)
+        _add_diagonals(total_ptr, part, probe_at - origin, unit, slashes, SIZE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _mass_of_tile(
+    probe_ptr, k_tile, probe_pos_ptr, key_pos_ptr, lse_ptr, column_ptr, total_ptr, q_b, q_p, q_h, scale_log2, unit,
+    probes, keys, slashes, left, key_at, keys_astray, blind, batch, kv_head, CONSECUTIVE: tl.constexpr,
+    SIZE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The mass of one tile of keys, pointers at its first; CONSECUTIVE: all are there and follow one another."""
+    probe_tiles = tl.cdiv(probes, BLOCK_M)
+    seeing = tl.maximum(probe_tiles - blind, 1)  # a divisor
+    key_start = tl.load(key_pos_ptr).to(tl.int32)
+    lane, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    # Rows a thread of the tensor cores holds, 8 apart, are added as they come; the others once a head.
+    columns = tl.zeros([BLOCK_M // 16, 8, BLOCK_N], tl.float32)
+    for step in range(GROUP * (probe_tiles - blind)):
+        head, probe_tile = kv_head * GROUP + step // seeing, blind + step % seeing
+        head_row = batch * KV_HEADS * GROUP + head
+        scores, probe_at = _raw_scores(
+            probe_ptr, q_b, q_p, q_h, k_tile, probe_pos_ptr, batch, head, probe_tile, probes,
+            HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+        )  # fmt: skip
+        row = probe_tile * BLOCK_M + lane
+        lse2 = tl.load(lse_ptr + head_row * probes + row, mask=row < probes, other=0.0)
+        lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2 * LOG2E)
+        if CONSECUTIVE:
+            farthest = tl.minimum(probe_at - key_start, BLOCK_N)
+            seen = _less_column(farthest.to(tl.float32), 1, BLOCK_M, BLOCK_N) >= 0.0
+        else:
+            seen = key_at[None, :] <= probe_at[:, None]
+        prob = tl.exp2(tl.where(seen, scores * scale_log2 - lse2[:, None], float("-inf")))
+        pairs = tl.sum(tl.reshape(prob, [BLOCK_M // 16, 2, 8, BLOCK_N]), 1)
+        columns = tl.where(probe_tile == blind, 0.0, columns) + pairs
+        if probe_tile == probe_tiles - 1:
+            total = tl.sum(tl.reshape(columns, [BLOCK_M // 2, BLOCK_N]), 0)
+            tl.store(column_ptr + head_row * keys + column, total, mask=column < left)
+        totals = total_ptr + head_row * slashes
+        if CONSECUTIVE:
+            _add_diagonals(totals, prob, probe_at - key_start, unit, slashes, SIZE, BLOCK_M, BLOCK_N)
+        elif SIZE > 1:
+            _add_runs(
+                totals, prob, probe_at, key_at, key_pos_ptr, left, unit, slashes, SIZE, BLOCK_M, BLOCK_N
+            )
+        else:
+            starts = probe_pos_ptr + probe_tile * BLOCK_M
+            probe_start = tl.load(starts).to(tl.int32)
+            probes_astray = tl.sum(((probe_at != probe_start + lane) & (row < probes)).to(tl.int32), 0)
+            if keys_astray + probes_astray == 0:
+                # The row numbers, but loaded: indices known before the loop would be kept in registers throughout it.
+                shift = probe_at - probe_start
+                _add_distances(totals, prob, shift, probe_start - key_start, unit, BLOCK_M, BLOCK_N)
+            else:
+                rows = probes - probe_tile * BLOCK_M
+                _add_entries(totals, prob, starts, key_at, rows, unit, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def probe_mass_kernel(
+    probe_ptr, k_ptr, probe_pos_ptr, key_pos_ptr, lse_ptr, column_ptr, total_ptr, q_b, q_p, q_h, k_b, k_s, k_h,
+    scale_log2, unit, probes, keys, slashes, SIZE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Probability by key: column (batch * q_heads, keys) fp32; by slash: total (batch * q_heads, slashes) int64.
+
+    SIZE: tokens a block diagonal spans; 1: slashes are token distances.
+    """
+    tile, bh = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = (bh // KV_HEADS).to(tl.int64), (bh % KV_HEADS).to(tl.int64)
+    first = tile.to(tl.int64) * BLOCK_N
+    left = keys - tile * BLOCK_N
+    lane = tl.arange(0, BLOCK_N)
+    key_pos_ptr += first
+    column_ptr += first
+    key_at = _key_positions(key_pos_ptr, left, BLOCK_N)
+    astray = key_at != tl.load(key_pos_ptr).to(tl.int32) + lane
+    if SIZE == 1:
+        astray &= lane < left
+    keys_astray = tl.sum(astray.to(tl.int32), 0)
+    blind = _first_reached(probe_pos_ptr, probes, tl.min(key_at, 0), BLOCK_N) // BLOCK_M
+    if blind * BLOCK_M >= probes:
+        for head in range(GROUP):
+            row = bh.to(tl.int64) * GROUP + head
+            tl.store(column_ptr + row * keys + lane, tl.zeros([BLOCK_N], tl.float32), mask=lane < left)
+    k_base = k_ptr + batch * k_b + kv_head * k_h + first * k_s
+    k_tile = load_tile_rows(k_base, tile_offsets(k_s, BLOCK_N, BLOCK_D), left, HEAD_DIM, BLOCK_D)
+    if SIZE > 1:  # noqa: SIM102  known when compiled, and the next is not
+        if keys_astray == 0:
+            _mass_of_tile(
+                probe_ptr, k_tile, probe_pos_ptr, key_pos_ptr, lse_ptr, column_ptr, total_ptr, q_b, q_p, q_h,
+                scale_log2, unit, probes, keys, slashes, left, key_at, keys_astray, blind, batch, kv_head, True, SIZE,
+                KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
+            return
+    _mass_of_tile(
+        probe_ptr, k_tile, probe_pos_ptr, key_pos_ptr, lse_ptr, column_ptr, total_ptr, q_b, q_p, q_h, scale_log2, unit,
+        probes, keys, slashes, left, key_at, keys_astray, blind, batch, kv_head, False, SIZE, KV_HEADS, GROUP,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
+
+
+class ProbeTiles(NamedTuple):
+    """Tile of queries x tile of keys, and launch options."""
+
+    queries: int
+    keys: int
+    options: dict[str, int]
+
+
+def probe_tiles(
+    probes: int, head_dim: int, itemsize: int, capability: tuple[int, int], block_size: int = 1
+) -> ProbeTiles:
+    """Score tile of a program; its operands stay within 128 KiB of shared memory.
+
+    ``block_size`` > 1 is for masses by block diagonal: tiles of keys that divide blocks, so that in every layout the
+    keys of a tile follow one another. Their loop does with 168 registers; only the one for other orders spills.
+    """
+    options = {"num_warps": 4, "num_stages": 2}
+    fits = block_size & -block_size if block_size > 1 else 128
+    if itemsize == 4 and not interpreted():  # exact fp32 products, no tensor cores
+        return ProbeTiles(32, min(32, fits), options)
+    queries = max(16, min(64, triton.next_power_of_2(probes)))
+    widest = 128 if head_dim <= 128 else 64
+    if block_size > 1 and capability[0] == 10:
+        widest = 64  # there a thread holds whole rows of scores
+    elif block_size > 1:
+        options["maxnreg"] = 168  # three programs a multiprocessor
+    return ProbeTiles(queries, min(widest, fits), options)
+
+
+def _launch(probe: Tensor, k: Tensor, block_size: int = 1) -> tuple[tuple[int, int], dict[str, object]]:
+    batch, probes, heads, dim = probe.shape
+    capability = torch.cuda.get_device_capability(k.device) if k.is_cuda else (0, 0)
+    tiles = probe_tiles(probes, dim, k.element_size(), capability, block_size)
+    constants: dict[str, object] = {
+        "KV_HEADS": k.shape[2], "GROUP": heads // k.shape[2], "HEAD_DIM": dim, "BLOCK_D": padded(dim),
+        "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32",
+        **tiles.options,
+    }  # fmt: skip
+    return (triton.cdiv(k.shape[1], tiles.keys), batch * k.shape[2]), constants
+
+
+def probe_lse(
+    probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float
+) -> Tensor:
+    """See :meth:`mtraining.kernel.backend.Backend.probe_lse`; probe and k with unit stride along head_dim."""
+    batch, probes, heads, _ = probe.shape
+    grid, constants = _launch(probe, k)
+    part = torch.empty(batch, heads, grid[0], probes, dtype=torch.float32, device=k.device)
+    probe_lse_kernel[grid](
+        probe, k, probe_positions, key_positions, part, *probe.stride()[:3], *k.stride()[:3],
+        scale * LOG2E.value, probes, k.shape[1], grid[0], **constants,
+    )  # fmt: skip
+    lse = torch.empty(batch, heads, probes, dtype=torch.float32, device=k.device)
+    join_lse_kernel[(triton.cdiv(probes, 16), batch * heads)](
+        part, lse, probes, grid[0], BLOCK_P=16, BLOCK_T=64, num_warps=4
+    )
+    return lse
+
+
+def probe_mass(
+    probe: Tensor,
+    k: Tensor,
+    probe_positions: Tensor,
+    key_positions: Tensor,
+    scale: float,
+    lse: Tensor,
+    seq_len: int,
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """See :meth:`mtraining.kernel.backend.Backend.probe_mass`; probe and k with unit stride along head_dim.
+
+    Raises:
+        UserError: a block size that no tile of keys divides.
+    """
+    if block_size > 1:
+        check_block_size(block_size)
+    batch, probes, heads, _ = probe.shape
+    grid, constants = _launch(probe, k, block_size)
+    columns = torch.empty(batch * heads, k.shape[1], dtype=torch.float32, device=k.device)
+    totals = torch.zeros(batch * heads, seq_len // block_size, dtype=torch.int64, device=k.device)
+    # A probe query adds a probability of at most one to any slash: their sum stays below 2^62.
+    unit = 2.0 ** (61 - probes.bit_length())
+    probe_mass_kernel[grid](
+        probe, k, probe_positions, key_positions, lse, columns, totals, *probe.stride()[:3], *k.stride()[:3],
+        scale * LOG2E.value, unit, probes, k.shape[1], totals.shape[1], SIZE=block_size, **constants,
+    )  # fmt: skip
+    return columns, totals.to(torch.float32).mul_(1.0 / unit)

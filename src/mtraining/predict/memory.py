@@ -1,0 +1,260 @@
+"""What a training step will take of a GPU's memory, before any GPU is touched.
+
+Activations are measured on the meta device (`mtraining.predict.trace`); parameters, their gradients and the
+optimizer's state follow from FSDP2's sharding. A step has a few moments that may be its peak; the highest one counts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from mtraining.errors import UserError
+from mtraining.kernel.reference.attention import accumulation_dtype
+from mtraining.layout import Layout
+from mtraining.model import parallelize
+from mtraining.model.support import decoder_of, head_dim_of
+from mtraining.pattern import Pattern
+from mtraining.predict.fused import fuse_shapes
+from mtraining.predict.trace import LAYERS, META, Trace, shape_call, trace
+
+GIB = 2**30
+OUTSIDE = 2 * GIB
+"""What PyTorch does not count: the CUDA context, NCCL's buffers, loaded kernels."""
+_OFFLOAD_RESIDENT = 3  # layers whose kept tensors are on the device: the last one, and two on their way
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training step, as far as memory goes.
+
+    Attributes:
+        hf_model: the whole transformers model, on any device (meta will do).
+        world: ranks that share parameters (dp x cp).
+        ring: (outer, inner) ranks that share a sequence.
+        batch: sequences that a rank's forward takes at once.
+        accumulation: micro-batches a step; gradients then outlive a backward.
+        patterns: of the layers; the one with most columns counts.
+        compute: dtype of activations and gathered parameters; ``reduce``: of gradients while they are summed.
+    """
+
+    hf_model: Any
+    world: int
+    ring: tuple[int, int]
+    seq_len: int
+    batch: int
+    accumulation: int
+    patterns: Sequence[Pattern]
+    layout: Layout
+    recompute: str
+    offload: bool
+    fused: str
+    compute: torch.dtype
+    loss_chunk: int = signature(parallelize).parameters["loss_chunk"].default
+    reduce: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on the rank that takes most, at the highest moment of a step.
+
+    Attributes:
+        moment: which one it is.
+        components: what is there then, by name; they add up to the peak.
+        moments: the total of every moment.
+        attention: what one pass of ring attention has at a time (keys in flight, sums in fp32, columns), a part of a
+            layer's working set at another moment than the peak, or at the peak.
+    """
+
+    moment: str
+    components: dict[str, float]
+    moments: dict[str, float]
+    attention: float
+
+    @property
+    def peak(self) -> float:
+        return sum(self.components.values())
+
+    def check(self, memory: float) -> None:
+        """Refuse what ``memory`` bytes cannot hold.
+
+        Raises:
+            UserError: with the remedies.
+        """
+        if self.peak + OUTSIDE > memory:
+            raise UserError(
+                f"a step needs {(self.peak + OUTSIDE) / GIB:.1f} GiB on each GPU ({self.moment}) and there are "
+                f"{memory / GIB:.1f} GiB: use train.recompute=full, train.offload=true, more GPUs (parallel.cp), "
+                "or a shorter train.seq_len."
+            )
+
+    def table(self) -> list[tuple[str, float]]:
+        """(component, GiB) at the peak, the peak, and what comes on top outside of PyTorch."""
+        rows = [(name, size / GIB) for name, size in self.components.items()]
+        return [
+            *rows,
+            (f"peak, {self.moment}", self.peak / GIB),
+            ("of a layer, ring attention at most", self.attention / GIB),
+            ("beside PyTorch: CUDA context, NCCL", OUTSIDE / GIB),
+        ]
+
+
+class Unpredictable(UserError):
+    """A model whose own code cannot run on shapes alone."""
+
+
+def predict(work: Workload) -> Prediction:
+    """The peak of a step once the optimizer has its state, that is from the second step on.
+
+    Raises:
+        Unpredictable: the model's code reads numbers, as some that route tokens do.
+    """
+    sizes = _Parameters.of(work)
+    seen = _traced(work, sizes.largest)
+    layers, standing = sizes.layers, work.accumulation > 1
+    compute, reduce = work.compute.itemsize, work.reduce.itemsize
+    stored = sizes.stored / work.world
+    owned = {
+        "parameters (shard)": stored,
+        "optimizer state (shard)": 2 * stored,
+    }
+    # The layer that runs, and the next one on its way.
+    gathered = {"gathered parameters": compute * (sizes.root + min(2, layers) * sizes.layer)}
+    # Of the layer whose backward runs; and of the one before it, on their way round.
+    whole = {"gradients (whole, of a layer)": compute * sizes.layer}
+    summed = {"gradients being summed": reduce * sizes.layer} if layers > 1 else {}
+    resident = min(layers, _OFFLOAD_RESIDENT) if work.offload else layers
+    attended = _attention_outputs(work) if work.recompute == "keep_attention" else 0.0
+    kept = {
+        "kept: layer inputs" if work.recompute != "none" else "kept: everything": resident
+        * (seen.kept - attended)
+    }
+    if attended:
+        kept["kept: attention outputs"] = resident * attended
+
+    def shards(done: int) -> dict[str, float]:
+        """Gradients of the layers whose backward is done."""
+        share = 1.0 if standing else done * sizes.layer / sizes.total
+        return {"gradients (shard)": share * stored}
+
+    def activations(name: str, peak: int) -> dict[str, float]:
+        """What all layers keep, and the rest of a ``peak`` that has what the traced ones keep."""
+        return kept | {name: peak - LAYERS * seen.kept}
+
+    moments = {
+        "in the last layer's forward": owned | gathered | shards(0)
+        | activations("working set of a layer", seen.forward),
+        "in the loss": owned | gathered | shards(0) | activations("loss", seen.loss),
+        "in the last layer's backward": owned | gathered | whole | shards(0)
+        | activations("working set of a layer", seen.backward),
+        "in the first layer's backward": owned | gathered | whole | summed | shards(layers - 1)
+        | {"working set of a layer": seen.last},
+        "when the embeddings' gradients are summed": owned | shards(layers)
+        | {"gathered parameters": compute * sizes.root, "gradients being summed": (compute + reduce) * sizes.root},
+        "in the optimizer": owned | {"gradients (shard)": stored},
+    }  # fmt: skip
+    totals = {name: sum(parts.values()) for name, parts in moments.items()}
+    moment = max(totals, key=lambda name: totals[name])
+    return Prediction(moment, dict(moments[moment]), totals, seen.attention)
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """Numbers of parameters: of the largest layer (``largest`` is its number), of FSDP's root unit and of all;
+    ``stored``: bytes of all."""
+
+    layers: int
+    largest: int
+    layer: int
+    root: int
+    total: int
+    stored: int
+
+    @staticmethod
+    def of(work: Workload) -> _Parameters:
+        model = work.hf_model
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_of(model).layers]
+        total = sum(p.numel() for p in model.parameters())
+        stored = sum(p.numel() * p.element_size() for p in model.parameters())
+        largest = max(layers)
+        return _Parameters(len(layers), layers.index(largest), largest, total - sum(layers), total, stored)
+
+
+def _traced(work: Workload, largest: int) -> Trace:
+    """Activations of a short model of the same shape, on the meta device, with layers like number ``largest``."""
+    short = _shortened(work.hf_model, largest).to(work.compute)
+    pattern = max(work.patterns, key=lambda pattern: columns_of(pattern, work.seq_len))
+    model = parallelize(
+        short,
+        pattern=pattern,
+        layout=work.layout,
+        recompute=work.recompute,  # type: ignore[arg-type]
+        loss_chunk=_eager_chunk(work),
+    )
+    if work.fused != "none":
+        fuse_shapes(short)
+    heads, ring = short.config.num_attention_heads, work.ring
+    call = shape_call(
+        pattern, work.layout, ring, work.seq_len, work.batch, heads, columns_of(pattern, work.seq_len)
+    )
+    try:
+        return trace(model, call, work.batch, work.seq_len // (ring[0] * ring[1]))
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        raise Unpredictable(
+            f"memory cannot be predicted for {short.config.model_type}, whose own code reads numbers where only shapes "
+            "are known; run two steps, after which the log tells the measured peak."
+        ) from error
+
+
+def _shortened(hf_model: Any, largest: int) -> Any:
+    """A model of :data:`LAYERS` layers, each like number ``largest`` of ``hf_model``: experts may begin after a few."""
+    config, depth = copy.deepcopy(hf_model.config), len(decoder_of(hf_model).layers)
+    config.num_hidden_layers = largest + 1
+    config._attn_implementation = "eager"  # not yet ours: parallelize sets that
+    # A run on its way to the same weights on every rank is not disturbed.
+    with torch.random.fork_rng(devices=[]), META:
+        model = type(hf_model)(config)
+    decoder, shared = decoder_of(model), {id(config): config}
+    layer = decoder.layers[largest]
+    decoder.layers = nn.ModuleList([layer, *(copy.deepcopy(layer, shared) for _ in range(LAYERS - 1))])
+    config.num_hidden_layers = LAYERS
+    for field, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == depth:  # of each layer
+            setattr(config, field, [value[largest]] * LAYERS)
+    return model
+
+
+def _eager_chunk(work: Workload) -> int:
+    """Tokens whose logits take as much eagerly as the loss's chunk takes as it is computed: compiled, the loss works in
+    the logits alone; eager, it has them twice more in fp32."""
+    if work.fused == "none":
+        return work.loss_chunk
+    logit = work.compute.itemsize
+    return max(1, work.loss_chunk * logit // (logit + 2 * 4 if logit < 4 else 2 * logit))
+
+
+def _attention_outputs(work: Workload) -> float:
+    """Bytes of out and lse of a layer."""
+    config = work.hf_model.config
+    rows = work.batch * work.seq_len // (work.ring[0] * work.ring[1])
+    lse = accumulation_dtype(work.compute).itemsize
+    return rows * config.num_attention_heads * (head_dim_of(config) * work.compute.itemsize + lse)
+
+
+def columns_of(pattern: Pattern, seq_len: int) -> int:
+    """The most columns a head of ``pattern`` may keep: the capacity of its index."""
+    if hasattr(pattern, "column_budget"):
+        return min(pattern.column_budget(), seq_len)
+    parts = [*getattr(pattern, "patterns", ()), *getattr(pattern, "heads", ())]
+    if parts:
+        return max(columns_of(part, seq_len) for part in parts)
+    budgets = (getattr(pattern, name, None) for name in ("columns", "max_columns", "sinks"))
+    return min(next((int(budget) for budget in budgets if budget is not None), 0), seq_len)
