@@ -155,7 +155,7 @@ def _start(choice: Choice, path: Path) -> None:
     ]  # fmt: skip
     worker = [
         "-m",
-        "mtraining.bench.train.run",
+        "mtraining.bench.train",
         f"--progress={path}",
         f"--choice={json.dumps(asdict(choice))}",
     ]
