@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 # Asked of the base interpreter: where PYTHON is itself a virtual environment's, the new one would not see that one's packages.
 BASE_HAS_TORCH := $(PYTHON) -c "import subprocess, sys; sys.exit(subprocess.call([sys._base_executable, '-c', 'import torch'], stderr=subprocess.DEVNULL))"
 
-.PHONY: setup smollm2 test gpu-test lint format demo clean
+.PHONY: setup smollm2 test gpu-test lint format demo docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -61,5 +61,11 @@ format: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/mtraining demo
 
+# The site, strictly: a broken link or an unknown name ends the build. The pages that code writes are written first.
+docs: $(STAMP)
+	$(BIN)/python docs/write_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "wrote site/index.html"
+
 clean:
-	rm -rf $(VENV) runs data .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) runs data site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
