@@ -279,7 +279,7 @@ def training_step() -> Figure:
     for place, row in enumerate(found):
         dense, seconds = row["pattern"] == "dense", float(row["step_seconds"])
         axes.barh(place, seconds, color=GREY if dense else BLUE)
-        gain = "" if dense else f"   {float(row['speedup']):.1f}x"
+        gain = "" if dense else f", {float(row['speedup']):.1f}x"
         axes.text(seconds, place, f" {seconds:.2f} s{gain}", va="center")
     names = [f"{'dense' if row['pattern'] == 'dense' else '5 %'}, {row['layout']}" for row in found]
     axes.set_yticks(range(len(found)), names)
