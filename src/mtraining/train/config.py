@@ -38,7 +38,14 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    """Where the tokens come from. `path` is a folder written by `mtraining prepare`."""
+    """Where the tokens come from.
+
+    Attributes:
+        path: a folder written by `mtraining prepare`.
+        mode: `documents` leaves out documents shorter than the context, and no sequence crosses a document's end;
+            `concat` fills sequences across ends.
+        workers: processes that read batches ahead, for each rank; 0 reads in the rank itself.
+    """
 
     path: Path
     mode: Literal["documents", "concat"] = "documents"
@@ -46,7 +53,11 @@ class DataSection(Section):
 
 
 class PatternChoice(BaseModel):
-    """A pattern by `name`; every other key is an option of that pattern."""
+    """A pattern by `name`; every other key is an option of that pattern.
+
+    Attributes:
+        name: which pattern.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "vertical_slash"
@@ -64,10 +75,14 @@ class PatternChoice(BaseModel):
 class PatternSection(PatternChoice):
     """What attention computes, and when it is chosen anew.
 
-    `table` is a file with the patterns of every layer and head (written by `mtraining calibrate`, or one of the
-    authors' MInference files); the options beside it are what its entries start from. `dense_layers`: the first layers
-    are dense. `refresh`: `every_step`, `{every_n: k}` or `{frozen_at: step}`, steps counted from 1. `coverage: k` adds
-    block diagonals that rotate, so that every distance receives gradient within k steps; 0 adds none.
+    Attributes:
+        name: which pattern; its own options stand beside it.
+        table: a file with the patterns of every layer and head, written by `mtraining calibrate`, or one of the
+            authors' MInference files. The options beside it are what its entries start from.
+        dense_layers: how many of the first layers are dense.
+        refresh: when the index is estimated: `every_step`, `{every_n: k}` or `{frozen_at: step}`. Steps count from 1.
+        coverage: extra block diagonals rotate with the step, so that every distance receives gradient within this many
+            steps; 0 adds none.
     """
 
     table: Path | None = None
@@ -94,16 +109,24 @@ class PatternSection(PatternChoice):
 
 
 class LayoutSection(Section):
-    """Who holds which tokens. `unit` is the stripe width in tokens; a multiple of the pattern's block."""
+    """Who holds which tokens.
+
+    Attributes:
+        name: `striped`, `zigzag` or `contiguous`.
+        unit: tokens in a stripe, a multiple of `pattern.block_size`; only `striped` reads it.
+    """
 
     name: str = "striped"
     unit: PositiveInt = 128
 
 
 class ParallelSection(Section):
-    """The process grid: `dp` replicas of the batch times `cp` shares of each sequence.
+    """The process grid: `dp` x `cp` processes.
 
-    `cp_outer` divides `cp`: the number of outer groups (nodes) of the hierarchical ring; 1 is a flat ring.
+    Attributes:
+        dp: groups of processes with different sequences.
+        cp: processes that share one sequence.
+        cp_outer: nodes among the `cp` processes, each a ring of its own; divides `cp`. 1 is a flat ring.
     """
 
     dp: PositiveInt = 1
@@ -123,11 +146,32 @@ class ParallelSection(Section):
 
 
 class TrainSection(Section):
-    """The optimisation. Batch sizes count sequences: `batch_size` is what one optimizer step sees over all
-    replicas, `micro_batch_size` what one replica forwards at once; the rest is gradient accumulation.
+    """The optimisation. Batch sizes count sequences.
 
-    `deterministic` asks PyTorch for operations that repeat bit for bit (it warns of one that has no such form), takes
-    dense kernels that do, and refuses those that do not."""
+    Attributes:
+        seq_len: tokens in a sequence.
+        steps: optimizer steps of the whole run.
+        batch_size: sequences in one optimizer step, over all replicas.
+        micro_batch_size: sequences that one replica forwards at once; the rest of the batch is gradient accumulation.
+        lr: the highest learning rate.
+        min_lr: the learning rate at the end of a cosine.
+        schedule: what the learning rate does after the warm-up.
+        warmup_steps: steps in which the learning rate rises linearly from zero.
+        betas: AdamW's decay rates of the two moments.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's decay of weights.
+        clip: the largest norm of the gradient; null does not clip.
+        dtype: what layers compute in.
+        recompute: what backward computes again. `full`: each layer, from its input. `keep_attention`: the same without
+            attention. `none`: nothing.
+        offload: what recompute keeps waits in pinned host memory.
+        fused: how norms, rotary embedding, MLP and the loss's softmax are computed: by transformers, by
+            torch.compile, or by liger-kernel.
+        loss_chunk: tokens whose logits exist at one time.
+        kernel: which attention kernels: `auto`, `reference`, `triton`, `flash4`, `cudnn` or `flash`.
+        deterministic: operations and dense kernels that repeat bit for bit. PyTorch warns of one that has no such form.
+        seed: of the order of the data, and of what a model draws in training.
+    """
 
     seq_len: PositiveInt
     steps: PositiveInt
@@ -152,9 +196,16 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """When and what to save. `every: 0` saves at the end only, be it one that a signal asks for. `resume: auto` goes on
-    from the newest complete checkpoint of the run folder, `never` refuses a folder that holds one, a path names one
-    checkpoint."""
+    """When and what to save.
+
+    Attributes:
+        every: steps between checkpoints; 0 saves at the end only, be it one that a signal asks for.
+        keep_last: checkpoints that stay; older ones are removed.
+        async: write in the background while training goes on.
+        resume: `auto` resumes from the newest complete checkpoint of the run folder; `never` refuses a folder that
+            holds one; a path names one checkpoint.
+        export: write a Hugging Face folder at the end of the run.
+    """
 
     every: NonNegativeInt = 100
     keep_last: PositiveInt = 2
@@ -164,9 +215,12 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    """Loss, speed and memory are logged at every step; attention statistics at every `every`-th (they synchronise).
+    """Loss, speed and memory are logged at every step.
 
-    `recall_rows` query rows are compared with dense attention for the recall of the kept mass; 0 turns it off.
+    Attributes:
+        every: steps between attention statistics, which wait for the device.
+        tensorboard: write TensorBoard files too.
+        recall_rows: query rows that are compared with dense attention for the recall; 0 turns it off.
     """
 
     every: PositiveInt = 10
@@ -175,15 +229,25 @@ class LogSection(Section):
 
 
 class DistributedSection(Section):
-    """Process groups: gloo on CPU, NCCL on GPU. A collective that waits longer than `timeout_seconds` ends the run."""
+    """Process groups: gloo on CPUs, NCCL on GPUs.
+
+    Attributes:
+        timeout_seconds: a collective that waits longer ends the run.
+        device: `auto` takes GPUs where there are any.
+    """
 
     timeout_seconds: PositiveFloat = 600.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class Config(Section):
-    """A whole run. `layer_patterns` gives single layers, by number, a pattern of their own (layer 0 is diffuse); it
-    comes before `pattern.dense_layers`, and that before `pattern.table`."""
+    """A whole run.
+
+    Attributes:
+        output: the run folder.
+        layer_patterns: patterns of single layers, by number. They come before `pattern.dense_layers`, and that before
+            `pattern.table`.
+    """
 
     output: Path
     model: ModelOptions
