@@ -1,4 +1,4 @@
-"""README tells the truth: each command is run by CI or by a test, each Python snippet runs, each file exists."""
+"""Every command, snippet and configuration on every page is run or read by a test, or stands in a table with a reason."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from torch.distributed.run import get_args_parser
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+from docs_pages import PAGES, ROOT, Block, blocks, command_lines
+from mtraining.pattern import build_pattern, load_table
+from mtraining.train.config import load_config, parse_config
+
+README = ROOT / "README.md"
+TOUR = ROOT / "docs" / "tour.md"
 CI = (ROOT / ".ci" / "run").read_text()
 
-# A command of README that CI does not run itself, and the test that runs it instead.
+# A command that CI does not run as it stands, and the test that runs it instead.
 RUN_BY_TEST = {
     "mtraining bench tiles": "tests/kernel/triton_interpreter/test_tiles_command.py::test_the_command",
     "mtraining bench train": "tests/bench/test_train_bench.py::test_the_command",
@@ -21,51 +27,123 @@ RUN_BY_TEST = {
         "tests/train/test_memory.py::test_readmes_dry_run"
     ),
 }
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-
-
-def commands() -> list[str]:
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [
-        shlex.join(shlex.split(line, comments=True)) for line in lines if shlex.split(line, comments=True)
-    ]
+# A command that no test can run, and why.
+NOT_RUN = {
+    "pip install '.[gpu]'": "would install Triton into the environment that runs the tests",
+    "pip install 'mtraining[gpu] @ git+file:///path/to/mtraining'": "the path is the reader's",
+    'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)': "needs a Slurm cluster",
+    "srun": "needs a Slurm cluster; test_torchrun_lines_parse reads its torchrun line",
+}
+LANGUAGES = {"bash", "python", "yaml", "diff", "text"}
+COMMANDS = [(block, line) for block in blocks("bash") for line in command_lines(block.body)]
 
 
 def run_by_ci(command: str) -> bool:
     return any(line in (command, f"step {command}") for line in CI.splitlines())
 
 
-def test_readme_has_its_two_commands() -> None:
-    assert commands()[:2] == ["make demo", "make test"]
+def excused(command: str) -> str | None:
+    """The entry of NOT_RUN that a command falls under."""
+    return next((entry for entry in NOT_RUN if command == entry or command.startswith(f"{entry} ")), None)
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command_is_run_by_ci_or_by_a_test(command: str) -> None:
-    if command not in RUN_BY_TEST:
-        assert run_by_ci(command), f"neither .ci/run nor RUN_BY_TEST runs `{command}`"
+def test_readme_begins_with_its_two_commands_and_is_short() -> None:
+    assert [line for block, line in COMMANDS if block.page == README][:2] == ["make demo", "make test"]
+    assert len(README.read_text().splitlines()) <= 110
+
+
+def test_every_block_says_its_language() -> None:
+    """One that does not would be looked at by none of these tests."""
+    assert [block.where for block in blocks() if block.language not in LANGUAGES] == []
+
+
+@pytest.mark.parametrize(
+    ("block", "command"), COMMANDS, ids=[f"{b.page.name}: {c[:50]}" for b, c in COMMANDS]
+)
+def test_command_is_run_or_excused(block: Block, command: str) -> None:
+    if run_by_ci(command) or excused(command):
         return
+    if block.page == TOUR:
+        return  # test_tour.py runs every command of that page, and says so below
+    assert command in RUN_BY_TEST, f"{block.page.name}: nothing runs `{command}`"
     file, _, name = RUN_BY_TEST[command].partition("::")
-    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), flags=re.MULTILINE), (
-        f"{file} has no {name}"
-    )
+    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), flags=re.MULTILINE), f"{file} has no {name}"
+
+
+def test_the_tours_test_runs_all_of_its_commands() -> None:
+    from test_tour import COMMANDS as TOURS
+
+    assert [shlex.join(words) for words in TOURS] == [line for block, line in COMMANDS if block.page == TOUR]
+
+
+def test_tables_hold_nothing_that_no_page_says() -> None:
+    said = {line for _, line in COMMANDS}
+    assert [command for command in RUN_BY_TEST if command not in said] == []
+    assert [entry for entry in NOT_RUN if not any(excused(command) == entry for command in said)] == []
 
 
 def test_a_command_that_nothing_runs_is_noticed() -> None:
-    assert not run_by_ci("make coffee")
-    assert not run_by_ci("make")
+    assert not run_by_ci("make coffee") and not run_by_ci("make")
+    assert excused("srun torchrun") and not excused("srunner")
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_snippet_runs(number: int) -> None:
+def test_torchrun_lines_parse() -> None:
+    """Those of clusters.md and of the Kubernetes job: torchrun knows the options, and the recipe reads."""
+    lines = [shlex.split(line)[2:] for _, line in COMMANDS if line.startswith("srun ")]
+    for block in blocks("yaml"):
+        job = yaml.safe_load(block.body)
+        if isinstance(job, dict) and job.get("kind") == "Job":
+            container = job["spec"]["template"]["spec"]["containers"][0]
+            lines.append([*container["command"], *container["args"]])
+    assert len(lines) == 2
+    for words in lines:
+        assert words[0] == "torchrun"
+        node = [word if word != "$(JOB_COMPLETION_INDEX)" else "0" for word in words[1:]]
+        arguments = get_args_parser().parse_args(node)
+        assert arguments.module and arguments.training_script == "mtraining.cli"
+        command, recipe = arguments.training_script_args
+        config = load_config(ROOT / recipe)
+        assert command == "train"
+        assert config.parallel.world == int(arguments.nnodes) * int(arguments.nproc_per_node)
+
+
+PYTHON = [block for block in blocks("python") if not block.body.startswith("# src/")]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=[block.where for block in PYTHON])
+def test_python_snippet_runs(block: Block) -> None:
     scope: dict[str, Any] = {}
-    exec(compile(blocks("python")[number], f"README snippet {number + 1}", "exec"), scope)
+    exec(compile(block.body, block.where, "exec"), scope)
 
 
-def test_files_that_readme_names_exist() -> None:
-    linked = re.findall(r"\]\((?!https?://)([^)#]+)\)", README)
-    named = re.findall(r"`((?:src|docs|tests|recipes|benchmarks)/[\w./-]+)`", README)
-    assert linked and named
-    assert [path for path in [*linked, *named] if not (ROOT / path).exists()] == []
+def test_files_that_snippets_write_are_followed_by_a_test() -> None:
+    """Blocks that begin with a file's name are steps of CONTRIBUTING, which test_contributing.py follows."""
+    written = [block for block in blocks("python", "diff") if re.match(r" ?# (src|tests)/", block.body)]
+    assert written and {block.page for block in written} == {ROOT / "CONTRIBUTING.md"}
+    assert [block.where for block in blocks("diff") if block not in written] == []
+
+
+YAML = blocks("yaml")
+
+
+@pytest.mark.parametrize("block", YAML, ids=[block.where for block in YAML])
+def test_yaml_block_reads(block: Block, tmp_path: Path) -> None:
+    """A whole run, a pattern section, a table of patterns, or a job of a cluster: nothing else, and all of it known."""
+    content = yaml.safe_load(block.body)
+    if "train" in content:
+        parse_config(content, source=block.where)
+    elif set(content) == {"pattern"}:
+        build_pattern(**content["pattern"])
+    elif set(content) == {"patterns", "layers"}:
+        (tmp_path / "table.yaml").write_text(block.body)
+        assert len(load_table(tmp_path / "table.yaml")) == len(content["layers"])
+    else:
+        assert content["kind"] == "Job", f"{block.where}: what is this?"
+
+
+def test_links_of_pages_outside_the_site_lead_somewhere() -> None:
+    """`make docs` looks at the links of docs/ alone."""
+    for page in PAGES[:2]:
+        linked = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
+        assert linked
+        assert [path for path in linked if not (page.parent / path).exists()] == []

@@ -1,4 +1,4 @@
-"""docs/guide.md tells the truth: its configuration and its commands run as they stand there, one after the other."""
+"""docs/tour.md tells the truth: its configuration and its commands run as they stand there, one after the other."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from docs_pages import ROOT, command_lines
 from mtraining.cli import app
 from mtraining.pattern import load_table
-from mtraining.train.config import load_config
 
-ROOT = Path(__file__).parent.parent
-GUIDE = (ROOT / "docs" / "guide.md").read_text()
-COMMANDS = [shlex.split(line) for line in re.findall(r"^```bash\n(.*)\n```$", GUIDE, flags=re.MULTILINE)]
-CONFIGURATION = re.findall(r"^```yaml\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL)
+TOUR = (ROOT / "docs" / "tour.md").read_text()
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"^```bash\n(.*?)^```$", TOUR, flags=re.MULTILINE | re.DOTALL)
+    for line in command_lines(block)
+]
+CONFIGURATION = re.findall(r"^```yaml\n(.*?)^```$", TOUR, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_from_text_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,15 +41,3 @@ def test_from_text_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert Path("runs/first/report/report.html").is_file()
     assert AutoModelForCausalLM.from_pretrained("exported").config.max_position_embeddings == 2048
     assert len(load_table(Path("patterns.yaml"), "vertical_slash", block_size=32)) == 2
-
-
-def test_options_it_names_exist(tmp_path: Path) -> None:
-    """Every `section.key` and every `--set` in the text is an option of a run."""
-    whole = yaml.safe_load(CONFIGURATION[0])
-    sections = "|".join(("data", "pattern", "layout", "parallel", "train", "checkpoint", "log"))
-    named = set(re.findall(rf"`(?:--set )?({sections})\.(\w+)", GUIDE))
-    assert len(named) > 8
-    (tmp_path / "c.yaml").write_text(CONFIGURATION[0])
-    written = load_config(tmp_path / "c.yaml").model_dump(by_alias=True)
-    missing = {f"{a}.{b}" for a, b in named if b not in written[a] and b not in whole[a]}
-    assert missing == set()
