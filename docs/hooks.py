@@ -17,7 +17,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings name objects by roles, such as :func:`name`; show the name alone."""
+    """Docstrings name objects by the roles of Sphinx; show the name alone."""
     return ROLE.sub("", html)
 
 

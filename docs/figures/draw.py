@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -28,6 +29,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 # The same file from the same data: no date, no random names, text left as text.
 STYLE = {"svg.hashsalt": "mtraining", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
+# With another version of matplotlib the same figure is other text.
+DRAWN_WITH = "3.11.2"
+# Figures that are drawn elsewhere.
+ELSEWHERE: tuple[str, ...] = ()
 BLUE, GREY, ORANGE, GREEN, LIGHT = "#2a6fbb", "#8c8c8c", "#d9822b", "#3a9a5c", "#e8e8e8"
 
 
@@ -55,7 +60,7 @@ def mask_panel(axes: Axes, index: SparseIndex, title: str) -> None:
     picture[index.to_mask()[0, 0] & past] = 3
     picture[tiles & past] = 2
     colours = ListedColormap(["white", LIGHT, BLUE, ORANGE])
-    axes.imshow(picture, cmap=colours, vmin=0, vmax=3, interpolation="nearest")
+    axes.imshow(picture.numpy(), cmap=colours, vmin=0, vmax=3, interpolation="nearest")
     axes.set_title(title)
     axes.set_xlabel("keys")
     axes.set_ylabel("queries")
@@ -67,7 +72,7 @@ def work_panel(axes: Axes, index: SparseIndex, layout: str, world: int, top: flo
     """Tiles of each rank in each ring step."""
     work = tile_work(index, build_layout(layout, unit=index.block_size), world)
     degree = imbalance(work).worker
-    image = axes.imshow(by_step(work), cmap="magma_r", vmin=0, vmax=top, aspect="auto")
+    image = axes.imshow(by_step(work).numpy(), cmap="magma_r", vmin=0, vmax=top, aspect="auto")
     axes.set_title(f"{layout}: slowest / mean {degree:.2f}")
     axes.set_xlabel("ring step")
     axes.set_xticks([0, world - 1])
@@ -145,7 +150,7 @@ def layouts() -> Figure:
         owner = torch.empty(blocks, dtype=torch.int64)
         for rank in range(world):
             owner[positions[rank]] = rank
-        axes.imshow(owner[None], cmap=ListedColormap([BLUE, ORANGE, GREEN, GREY]), aspect="auto")
+        axes.imshow(owner[None].numpy(), cmap=ListedColormap([BLUE, ORANGE, GREEN, GREY]), aspect="auto")
         for block in range(blocks):
             axes.text(block, 0, str(int(owner[block])), ha="center", va="center", color="white")
         axes.set_yticks([0], [name])
@@ -197,21 +202,21 @@ def _lane(
 
 def estimation() -> Figure:
     """A probe's probabilities, with the sums that choose columns and diagonals."""
-    generator = torch.Generator().manual_seed(1)
     keys, probe = 64, range(56, 64)
-    scores = torch.randn(len(probe), keys, generator=generator) * 0.4
+    noise = numpy.random.default_rng(1).normal(size=(len(probe), keys))
+    scores = torch.from_numpy(noise) * 0.4
     scores[:, [0, 21, 33]] += 2.5
     for row, position in enumerate(probe):
         scores[row, [position, position - 17]] += 3
         scores[row, position + 1 :] = -torch.inf
     probability = scores.softmax(1)
     columns = probability.sum(0)
-    distances = torch.zeros(keys)
+    distances = torch.zeros(keys, dtype=torch.float64)
     for row, position in enumerate(probe):
         distances[: position + 1] += probability[row, : position + 1].flip(0)
     figure = Figure(figsize=(9, 4), layout="constrained")
     heat, by_column, by_distance = figure.subplots(3, 1, height_ratios=[1, 1.4, 1.4])
-    heat.imshow(probability, cmap="Blues", aspect="auto", interpolation="nearest")
+    heat.imshow(probability.numpy(), cmap="Blues", aspect="auto", interpolation="nearest")
     heat.set_title("attention of 8 probe queries over 64 keys")
     heat.set_yticks([])
     by_column.bar(range(keys), columns, color=_heaviest(columns, 3, ORANGE))

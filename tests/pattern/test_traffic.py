@@ -1,4 +1,4 @@
-"""Bytes that each estimate moves between ranks, counted at the collectives: what docs/patterns.md says they are."""
+"""Bytes that each estimate moves between ranks, counted at the collectives: what docs/patterns/ says they are."""
 
 from __future__ import annotations
 
