@@ -219,10 +219,10 @@ def estimation() -> Figure:
     heat.imshow(probability.numpy(), cmap="Blues", aspect="auto", interpolation="nearest")
     heat.set_title("attention of 8 probe queries over 64 keys")
     heat.set_yticks([])
-    by_column.bar(range(keys), columns, color=_heaviest(columns, 3, ORANGE))
+    by_column.bar(range(keys), columns.numpy(), color=_heaviest(columns, 3, ORANGE))
     by_column.set_ylabel("mass")
     by_column.set_title("sums over the probe by key: the heaviest become columns")
-    by_distance.bar(range(keys), distances, color=_heaviest(distances, 2, BLUE))
+    by_distance.bar(range(keys), distances.numpy(), color=_heaviest(distances, 2, BLUE))
     by_distance.set_ylabel("mass")
     by_distance.set_title("sums by distance (query - key): the heaviest become slashes")
     for axes in (heat, by_column, by_distance):
