@@ -29,7 +29,7 @@ HEAD = """\
 *This page is written by `docs/write_pages.py` from the code.*
 
 A run is one YAML file of sections. `mtraining train FILE` reads it, and `--set section.key=value` overrides one option.
-An unknown option is refused, with the nearest name. `config.yaml` in the run's folder holds every option and its default.
+An unknown option is refused, with the nearest name. `config.yaml` in the run's folder holds every option.
 
 ```yaml
 output: runs/first
@@ -93,7 +93,9 @@ def _kind(schema: dict[str, Any]) -> str:
         return "list"
     if kind == "string" and schema.get("format") == "path":
         return "path"
-    return {"string": "word", "boolean": "true or false", "null": "null", "object": "mapping"}.get(str(kind), "any")
+    return {"string": "word", "boolean": "true or false", "null": "null", "object": "mapping"}.get(
+        str(kind), "any"
+    )
 
 
 def _table(lines: list[tuple[str, str, str, str]]) -> str:

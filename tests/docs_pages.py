@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL
+)
 
 
 class Block(NamedTuple):
@@ -51,4 +53,7 @@ def prose(text: str) -> str:
 
 def spans(text: str) -> list[str]:
     """What stands in single or double backticks, on one line or wrapped over two."""
-    return [" ".join(span.split()) for _, span in re.findall(r"(?<!`)(``?)(?!`)(.+?)(?<!`)\1(?!`)", text, re.DOTALL)]
+    return [
+        " ".join(span.split())
+        for _, span in re.findall(r"(?<!`)(``?)(?!`)(.+?)(?<!`)\1(?!`)", text, re.DOTALL)
+    ]

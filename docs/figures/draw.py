@@ -31,8 +31,6 @@ RESULTS = HERE.parents[1] / "benchmarks" / "results"
 STYLE = {"svg.hashsalt": "mtraining", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 # With another version of matplotlib the same figure is other text.
 DRAWN_WITH = "3.11.2"
-# Figures that are drawn elsewhere.
-ELSEWHERE: tuple[str, ...] = ()
 BLUE, GREY, ORANGE, GREEN, LIGHT = "#2a6fbb", "#8c8c8c", "#d9822b", "#3a9a5c", "#e8e8e8"
 
 
@@ -107,7 +105,9 @@ def overview() -> Figure:
     index = example_index(24, 4, [0, 1, 7, 15], [0, 1, 30, 31, 57])
     mask_panel(panels[0], index, "one head computes little")
     spread, world = vertical_slash_example(256), 16
-    top = max(by_step(tile_work(spread, build_layout(name, 8), world)).max() for name in ("zigzag", "striped"))
+    top = max(
+        by_step(tile_work(spread, build_layout(name, 8), world)).max() for name in ("zigzag", "striped")
+    )
     for axes, name in zip(panels[1:3], ("zigzag", "striped"), strict=True):
         image = work_panel(axes, spread, name, world, float(top))
     panels[1].set_ylabel("GPU")
@@ -252,9 +252,12 @@ def slow_links() -> Figure:
 
 def attention_speed() -> Figure:
     """Share of the best dense kernel's TFLOP/s on the tiles that are computed."""
-    named = [("slash tiles, 32K", "32768", 26.9984, "0"), ("slash tiles, 128K", "131072", 25.9996, "0"),
-             ("few tiles (7 a row), 32K", "32768", 6.99878, "0"), ("tiles and columns, 128K", "131072", 25.9996, "4096"),
-             ]  # fmt: skip
+    named = [
+        ("slash tiles, 32K", "32768", 26.9984, "0"),
+        ("slash tiles, 128K", "131072", 25.9996, "0"),
+        ("few tiles (7 a row), 32K", "32768", 6.99878, "0"),
+        ("tiles and columns, 128K", "131072", 25.9996, "4096"),
+    ]
     found = {
         (row["seq_len"], float(row["blocks_per_row"]), row["columns"], row["phase"]): float(row["ratio"])
         for row in rows("attention-h200-2026-11-23-2.csv")

@@ -1,4 +1,4 @@
-"""Every command, snippet and configuration on every page is run or read by a test, or stands in a table with a reason."""
+"""Every command, snippet and configuration on every page is run or read by a test, or excused with a reason."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def test_command_is_run_or_excused(block: Block, command: str) -> None:
         return  # test_tour.py runs every command of that page, and says so below
     assert command in RUN_BY_TEST, f"{block.page.name}: nothing runs `{command}`"
     file, _, name = RUN_BY_TEST[command].partition("::")
-    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), flags=re.MULTILINE), f"{file} has no {name}"
+    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), flags=re.MULTILINE), (
+        f"{file} has no {name}"
+    )
 
 
 def test_the_tours_test_runs_all_of_its_commands() -> None:

@@ -33,7 +33,8 @@ assert torch.allclose(out, expected)
 LAYOUT = """
 from mtraining.layout import build_layout
 
-assert build_layout("mirrored", 2).positions(16, 2).tolist() == [[0, 1, 6, 7, 8, 9, 14, 15], [2, 3, 4, 5, 10, 11, 12, 13]]
+positions = build_layout("mirrored", 2).positions(16, 2).tolist()
+assert positions == [[0, 1, 6, 7, 8, 9, 14, 15], [2, 3, 4, 5, 10, 11, 12, 13]]
 """
 
 
@@ -79,7 +80,9 @@ def run(root: Path, *words: str) -> None:
 def copy(tmp_path: Path) -> Path:
     """The source and the tests, to change."""
     for folder in ("src", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
@@ -89,7 +92,17 @@ def test_adding_a_pattern(copy: Path) -> None:
     follow(section("To add a pattern"), copy)
     run(copy, "-c", PATTERN)
     chosen = "no_pattern_is_left_out or ((sees_itself or full_budget or selection) and strided)"
-    run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/pattern/test_every_pattern.py", "-k", chosen)
+    run(
+        copy,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/pattern/test_every_pattern.py",
+        "-k",
+        chosen,
+    )
 
 
 @pytest.mark.slow

@@ -23,7 +23,11 @@ from mtraining.pattern import PATTERNS
 from mtraining.train.config import Config
 
 SRC = ROOT / "src" / "mtraining"
-PYTHON = [path for folder in ("src", "benchmarks", "tests", "docs") for path in sorted((ROOT / folder).rglob("*.py"))]
+PYTHON = [
+    path
+    for folder in ("src", "benchmarks", "tests", "docs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 # Files that runs and commands write or read, by the name that all of them have.
 WRITTEN = set(
@@ -88,7 +92,9 @@ def messages(path: Path) -> Iterator[Said]:
 DOCSTRINGS = [said for path in PYTHON for said in docstrings(path)]
 MESSAGES = [said for path in PYTHON if SRC in path.parents for said in messages(path)]
 TEXTS = [Said(page, 1, prose(page.read_text(encoding="utf-8"))) for page in PAGES]
-RECIPES = [Said(path, 1, path.read_text(encoding="utf-8")) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+RECIPES = [
+    Said(path, 1, path.read_text(encoding="utf-8")) for path in sorted((ROOT / "recipes").glob("*.yaml"))
+]
 
 
 def missing(found: list[tuple[Said, str]]) -> list[str]:
@@ -97,7 +103,9 @@ def missing(found: list[tuple[Said, str]]) -> list[str]:
 
 # ---- files, folders and make targets
 
-FILE = re.compile(r"(?<![\w./*{-])[\w.-]*[\w/.-]*\w\.(?:py|md|ya?ml|csv|svg|toml|jsonl?|html|txt|safetensors)(?![\w*])")
+FILE = re.compile(
+    r"(?<![\w./*{-])[\w.-]*[\w/.-]*\w\.(?:py|md|ya?ml|csv|svg|toml|jsonl?|html|txt|safetensors)(?![\w*])"
+)
 FOLDER = re.compile(r"(?<![\w./])(?:src|docs|tests|benchmarks|recipes)/[\w./-]*(?=[`\s,;:)])")
 
 
@@ -221,7 +229,11 @@ def test_options_exist() -> None:
 
 def resolve(name: str, module: str | None = None, owner: str | None = None) -> bool:
     """Whether a dotted name is an object: by itself, in a module, or in a class of it."""
-    starts = [name, *([f"{module}.{name}"] if module else []), *([f"{module}.{owner}.{name}"] if owner else [])]
+    starts = [
+        name,
+        *([f"{module}.{name}"] if module else []),
+        *([f"{module}.{owner}.{name}"] if owner else []),
+    ]
     return any(_import(dotted) for dotted in starts)
 
 
@@ -276,7 +288,11 @@ def identifiers() -> set[str]:
                     found |= set(value.split("."))
             # a string of names alone, such as the columns of a CSV
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found |= set(node.value.replace(".", " ").split()) if re.fullmatch(r"[\w.\s]+", node.value) else set()
+                found |= (
+                    set(node.value.replace(".", " ").split())
+                    if re.fullmatch(r"[\w.\s]+", node.value)
+                    else set()
+                )
     return found | {key for keys in OPTIONS.values() for key in keys} | set(OPTIONS)
 
 

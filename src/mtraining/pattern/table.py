@@ -88,7 +88,7 @@ class _Table:
     def own(self, raw: Any) -> list[Pattern]:
         if not isinstance(raw, Mapping) or not {"patterns", "layers"} <= set(raw):
             raise UserError(
-                f"pattern.table: {self._path} has no 'patterns' and 'layers'; see docs/patterns.md for the form."
+                f"pattern.table: {self._path} has no 'patterns' and 'layers'; see docs/patterns/tables.md for the form."
             )
         extra = set(raw) - {"patterns", "layers", "about"}
         if extra:
@@ -99,7 +99,7 @@ class _Table:
         for key, kind, form in (("patterns", Mapping, "a mapping of names"), ("layers", list, "a list")):
             if not isinstance(raw[key], kind):
                 raise UserError(
-                    f"pattern.table: {self._path}, {key}: {raw[key]!r} is not {form}; docs/patterns.md has the form."
+                    f"pattern.table: {self._path}, {key}: {raw[key]!r} is not {form}; see docs/patterns/tables.md."
                 )
         choices = {}
         for key, entry in raw["patterns"].items():
@@ -138,7 +138,7 @@ class _Table:
             if not numbers or set(map(str, entry)) != numbers:
                 raise UserError(
                     f"pattern.table: {self._path}, layer {number} is not a mapping of heads 0, 1, ... to "
-                    "[pattern, verticals, slashes, score]; see docs/patterns.md for the form."
+                    "[pattern, verticals, slashes, score]; see docs/patterns/tables.md for the form."
                 )
             by_head = {int(head): choice for head, choice in entry.items()}
             layers.append(
@@ -168,7 +168,7 @@ class _Table:
         except (TypeError, ValueError):
             raise UserError(
                 f"pattern.table: {self._path}, {where}: {choice!r} has no numbers of verticals and slashes "
-                f"as {kind} has them; see docs/patterns.md for the form."
+                f"as {kind} has them; see docs/patterns/tables.md for the form."
             ) from None
         if shares[0] != shares[1]:
             raise UserError(

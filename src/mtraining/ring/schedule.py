@@ -2,7 +2,7 @@
 
 While the inner ring turns over the keys of one node, the keys of the next node travel the outer (slow) link
 once, in the background: an inter-node transfer has ``inner`` compute steps to hide behind instead of one
-(METHOD.md section 4). A flat ring is the case of one outer round.
+(docs/how/rings.md; arXiv 2510.18830, hierarchical sparse ring attention). A flat ring is the case of one outer round.
 """
 
 from __future__ import annotations

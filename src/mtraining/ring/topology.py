@@ -1,4 +1,4 @@
-"""The context-parallel ranks as one ring, or as a ring of rings (METHOD.md section 4), and their collectives."""
+"""The context-parallel ranks as one ring, or as a ring of rings (docs/how/rings.md), and their collectives."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def column_price(shape: tuple[int, int, int], tokens: int, block_size: int, like
     """What an entry of a column costs on this machine's kernel, forward and backward, beside an entry of a tile.
 
     Measured on random tensors under a random index of some tiles, with and without some columns; areas are counted as
-    :meth:`SparseIndex.computed_area` counts them.
+    :meth:`mtraining.kernel.SparseIndex.computed_area` counts them.
 
     Args:
         shape: q_heads, kv_heads, head_dim.

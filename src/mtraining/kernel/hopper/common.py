@@ -4,7 +4,7 @@ A program works on one block of 128 rows at a time, in three parts that run side
 64 rows each, and a warp that has the copy engine (TMA) fetch what they visit, ahead of them. While one group is busy
 with exponentials the other has the tensor cores, and within a group the next tile's scores are multiplied while this
 one's are used. Portable Triton has neither: its tiles of 128 rows leave one program a multiprocessor, whose warps
-all do the same thing at the same time (``docs/log.md``).
+all do the same thing at the same time (``docs/experiments/kernels.md``).
 
 A full barrier completes when a tile has arrived, an empty one when both groups have done with it; the ``t``-th tile
 that a program fetches uses stage ``t % STAGES``.

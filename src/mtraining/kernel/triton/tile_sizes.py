@@ -3,7 +3,7 @@
 Fixed tables, and before them what `mtraining bench tiles` measured on this very GPU and keeps in a file
 (measured_tiles.py). Never a search at run time: it may choose differently on the next run, and then neither two ranks
 nor a resumed run would repeat the same sums. The tables were chosen by measurement on Hopper and, for other GPUs,
-so that nothing spills and shared memory suffices (``docs/log.md``).
+so that nothing spills and shared memory suffices (``docs/experiments/kernels.md``).
 """
 
 from __future__ import annotations
