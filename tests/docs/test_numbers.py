@@ -1,0 +1,117 @@
+"""Tables of README and of the campaigns say what benchmarks/results says, to the digits that they show."""
+
+from __future__ import annotations
+
+import csv
+import re
+
+import pytest
+
+from docs_pages import PAGES, ROOT, prose
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def rows(name: str, **chosen: str) -> list[dict[str, str]]:
+    """Rows of a result file that have these values."""
+    with open(RESULTS / name, encoding="utf-8", newline="") as file:
+        found = [row for row in csv.DictReader(file) if all(row[key] == value for key, value in chosen.items())]
+    assert found, (name, chosen)
+    return found
+
+
+def line(page: str, begins: str) -> str:
+    """The one line of a table that begins with these words."""
+    found = [text for text in (ROOT / page).read_text().splitlines() if text.startswith(f"| {begins}")]
+    assert len(found) == 1, (page, begins, found)
+    return found[0]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance/training-steps.md"])
+@pytest.mark.parametrize(
+    ("begins", "pattern", "layout"),
+    [
+        ("dense, zigzag", "dense", "zigzag"),
+        ("5 %, striped |", "toeplitz_random", "striped"),
+        ("5 %, zigzag", "toeplitz_random", "zigzag"),
+        ("5 %, contiguous", "toeplitz_random", "contiguous"),
+    ],
+)
+def test_training_steps(page: str, begins: str, pattern: str, layout: str) -> None:
+    file = "train-h200x2-2026-11-23.csv"
+    (row,) = rows(file, commit="b295a5f", pattern=pattern, layout=layout)
+    said = line(page, begins)
+    assert f"| {float(row['step_seconds']):.2f}"[:6] in said
+    assert f"{float(row['tokens_per_second']):,.0f}" in said
+    assert f"{float(row['peak_gib']):.1f}" in said
+    assert f"{100 * float(row['ring_exposed_fraction']):.1f} %" in said
+    assert pattern == "dense" or f"({float(row['speedup']):.1f}x)" in said
+
+
+def test_the_step_with_all_layers() -> None:
+    (row,) = rows("train-h200x2-2026-11-23.csv", layers="36")
+    said = line("README.md", "5 %, striped, all 36 layers")
+    assert row["commit"] in said
+    assert f"{float(row['step_seconds']):.1f}" in said and f"{float(row['tokens_per_second']):,.0f}" in said
+    assert f"{float(row['peak_gib']):.1f}" in said
+
+
+@pytest.mark.parametrize(("begins", "tokens"), [("128K", "131072"), ("256K", "262144"), ("512K", "524288")])
+def test_the_ring_on_two_gpus(begins: str, tokens: str) -> None:
+    alone, ring = rows("ring-h200x2-2026-11-23.csv", commit="b295a5f", seq_len=tokens)
+    said = line("docs/performance/ring.md", begins)
+    for row in (alone, ring):
+        assert f"{float(row['forward_ms']):.2f} + {float(row['backward_ms']):.2f}" in said
+    assert f"| {float(ring['efficiency']):.2f} |" in said
+    assert f"{100 * float(ring['exposed_fraction']):.1f} %" in said
+
+
+@pytest.mark.parametrize(("begins", "ring"), [("flat ring", "flat"), ("two rings of two", "2x2")])
+def test_slow_links(begins: str, ring: str) -> None:
+    expected = [
+        f"{float(row['slowdown']):.2f}, {100 * float(row['exposed_fraction']):.0f} %"
+        for row in rows("link-delay-cpu-2026-11-23.csv", ring=ring)
+    ]
+    assert line("docs/performance/slow-links.md", begins) == f"| {begins} | {' | '.join(expected)} |"
+
+
+@pytest.mark.parametrize(
+    ("begins", "backend", "tokens", "tiles"),
+    [
+        ("slash tiles, 27", "triton", "32768", "26.9984"),
+        ("the same through flash-attn-4's", "flash4", "32768", "26.9984"),
+        ("slash tiles, 26", "triton", "131072", "25.9996"),
+        ("the same through flash-attn-4 |", "flash4", "131072", "25.9996"),
+        ("slash tiles, 7", "triton", "32768", "6.99878"),
+    ],
+)
+def test_attention_kernels(begins: str, backend: str, tokens: str, tiles: str) -> None:
+    chosen = {"backend": backend, "seq_len": tokens, "blocks_per_row": tiles, "columns": "0", "head_dim": "128"}
+    found = rows("attention-h200-2026-11-23-2.csv", **chosen, q_heads="32")
+    said = line("docs/performance/attention.md", begins)
+    for row in found:
+        assert f"{float(row['tflops']):.0f} ({float(row['ratio']):.2f})" in said
+
+
+def test_losses() -> None:
+    found = rows("loss-parity-h200x2-2026-11-23.csv")
+    page = "docs/performance/loss-parity.md"
+    for begins, column in (("one GPU", "loss_one"), ("two GPUs", "loss_many")):
+        first, last = (f"{float(row[column]):.4f}" for row in (found[0], found[-1]))
+        assert line(page, begins) == f"| {begins} | {first} | {last} |"
+    assert f"{max(float(row['relative']) for row in found):.1e}".replace("e-0", "e-") in (ROOT / page).read_text()
+
+
+def test_commits_that_pages_name_are_in_the_results() -> None:
+    """Those of the campaigns: each table's rows are in a file."""
+    known = set()
+    for path in RESULTS.glob("*.csv"):
+        with open(path, encoding="utf-8", newline="") as file:
+            known |= {row["commit"][:7] for row in csv.DictReader(file)}
+    said = {
+        commit
+        for page in PAGES
+        if page.parent.name == "performance"
+        for commit in re.findall(r"commit ([0-9a-f]{7})\b", prose(page.read_text()))
+    }
+    assert len(said) > 5 and said <= known
