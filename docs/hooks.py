@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(?=<code>)")
+LIST = re.compile(r"^\*\*Commands\*\*:\n\n(?:\* .*\n)+", re.MULTILINE)
 COMMANDS = re.compile(r"<!-- commands:.*?-->")
 
 
@@ -27,5 +28,5 @@ def commands() -> str:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"typer could not describe the commands: {done.stderr}")
-    # The page has a title of its own.
-    return done.stdout.partition("\n")[2]
+    # The page has a title of its own; lists of commands are cut short there, and each command follows anyway.
+    return LIST.sub("", done.stdout.partition("\n")[2])

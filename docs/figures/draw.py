@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,9 +299,34 @@ def training_step() -> Figure:
     return figure
 
 
+def rooms() -> Figure:
+    """The rooms as the import lint has them: each may import from those below it."""
+    settings = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    figure = Figure(figsize=(6, 0.42 * len(layers)), layout="constrained")
+    axes = figure.subplots()
+    for row, layer in enumerate(layers):
+        names = [name.strip() for name in layer.split("|")]
+        for place, name in enumerate(names):
+            width = 1 / len(names)
+            axes.add_patch(
+                Rectangle((place * width, row), width, 0.8, facecolor=BLUE, edgecolor="white", linewidth=3)
+            )
+            axes.text((place + 0.5) * width, row + 0.4, name, ha="center", va="center", color="white")
+        if row:
+            axes.annotate(
+                "", (0.5, row), (0.5, row - 0.2), arrowprops={"arrowstyle": "->", "color": GREY, "shrinkA": 0}
+            )
+    axes.set_ylim(len(layers), 0)
+    axes.axis("off")
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "overview": overview,
     "index": index_parts,
+    "rooms": rooms,
     "layouts": layouts,
     "stripes": stripes,
     "ring-of-rings": ring_of_rings,

@@ -179,3 +179,10 @@ def test_issue_forms_are_forms() -> None:
         ids = [part["id"] for part in content["body"]]
         assert len(set(ids)) == len(ids) and "env" in ids
         assert all(part["attributes"]["label"] for part in content["body"])
+
+
+def test_the_map_of_rooms_is_complete() -> None:
+    """docs/architecture.md has a line for each room, and no other."""
+    said = re.findall(r"^\| `(\w+)/` \|", (DOCS / "architecture.md").read_text(), flags=re.MULTILINE)
+    rooms = {path.parent.name for path in (ROOT / "src" / "mtraining").glob("*/__init__.py")}
+    assert sorted(said) == sorted(rooms)
