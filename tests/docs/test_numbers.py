@@ -15,7 +15,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 def rows(name: str, **chosen: str) -> list[dict[str, str]]:
     """Rows of a result file that have these values."""
     with open(RESULTS / name, encoding="utf-8", newline="") as file:
-        found = [row for row in csv.DictReader(file) if all(row[key] == value for key, value in chosen.items())]
+        found = [
+            row for row in csv.DictReader(file) if all(row[key] == value for key, value in chosen.items())
+        ]
     assert found, (name, chosen)
     return found
 
@@ -86,7 +88,13 @@ def test_slow_links(begins: str, ring: str) -> None:
     ],
 )
 def test_attention_kernels(begins: str, backend: str, tokens: str, tiles: str) -> None:
-    chosen = {"backend": backend, "seq_len": tokens, "blocks_per_row": tiles, "columns": "0", "head_dim": "128"}
+    chosen = {
+        "backend": backend,
+        "seq_len": tokens,
+        "blocks_per_row": tiles,
+        "columns": "0",
+        "head_dim": "128",
+    }
     found = rows("attention-h200-2026-11-23-2.csv", **chosen, q_heads="32")
     said = line("docs/performance/attention.md", begins)
     for row in found:
@@ -99,7 +107,10 @@ def test_losses() -> None:
     for begins, column in (("one GPU", "loss_one"), ("two GPUs", "loss_many")):
         first, last = (f"{float(row[column]):.4f}" for row in (found[0], found[-1]))
         assert line(page, begins) == f"| {begins} | {first} | {last} |"
-    assert f"{max(float(row['relative']) for row in found):.1e}".replace("e-0", "e-") in (ROOT / page).read_text()
+    assert (
+        f"{max(float(row['relative']) for row in found):.1e}".replace("e-0", "e-")
+        in (ROOT / page).read_text()
+    )
 
 
 def test_commits_that_pages_name_are_in_the_results() -> None:

@@ -24,6 +24,7 @@ COMMANDS = [
 CONFIGURATION = re.findall(r"^```yaml\n(.*?)^```$", TOUR, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_from_text_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("first.yaml").write_text(CONFIGURATION[0])
