@@ -4,10 +4,9 @@ torchrun --nproc-per-node 4 benchmarks/link_delay.py OUT.csv       (GPUs over NC
 
 What is timed: forward and backward of one attention layer under a prescribed index (5 % of tiles on a GPU, and
 columns). What is told: the slowest rank's time, and the share of it spent waiting for transfers
-(mtraining.ring.Timeline), medians after a warm-up. Delays
-are multiples of a forward ring step, so that docs/how/rings.md can be read off: a flat ring hides a delay of one
-step, a hierarchical one of as many as a node has ranks. GPUs also take bandwidths in GB/s. Results must not depend on
-the links, bit for bit, or nothing is reported.
+(mtraining.ring.Timeline), medians after a warm-up. Delays are multiples of a forward ring step, so that
+docs/how/rings.md can be read off: a flat ring hides a delay of one step, a hierarchical one of as many as a node has
+ranks. GPUs also take bandwidths in GB/s. Results must not depend on the links, bit for bit, or nothing is reported.
 
 More processes than GPUs share them (mtraining.bench.processes): ranks on a GPU take turns, and every message between
 pretended nodes goes through sockets. That is slow beside the computing of 5 %. So take fewer tokens and more density:
