@@ -29,6 +29,7 @@ from pydantic import (
 from mtraining.errors import UserError
 from mtraining.model import ModelOptions, Refresh
 from mtraining.pattern import Dense, Pattern, build_pattern, load_table
+from mtraining.train.policy import check_allow
 
 
 class Section(BaseModel):
@@ -154,13 +155,21 @@ class TrainSection(Section):
 class CheckpointSection(Section):
     """When and what to save. `every: 0` saves at the end only, be it one that a signal asks for. `resume: auto` goes on
     from the newest complete checkpoint of the run folder, `never` refuses a folder that holds one, a path names one
-    checkpoint."""
+    checkpoint. `allow` names what may be another than the checkpoint's although a change is refused (`data.path`,
+    `model.rope`, ...; docs/resume.md)."""
 
     every: NonNegativeInt = 100
     keep_last: PositiveInt = 2
     asynchronous: bool = Field(default=True, alias="async")
     resume: str = "auto"
+    allow: tuple[str, ...] = ()
     export: bool = True
+
+    @field_validator("allow")
+    @classmethod
+    def _allow_lifts_something(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_allow(value)
+        return value
 
 
 class LogSection(Section):
