@@ -184,8 +184,7 @@ def check_steps(config: Config, checkpoint: Path, done: int) -> None:
     if config.train.steps < done:
         raise UserError(
             f"train.steps={config.train.steps}, and step {done} is there already ({checkpoint}), so nothing is trained "
-            f"or exported; use train.steps={done} or more, or name an earlier checkpoint in checkpoint.resume to go back "
-            "to it."
+            f"or exported; use train.steps={done} or more, or name an earlier one in checkpoint.resume to go back."
         )
 
 
