@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import pickletools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from tiny_run import raw_config, tiny_config
 
 import mtraining.train.loop as loop
-from mtraining.data import TokenShards
+from mtraining.data import PrepareOptions, TokenShards, prepare
 from mtraining.errors import UserError
 from mtraining.model import ModelOptions, build_model
 from mtraining.report.page import _page
@@ -42,24 +43,34 @@ def mark(tmp_path: Path) -> Iterator[Path]:
     assert not path.exists(), "the file's code was run"
 
 
-@pytest.fixture
-def sent(tmp_path: Path, shards: Path) -> Path:
-    """A run folder as somebody might send it: without digests, as checkpoints once were, so that nothing else stops what
-    its files try."""
-    loop.train(tiny_config(tmp_path / "run", shards, train={"steps": 2}, checkpoint={"every": 2}))
-    return tmp_path / "run"
-
-
-def forge(run: Path, name: str, data: bytes) -> None:
-    """Put another file in the checkpoint's, under a manifest that fits: an older one, which has sizes only."""
-    path = CheckpointStore(run).path(2)
-    (path / name).write_bytes(data)
-    raw = json.loads((path / "manifest.json").read_text())
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """A run of two steps, its checkpoint without digests, as checkpoints once were: nothing else stops its files."""
+    run = tmp_path_factory.mktemp("sent") / "run"
+    loop.train(tiny_config(run, shards, train={"steps": 2}, checkpoint={"every": 2}))
+    file = CheckpointStore(run).path(2) / "manifest.json"
+    raw = json.loads(file.read_text())
     old = {key: raw[key] for key in ("step", "world", "shapes", "tiles")}
     order = ("train.seq_len", "train.batch_size", "train.seed", "data.mode")
     old["data"] = {key: raw["options"][key] for key in order}
-    old["files"] = {file.name: file.stat().st_size for file in path.iterdir() if file.name != "manifest.json"}
-    (path / "manifest.json").write_text(json.dumps(old))
+    old["files"] = {name: record["bytes"] for name, record in raw["files"].items()}
+    file.write_text(json.dumps(old))
+    return run
+
+
+@pytest.fixture
+def sent(trained: Path, tmp_path: Path) -> Path:
+    """A run folder as somebody might send it."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def forge(run: Path, name: str, data: bytes) -> None:
+    """Put another file in a checkpoint's, and its size in the manifest."""
+    path = CheckpointStore(run).path(2)
+    (path / name).write_bytes(data)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = len(data)
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_metadata_that_runs_code(sent: Path, shards: Path, mark: Path) -> None:
@@ -80,26 +91,25 @@ def test_metadata_with_code_amid_true_entries(sent: Path, shards: Path, mark: Pa
         loop.train(tiny_config(sent, shards, train={"steps": 3}))
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [("model.hf_model.model.norm.weight", "tensor"), ("optimizer.param_groups.0.eps", "number")],
-)
-def test_code_among_the_tensors(sent: Path, shards: Path, mark: Path, name: str, shown: str) -> None:
+@pytest.mark.parametrize("name", ["model.hf_model.model.norm.weight", "optimizer.param_groups.0.eps"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_among_the_tensors(sent: Path, shards: Path, mark: Path, name: str, legacy: bool) -> None:
+    """A tensor, or a number of the optimizer, that is read from a pickle of somebody's at the end of the file."""
     path = CheckpointStore(sent).path(2)
-    info = next(
-        info
-        for index, info in SafeReader(str(path)).read_metadata().storage_data.items()
-        if index.fqn == name
-    )
-    stored = bytearray((path / "__0_0.distcp").read_bytes())
-    evil = io.BytesIO()
-    torch.save({"x": Evil(mark)}, evil)
-    assert len(evil.getvalue()) <= info.length, shown
-    # A zip file is found from its end: the space before it does not matter.
-    stored[info.offset : info.offset + info.length] = evil.getvalue().rjust(info.length, b"\0")
-    forge(sent, "__0_0.distcp", bytes(stored))
-    with pytest.raises(UserError, match=r"asks to run posix.system"):
+    stored, evil = (path / "__0_0.distcp").read_bytes(), io.BytesIO()
+    torch.save(Evil(mark), evil, _use_new_zipfile_serialization=not legacy)
+    metadata = SafeReader(str(path)).read_metadata()
+    for index, info in metadata.storage_data.items():
+        if index.fqn == name:
+            object.__setattr__(info, "offset", len(stored))
+            object.__setattr__(info, "length", len(evil.getvalue()))
+    forge(sent, ".metadata", pickle.dumps(metadata))
+    forge(sent, "__0_0.distcp", stored + evil.getvalue())
+    with pytest.raises(UserError, match=r"asks to run posix.system \(in a tensor file\)"):
         loop.train(tiny_config(sent, shards, train={"steps": 3}))
+    if name.startswith("model."):
+        with pytest.raises(UserError, match=r"asks to run posix.system"):
+            export_run(sent, sent / "out")
 
 
 def test_a_file_outside_the_checkpoint(sent: Path, shards: Path) -> None:
@@ -157,13 +167,10 @@ def test_a_tokenizer_with_code_of_its_own(
     raw["model"]["tokenizer"] = str(folder)
     with pytest.raises(UserError, match="model.tokenizer="):
         loop.train(parse_config(raw))
-    from mtraining.data import PrepareOptions, prepare
-
     (tmp_path / "a.txt").write_text("text")
+    sources = (str(tmp_path / "a.txt"),)
+    options = PrepareOptions(sources=sources, out=tmp_path / "out", tokenizer=str(folder))
     with pytest.raises(UserError, match="cannot be loaded"):
-        options = PrepareOptions(
-            sources=(str(tmp_path / "a.txt"),), out=tmp_path / "out", tokenizer=str(folder)
-        )
         prepare(options, progress=False)
 
 

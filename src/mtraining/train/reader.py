@@ -113,9 +113,12 @@ def load(state: dict[str, Any], reader: SafeReader, group: Any = None) -> None:
         dcp.load(state, storage_reader=reader, planner=SafePlanner(), process_group=group)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        named = re.search(r"GLOBAL (\S+)", str(cause))
-        if isinstance(cause, pickle.UnpicklingError) and named is not None:
-            raise _foreign_code(Path(reader.path), "a tensor file", named[1]) from None
+        if isinstance(
+            cause, pickle.UnpicklingError
+        ):  # torch's own words advise to read it without protection
+            named = re.search(r"GLOBAL (\S+)", str(cause))
+            what = named[1] if named else "something that torch.load refuses"
+            raise _foreign_code(Path(reader.path), "a tensor file", what) from None
         raise UserError(
             f"checkpoint {reader.path} cannot be read ({type(cause).__name__}: {_line(cause)}); use another one."
         ) from None
