@@ -109,6 +109,7 @@ def load(state: dict[str, Any], reader: SafeReader, group: Any = None) -> None:
     Raises:
         UserError: naming what the checkpoint asks to run, or what cannot be read.
     """
+    reader.read_metadata()  # dcp.load would hide what is wrong with it
     try:
         dcp.load(state, storage_reader=reader, planner=SafePlanner(), process_group=group)
     except CheckpointException as error:
