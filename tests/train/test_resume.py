@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import losses
 from tiny_run import raw_config, run_job, tiny_config
 
 import mtraining.train.loop as loop
@@ -33,6 +32,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def losses(records: list[dict[str, Any]]) -> list[float]:
+    return [record["loss"] for record in records]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

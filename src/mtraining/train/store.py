@@ -161,11 +161,12 @@ def problem(checkpoint: Path) -> str | None:
     except (ValueError, TypeError, KeyError, AttributeError, OSError):
         return f"its {MANIFEST} is damaged"
     for name, record in manifest.files.items():
-        file = checkpoint / name
-        if not file.is_file():
+        try:
+            size = (checkpoint / name).stat().st_size
+        except FileNotFoundError:  # also of a checkpoint that rank 0 is dropping just now
             return f"{name} is missing"
-        if file.stat().st_size != record.bytes:
-            return f"{name} has {file.stat().st_size} of {record.bytes} bytes"
+        if size != record.bytes:
+            return f"{name} has {size} of {record.bytes} bytes"
     return None
 
 
