@@ -131,3 +131,36 @@ def test_a_copied_folder_is_whole(tmp_path: Path, shards: TokenShards) -> None:
     copied = TokenShards(shutil.copytree(shards.path, tmp_path / "elsewhere"))
     assert copied.tokenizer_path == (tmp_path / "elsewhere" / "tokenizer").resolve()
     assert (copied.document(4) == shards.document(4)).all()
+
+
+def test_identity_is_the_documents_and_nothing_else(
+    make_shards: Callable[..., TokenShards], counting: dict[str, str], tmp_path: Path
+) -> None:
+    """The cut into shards, the width of an id and the folder make no difference; a token, an end and an order do."""
+
+    def made(documents: dict[str, str], **options: int) -> TokenShards:
+        shards = make_shards(documents, **options)
+        moved = shutil.move(shards.path, tmp_path / f"moved{len(list(tmp_path.iterdir()))}")
+        return TokenShards(moved)
+
+    first = made(counting)
+    assert first.meta["content"] in first.identity and first.identity.startswith("5 documents of 219 tokens")
+    assert made(counting, shard_tokens=40).identity == first.identity
+    wide = made(counting)
+    for file in wide.path.glob("tokens-*.bin"):
+        np.fromfile(file, "<u2").astype("<u4").tofile(file)
+    edit_meta(wide.path, dtype="<u4")
+    written = json.loads((wide.path / "meta.json").read_text())
+    (wide.path / "meta.json").write_text(json.dumps({k: v for k, v in written.items() if k != "content"}))
+    assert TokenShards(wide.path).identity == first.identity
+    names = list(counting)
+    one_byte = {**counting, "d3": "abc"}
+    other_order = {name: counting[name] for name in reversed(names)}
+    whole = "".join(counting.values())
+    other_ends = {name: whole[i * 42 : (i + 1) * 42 + (4 if i == 4 else 0)] for i, name in enumerate(names)}
+    others = [made(documents).identity for documents in (one_byte, other_order, other_ends)]
+    offsets = np.load(wide.path / "offsets-00000.npy")
+    offsets[1] += 1  # the same tokens, though a document ends one later
+    np.save(wide.path / "offsets-00000.npy", offsets)
+    others.append(TokenShards(wide.path).identity)
+    assert len({first.identity, *others}) == 5

@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 
 from mtraining.errors import UserError
-from mtraining.train.store import CheckpointStore, Manifest, problem, require_complete
+from mtraining.train.digest import digest_of
+from mtraining.train.store import CheckpointStore, FileRecord, Manifest, problem, require_complete
 
 
 def save(store: CheckpointStore, step: int, keep_last: int = 10) -> Path:
     partial = store.begin(step)
     (partial / "__0_0.distcp").write_bytes(b"tensor" * 10)
-    return store.commit(step, Manifest(step=step, world=1, data={}, shapes={}, files={}), keep_last)
+    files = {"__0_0.distcp": FileRecord(60, digest_of(partial / "__0_0.distcp"))}
+    return store.commit(step, Manifest(step=step, world=1, shapes={}), files, keep_last)
 
 
 def test_the_last_n_stay(tmp_path: Path) -> None:

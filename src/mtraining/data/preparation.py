@@ -26,7 +26,16 @@ from rich.progress import (
 from mtraining.data.encoding import EncodeSetup, encode_all
 from mtraining.data.options import PrepareOptions, PrepareSummary
 from mtraining.data.resolve import resolve_sources
-from mtraining.data.shards import FORMAT, HOLDOUT, META, STATE, TOKENIZER, shard_file, token_dtype
+from mtraining.data.shards import (
+    FORMAT,
+    HOLDOUT,
+    META,
+    STATE,
+    TOKENIZER,
+    content_digest,
+    shard_file,
+    token_dtype,
+)
 from mtraining.data.sources import Item, Skipped, Source
 from mtraining.data.tokenizer import save_tokenizer
 from mtraining.data.writer import ShardWriter, write_json
@@ -267,6 +276,7 @@ class _Run:
             "documents": writer.documents,
             "tokens": writer.tokens,
             "shards": writer.shards,
+            "content": content_digest(folder, [shard["tokens"] for shard in writer.shards], writer.dtype),
             "sources": list(self.options.sources),
             "options": self.state["options"],
             "ignored_files": dict(ignored),

@@ -3,7 +3,8 @@
     tokens-00000.bin    token ids, uint16 if the vocabulary fits, else uint32 (little-endian)
     offsets-00000.npy   int64 (documents + 1,): where each document of the shard starts, in tokens
     shard-00000.json    names of the documents, what was skipped on the way, how far the sources were read
-    meta.json           tokenizer, vocabulary, counts, sources; written last, so its presence means complete
+    meta.json           tokenizer, vocabulary, counts, sources, a digest of the content; written last, so its presence
+                        means complete
     tokenizer/          Hugging Face tokenizer folder
     prepare.json        the options, so that a rerun can continue or refuse
 Documents end with the end-of-text id and are never cut by a shard; the shards in order are one stream of tokens.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from mtraining.errors import UserError
 
@@ -26,6 +28,8 @@ META = "meta.json"
 STATE = "prepare.json"
 TOKENIZER = "tokenizer"
 HOLDOUT = "holdout"
+_DIGEST_TOKENS = 1 << 22  # read at once
+_DTYPES = ("<u2", "<u4")
 
 
 def tokens_file(shard: int) -> str:
@@ -46,6 +50,27 @@ def shard_file(shard: int) -> str:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """uint16 while every id fits, else uint32."""
     return np.dtype("<u2" if vocab_size <= 65535 else "<u4")
+
+
+def content_digest(folder: Path, tokens: list[int], dtype: np.dtype[Any]) -> str:
+    """xxh3 (128 bits, hexadecimal) of the documents: the stream of their tokens, then their lengths.
+
+    How the stream is cut into shards, how wide its ids are stored, and where the folder lies make no difference. Every
+    token is read once, at the speed of the disk.
+
+    Args:
+        tokens: of each shard.
+        dtype: as stored.
+    """
+    digest, lengths = xxhash.xxh3_128(), xxhash.xxh3_128()
+    for shard, count in enumerate(tokens):
+        with open(folder / tokens_file(shard), "rb") as file:
+            for start in range(0, count, _DIGEST_TOKENS):
+                ids = np.fromfile(file, dtype=dtype, count=min(_DIGEST_TOKENS, count - start))
+                digest.update(ids.astype("<u4").data)
+        lengths.update(np.diff(np.load(folder / offsets_file(shard))).astype("<i8").data)
+    digest.update(lengths.digest())
+    return digest.hexdigest()
 
 
 class TokenShards:
@@ -72,6 +97,8 @@ class TokenShards:
             self.max_token_id = int(self.meta["max_token_id"])
             self.tokenizer_path = (self.path / self.meta["tokenizer_folder"]).resolve()
             sizes = [(int(shard["documents"]), int(shard["tokens"])) for shard in self.meta["shards"]]
+            if self.meta["dtype"] not in _DTYPES:
+                raise ValueError(f"dtype is {self.meta['dtype']!r}")
             self._dtype = np.dtype(self.meta["dtype"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -111,6 +138,17 @@ class TokenShards:
         if not rising or loaded[0] != 0 or loaded[-1] != tokens:
             raise UserError(f"dataset '{self.path}': {offsets.name} disagrees with {META}; prepare it again")
         return loaded
+
+    @property
+    def identity(self) -> str:
+        """Which documents these are, in words and a digest: the same wherever the folder lies.
+
+        Folders of before the digest was kept are read whole for it.
+        """
+        digest = self.meta.get("content") or content_digest(
+            self.path, np.diff(self._shard_starts).tolist(), self._dtype
+        )
+        return f"{self.num_documents:,} documents of {self.num_tokens:,} tokens (content {digest})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # a pickled memory map would carry the tokens themselves

@@ -86,7 +86,9 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         model = LlamaForCausalLM(config)
         model.load_state_dict(smollm2.state_dict())
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.init, config=config, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            options.init, config=config, dtype=dtype, trust_remote_code=False
+        )
     _cast_parameters(model, dtype)
     check_supported(model)
     tokenizer = None if dry else _tokenizer(options, smollm2)
@@ -122,7 +124,7 @@ def _config(options: ModelOptions, seq_len: int, dry: bool, smollm2: SmolLM2 | N
         return _config_from_fields(given)
     else:
         try:
-            config = AutoConfig.from_pretrained(options.init)
+            config = AutoConfig.from_pretrained(options.init, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"model.init={options.init!r} is neither a Hugging Face model folder nor a model that can be reached "
@@ -199,7 +201,7 @@ def _tokenizer(options: ModelOptions, smollm2: SmolLM2 | None) -> Any:
             return None  # a folder of weights alone: the data brings its own tokenizer
     source = options.tokenizer or options.init
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.tokenizer={source!r} cannot be loaded ({_first_line(error)}); give a tokenizer folder or "

@@ -56,7 +56,7 @@ def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
 def _page(runs: Sequence[Path], figures: Sequence[Path]) -> str:
     title = html.escape(", ".join(str(run) for run in runs))
     rows = "".join(
-        f"<tr><td>{html.escape(run.name)}</td><td>{last['step']}</td><td>{last['loss']:.4f}</td>"
+        f"<tr><td>{html.escape(run.name)}</td><td>{html.escape(str(last['step']))}</td><td>{last['loss']:.4f}</td>"
         f"<td>{last['tokens_per_second']:,.0f}</td></tr>"
         for run in runs
         for last in [read_metrics(run)[-1]]

@@ -18,18 +18,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from mtraining.data import TokenShards
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import TABLES, tiles_path
 from mtraining.model import ParallelLM
-from mtraining.train.checks import check_cursor, check_same_model, data_order
 from mtraining.train.config import Config
+from mtraining.train.digest import DigestWriter
+from mtraining.train.identity import model_identity
 from mtraining.train.mesh import Runtime
-from mtraining.train.store import CheckpointStore, Manifest, require_complete
+from mtraining.train.optim import options_kept
+from mtraining.train.policy import flat_options
+from mtraining.train.reader import SafeReader, load
+from mtraining.train.resume import check_same_run, find, on_main
+from mtraining.train.rollback import record_changes, set_aside
+from mtraining.train.store import CheckpointStore, Manifest
 
 # What any rank's failure becomes on every rank derives from BaseException alone.
 SAVE_ERRORS = (Exception, CheckpointException)
@@ -37,10 +42,11 @@ SAVE_ERRORS = (Exception, CheckpointException)
 
 @dataclass
 class _Pending:
-    """A save under way: its step, what its manifest will say, and the future of the background write."""
+    """A save under way: its step, what its manifest will say, who writes it, and the future of the background write."""
 
     step: int
     manifest: Manifest
+    writer: DigestWriter
     future: Future[Any]
 
 
@@ -53,12 +59,14 @@ class Checkpointer:
         place: Runtime,
         model: ParallelLM,
         optimizer: torch.optim.Optimizer,
+        shards: TokenShards,
         tiles: str,
         tell: Any = print,
     ) -> None:
         self.store = CheckpointStore(config.output)
         self._config, self._place, self._model, self._optimizer = config, place, model, optimizer
-        self._tiles, self._tell = tiles, tell
+        self._shards, self._tiles, self._tell = shards, tiles, tell
+        self._corpus = ""
         # Background saving has collectives of its own, which must not meet those of training on one group.
         self._group = dist.new_group(
             backend="gloo", timeout=timedelta(seconds=config.distributed.timeout_seconds)
@@ -66,33 +74,53 @@ class Checkpointer:
         self._pending: _Pending | None = None
 
     def resume(self) -> int:
-        """Restore what `checkpoint.resume` asks for; the number of optimizer steps already done (0: a fresh start)."""
-        found = self._place.from_main(self._choose() if self._place.is_main else None)
-        if isinstance(found, UserError):
-            raise found
+        """Restore what `checkpoint.resume` asks for; the number of optimizer steps already done (0: a fresh start).
+
+        What differs from the checkpoint and may is told and written down, and later checkpoints are set aside.
+        """
+        config, place, tell = self._config, self._place, self._tell
+        self._corpus = on_main(place, lambda: self._shards.identity)
+        found = find(config, place, tell)
         if found is None:
+            on_main(place, lambda: record_changes(config.output, [], 0))
             return 0
-        manifest = require_complete(found)
-        check_cursor(self._config, manifest)
-        check_same_model(self._shapes(), manifest, str(found))
-        reader = FileSystemReader(str(found))
+        path, manifest = found
+        changes = check_same_run(config, found, self._shapes(), self._model.hf_model.config, self._corpus)
+        self._restore(path, manifest)
+        behind = on_main(place, lambda: set_aside(config.output, path, manifest.step))
+        on_main(place, lambda: record_changes(config.output, changes, manifest.step))
+        tell(f"resuming from {path} (step {manifest.step})")
+        for line in [behind, *(f"{change} from step {change.step} on" for change in changes)]:
+            if line is not None:
+                tell(line)
+        if manifest.older:
+            tell(
+                f"warning: {path} was written before digests, model and data were kept, so it is not checked that they "
+                "are whole and the same."
+            )
+        if manifest.tiles != self._tiles:
+            tell(_other_tiles(manifest.tiles, self._tiles, tiles_path(place.device)))
+        return manifest.step
+
+    def _restore(self, path: Path, manifest: Manifest) -> None:
+        """Fill model, optimizer, held indices and random state. Collective."""
+        reader = SafeReader(str(path))
         state = self._state(with_random=manifest.world == self._place.world)
-        indices = _stored(reader, "indices")
+        indices = reader.shapes_of("indices")
         if indices:  # absent from checkpoints of before they were kept
             state["indices"] = indices
-        dcp.load(state, storage_reader=reader, process_group=self._group)
-        set_state_dict(
-            self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        load(state, reader, self._group)
+        with options_kept(self._optimizer):
+            set_state_dict(
+                self._model,
+                self._optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+            )
         if indices:
             self._model.indices.restore(indices, self._place.device)
         if "random" in state:
             self._restore_random(state["random"])
-        if self._place.is_main:
-            self._tell(f"resuming from {found} (step {manifest.step})")
-            if manifest.tiles != self._tiles:
-                self._tell(_other_tiles(manifest.tiles, self._tiles, tiles_path(self._place.device)))
-        return manifest.step
 
     def save(self, step: int) -> None:
         """Save after `step` optimizer steps; with `checkpoint.async` it returns once the state is copied aside.
@@ -107,12 +135,13 @@ class Checkpointer:
         manifest = Manifest(
             step=step,
             world=self._place.world,
-            data=data_order(self._config),
             shapes=self._shapes(),
-            files={},
+            options=flat_options(self._config),
+            model=model_identity(self._model.hf_model.config),
+            corpus=self._corpus,
             tiles=self._tiles,
         )
-        writer = FileSystemWriter(self.store.partial(step), sync_files=True)
+        writer = DigestWriter(self.store.partial(step))
         if self._config.checkpoint.asynchronous:
             future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
             assert isinstance(future, Future)  # the threaded checkpointer's return type
@@ -122,7 +151,7 @@ class Checkpointer:
                 future.set_result(dcp.save(state, storage_writer=writer, process_group=self._group))
             except SAVE_ERRORS as error:
                 future.set_exception(error)
-        self._pending = _Pending(step, manifest, future)
+        self._pending = _Pending(step, manifest, writer, future)
         if not self._config.checkpoint.asynchronous:
             self.finish()
 
@@ -143,7 +172,8 @@ class Checkpointer:
         try:
             pending.future.result()
             if self._place.is_main:
-                self.store.commit(pending.step, pending.manifest, self._config.checkpoint.keep_last)
+                keep_last = self._config.checkpoint.keep_last
+                self.store.commit(pending.step, pending.manifest, pending.writer.files, keep_last)
         except SAVE_ERRORS as error:
             if self._place.is_main:
                 self.store.abandon(pending.step)
@@ -159,21 +189,6 @@ class Checkpointer:
                 f"{self.store.latest() or 'none'}: free space there and run the same command again to go on from it."
             )
         return self.store.path(step)
-
-    def _choose(self) -> Path | UserError | None:
-        """The checkpoint to start from, decided on the main rank alone so that all ranks agree."""
-        resume = self._config.checkpoint.resume
-        try:
-            if resume == "never":
-                return None
-            if resume != "auto":
-                require_complete(self._config.resume_path)
-                return self._config.resume_path
-        except UserError as error:
-            return error
-        for path, reason in self.store.broken().items():
-            self._tell(f"skipping half-written checkpoint {path}: {reason}")
-        return self.store.latest()
 
     def _state(self, *, with_random: bool) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)
@@ -214,13 +229,3 @@ def _other_tiles(then: str, now: str, path: Path) -> str:
         f"warning: the checkpoint was computed with other tiles of attention ({then}) than are in use here ({now}), so "
         f"results will differ in their last bits from those of an uninterrupted run; for the same bits {remedy}."
     )
-
-
-def _stored(reader: FileSystemReader, section: str) -> dict[str, torch.Tensor]:
-    """Empty tensors like those that a checkpoint keeps under ``section``, to be loaded into."""
-    stored = reader.read_metadata().state_dict_metadata
-    return {
-        name.removeprefix(f"{section}."): torch.empty(meta.size, dtype=meta.properties.dtype)
-        for name, meta in stored.items()
-        if name.startswith(f"{section}.") and isinstance(meta, TensorStorageMetadata)
-    }

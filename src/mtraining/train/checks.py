@@ -7,6 +7,7 @@ vocabulary by `mtraining.data.SequenceDataset`, both before the first step.
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from mtraining.data import SequenceDataset, TokenShards
 from mtraining.errors import UserError
@@ -15,8 +16,10 @@ from mtraining.layout import build_layout
 from mtraining.model import Refresh
 from mtraining.pattern import load_table
 from mtraining.train.config import Config
+from mtraining.train.identity import check_options
 from mtraining.train.mesh import Runtime
-from mtraining.train.store import CheckpointStore, Manifest, read_manifest, require_complete
+from mtraining.train.optim import updates_lost
+from mtraining.train.store import CheckpointStore, read_manifest, require_complete
 
 
 def check_config(config: Config) -> None:
@@ -71,52 +74,39 @@ def check_output(config: Config) -> None:
         raise UserError(
             f"output={config.output} cannot be made: {error.strerror}; choose another folder."
         ) from None
-    latest = CheckpointStore(config.output).latest()
+    store = CheckpointStore(config.output)
+    named, latest = store.named(), store.latest()
     if config.checkpoint.resume == "never":
-        if latest is not None:
+        if named:
             raise UserError(
-                f"output={config.output} already holds {latest.name}; set checkpoint.resume=auto to go on from it, or "
-                "choose another output folder."
+                f"output={config.output} already holds {named[-1].name}; set checkpoint.resume=auto to go on from "
+                "it, or choose another output folder."
             )
     elif config.checkpoint.resume != "auto":
-        check_cursor(config, require_complete(config.resume_path))
+        check_options(config, config.resume_path, require_complete(config.resume_path))
     elif latest is not None:
-        check_cursor(config, read_manifest(latest))
+        check_options(config, latest, read_manifest(latest))
 
 
-def data_order(config: Config) -> dict[str, str | int]:
-    """What fixes the order of samples; a checkpoint's place in the data means something only if these are the same."""
-    return {
-        "train.seq_len": config.train.seq_len,
-        "train.batch_size": config.train.batch_size,
-        "train.seed": config.train.seed,
-        "data.mode": config.data.mode,
-    }
-
-
-def check_cursor(config: Config, manifest: Manifest) -> None:
-    """Refuse to resume where the checkpoint's place in the data would point at other samples."""
-    for option, value in data_order(config).items():
-        if manifest.data.get(option) != value:
-            raise UserError(
-                f"{option}={value} differs from the checkpoint's {manifest.data.get(option)}, so its place in the data "
-                f"is lost; restore {option}={manifest.data.get(option)}, or start a new output from an exported model."
-            )
-
-
-def check_same_model(here: dict[str, list[int]], manifest: Manifest, checkpoint: str) -> None:
-    """Refuse a checkpoint whose parameters are not this model's by name and shape (name -> shape on both sides)."""
-    there = manifest.shapes
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) == there.get(name):
-            continue
-        sizes = [
-            f"has shape {tuple(shapes[name])}" if name in shapes else "is absent" for shapes in (there, here)
-        ]
-        raise UserError(
-            f"checkpoint {checkpoint} is of another model: {name} {sizes[0]} there and {sizes[1]} here; use the "
-            "configuration it was trained with, or another output folder."
-        )
+def rounding_warning(config: Config, place: Runtime, model: nn.Module) -> str | None:
+    """What to warn of where updates are so small beside the weights that adding them changes nothing. Collective."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    counts = place.sum(updates_lost(trainable, config.train.lr).to(place.device)).cpu()
+    lost, held = counts[:, 0], counts[:, 1]
+    if not (lost == held).any() and lost.sum() <= 1e-3 * held.sum():
+        return None
+    vectors = torch.tensor([parameter.ndim < 2 for parameter in trainable])
+    remedy = (
+        "use a larger train.lr"
+        if config.model.dtype == "float32"
+        else "set model.dtype=float32, which holds them finely and leaves computing in train.dtype"
+    )
+    return (
+        f"warning: model.dtype={config.model.dtype} holds weights so coarsely that an update of train.lr="
+        f"{config.train.lr:g} is rounded away in {lost.sum() / held.sum():.0%} of them, and in "
+        f"{int(lost[vectors].sum())} of the {int(held[vectors].sum())} of norms and biases: they would hardly learn; "
+        f"{remedy}."
+    )
 
 
 def check_same_tiles(place: Runtime, dtype: torch.dtype, head_dim: int) -> str:

@@ -29,6 +29,7 @@ from pydantic import (
 from mtraining.errors import UserError
 from mtraining.model import ModelOptions, Refresh
 from mtraining.pattern import Dense, Pattern, build_pattern, load_table
+from mtraining.train.policy import check_allow
 
 
 class Section(BaseModel):
@@ -204,6 +205,8 @@ class CheckpointSection(Section):
         async: write in the background while training goes on.
         resume: `auto` resumes from the newest complete checkpoint of the run folder; `never` refuses a folder that
             holds one; a path names one checkpoint.
+        allow: what may differ from the checkpoint although a change of it is refused, such as `data.path` or
+            `model.rope` (docs/resume.md).
         export: write a Hugging Face folder at the end of the run.
     """
 
@@ -211,7 +214,14 @@ class CheckpointSection(Section):
     keep_last: PositiveInt = 2
     asynchronous: bool = Field(default=True, alias="async")
     resume: str = "auto"
+    allow: tuple[str, ...] = ()
     export: bool = True
+
+    @field_validator("allow")
+    @classmethod
+    def _allow_lifts_something(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_allow(value)
+        return value
 
 
 class LogSection(Section):

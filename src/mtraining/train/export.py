@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from mtraining.errors import UserError
 from mtraining.model import export_model
-from mtraining.train.checks import check_same_model
 from mtraining.train.config import ParallelSection, load_config
+from mtraining.train.digest import damage
+from mtraining.train.identity import check_shapes, model_changes, model_identity, require_allowed
 from mtraining.train.loop import data_tokenizer, parallel_model
 from mtraining.train.mesh import runtime
-from mtraining.train.store import CheckpointStore, require_complete
+from mtraining.train.reader import SafeReader, load
+from mtraining.train.store import CheckpointStore, refuse, require_complete
 
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,12 +41,18 @@ def export_run(run: Path, out: Path, checkpoint: str | None = None, dtype: str |
     else:
         source = store.folder / checkpoint if (store.folder / checkpoint).is_dir() else Path(checkpoint)
     manifest = require_complete(source)
+    reason = damage(source, manifest.files, list(manifest.files))
+    if reason is not None:
+        refuse(source, f"damaged ({reason})")
     with runtime(config.model_copy(update={"parallel": ParallelSection()})) as place:
         model, tokenizer = parallel_model(config, place)
         shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        check_same_model(shapes, manifest, str(source))
+        check_shapes(shapes, manifest, source)
+        if not manifest.older:
+            changes = model_changes(manifest.model, model_identity(model.hf_model.config), manifest.step)
+            require_allowed(changes, source, ())
         state = {"model": get_model_state_dict(model)}
-        dcp.load(state, storage_reader=FileSystemReader(str(source)))
+        load(state, SafeReader(str(source)))
         set_model_state_dict(model, state["model"])
         export_model(model, out, tokenizer=tokenizer or data_tokenizer(config), dtype=DTYPES[dtype])
     return source

@@ -27,7 +27,7 @@ from mtraining.model.support import head_dim_of
 from mtraining.ring import Timeline
 from mtraining.train.balance import attention_record, ring_record, write_balance
 from mtraining.train.checkpoint import Checkpointer
-from mtraining.train.checks import check_config, check_same_tiles, check_table
+from mtraining.train.checks import check_config, check_same_tiles, check_table, rounding_warning
 from mtraining.train.config import Config
 from mtraining.train.display import Display
 from mtraining.train.memory_report import MemoryLog
@@ -75,8 +75,11 @@ def train(config: Config) -> RunResult:
         console = Console(file=sys.stdout) if place.is_main else None
         tell = Display(steps=0, done=0, title="", log_every=1, console=console).tell
         stops.prepare(place, tell)
-        checkpointer = Checkpointer(config, place, model, optimizer, tiles, tell=tell)
+        checkpointer = Checkpointer(config, place, model, optimizer, dataset.shards, tiles, tell=tell)
         done = checkpointer.resume()
+        rounding = rounding_warning(config, place, model)
+        if rounding is not None:
+            tell(rounding)
         if place.is_main:
             (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         tell(dataset.report.render())
@@ -132,7 +135,9 @@ def data_tokenizer(config: Config) -> Any:
     """The tokenizer that the shards were made with, to go into the exported folder beside a random model."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(TokenShards(config.data.path).tokenizer_path)
+    return AutoTokenizer.from_pretrained(
+        TokenShards(config.data.path).tokenizer_path, trust_remote_code=False
+    )
 
 
 def _steps(

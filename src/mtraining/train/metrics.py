@@ -42,7 +42,8 @@ class MetricsWriter:
                 raise UserError(
                     "log.tensorboard=true needs the tensorboard package; install it or set log.tensorboard=false."
                 ) from None
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+            # What an earlier run logged from this step on is shown no more, steps before the first checkpoint included.
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one step's record. Lists (per-layer values) become one TensorBoard curve an entry."""
@@ -106,7 +107,11 @@ class MetricsWriter:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run folder, in order; a last line cut short by a crash is left out."""
-    path = run / METRICS
+    return read_records(run / METRICS)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that holds one a line, up to a line cut short by a crash; none where there is no file."""
     if not path.exists():
         return []
     records = []

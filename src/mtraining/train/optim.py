@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,32 @@ def build_optimizer(model: nn.Module, options: TrainSection, device: torch.devic
         eps=options.eps,
         fused=device.type != "meta",
     )
+
+
+@contextmanager
+def options_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """What is loaded inside gives moments and step counts; betas, eps, weight decay and how updates are computed stay
+    what this run's configuration has made them."""
+    options = [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
+    yield
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+
+
+def updates_lost(parameters: Iterable[nn.Parameter], lr: float) -> torch.Tensor:
+    """How many weights stay what they are when `lr`, the size of one AdamW update, is added to them or taken away.
+
+    Returns:
+        float64 (parameters, 2), on their device: how many of this process's weights, and how many it has.
+    """
+    rows = []
+    for parameter in parameters:
+        weights = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+        lost = ((weights + lr == weights) & (weights - lr == weights)).sum()
+        rows.append(torch.stack([lost, torch.full_like(lost, weights.numel())]))
+    return torch.stack(rows).double()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,10 +1,11 @@
 """The checkpoint folder of a run: names, completeness, and which ones stay. Files only, no tensors.
 
-    checkpoints/step_00000020/            complete: holds manifest.json, written last, with the size of every file
+    checkpoints/step_00000020/            complete: manifest.json, written last, has size and digest of every file
     checkpoints/step_00000030.partial/    being written, or left by a run that died while writing
+    checkpoints/left_behind_1/            what a roll-back to an earlier step left behind (see rollback.py)
 
 A checkpoint becomes complete in one atomic rename, after its files are on disk. The manifest also says what a reader
-must know before touching a tensor: the step, what fixes the order of samples, and every parameter's name and shape.
+must know before touching a tensor: the step, every option of the run, the model, the data, every parameter's shape.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, NoReturn
+
+import xxhash
 
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import TABLES
@@ -27,24 +31,43 @@ _NAME = re.compile(r"step_(\d{8})")
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """What a file must be: its size in bytes and its xxh3 (128 bits, hexadecimal). `digest` is "" in checkpoints of
+    before digests were kept: of those only the size can be checked."""
+
+    bytes: int
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a checkpoint is of.
 
-    step: optimizer steps done; world: processes that wrote it; data: the options that fix which samples a step sees;
-    shapes: parameter name -> shape; files: name -> bytes; tiles: which tile sizes attention was computed with, as
-    `mtraining.kernel.measured_tiles.tiles_in_use` says, "tables" in checkpoints of before they could be measured.
+    step: optimizer steps done; world: processes that wrote it; shapes: parameter name -> shape; files: name -> what it
+    must be; options: every option of the run, as `mtraining.train.policy.flat_options` has them; model and corpus: who
+    the model and the data are, as `mtraining.train.identity` has it; tiles: which tile sizes attention was computed
+    with, as `mtraining.kernel.measured_tiles.tiles_in_use` says.
+
+    Checkpoints of before these were kept have few options, no model, no corpus, no digests, and tiles of "tables".
     """
 
     step: int
     world: int
-    data: dict[str, str | int]
-    shapes: dict[str, list[int]]
-    files: dict[str, int]
+    shapes: Mapping[str, list[int]]
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    corpus: str = ""
     tiles: str = TABLES
+
+    @property
+    def older(self) -> bool:
+        """Whether it was written before digests, model, data and all options were kept."""
+        return not any(record.digest for record in self.files.values())
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder. All of them are of one line of training: none is newer than a later one."""
 
     def __init__(self, run: Path) -> None:
         self.folder = run / "checkpoints"
@@ -57,17 +80,23 @@ class CheckpointStore:
         """Where the checkpoint of `step` is written before it is complete."""
         return self.folder / f"step_{step:08d}.partial"
 
+    def named(self) -> list[Path]:
+        """Every checkpoint that was complete once, usable or not, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+
     def complete(self) -> list[Path]:
-        """The usable checkpoints, oldest first."""
-        return [path for path in self._named() if problem(path) is None]
+        """The usable checkpoints, oldest first, as far as sizes tell."""
+        return [path for path in self.named() if problem(path) is None]
 
     def latest(self) -> Path | None:
         """The newest usable checkpoint, or None."""
-        return next((path for path in reversed(self._named()) if problem(path) is None), None)
+        return next((path for path in reversed(self.named()) if problem(path) is None), None)
 
     def broken(self) -> dict[Path, str]:
-        """Half-written or damaged checkpoints and what is wrong with each."""
-        found = {path: problem(path) for path in self._named()}
+        """Half-written or damaged checkpoints and what is wrong with each, as far as sizes tell."""
+        found = {path: problem(path) for path in self.named()}
         found.update(dict.fromkeys(sorted(self.folder.glob("step_*.partial")), "it was still being written"))
         return {path: reason for path, reason in found.items() if reason is not None}
 
@@ -78,20 +107,27 @@ class CheckpointStore:
         partial.mkdir(parents=True)
         return partial
 
-    def commit(self, step: int, manifest: Manifest, keep_last: int) -> Path:
+    def commit(self, step: int, manifest: Manifest, files: Mapping[str, FileRecord], keep_last: int) -> Path:
         """Make the partial checkpoint of `step` the newest complete one, then drop all but the last `keep_last`.
 
-        `manifest.files` is filled in here. Older checkpoints go only after the new one is durable.
+        Older checkpoints go only after the new one is durable.
+
+        Args:
+            files: what was written, by name, as those who wrote it say; it becomes `manifest.files`.
+
+        Raises:
+            OSError: a file is not there in its full size.
         """
         partial, final = self.partial(step), self.path(step)
-        sizes = {path.name: path.stat().st_size for path in partial.iterdir() if path.is_file()}
-        record = {**asdict(manifest), "files": sizes}
-        with open(partial / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(record, file)
-            file.flush()
-            os.fsync(file.fileno())
+        for name, file in files.items():
+            if (size := (partial / name).stat().st_size) != file.bytes:
+                raise OSError(errno.EIO, f"{name} has {size} of {file.bytes} bytes")
+        with open(partial / MANIFEST, "w", encoding="utf-8") as out:
+            out.write(_seal(asdict(replace(manifest, files=files))))
+            out.flush()
+            os.fsync(out.fileno())
         _sync_folder(partial)
-        if final.exists():  # a damaged or repeated save of the same step
+        if final.exists():  # a repeated save of the same step
             shutil.rmtree(final)
         os.replace(partial, final)
         _sync_folder(self.folder)
@@ -103,34 +139,58 @@ class CheckpointStore:
         """Remove a partial checkpoint whose saving failed, giving its space back."""
         shutil.rmtree(self.partial(step), ignore_errors=True)
 
-    def _named(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return sorted(path for path in self.folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+
+def step_of(checkpoint: Path) -> int:
+    """The step that the name of a checkpoint folder says."""
+    found = _NAME.match(checkpoint.name)
+    assert found is not None, checkpoint
+    return int(found[1])
 
 
 def problem(checkpoint: Path) -> str | None:
-    """Why a checkpoint folder cannot be used, or None when it is complete: every file there, at its full size."""
+    """Why a checkpoint folder cannot be used, or None when it is complete: every file there, at its full size.
+
+    Digests of files are not looked at, which takes time: see `mtraining.train.digest.damage`.
+    """
     if checkpoint.name.endswith(".partial"):
         return "it was still being written"
     try:
         manifest = read_manifest(checkpoint)
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OSError):
         return f"its {MANIFEST} is damaged"
-    for name, size in manifest.files.items():
-        file = checkpoint / name
-        if not file.exists():
+    for name, record in manifest.files.items():
+        try:
+            size = (checkpoint / name).stat().st_size
+        except FileNotFoundError:  # also of a checkpoint that rank 0 is dropping just now
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} of {size} bytes"
+        if size != record.bytes:
+            return f"{name} has {size} of {record.bytes} bytes"
     return None
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint; FileNotFoundError or ValueError when it is absent or damaged."""
-    return Manifest(**json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
+    """The manifest of a checkpoint; FileNotFoundError when it is absent, another error when it is damaged."""
+    raw = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    if "data" in raw:  # written before digests and the whole configuration were kept
+        raw["options"] = raw.pop("data")
+        raw["files"] = {name: {"bytes": size} for name, size in raw["files"].items()}
+    elif raw.pop("digest") != _digest(raw):
+        raise ValueError("the manifest's digest is another")
+    files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
+    if any(Path(name).name != name for name in files):
+        raise ValueError("a file outside the checkpoint")
+    return Manifest(**raw, files=files)
+
+
+def _seal(record: dict[str, Any]) -> str:
+    """A manifest as text that tells if a bit of it changes."""
+    return json.dumps({**record, "digest": _digest(record)})
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
 def require_complete(checkpoint: Path) -> Manifest:
@@ -142,11 +202,15 @@ def require_complete(checkpoint: Path) -> Manifest:
     reason = problem(checkpoint)
     if reason is None:
         return read_manifest(checkpoint)
-    latest = CheckpointStore(checkpoint.parent.parent).latest()
-    remedy = f"the newest complete one is {latest}" if latest else "no complete one lies beside it"
-    raise UserError(
-        f"checkpoint {checkpoint} is half-written ({reason}); {remedy}: set checkpoint.resume accordingly."
-    )
+    refuse(checkpoint, f"half-written ({reason})")
+
+
+def refuse(checkpoint: Path, what: str) -> NoReturn:
+    """Raise the `UserError` about a checkpoint that was asked for by name and cannot be used."""
+    beside = CheckpointStore(checkpoint.parent.parent)
+    good = [path for path in beside.complete() if path.name != checkpoint.name]
+    remedy = f"the newest complete one is {good[-1]}" if good else "no complete one lies beside it"
+    raise UserError(f"checkpoint {checkpoint} is {what}; {remedy}: set checkpoint.resume accordingly.")
 
 
 def _sync_folder(folder: Path) -> None:
