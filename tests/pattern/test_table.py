@@ -171,7 +171,7 @@ def test_described_patterns_read_back(tmp_path: Path, pattern: Pattern) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "is neither YAML nor JSON"),
+        ("{", "is not valid YAML"),
         ({"layers": []}, "has no 'patterns' and 'layers'"),
         ({"patterns": {}, "layers": []}, "has no layers"),
         ({"patterns": {}, "layers": [], "layer": []}, "unknown keys layer"),

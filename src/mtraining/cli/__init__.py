@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,14 +49,39 @@ def _options(
     """Train language models on very long contexts with dynamic sparse ring attention."""
 
 
+# typer keeps the base class of its usage errors to itself.
+_UsageError: Any = typer.BadParameter.__base__
+
+
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit status 2, a stopped run one sentence and the status of
-    its `RunStopped`, neither a traceback."""
+    its `RunStopped`, neither a traceback nor a box."""
     try:
-        app()
+        code = app(prog_name="mtraining", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except _UsageError as error:
+        _tell_usage(error)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(1)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RunStopped as error:
         print(error if error.code == SAVED else f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
+
+
+def _tell_usage(error: Any) -> None:
+    """A command line that cannot be read, as one sentence; a command alone gets its help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.ctx.get_help(), file=sys.stderr)
+        return
+    message = " ".join(str(error.format_message()).split()).rstrip(".?")
+    message = message[0].lower() + message[1:].replace(". Did you mean", "; did you mean")
+    at_fault = re.match(r"invalid value for '?(.+?)'?: (.*)", message)
+    if at_fault is not None:
+        option, fault = at_fault.groups()
+        message = f"{option}: {fault[0].lower()}{fault[1:]}"
+    command = error.ctx.command_path if error.ctx is not None else "mtraining"
+    print(f"error: {message}; {command} --help lists what it takes.", file=sys.stderr)

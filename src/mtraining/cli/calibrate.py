@@ -50,7 +50,6 @@ def calibrate(
     """Search, for every head of MODEL, the pattern and budget that keep most attention on DATA; write a table for
     pattern.table."""
     import torch
-    import yaml
 
     from mtraining.bench.attention.price import column_price
     from mtraining.errors import UserError
@@ -58,6 +57,8 @@ def calibrate(
     from mtraining.evaluate.calibrate import draw
     from mtraining.model import build_model
     from mtraining.pattern import VerticalSlash
+    from mtraining.pattern.probe import PLACEMENTS
+    from mtraining.yaml_text import write_yaml
 
     if tokens % block_size:
         raise UserError(
@@ -66,7 +67,12 @@ def calibrate(
         )
     if not 0 < density <= 1:
         raise UserError(f"--density {density} must be a share of full attention, such as 0.2.")
-    for option, value, known in (("device", device, ("auto", "cpu", "cuda")), ("cost", cost, COSTS)):
+    choices = (
+        ("device", device, ("auto", "cpu", "cuda")),
+        ("cost", cost, COSTS),
+        ("probe-at", probe_at, PLACEMENTS),
+    )
+    for option, value, known in choices:
         if value not in known:
             raise UserError(f"--{option} {value} is not known; use {', '.join(known[:-1])} or {known[-1]}.")
     base = VerticalSlash(block_size=block_size, probe=probe, probe_at=probe_at)
@@ -83,7 +89,7 @@ def calibrate(
     about |= {"rows": rows, "column_price": round(price, 3)}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(
-        yaml.safe_dump(found.table(about), sort_keys=False, default_flow_style=None, width=110),
+        write_yaml(found.table(about), default_flow_style=None, width=110),
         encoding="utf-8",
     )
     if chart:

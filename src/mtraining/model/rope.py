@@ -11,15 +11,16 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mtraining.errors import UserError
 from mtraining.model.support import check_rope
+from mtraining.sections import Section
 
 logger = logging.getLogger(__name__)
 
 
-class RopeOptions(BaseModel):
+class RopeOptions(Section):
     """How to stretch rotary positions to the training length.
 
     type: ``none`` keeps the model's own; ``yarn`` (arXiv 2309.00071); ``linear`` position interpolation;
@@ -31,7 +32,6 @@ class RopeOptions(BaseModel):
     beta_fast, beta_slow, attention_factor: YaRN's own options; None keeps the paper's 32, 1 and 0.1 ln(factor) + 1.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     type: Literal["none", "yarn", "linear", "dynamic"] = "none"
     factor: float | None = Field(default=None, ge=1.0)
     original_max_position_embeddings: int | None = Field(default=None, gt=0)

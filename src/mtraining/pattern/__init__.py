@@ -4,7 +4,7 @@ one entry here."""
 from pathlib import Path
 
 from mtraining.pattern.a_shape import AShape
-from mtraining.pattern.base import Collective, Pattern, SequenceShard, build_from_table
+from mtraining.pattern.base import Collective, Pattern, SequenceShard, build_from_table, options_of
 from mtraining.pattern.dense import Dense
 from mtraining.pattern.flexprefill import FlexPrefill
 from mtraining.pattern.moba import MoBA
@@ -63,4 +63,5 @@ __all__ = [
     "VerticalSlash",
     "build_pattern",
     "load_table",
+    "options_of",
 ]

@@ -178,6 +178,17 @@ def build_from_table(table: Mapping[str, type[Pattern]], name: str, options: Map
     return table[name](**given)  # type: ignore[arg-type]
 
 
+def options_of(pattern: Pattern) -> dict[str, Any]:
+    """Every option of a pattern with its value, as plain values that a file can hold and `build_from_table` takes."""
+    return {f.name: _plain(getattr(pattern, f.name)) for f in fields(pattern)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Pattern):
+        return {"name": value.name, "options": options_of(value)}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", NoneType: "null"}
 
 

@@ -19,17 +19,15 @@ with `flex_vertical_and_slash`, which MTraining's own files have, verticals and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mtraining.errors import UserError
 from mtraining.pattern.a_shape import AShape
-from mtraining.pattern.base import Pattern, build_from_table
+from mtraining.pattern.base import Pattern, build_from_table, options_of
 from mtraining.pattern.per_head import PerHead
 from mtraining.pattern.vertical_slash import VerticalSlash
+from mtraining.yaml_text import parse_yaml
 
 
 def read_table(
@@ -48,13 +46,11 @@ def read_table(
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"pattern.table: {path} cannot be read ({error}); give a table file.") from None
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"pattern.table: {path} is neither YAML nor JSON ({' '.join(str(error).split())}); write it anew."
-        ) from None
+    # JSON is YAML.
+    raw = parse_yaml(text, f"pattern.table: {path}")
     table = _Table(path, known, name, options)
     layers = table.minference(raw) if isinstance(raw, list) else table.own(raw)
     if not layers:
@@ -207,4 +203,4 @@ def one_layer(heads: Sequence[Pattern]) -> Pattern:
 
 def describe(pattern: Pattern) -> dict[str, Any]:
     """A pattern as a table entry: its name and every option, so that it means the same under other defaults."""
-    return {"name": pattern.name} | {f.name: getattr(pattern, f.name) for f in fields(pattern)}
+    return {"name": pattern.name} | options_of(pattern)

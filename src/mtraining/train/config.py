@@ -6,36 +6,28 @@ included, into the run folder. Unknown keys are refused with the nearest known n
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from mtraining.errors import UserError
 from mtraining.model import ModelOptions, Refresh
-from mtraining.pattern import Dense, Pattern, build_pattern, load_table
+from mtraining.pattern import Dense, Pattern, build_pattern, load_table, options_of
+from mtraining.sections import Section, read_section
+from mtraining.yaml_text import parse_yaml, write_yaml
 from mtraining.train.policy import check_allow
-
-
-class Section(BaseModel):
-    """A group of options: unknown keys are errors, values cannot change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
 
 
 class DataSection(Section):
@@ -53,15 +45,26 @@ class DataSection(Section):
     workers: NonNegativeInt = 0
 
 
-class PatternChoice(BaseModel):
-    """A pattern by `name`; every other key is an option of that pattern.
+class PatternChoice(Section):
+    """A pattern by `name`; every other key is an option of that pattern. All of its options are kept, those that were
+    not given with their defaults.
 
     Attributes:
         name: which pattern.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
     name: str = "vertical_slash"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_option(cls, raw: Any) -> Any:
+        name = raw.get("name", cls.model_fields["name"].default) if isinstance(raw, Mapping) else None
+        if not isinstance(name, str) or not all(isinstance(key, str) for key in raw):
+            return raw  # pydantic says what is wrong with it
+        own = {key: value for key, value in raw.items() if key in cls.model_fields}
+        given = {key: value for key, value in raw.items() if key not in cls.model_fields}
+        return own | {"name": name} | options_of(build_pattern(name, **given))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -281,6 +284,11 @@ class Config(Section):
     def _layer_patterns_by_name(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
+        # 0 and "0" are two keys of a file and one layer.
+        layers = [str(layer) for layer in value]
+        for layer in layers:
+            if layers.count(layer) > 1:
+                raise ValueError(f"layer {layer} stands twice; keep one of them")
         return {layer: {"name": item} if isinstance(item, str) else item for layer, item in value.items()}
 
     @field_validator("layout", mode="before")
@@ -317,7 +325,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Every option, defaults included, in a form that `load_config` reads back to an equal configuration."""
-        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+        return write_yaml(self.model_dump(mode="json", by_alias=True))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -327,15 +335,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
             f"configuration file {path} does not exist; the recipes/ folder holds examples."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"configuration file {path} is not valid YAML: {_one_line(error)}.") from None
+    raw = parse_yaml(text, f"configuration file {path}")
     if not isinstance(raw, dict):
         raise UserError(
             f"configuration file {path} must hold a mapping of sections, such as 'model:' and 'train:'."
@@ -347,10 +354,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(raw: Mapping[str, Any], source: str = "the configuration") -> Config:
     """Check a mapping of sections; `source` names it in error messages."""
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(_sentence(error, source)) from None
+    return read_section(Config, raw, source)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -358,50 +362,21 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise UserError(f"--set {override!r} is not of the form section.key=value, such as train.steps=20.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}.") from None
+    value = parse_yaml(text, f"--set {override!r}: the value")
     node: Any = raw
     for depth, part in enumerate(parts[:-1]):
-        if isinstance(node.get(part), str) and depth == 0 and part in ("pattern", "layout"):
-            node[part] = {"name": node[part]}
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
+        found = _key(node, part)
+        named = parts[:depth] == ["layer_patterns"] or (depth == 0 and part in ("pattern", "layout"))
+        if named and isinstance(node.get(found), str):
+            node[found] = {"name": node[found]}
+        if node.get(found) is None:
+            node[found] = {}
+        node = node[found]
         if not isinstance(node, dict):
             raise UserError(f"--set {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section.")
-    node[parts[-1]] = value
+    node[_key(node, parts[-1])] = value
 
 
-def _sentence(error: ValidationError, source: str) -> str:
-    """The first problem as one sentence; unknown keys come first, since they often cause the others."""
-    problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        prefix = "".join(f"{part}." for part in problem["loc"][:-1])
-        remedy = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}."
-        return f"unknown key {where} in {source}; {remedy}"
-    if problem["type"] == "missing":
-        return f"{source} lacks the required key {where}."
-    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    if problem["type"] == "value_error":
-        return f"{where + ': ' if where else ''}{message}."
-    return f"{where}={problem['input']!r} in {source} is not valid: {message[0].lower()}{message[1:]}."
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Config
-    for part in location:
-        field = model.model_fields.get(part)
-        if field is None or not hasattr(field.annotation, "model_fields"):
-            return []
-        model = field.annotation
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _key(section: Mapping[Any, Any], text: str) -> Any:
+    """The key that reads as ``text``: layers are numbers in a file."""
+    return next((key for key in section if str(key) == text), text)

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import yaml
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import (
     ChildFailedError,
@@ -38,6 +37,7 @@ from mtraining.train.loop import train
 from mtraining.train.mesh import check_world
 from mtraining.train.stop import SIGNALS
 from mtraining.train.watch import PeerLost, exit_now, launcher_store, reason, way_on
+from mtraining.yaml_text import parse_yaml
 
 
 def launch(config: Config, nproc: int, before: Callable[[], None] | None = None) -> None:
@@ -113,7 +113,7 @@ def _worker(text: str, before: Callable[[], None] | None) -> str | None:
     try:
         if before is not None:
             before()
-        train(parse_config(yaml.safe_load(text)))
+        train(parse_config(parse_yaml(text, "the configuration")))
     except UserError as error:
         handler.record_exception(error)
         exit_now(2)
