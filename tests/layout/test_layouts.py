@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtraining.errors import UserError
-from mtraining.layout import LAYOUTS, build_layout
+from mtraining.layout import LAYOUTS, Striped, build_layout
 
 
 @given(st.sampled_from(sorted(LAYOUTS)), st.integers(1, 9), st.integers(1, 7), st.integers(1, 5))
@@ -46,6 +46,7 @@ def test_who_holds_what() -> None:
         ("striped", 1000, 2, 64, "not a multiple of 256.*nearest length that works is 1024"),
         ("contiguous", 100, 3, 16, "multiple of 48.*nearest length that works is 96"),
         ("zigzag", 130, 2, 16, "multiple of 64.*128"),
+        ("striped", 1000, 2, 1, r"multiple of 256 .128 tokens x 2 ranks.* for 2 ranks; the nearest"),
         ("zigzag", 16, 2, 16, "too few for the zigzag layout over 2 ranks"),
         ("striped", 0, 1, 1, "nearest length that works is 128"),
         ("striped", 1024, 2, 48, "layout.unit: a stripe of 128 tokens cuts the pattern's blocks of 48"),
@@ -58,8 +59,41 @@ def test_lengths_are_refused_with_the_nearest(
         build_layout(name).check(seq_len, world, block)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_function_deals_a_length_that_does_not_divide(name: str) -> None:
+    """Nor a rank, a number of ranks or a dimension that does not exist: some of these came out wrong in silence."""
+    layout = build_layout(name, 4)
+    for call in (
+        lambda: layout.shard(torch.zeros(1, 30), 0, 4),
+        lambda: layout.positions(30, 4),
+        lambda: layout.blocks(30, 4, 2),
+    ):
+        with pytest.raises(UserError, match=r"seq_len: 30 is not a multiple of \d+ \(\d tokens x 4 ranks\)"):
+            call()
+    x = torch.zeros(2, 32)
+    for rank in (-1, 4):
+        with pytest.raises(UserError, match=f"rank: {rank} does not exist among 4; use 0 to 3"):
+            layout.shard(x, rank, 4)
+    with pytest.raises(UserError, match="world: 0 ranks"):
+        layout.positions(32, 0)
+    with pytest.raises(UserError, match=r"dim: 2 does not exist in shape \(2, 32\)"):
+        layout.shard(x, 0, 4, dim=2)
+    parts = [layout.shard(x, rank, 4) for rank in range(4)]
+    with pytest.raises(UserError, match=r"shards: lengths \[7, 8, 8, 8\] differ"):
+        layout.unshard([parts[0][:, 1:], *parts[1:]])
+    with pytest.raises(UserError, match="shards: there are none"):
+        layout.unshard([])
+
+
+def test_blocks_must_be_whole() -> None:
+    with pytest.raises(UserError, match="seq_len: 12 is not a multiple of 8"):
+        build_layout("contiguous").blocks(12, 2, 4)
+
+
 def test_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"'stripped' is not known .did you mean 'striped'"):
         build_layout("stripped")
     with pytest.raises(UserError, match=r"layout.unit: 0 tokens"):
         build_layout("striped", 0)
+    with pytest.raises(UserError, match=r"layout.unit: 0 tokens"):
+        Striped(unit=0)

@@ -18,6 +18,7 @@ import torch
 
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import device_name, slug, triton_version
+from mtraining.sizes import size_text
 
 COMMIT_VARIABLE = "MTRAINING_COMMIT"
 
@@ -164,7 +165,7 @@ def _cell(value: object) -> str:
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of what a reader wants first."""
     heads = ["backend", "tokens", "heads", "dim", "blocks", "columns", "phase", "ms", "TFLOP/s", "best dense", "ratio",
-             "index MiB", "peak MiB", "SM MHz"]  # fmt: skip
+             "index", "peak memory", "SM MHz"]  # fmt: skip
     cells = [
         [
             row.backend,
@@ -178,8 +179,8 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
             "" if row.tflops is None else f"{row.tflops:.3g}",
             "" if row.dense_tflops is None else f"{row.dense_backend} {row.dense_tflops:.3g}",
             "" if row.ratio is None else f"{row.ratio:.2f}",
-            "" if row.index_mib is None else f"{row.index_mib:.1f}",
-            "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+            "" if row.index_mib is None else size_text(row.index_mib * 2**20),
+            "" if row.peak_mib is None else size_text(row.peak_mib * 2**20),
             "" if row.sm_mhz is None else f"{row.sm_mhz:.0f}",
         ]
         for row in rows

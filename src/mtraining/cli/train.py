@@ -68,16 +68,17 @@ def _dry_run(settings: Config, memory_gib: float | None) -> None:
     from rich.table import Table
 
     from mtraining.predict.memory import GIB
+    from mtraining.sizes import size_text
     from mtraining.train.memory_report import predict_config
 
     prediction = predict_config(settings)
     console = Console()
     shown = Table(
-        "on each GPU", "GiB", title=f"{settings.parallel.world} GPUs, {settings.train.seq_len} tokens"
+        "on each GPU", "memory", title=f"{gpus}, {settings.train.seq_len} tokens"
     )
     shown.columns[1].justify = "right"
     for name, size in prediction.table():
-        shown.add_row(name, f"{size:.2f}", style="bold" if name.startswith("peak") else "")
+        shown.add_row(name, size_text(size), style="bold" if name.startswith("peak") else "")
     console.print(shown)
     memory = None if memory_gib is None else memory_gib * GIB
     if memory is None and torch.cuda.is_available():
@@ -86,4 +87,4 @@ def _dry_run(settings: Config, memory_gib: float | None) -> None:
         console.print("no GPU here to compare with; --memory-gib says how much one has", soft_wrap=True)
         return
     prediction.check(memory)
-    console.print(f"fits into {memory / GIB:.1f} GiB", soft_wrap=True)
+    console.print(f"fits into {size_text(memory)}", soft_wrap=True)

@@ -23,8 +23,4 @@ def build_layout(name: str, unit: int = 128) -> Layout:
         near = difflib.get_close_matches(name, LAYOUTS, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UserError(f"layout: {name!r} is not known{hint}; choose one of {', '.join(LAYOUTS)}.")
-    if unit < 1:
-        raise UserError(
-            f"layout.unit: {unit} tokens is no stripe; use a positive multiple of pattern.block_size."
-        )
     return LAYOUTS[name](unit=unit)

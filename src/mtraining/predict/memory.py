@@ -23,6 +23,7 @@ from mtraining.model.support import decoder_of, head_dim_of
 from mtraining.pattern import Pattern
 from mtraining.predict.fused import fuse_shapes
 from mtraining.predict.trace import LAYERS, META, Trace, shape_call, trace
+from mtraining.sizes import size_text
 
 GIB = 2**30
 OUTSIDE = 2 * GIB
@@ -89,19 +90,18 @@ class Prediction:
         """
         if self.peak + OUTSIDE > memory:
             raise UserError(
-                f"a step needs {(self.peak + OUTSIDE) / GIB:.1f} GiB on each GPU ({self.moment}) and there are "
-                f"{memory / GIB:.1f} GiB: use train.recompute=full, train.offload=true, more GPUs (parallel.cp), "
+                f"a step needs {size_text(self.peak + OUTSIDE)} on each GPU ({self.moment}) and there are "
+                f"{size_text(memory)}: use train.recompute=full, train.offload=true, more GPUs (parallel.cp), "
                 "or a shorter train.seq_len."
             )
 
     def table(self) -> list[tuple[str, float]]:
-        """(component, GiB) at the peak, the peak, and what comes on top outside of PyTorch."""
-        rows = [(name, size / GIB) for name, size in self.components.items()]
+        """(component, bytes) at the peak, the peak, and what comes on top outside of PyTorch."""
         return [
-            *rows,
-            (f"peak, {self.moment}", self.peak / GIB),
-            ("of a layer, ring attention at most", self.attention / GIB),
-            ("beside PyTorch: CUDA context, NCCL", OUTSIDE / GIB),
+            *self.components.items(),
+            (f"peak, {self.moment}", self.peak),
+            ("of a layer, ring attention at most", self.attention),
+            ("beside PyTorch: CUDA context, NCCL", OUTSIDE),
         ]
 
 

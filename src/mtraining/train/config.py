@@ -267,7 +267,7 @@ class Config(Section):
     data: DataSection
     train: TrainSection
     pattern: PatternSection = PatternSection()
-    layer_patterns: dict[NonNegativeInt, PatternChoice] = {}
+    layer_patterns: dict[NonNegativeInt, PatternChoice] = Field(default_factory=dict)
     layout: LayoutSection = LayoutSection()
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -9,7 +9,8 @@ import torch
 
 from mtraining.layout import build_layout
 from mtraining.model import build_model
-from mtraining.predict.memory import GIB, Prediction, Unpredictable, Workload, predict
+from mtraining.predict.memory import Prediction, Unpredictable, Workload, predict
+from mtraining.sizes import size_text
 from mtraining.train.config import Config
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -74,11 +75,11 @@ class MemoryLog:
 
 def render(prediction: Prediction) -> str:
     """One line for a log: the components of the peak."""
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in prediction.components.items())
-    return f"memory a GPU, predicted: {prediction.peak / GIB:.2f} GiB {prediction.moment} ({parts})"
+    parts = ", ".join(f"{name} {size_text(size)}" for name, size in prediction.components.items())
+    return f"memory a GPU, predicted: {size_text(prediction.peak)} {prediction.moment} ({parts})"
 
 
 def render_measured(prediction: Prediction | None, measured: int) -> str:
     """One line for a log: the measured peak beside the predicted one, if there is one."""
     beside = f", {measured / prediction.peak:.2f} of what was predicted" if prediction else ""
-    return f"memory a GPU, measured: {measured / GIB:.2f} GiB{beside}"
+    return f"memory a GPU, measured: {size_text(measured)}{beside}"

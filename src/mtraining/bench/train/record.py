@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtraining.bench.train.cases import tokens
+from mtraining.sizes import size_text
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,13 @@ def comparable(row: Any) -> tuple[Any, ...]:
 def table(rows: Sequence[TrainRow]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of what a reader wants first."""
     heads = ["tokens", "layers", "density", "pattern", "layout", "ring", "recompute", "kernel", "s/step", "tokens/s",
-             "dense s", "speedup", "peak GiB", "predicted", "ring exposed"]  # fmt: skip
+             "dense s", "speedup", "peak memory", "predicted", "ring exposed"]  # fmt: skip
 
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
+
+    def size(gib: float | None) -> str:
+        return "" if gib is None else size_text(gib * 2**30)
 
     cells = [
         [
@@ -83,8 +87,8 @@ def table(rows: Sequence[TrainRow]) -> tuple[list[str], list[list[str]]]:
             f"{row.tokens_per_second:,.0f}",
             number(row.dense_step_seconds, ".3g"),
             number(row.speedup, ".2f"),
-            number(row.peak_gib, ".1f"),
-            number(row.predicted_gib, ".1f"),
+            size(row.peak_gib),
+            size(row.predicted_gib),
             number(row.ring_exposed_fraction, ".1%"),
         ]
         for row in rows
