@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtraining.errors import UserError
+from mtraining.model import loss as loss_module
 from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses
 
 TOKENS, VOCAB, HIDDEN = 37, 23, 8
@@ -103,6 +105,46 @@ def test_low_precision_inputs_accumulate_in_fp32() -> None:
     for got, expected in ((hidden.grad, wide_hidden.grad), (weight.grad, wide_weight.grad)):
         assert got is not None and expected is not None
         assert float((got - expected).norm() / expected.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("label", [-1, -101, VOCAB, 10**9])
+def test_a_label_outside_of_the_vocabulary_is_refused(label: int) -> None:
+    hidden, weight, labels = inputs()
+    labels[0, 30] = label
+    sentence = (
+        rf"labels: 1 of them \(such as {label}\) are neither -100, .* among the model's 23 words, 0 to 22;"
+    )
+    for call in (lambda: chunked_cross_entropy(hidden, weight, labels, 30, 7),
+                 lambda: chunked_token_losses(hidden, weight, labels, 7)):  # fmt: skip
+        with pytest.raises(UserError, match=sentence):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is :DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("label", [-1, -101, VOCAB])
+def test_where_labels_cannot_be_looked_at_such_a_label_makes_the_loss_nan(
+    monkeypatch: pytest.MonkeyPatch, label: int, compiled: bool
+) -> None:
+    """As on a GPU, where a look would wait for the device."""
+    monkeypatch.setattr(loss_module, "on_host", lambda labels: False)
+    hidden, weight, labels = inputs()
+    labels[0, 30] = label
+    loss = chunked_cross_entropy(hidden, weight, labels, 30, 16, compiled)
+    loss.backward()
+    assert loss.isnan() and hidden.grad is not None and weight.grad is not None
+    assert hidden.grad[0, 30].isnan().all() and weight.grad.isnan().any()
+    losses = chunked_token_losses(hidden, weight, labels, 7)
+    assert losses.isnan().nonzero().tolist() == [[0, 30]]
+
+
+def test_the_words_at_the_ends_of_the_vocabulary_are_labels() -> None:
+    hidden, weight, labels = inputs()
+    labels[0, 29:31] = torch.tensor([0, VOCAB - 1])
+    plain = cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum") / 30
+    torch.testing.assert_close(
+        chunked_cross_entropy(hidden, weight, labels, 30, 7), plain, rtol=1e-12, atol=0
+    )
 
 
 def test_token_losses() -> None:

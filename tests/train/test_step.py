@@ -16,6 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
+from mtraining.layout import build_layout
+from mtraining.model import ModelOptions, build_model, parallelize
+from mtraining.model import loss as loss_module
+from mtraining.model import positions as positions_module
+from mtraining.pattern import Dense
 from mtraining.train import loop
 from mtraining.train.config import Config, TrainSection
 from mtraining.train.mesh import Runtime
@@ -35,6 +40,9 @@ class Alone(Runtime):
     def gather(self, value: float) -> list[float]:
         return [value]
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
 
 class Model(nn.Module):
     """A matrix and a vector, with the signature of `ParallelLM`; one number of the batch is the loss's factor."""
@@ -47,6 +55,9 @@ class Model(nn.Module):
 
     def training_step(self, _: int) -> Any:
         return nullcontext()
+
+    def refuse_inputs(self, position_ids: Tensor, labels: Tensor) -> None:
+        pass
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, num_labels: Tensor) -> Tensor:
         return ((self.matrix @ input_ids.float() + self.vector) * self.factor).square().sum() / num_labels
@@ -110,6 +121,46 @@ def test_a_batch_without_labels_is_refused_and_changes_nothing() -> None:
     with pytest.raises(UserError, match="step 3: no token of the batch has a label"):
         step.run(iter([batch(labels=0)]), 2)
     assert torch.equal(before[0], model.matrix)
+
+
+def tiny_lm() -> Any:
+    """One layer, 16 words."""
+    config = {"model_type": "qwen2", "vocab_size": 16, "hidden_size": 32, "intermediate_size": 32}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    hf_model, _ = build_model(ModelOptions(config=config), 32)
+    return parallelize(hf_model, pattern=Dense(block_size=8), layout=build_layout("contiguous"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (
+            {"position_ids": torch.arange(16).repeat(2)[None]},
+            r"position_ids are not .*: local token 16 has 0, not 16",
+        ),
+        ({"labels": torch.full((1, 32), -1)}, r"labels: 32 of them \(such as -1\) are neither -100"),
+        ({"labels": torch.full((1, 32), -101)}, r"labels: 32 of them \(such as -101\) are neither -100"),
+        (
+            {"labels": torch.arange(32)[None]},
+            r"labels: 16 of them \(such as 16\) .* the model's 16 words, 0 to 15",
+        ),
+    ],
+)
+def test_inputs_that_cannot_be_trained_on_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, fault: dict[str, Tensor], sentence: str
+) -> None:
+    """As on a GPU, where nothing looks at them before the step is done. They come after a batch that is right."""
+    for module in (loss_module, positions_module):
+        monkeypatch.setattr(module, "on_host", lambda x: False)
+    model = tiny_lm()
+    step, optimizer = stepper(model)
+    ids = torch.arange(32)[None] % 16
+    right = {"input_ids": ids, "position_ids": torch.arange(32)[None], "labels": ids}
+    step.run(iter([right]), 0)
+    before = everything(model, optimizer)
+    with pytest.raises(UserError, match=rf"^step 2, rank 0: {sentence}"):
+        step.run(iter([right | fault]), 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer), strict=True))
 
 
 class Reads(TorchDispatchMode):

@@ -73,9 +73,9 @@ def _dry_run(settings: Config, memory_gib: float | None) -> None:
 
     prediction = predict_config(settings)
     console = Console()
-    shown = Table(
-        "on each GPU", "memory", title=f"{gpus}, {settings.train.seq_len} tokens"
-    )
+    world = settings.parallel.world
+    gpus = f"{world} GPU{'s' if world > 1 else ''}"
+    shown = Table("on each GPU", "memory", title=f"{gpus}, {settings.train.seq_len} tokens")
     shown.columns[1].justify = "right"
     for name, size in prediction.table():
         shown.add_row(name, size_text(size), style="bold" if name.startswith("peak") else "")

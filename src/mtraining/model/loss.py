@@ -19,10 +19,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtraining.errors import UserError
 from mtraining.model.fused import compiled_whole
 
 IGNORED = -100
 """The label of a token that is not trained on."""
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether the values of ``x`` can be looked at without waiting for a device or cutting a compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def unknown_labels(labels: Tensor, words: int) -> Tensor:
+    """bool like ``labels``: neither ignored nor a word of a vocabulary of this many."""
+    return (labels != IGNORED) & ((labels < 0) | (labels >= words))
+
+
+def refuse_labels(labels: Tensor, words: int) -> None:
+    """Refuse labels that are neither ignored nor in the vocabulary, where to look at them waits for no device.
+
+    Elsewhere (on a GPU, in compiled code) the loss of such a label is NaN, and so are its gradients.
+
+    Raises:
+        UserError: labels on a CPU, naming the first one at fault.
+    """
+    if not on_host(labels):
+        return
+    unknown = labels[unknown_labels(labels, words)]
+    if unknown.numel():
+        raise UserError(labels_sentence(unknown.numel(), words, int(unknown[0])))
+
+
+def labels_sentence(count: int, words: int, example: int | None = None) -> str:
+    """What is wrong with ``count`` labels, for a message."""
+    such = "" if example is None else f" (such as {example})"
+    return (
+        f"labels: {count} of them{such} are neither {IGNORED}, which is ignored, nor among the model's {words} words, "
+        f"0 to {words - 1}; mark tokens without a label by {IGNORED}, and use the model's own tokenizer."
+    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -37,8 +72,10 @@ def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _at_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """The logit of each token's label, any where it is ignored."""
-    return logits.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+    """The logit of each token's label: any where it is ignored, NaN where it is none of the vocabulary."""
+    words = logits.shape[-1]
+    found = logits.gather(-1, labels.clamp(0, words - 1)[:, None])[:, 0]
+    return found.masked_fill(unknown_labels(labels, words), torch.nan)
 
 
 def _softmax_in_place(logits: Tensor, labels: Tensor, at_label: Tensor) -> Tensor:
@@ -57,7 +94,7 @@ def _softmax_in_place(logits: Tensor, labels: Tensor, at_label: Tensor) -> Tenso
 def _less_onehot(softmax: Tensor, losses: Tensor, labels: Tensor) -> None:
     """From softmax to d loss / d logits, in place; apart from it, for compiled together they need a second buffer."""
     at_label = torch.where(labels != IGNORED, (-losses).exp() - 1, 0.0).to(softmax.dtype)
-    softmax.scatter_(-1, labels.clamp_min(0)[:, None], at_label[:, None])
+    softmax.scatter_(-1, labels.clamp(0, softmax.shape[-1] - 1)[:, None], at_label[:, None])
 
 
 @functools.cache
@@ -139,8 +176,14 @@ def chunked_cross_entropy(
         compiled: fuse the softmax and its gradient by torch.compile, once for each size of a chunk.
 
     Returns:
-        Scalar in fp32 (fp64 for fp64 inputs). Differentiable once, in ``hidden`` and ``weight``.
+        Scalar in fp32 (fp64 for fp64 inputs). Differentiable once, in ``hidden`` and ``weight``. A label that is neither
+        -100 nor in 0 .. vocabulary - 1 makes it NaN, with its gradients, where labels are on a GPU: to look at them
+        would wait for the device.
+
+    Raises:
+        UserError: such a label on a CPU.
     """
+    refuse_labels(labels, weight.shape[0])
     total = _ChunkedCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -154,7 +197,11 @@ def chunked_cross_entropy(
 
 @torch.no_grad()
 def chunked_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 8192) -> Tensor:
-    """The loss of each token, shaped like ``labels``, fp32 (fp64 for fp64 inputs), 0 where ignored. No gradient."""
+    """The loss of each token, shaped like ``labels``, fp32 (fp64 for fp64 inputs), 0 where ignored. No gradient.
+
+    Labels outside of the vocabulary are treated as :func:`chunked_cross_entropy` does.
+    """
+    refuse_labels(labels, weight.shape[0])
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     parts = [
         _token_losses(flat[start : start + chunk] @ weight.T, flat_labels[start : start + chunk])

@@ -22,11 +22,16 @@ from mtraining.layout import Layout, build_layout
 from mtraining.model.attention import ATTENTION_NAME, AttentionRuntime, attach, refuse_mask
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
-from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses
+from mtraining.model.loss import (
+    chunked_cross_entropy,
+    chunked_token_losses,
+    labels_sentence,
+    unknown_labels,
+)
+from mtraining.model.positions import PositionCheck
 from mtraining.model.recompute import recompute_layers
 from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
 from mtraining.pattern import Pattern, build_pattern
-from mtraining.ring import Ring
 
 _CP_NAMES = (("cp",), ("cp_outer", "cp_inner"))
 
@@ -51,6 +56,7 @@ class ParallelLM(nn.Module):
         cp_mesh: DeviceMesh | None,
         fsdp_mesh: DeviceMesh | None,
         indices: IndexMemory,
+        positions: PositionCheck,
         compiled_loss: bool = False,
     ) -> None:
         super().__init__()
@@ -60,8 +66,8 @@ class ParallelLM(nn.Module):
         self.cp_mesh = cp_mesh
         self.fsdp_mesh = fsdp_mesh
         self.indices = indices
+        self._positions = positions
         self._compiled_loss = compiled_loss
-        self._checked_lengths: set[int] = set()
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, num_labels: int | Tensor
@@ -77,7 +83,12 @@ class ParallelLM(nn.Module):
             num_labels: labels that are not -100 over all ranks; an int or a 0-d tensor.
 
         Returns:
-            Scalar, fp32 (fp64 for an fp64 model).
+            Scalar, fp32 (fp64 for an fp64 model). NaN, with its gradients, where position ids or labels on a GPU are
+            wrong; `refuse_inputs` then says what is.
+
+        Raises:
+            UserError: position ids that the layout does not deal to this rank, or labels outside of the vocabulary, on
+                a CPU; a step that is not told where one matters.
         """
         steps_matter = self.indices.refresh.holds or self.indices.coverage
         if steps_matter and torch.is_grad_enabled() and not self.indices.in_step:
@@ -94,6 +105,18 @@ class ParallelLM(nn.Module):
         """Around all forwards and backwards of optimizer step ``step`` (from 1), when indices are held, covered or
         counted over steps; outside of it, as in evaluation, every forward estimates anew. Collective."""
         return self.indices.training_step(step)
+
+    def refuse_inputs(self, position_ids: Tensor, labels: Tensor) -> None:
+        """Look at what `forward` was given, for the cause of a loss that is NaN. Waits for the device.
+
+        Raises:
+            UserError: position ids or labels that are wrong, naming one.
+        """
+        self._positions.refuse(position_ids)
+        words = self.hf_model.get_output_embeddings().weight.shape[0]
+        unknown = labels[unknown_labels(labels, words)]
+        if unknown.numel():
+            raise UserError(labels_sentence(unknown.numel(), words, int(unknown[0])))
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
@@ -112,27 +135,8 @@ class ParallelLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _decode(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        self._check_dealing(position_ids)
         output = decoder_of(self.hf_model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return output.last_hidden_state
-
-    def _check_dealing(self, position_ids: Tensor) -> None:
-        """Refuse tokens dealt by another layout or to another rank: attention would mask by the wrong positions.
-
-        Looks at the first batch of each length only, since it waits for the device.
-        """
-        local = position_ids.shape[1]
-        if local in self._checked_lengths:
-            return
-        ring = Ring.over(self.cp_mesh)
-        self.layout.check(local * ring.world, ring.world)
-        expected = self.layout.positions(local * ring.world, ring.world)[ring.rank].to(position_ids.device)
-        if not bool((position_ids == expected).all()):
-            raise UserError(
-                f"position_ids are not those that layout {self.layout.name!r} deals to context-parallel rank "
-                f"{ring.rank} of {ring.world}; deal batches by the layout given to parallelize and its ring's rank."
-            )
-        self._checked_lengths.add(local)
 
     def _head_weight(self) -> Tensor:
         return self.hf_model.get_output_embeddings().weight
@@ -209,7 +213,11 @@ def parallelize(
     _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel, indices)
     fuse(model, fused, device)
     recompute_layers(model, recompute, offload, device)
-    wrapped = ParallelLM(model, layout, loss_chunk, cp_mesh, fsdp_mesh, indices, fused != "none")
+    positions = PositionCheck(layout, cp_mesh)
+    positions.attach(decoder_of(model))
+    wrapped = ParallelLM(
+        model, layout, loss_chunk, cp_mesh, fsdp_mesh, indices, positions, compiled_loss=fused != "none"
+    )
     if fsdp_mesh is not None:
         _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)
     return wrapped

@@ -283,7 +283,6 @@ def trace(model: ParallelLM, call: Call, batch: int, local_tokens: int) -> Trace
     live = LiveBytes()
     for _, module in attention_modules(model.hf_model):
         module.mtraining_runtime = ShapeRuntime(call, live)  # type: ignore[assignment]
-    model._checked_lengths.add(local_tokens)  # positions without numbers cannot be compared
     layers = decoder_of(model.hf_model).layers
     tokens = {
         name: torch.zeros(batch, local_tokens, dtype=torch.int64, device=META)

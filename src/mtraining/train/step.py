@@ -84,7 +84,8 @@ class Stepper:
 
         Raises:
             NonFinite: the optimizer has changed nothing.
-            UserError: when no token of the step has a label.
+            UserError: no token of the step has a label; or position ids or labels that cannot be trained on, before
+                the optimizer has used them.
         """
         device = self._place.device
         pieces = [
@@ -121,6 +122,8 @@ class Stepper:
             raise UserError(
                 f"step {step + 1}: no token of the batch has a label, so there is nothing to learn; check data.path."
             )
+        if not math.isfinite(loss_seen):
+            self._refuse_inputs(step, pieces)
         self._require_finite("the loss", loss_seen, local)
         self._require_finite("the gradient norm", norm_seen, None)
         self._optimizer.zero_grad(set_to_none=True)
@@ -132,6 +135,18 @@ class Stepper:
             attention=attention,
             uncovered=uncovered,
         )
+
+    def _refuse_inputs(self, step: int, pieces: list[dict[str, Tensor]]) -> None:
+        """Where the loss is not finite: say so if a rank's batches are why. All ranks raise alike."""
+        fault = ""
+        try:
+            for piece in pieces:
+                self._model.refuse_inputs(piece["position_ids"], piece["labels"])
+        except UserError as error:
+            fault = str(error)
+        for rank, found in enumerate(self._place.gather_objects(fault)):
+            if found:
+                raise UserError(f"step {step + 1}, rank {rank}: {found}")
 
     def _require_finite(self, what: str, value: float, local: Tensor | None) -> None:
         """`value` is equal on all ranks, so all ranks raise together; only then does it cost a second collective."""

@@ -1,0 +1,147 @@
+"""Which positions the tokens of a rank must have; others never pass in silence.
+
+Attention masks by the positions that the layout deals, whatever position ids the model rotates by. Where the two differ
+(tokens of another rank or layout, documents that each begin at 0) queries would read keys that they must not see.
+
+Positions on a CPU are compared before the model runs. Elsewhere to look at them would wait for the device in every step.
+There the comparison stays on the device, and what the decoder returns becomes NaN: the loss and every gradient with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from mtraining.errors import UserError
+from mtraining.layout import Layout
+from mtraining.model.loss import on_host
+from mtraining.ring import Ring
+
+_numbers = itertools.count()
+_bound: WeakValueDictionary[int, PositionCheck] = WeakValueDictionary()
+
+
+class PositionCheck:
+    """Compares the position ids of a decoder's forward with those that ``layout`` deals to this rank of ``cp_mesh``."""
+
+    def __init__(self, layout: Layout, cp_mesh: DeviceMesh | None) -> None:
+        self.layout, self.cp_mesh = layout, cp_mesh
+        self._expected: dict[tuple[int, torch.device], Tensor] = {}
+        self._number = next(_numbers)
+        _bound[self._number] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has a number of its own."""
+        return type(self), (self.layout, self.cp_mesh)
+
+    def attach(self, decoder: nn.Module) -> None:
+        """Check every forward of ``decoder``, whoever calls it."""
+        names = tuple(inspect.signature(decoder.forward).parameters)
+
+        def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+            return dict(zip(names, args, strict=False)) | kwargs
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._before(arguments(args, kwargs))
+
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._after(arguments(args, kwargs), output)
+
+        decoder.register_forward_pre_hook(before, with_kwargs=True)
+        decoder.register_forward_hook(after, with_kwargs=True)
+
+    def wrong(self, position_ids: Tensor) -> Tensor:
+        """bool scalar on the ids' device. ``position_ids``: (..., local tokens)."""
+        return (position_ids != self._dealt(position_ids.shape[-1], position_ids.device)).any()
+
+    def refuse(self, position_ids: Tensor) -> None:
+        """Look at the ids, which waits for their device.
+
+        Raises:
+            UserError: naming the first that is wrong.
+        """
+        if not bool(self.wrong(position_ids)):
+            return
+        expected = self._dealt(position_ids.shape[-1], position_ids.device)
+        rows = position_ids.reshape(-1, expected.numel())
+        row, token = (rows != expected).nonzero()[0].tolist()
+        ring = Ring.over(self.cp_mesh)
+        raise UserError(
+            f"position_ids are not those that layout {self.layout.name!r} deals to context-parallel rank {ring.rank} of "
+            f"{ring.world}: local token {token} has {int(rows[row, token])}, not {int(expected[token])}; deal batches by "
+            "the layout given to parallelize and its ring's rank, and let positions run through the whole sequence, "
+            "without a new start at each document."
+        )
+
+    def _dealt(self, local: int, device: torch.device) -> Tensor:
+        """int64 (local,), made once for each length. `UserError` for a length that the layout cannot deal."""
+        key = local, device
+        if key not in self._expected:
+            ring = Ring.over(self.cp_mesh)
+            self._expected[key] = self.layout.positions(local * ring.world, ring.world)[ring.rank].to(device)
+        return self._expected[key]
+
+    def _before(self, arguments: dict[str, Any]) -> None:
+        """What the host can tell."""
+        position_ids = _positions(arguments)
+        if position_ids is None:
+            world = Ring.over(self.cp_mesh).world
+            if world > 1:
+                raise UserError(
+                    f"position_ids are missing, and without them the model takes the tokens of each of {world} ranks for "
+                    "the first of the sequence; pass those that the layout deals."
+                )
+            return
+        tokens = next(
+            (arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None),
+            None,
+        )
+        if tokens is not None and position_ids.shape[-1] != tokens.shape[1]:
+            raise UserError(
+                f"position_ids of shape {tuple(position_ids.shape)} do not fit {tokens.shape[1]} tokens; pass one for "
+                "each."
+            )
+        if on_host(position_ids):
+            self.refuse(position_ids)
+
+    def _after(self, arguments: dict[str, Any], output: Any) -> None:
+        """Make the hidden states NaN where only the device knows that positions are wrong."""
+        position_ids = _positions(arguments)
+        if position_ids is None or position_ids.device.type == "meta":
+            return
+        if torch.compiler.is_compiling():
+            factor = _factor_op(position_ids, self._number)
+        elif on_host(position_ids):
+            return  # compared before the model ran
+        else:
+            factor = self.factor(position_ids)
+        # In place, as it is as large as a layer's input. The norm before it saves its own input, not this.
+        output[0].mul_(factor)
+
+    def factor(self, position_ids: Tensor) -> Tensor:
+        """fp32 scalar on the ids' device: 1 where they are right, else NaN."""
+        return torch.where(self.wrong(position_ids), torch.nan, 1.0)
+
+
+def _positions(arguments: dict[str, Any]) -> Tensor | None:
+    found = arguments.get("position_ids")
+    return arguments.get("cache_position") if found is None else found
+
+
+# Opaque to torch.compile, which would otherwise trace how a layout deals.
+@torch.library.custom_op("mtraining::position_factor", mutates_args=())
+def _factor_op(position_ids: Tensor, number: int) -> Tensor:
+    if position_ids.device.type == "cpu":
+        _bound[number].refuse(position_ids)
+    return _bound[number].factor(position_ids)
+
+
+@_factor_op.register_fake
+def _(position_ids: Tensor, number: int) -> Tensor:
+    return position_ids.new_empty((), dtype=torch.float32)
