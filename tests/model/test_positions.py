@@ -124,6 +124,14 @@ def test_a_compiled_decoder_refuses_them_too() -> None:
         model.hidden_states(batch.input_ids, RESTART)
 
 
+def test_a_caller_that_knows_its_positions_can_lift_the_check() -> None:
+    batch, model = tiny_batch(), made()
+    with model.positions.lifted():
+        model.hf_model(batch.input_ids, position_ids=RESTART, use_cache=False)
+    with pytest.raises(UserError, match=SENTENCE):
+        model.hf_model(batch.input_ids, position_ids=RESTART, use_cache=False)
+
+
 def test_one_position_a_token() -> None:
     batch, model = tiny_batch(), made()
     with pytest.raises(UserError, match=r"position_ids of shape \(2, 64\) do not fit 128 tokens"):

@@ -55,10 +55,10 @@ def calibrate(
     from mtraining.errors import UserError
     from mtraining.evaluate.calibrate import calibrate as search
     from mtraining.evaluate.calibrate import draw
+    from mtraining.inputs.yaml_text import write_yaml
     from mtraining.model import build_model
     from mtraining.pattern import VerticalSlash
     from mtraining.pattern.probe import PLACEMENTS
-    from mtraining.yaml_text import write_yaml
 
     if tokens % block_size:
         raise UserError(

@@ -176,9 +176,9 @@ def chunked_cross_entropy(
         compiled: fuse the softmax and its gradient by torch.compile, once for each size of a chunk.
 
     Returns:
-        Scalar in fp32 (fp64 for fp64 inputs). Differentiable once, in ``hidden`` and ``weight``. A label that is neither
-        -100 nor in 0 .. vocabulary - 1 makes it NaN, with its gradients, where labels are on a GPU: to look at them
-        would wait for the device.
+        Scalar in fp32 (fp64 for fp64 inputs). Differentiable once, in ``hidden`` and ``weight``. Where labels are on a
+        GPU, one that is neither -100 nor in 0 .. vocabulary - 1 makes it NaN, with its gradients: to look at labels
+        there would wait for the device.
 
     Raises:
         UserError: such a label on a CPU.

@@ -46,6 +46,7 @@ class ParallelLM(nn.Module):
         cp_mesh: the context-parallel mesh (1-D or 2-D), None when one rank holds the whole sequence.
         fsdp_mesh: the 1-D mesh over which parameters are sharded, None without FSDP.
         indices: the attention indices over the steps of training.
+        positions: the check that tokens stand where the layout deals them.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class ParallelLM(nn.Module):
         self.cp_mesh = cp_mesh
         self.fsdp_mesh = fsdp_mesh
         self.indices = indices
-        self._positions = positions
+        self.positions = positions
         self._compiled_loss = compiled_loss
 
     def forward(
@@ -112,7 +113,7 @@ class ParallelLM(nn.Module):
         Raises:
             UserError: position ids or labels that are wrong, naming one.
         """
-        self._positions.refuse(position_ids)
+        self.positions.refuse(position_ids)
         words = self.hf_model.get_output_embeddings().weight.shape[0]
         unknown = labels[unknown_labels(labels, words)]
         if unknown.numel():

@@ -3,14 +3,16 @@
 Attention masks by the positions that the layout deals, whatever position ids the model rotates by. Where the two differ
 (tokens of another rank or layout, documents that each begin at 0) queries would read keys that they must not see.
 
-Positions on a CPU are compared before the model runs. Elsewhere to look at them would wait for the device in every step.
-There the comparison stays on the device, and what the decoder returns becomes NaN: the loss and every gradient with it.
+Positions on a CPU are compared before the model runs. Elsewhere a look at them would wait for the device in every step.
+There the comparison stays on the device, and what the decoder returns becomes NaN: the loss and every gradient, too.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -33,6 +35,7 @@ class PositionCheck:
     def __init__(self, layout: Layout, cp_mesh: DeviceMesh | None) -> None:
         self.layout, self.cp_mesh = layout, cp_mesh
         self._expected: dict[tuple[int, torch.device], Tensor] = {}
+        self._on = True
         self._number = next(_numbers)
         _bound[self._number] = self
 
@@ -48,13 +51,24 @@ class PositionCheck:
             return dict(zip(names, args, strict=False)) | kwargs
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._before(arguments(args, kwargs))
+            if self._on:
+                self._before(arguments(args, kwargs))
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self._after(arguments(args, kwargs), output)
+            if self._on:
+                self._after(arguments(args, kwargs), output)
 
         decoder.register_forward_pre_hook(before, with_kwargs=True)
         decoder.register_forward_hook(after, with_kwargs=True)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Within, any positions pass: for a caller whose attention is told by other means where its tokens stand."""
+        self._on = False
+        try:
+            yield
+        finally:
+            self._on = True
 
     def wrong(self, position_ids: Tensor) -> Tensor:
         """bool scalar on the ids' device. ``position_ids``: (..., local tokens)."""
@@ -73,10 +87,10 @@ class PositionCheck:
         row, token = (rows != expected).nonzero()[0].tolist()
         ring = Ring.over(self.cp_mesh)
         raise UserError(
-            f"position_ids are not those that layout {self.layout.name!r} deals to context-parallel rank {ring.rank} of "
-            f"{ring.world}: local token {token} has {int(rows[row, token])}, not {int(expected[token])}; deal batches by "
-            "the layout given to parallelize and its ring's rank, and let positions run through the whole sequence, "
-            "without a new start at each document."
+            f"position_ids are not those that layout {self.layout.name!r} deals to context-parallel rank {ring.rank} "
+            f"of {ring.world}: local token {token} has {int(rows[row, token])}, not {int(expected[token])}; deal "
+            "batches by the layout given to parallelize and its ring's rank, and let positions run through the whole "
+            "sequence, without a new start at each document."
         )
 
     def _dealt(self, local: int, device: torch.device) -> Tensor:
@@ -94,8 +108,8 @@ class PositionCheck:
             world = Ring.over(self.cp_mesh).world
             if world > 1:
                 raise UserError(
-                    f"position_ids are missing, and without them the model takes the tokens of each of {world} ranks for "
-                    "the first of the sequence; pass those that the layout deals."
+                    f"position_ids are missing, and without them the model takes the tokens of each of {world} ranks "
+                    "for the first of the sequence; pass those that the layout deals."
                 )
             return
         tokens = next(

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mtraining.errors import UserError
+from mtraining.inputs.sections import Section
 from mtraining.model.support import check_rope
-from mtraining.sections import Section
 
 logger = logging.getLogger(__name__)
 

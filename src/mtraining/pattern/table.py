@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from mtraining.errors import UserError
+from mtraining.inputs.yaml_text import read_yaml
 from mtraining.pattern.a_shape import AShape
 from mtraining.pattern.base import Pattern, build_from_table, options_of
 from mtraining.pattern.per_head import PerHead
 from mtraining.pattern.vertical_slash import VerticalSlash
-from mtraining.yaml_text import parse_yaml
 
 
 def read_table(
@@ -50,7 +50,7 @@ def read_table(
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"pattern.table: {path} cannot be read ({error}); give a table file.") from None
     # JSON is YAML.
-    raw = parse_yaml(text, f"pattern.table: {path}")
+    raw = read_yaml(text, f"pattern.table: {path}")
     table = _Table(path, known, name, options)
     layers = table.minference(raw) if isinstance(raw, list) else table.own(raw)
     if not layers:

@@ -23,10 +23,10 @@ from pydantic import (
 )
 
 from mtraining.errors import UserError
+from mtraining.inputs.sections import Section, read_section
+from mtraining.inputs.yaml_text import read_yaml, write_yaml
 from mtraining.model import ModelOptions, Refresh
 from mtraining.pattern import Dense, Pattern, build_pattern, load_table, options_of
-from mtraining.sections import Section, read_section
-from mtraining.yaml_text import parse_yaml, write_yaml
 from mtraining.train.policy import check_allow
 
 
@@ -342,7 +342,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {path} cannot be read: {error}.") from None
-    raw = parse_yaml(text, f"configuration file {path}")
+    raw = read_yaml(text, f"configuration file {path}")
     if not isinstance(raw, dict):
         raise UserError(
             f"configuration file {path} must hold a mapping of sections, such as 'model:' and 'train:'."
@@ -362,7 +362,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise UserError(f"--set {override!r} is not of the form section.key=value, such as train.steps=20.")
-    value = parse_yaml(text, f"--set {override!r}: the value")
+    value = read_yaml(text, f"--set {override!r}: the value")
     node: Any = raw
     for depth, part in enumerate(parts[:-1]):
         found = _key(node, part)

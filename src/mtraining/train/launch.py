@@ -30,6 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mtraining.errors import SAVED, RunStopped, UserError
+from mtraining.inputs.yaml_text import read_yaml
 from mtraining.train.checks import check_config
 from mtraining.train.config import Config, parse_config
 from mtraining.train.display import quiet_libraries
@@ -37,7 +38,6 @@ from mtraining.train.loop import train
 from mtraining.train.mesh import check_world
 from mtraining.train.stop import SIGNALS
 from mtraining.train.watch import PeerLost, exit_now, launcher_store, reason, way_on
-from mtraining.yaml_text import parse_yaml
 
 
 def launch(config: Config, nproc: int, before: Callable[[], None] | None = None) -> None:
@@ -113,7 +113,7 @@ def _worker(text: str, before: Callable[[], None] | None) -> str | None:
     try:
         if before is not None:
             before()
-        train(parse_config(parse_yaml(text, "the configuration")))
+        train(parse_config(read_yaml(text, "the configuration")))
     except UserError as error:
         handler.record_exception(error)
         exit_now(2)

@@ -28,7 +28,7 @@ for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+0123456789"))
 
 
-def parse_yaml(text: str, source: str) -> Any:
+def read_yaml(text: str, source: str) -> Any:
     """The value of a YAML (or JSON) text; None for an empty one.
 
     Args:
@@ -54,7 +54,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def write_yaml(value: Any, **style: Any) -> str:
-    """YAML that `parse_yaml` reads back to an equal value; keys keep their order. ``style`` goes to `yaml.dump`."""
+    """YAML that `read_yaml` reads back to an equal value; keys keep their order. ``style`` goes to `yaml.dump`."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, **style)
 
 

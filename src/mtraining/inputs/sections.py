@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mtraining.errors import UserError
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as _ModelMetaclass
+else:
+    _ModelMetaclass = type(BaseModel)  # pydantic does not export it
+
 Read = TypeVar("Read", bound=BaseModel)
 
 
-class _Told(type(BaseModel)):  # type: ignore[misc]  # pydantic does not export the class of its classes
+class _Told(_ModelMetaclass):
     """A call of the class raises our sentence where pydantic would raise a report of several lines."""
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
