@@ -164,7 +164,9 @@ def test_finished_folder_is_returned_as_it_is(
 def test_other_options_or_sources_are_refused(tmp_path: Path, source: Path) -> None:
     prepare(options(source, tmp_path / "out"), progress=False)
     before = tree(tmp_path / "out")
-    with pytest.raises(UserError, match=r"other options \(max_tokens was None, now 5\); name another folder"):
+    with pytest.raises(
+        UserError, match=r"other options \(--max-tokens was None, now 5\); name another folder"
+    ):
         prepare(options(source, tmp_path / "out", max_tokens=5), progress=False)
     os.utime(source, ns=(1, 1))
     with pytest.raises(UserError, match="sources that changed since"):

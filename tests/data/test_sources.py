@@ -102,9 +102,11 @@ def test_jsonl_columns(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"content": "one", "key": 7}\n')
     documents, _ = run(tmp_path, tmp_path / "x.jsonl", text_column="content", name_column="key")
     assert documents == {"7": "one"}
-    with pytest.raises(UserError, match="text_column 'contents' .* set it to 'content'"):
+    with pytest.raises(UserError, match="--text-column: 'contents' is not there .* set it to 'content'$"):
         run(tmp_path, tmp_path / "x.jsonl", text_column="contents", out=tmp_path / "other")
-    with pytest.raises(UserError, match="name_column 'keys' .* set it to 'key'"):
+    with pytest.raises(
+        UserError, match="--name-column: 'keys' is not there .* set it to '(key|content)' or another of"
+    ):
         run(tmp_path, tmp_path / "x.jsonl", text_column="content", name_column="keys", out=tmp_path / "other")
     assert not (tmp_path / "other").exists()  # nothing in the way of the corrected call
 
@@ -127,7 +129,7 @@ def test_parquet_with_a_corrupt_row_group_and_a_corrupt_file(tmp_path: Path) -> 
         "a.parquet:3": "text is not a string",
         "b.parquet": "unreadable parquet",
     }
-    with pytest.raises(UserError, match="text_column 'txt' is not in .* set it to 'text'"):
+    with pytest.raises(UserError, match="--text-column: 'txt' is not there in .* set it to 'text'$"):
         run(tmp_path, folder / "a.parquet", text_column="txt", out=tmp_path / "other")
 
 
@@ -157,7 +159,13 @@ def test_code_by_folder(tmp_path: Path, repository: Path) -> None:
         ("zeta", "# file: zeta/b.py\nb = 1\n# file: zeta/inner/deep.c\nint deep;\n"),
     ]
     assert reasons(summary) == {"alpha/__init__.py": "empty", "alpha/bad.py": "not UTF-8 text"}
-    assert summary.ignored_files == {".md": 1, ".png": 1}
+    assert {entry.name: entry.reason for entry in summary.left_aside} == {
+        ".git/": "hidden",
+        "README.md": "not source code",
+        "alpha/__pycache__/": "caches and installed packages",
+        "alpha/logo.png": "not source code",
+    }
+    assert "left aside 2 (not source code): README.md, alpha/logo.png" in summary.render()
 
 
 def test_code_by_file_and_extension(tmp_path: Path, repository: Path) -> None:
@@ -240,10 +248,10 @@ def test_bad_sources_are_refused_before_anything_is_written(tmp_path: Path) -> N
     (tmp_path / "mixed" / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "x.bin").write_bytes(b"x")
     for source, options, message in [
-        ("empty", {}, "is empty, or holds no file of a known kind"),
-        ("mixed", {}, "holds files of kinds code, jsonl; set kind"),
+        ("empty", {}, "holds no .txt .* file .* for it is empty; correct the path or --kind"),
+        ("mixed", {}, r"holds source code \(a.py\) and rows \(a.jsonl\); set --kind"),
         ("x.bin", {}, "suffix '.bin', which names no kind"),
-        ("x.bin", {"kind": "dataset"}, "is a file, but kind is 'dataset'"),
+        ("x.bin", {"kind": "dataset"}, "is a file, but --kind is 'dataset'"),
         ("missing.txt", {}, "does not exist"),
         ("missing", {"kind": "code"}, "does not exist"),
         ("empty", {"kind": "code"}, "holds no source code"),
@@ -267,7 +275,7 @@ def test_nothing_usable_is_refused_with_the_first_reason(tmp_path: Path) -> None
         ({"kind": "jsn"}, "kind 'jsn' is unknown; did you mean 'jsonl'"),
         ({"group_by": "flder"}, "did you mean 'folder'"),
         ({"workers": 0}, "workers is 0; it must be at least 1"),
-        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"max_tokens": -1}, "--max-tokens is -1"),
         ({"sources": ()}, "sources is empty"),
         ({"sources": "stdlib"}, "sources takes a list"),
     ],

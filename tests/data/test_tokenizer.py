@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prepared import tree
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mtraining.data import save_byte_tokenizer
-from mtraining.data.tokenizer import BYTE_VOCAB_SIZE, Encoder, byte_tokenizer, save_tokenizer
+from mtraining.data.tokenizer import BYTE_VOCAB_SIZE, Encoder, Separators, byte_tokenizer, save_tokenizer
 from mtraining.errors import UserError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -52,20 +53,74 @@ def word_tokenizer(tmp_path: Path) -> Path:
     return path
 
 
-def test_bare_tokenizer_file_needs_an_eos_and_keeps_it(tmp_path: Path, word_tokenizer: Path) -> None:
-    from transformers import AutoTokenizer
-
-    with pytest.raises(UserError, match="set eos_token"):
+def test_bare_tokenizer_file_needs_an_eos(tmp_path: Path, word_tokenizer: Path) -> None:
+    with pytest.raises(UserError, match="set --eos-token"):
         save_tokenizer(str(word_tokenizer), None, tmp_path / "out")
-    with pytest.raises(UserError, match="'<eos>' is not in the vocabulary"):
+    with pytest.raises(UserError, match="--eos-token '<eos>' is not in the vocabulary"):
         save_tokenizer(str(word_tokenizer), "<eos>", tmp_path / "out")
-    assert save_tokenizer(str(word_tokenizer), "</s>", tmp_path / "out") == (4, 3)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 3
-    # the saved folder is itself a tokenizer that names its separator
-    assert save_tokenizer(str(tmp_path / "out"), None, tmp_path / "again") == (4, 3)
-    ids = Encoder(tmp_path / "again", is_byte=False).encode("a b a c")
+    assert save_tokenizer(str(word_tokenizer), "</s>", tmp_path / "out") == Separators(4, "</s>", 3)
+    ids = Encoder(tmp_path / "out", is_byte=False).encode("a b a c")
     assert ids.dtype == np.uint32
     assert ids.tolist() == [1, 2, 1, 0]
+
+
+def save_llama_like(folder: Path, *, with_bos: bool) -> Path:
+    """A tokenizer with <s> and </s>, which puts <s> before a text by itself or not."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "<|end|>": 5}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if with_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_choosing_a_separator_does_not_change_the_saved_tokenizer(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    name = str(save_llama_like(tmp_path / "mine", with_bos=True))
+    own = save_tokenizer(name, None, tmp_path / "own")
+    other = save_tokenizer(name, "<|end|>", tmp_path / "other", add_bos=False)
+    assert (own.eos_token_id, other.eos_token, other.eos_token_id) == (2, "<|end|>", 5)
+    assert tree(tmp_path / "own") == tree(tmp_path / "other")
+    assert AutoTokenizer.from_pretrained(tmp_path / "other").eos_token == "</s>"
+
+
+@pytest.mark.parametrize("with_bos", [False, True])
+@pytest.mark.parametrize("add_bos", [None, False, True])
+def test_a_beginning_is_added_as_the_tokenizer_does_unless_asked(
+    tmp_path: Path, with_bos: bool, add_bos: bool | None
+) -> None:
+    name = str(save_llama_like(tmp_path / "mine", with_bos=with_bos))
+    found = save_tokenizer(name, None, tmp_path / "out", add_bos)
+    added = with_bos if add_bos is None else add_bos
+    assert (found.bos_token_id, found.bos_token) == ((1, "<s>") if added else (None, None))
+    told = found.render(add_bos)
+    assert ("begins with <s> (1)" in told) == added
+    assert ("as the tokenizer does by itself" in told) == (add_bos is None)
+
+
+def test_a_beginning_that_does_not_exist_is_refused(tmp_path: Path, word_tokenizer: Path) -> None:
+    for name in ("byte", str(word_tokenizer)):
+        with pytest.raises(UserError, match="^--add-bos: .* has no beginning-of-text token; leave it out"):
+            save_tokenizer(name, "</s>" if name != "byte" else None, tmp_path / "out", add_bos=True)
+
+
+def test_ids_may_have_gaps(tmp_path: Path) -> None:
+    vocab = {f"w{n}": n for n in range(9)} | {"</s>": 9, "far": 70_000}
+    Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
+    found = save_tokenizer(str(tmp_path / "tokenizer.json"), "</s>", tmp_path / "out")
+    assert found.vocab_size == 70_001
+    encoder = Encoder(tmp_path / "out", is_byte=False)
+    assert encoder.unknown(np.array([0, 70_000, 9])) is None
+    for bad in (-1, 10, 69_999, 70_001, 2**40):
+        assert encoder.unknown(np.array([0, bad])) == bad
+    assert Encoder(tmp_path, is_byte=True).unknown(np.array([259, 260])) == 260
 
 
 def test_a_document_cannot_forge_a_separator(tmp_path: Path) -> None:

@@ -16,10 +16,27 @@ def prepare(
             help="Files, folders, dataset ids, 'stdlib' or 'package:NAME'; the last one is the folder to write.",
         ),
     ],
-    kind: Annotated[str, typer.Option(help="auto, text, jsonl, parquet, code or dataset.")] = "auto",
+    kind: Annotated[
+        str, typer.Option(help="auto, text, jsonl (.json too), parquet, code or dataset.")
+    ] = "auto",
     tokenizer: Annotated[str, typer.Option(help="'byte', a folder, a tokenizer.json, or a hub id.")] = "byte",
-    eos_token: Annotated[str | None, typer.Option(help="The separator, if the tokenizer names none.")] = None,
-    text_column: Annotated[str, typer.Option(help="Text column of .jsonl, .parquet and datasets.")] = "text",
+    eos_token: Annotated[
+        str | None, typer.Option(help="What ends a document, in place of the tokenizer's own.")
+    ] = None,
+    add_bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--add-bos/--no-add-bos",
+            help="Begin each document with the beginning-of-text token; default: as the tokenizer does by itself.",
+        ),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Text column of JSON, .parquet and datasets.")] = "text",
+    ids_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of token ids, read in place of text; default: input_ids, of rows without a text."
+        ),
+    ] = None,
     name_column: Annotated[str | None, typer.Option(help="Column with document names.")] = None,
     dataset_config: Annotated[
         str | None, typer.Option(help="Configuration of a Hugging Face dataset.")
@@ -52,7 +69,9 @@ def prepare(
             kind=kind,
             tokenizer=tokenizer,
             eos_token=eos_token,
+            add_bos=add_bos,
             text_column=text_column,
+            ids_column=ids_column,
             name_column=name_column,
             dataset_config=dataset_config,
             split=split,

@@ -3,54 +3,40 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sysconfig
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from mtraining.data.files import walk
 from mtraining.data.sources import Item, Skipped, Source, files_signature
 from mtraining.errors import UserError
 
 CODE_EXTENSIONS = tuple(
     ".py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .rs .go .java .kt .scala .js .jsx .mjs .ts .tsx .rb .php .pl .lua "
-    ".sh .sql .swift .m .cs .fs .hs .ml .jl .r .R .zig .vue .proto".split()
+    ".sh .sql .swift .m .cs .fs .hs .ml .jl .r .zig .vue .proto".split()
 )
-_NEVER = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
-_TESTS = {"test", "tests", "idle_test"}
+NOT_CODE = "not source code"
 
 
-def walk(root: Path, extensions: tuple[str, ...], *, tests: bool = True) -> tuple[list[Path], dict[str, int]]:
-    """(files to take, sorted by relative path; counts of the other files by suffix).
-
-    Hidden folders, caches and installed third-party packages are not entered, links to folders are not followed, and
-    test folders are entered only if `tests`.
-    """
-    closed = _NEVER if tests else _NEVER | _TESTS
-    taken: list[Path] = []
-    ignored: Counter[str] = Counter()
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in closed and not name.startswith(".")]
-        for name in names:
-            path = Path(folder, name)
-            if path.suffix in extensions:
-                taken.append(path)
-            else:
-                ignored[path.suffix] += 1
-    taken.sort(key=lambda path: path.relative_to(root).as_posix())
-    return taken, dict(sorted(ignored.items()))
+def is_code(path: Path, extensions: tuple[str, ...] | None) -> bool:
+    """Whether a file has one of these suffixes (None: the usual ones), in any case."""
+    return path.suffix.lower() in (extensions or CODE_EXTENSIONS)
 
 
 def code_source(
     root: Path, *, group_by: str, extensions: tuple[str, ...] | None, prefix: str = "", tests: bool = True
 ) -> Source:
     """The code below `root`. Documents are named by top-level folder (or by file), `prefix` before every path."""
-    files, ignored = walk(root, extensions or CODE_EXTENSIONS, tests=tests)
+    found = walk(root, tests=tests)
+    files = [path for path in found.files if is_code(path, extensions)]
     if not files:
         wanted = " ".join(extensions) if extensions else "the usual suffixes"
         raise UserError(
-            f"source '{root}' holds no source code ({wanted}); set extensions or kind to what it does hold"
+            f"source '{root}' holds no source code ({wanted}); set --extension or --kind to what it does hold"
         )
+    others = [path.relative_to(root).as_posix() for path in found.files if not is_code(path, extensions)]
+    aside = (*(Skipped(name, NOT_CODE) for name in others), *found.aside)
     groups: defaultdict[str, list[tuple[str, Path]]] = defaultdict(list)
     for path in files:
         relative = path.relative_to(root)
@@ -62,7 +48,7 @@ def code_source(
         for name in sorted(groups):
             yield Item(name, files=tuple(groups[name]))
 
-    return Source(str(root), items, files_signature(files, root), len(groups), ignored)
+    return Source(str(root), items, files_signature(files, root), len(groups), aside)
 
 
 def stdlib_source(*, group_by: str, extensions: tuple[str, ...] | None) -> Source:

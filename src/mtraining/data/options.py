@@ -12,6 +12,7 @@ from typing import Any
 from mtraining.data.sources import Skipped
 from mtraining.errors import UserError
 
+DEFAULT_TEXT_COLUMN = "text"
 KINDS = ("auto", "text", "jsonl", "parquet", "code", "dataset")
 GROUPINGS = ("folder", "file")
 
@@ -20,13 +21,16 @@ GROUPINGS = ("folder", "file")
 class PrepareOptions:
     """Options of :func:`mtraining.data.prepare`.
 
-    sources: files (.txt, .jsonl, .parquet), folders, Hugging Face dataset ids, ``stdlib`` (the running Python's own
-        library) or ``package:NAME`` (an installed package); read in the order given.
+    sources: files (text, .jsonl, .json, .parquet; docs/data.md), folders, Hugging Face dataset ids, ``stdlib`` (the
+        running Python's own library) or ``package:NAME`` (an installed package); read in the order given.
     out: the folder to write.
-    kind: what the sources are; ``auto`` looks at suffixes and folder contents.
-    tokenizer: ``byte``, a tokenizer folder, a tokenizer.json, or a hub id.
-    eos_token: the separator, for a tokenizer that does not name its own.
-    text_column, name_column: columns of .jsonl, .parquet and Hugging Face rows.
+    kind: what the sources are; ``auto`` looks at suffixes and folder contents. ``jsonl`` means .json as well.
+    tokenizer: ``byte``, a tokenizer folder, a tokenizer.json, or a hub id. Token ids that rows bring are its.
+    eos_token: the separator, for a tokenizer that does not name its own. The saved tokenizer does not change.
+    add_bos: begin each document with the beginning-of-text token; None does as the tokenizer does by itself, and leaves
+        token ids that rows bring as they are.
+    text_column, name_column: columns of JSON, .parquet and Hugging Face rows.
+    ids_column: a column of token ids to take in place of text; None takes ``input_ids`` of rows without a ``text``.
     dataset_config, split: of a Hugging Face dataset.
     group_by: source code: ``folder`` joins each top-level folder (package, repository) into one document, a file that
         lies directly in the source is its own document; ``file`` makes every file a document.
@@ -42,8 +46,10 @@ class PrepareOptions:
     kind: str = "auto"
     tokenizer: str = "byte"
     eos_token: str | None = None
-    text_column: str = "text"
+    add_bos: bool | None = None
+    text_column: str = DEFAULT_TEXT_COLUMN
     name_column: str | None = None
+    ids_column: str | None = None
     dataset_config: str | None = None
     split: str = "train"
     group_by: str = "folder"
@@ -61,7 +67,7 @@ class PrepareOptions:
             object.__setattr__(self, name, tuple(str(item) for item in getattr(self, name)))
         object.__setattr__(self, "out", Path(self.out))
         if self.extensions is not None:
-            dotted = (suffix if suffix.startswith(".") else f".{suffix}" for suffix in self.extensions)
+            dotted = (f".{suffix.removeprefix('.').lower()}" for suffix in self.extensions)
             object.__setattr__(self, "extensions", tuple(dotted))
         if not self.sources:
             raise UserError("sources is empty; name at least one file, folder, dataset id or 'stdlib'")
@@ -70,7 +76,9 @@ class PrepareOptions:
         for name in ("max_documents", "max_tokens", "shard_tokens", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{flag(name)} is {value}; it must be at least 1")
+        if self.ids_column is not None and self.text_column != DEFAULT_TEXT_COLUMN:
+            raise UserError("--text-column and --ids-column cannot both be read; give one of them")
 
     def fingerprint(self) -> dict[str, Any]:
         """The options that shape the output, as JSON values; a rerun must agree on every one of them."""
@@ -80,11 +88,20 @@ class PrepareOptions:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
+_NO_FLAG = ("sources", "out", "shard_tokens")
+
+
+def flag(option: str) -> str:
+    """An option of :class:`PrepareOptions` as it is typed on the command line, which is how messages name it."""
+    spelled = {"extensions": "extension"}.get(option, option)
+    return option if option in _NO_FLAG else f"--{spelled.replace('_', '-')}"
+
+
 def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"{option} '{value}' is unknown; did you mean '{near}'? (one of {', '.join(choices)})"
+            f"{flag(option)} '{value}' is unknown; did you mean '{near}'? (one of {', '.join(choices)})"
         )
 
 
@@ -99,8 +116,10 @@ class PrepareSummary:
     shards: int
     reused_shards: int
     holdout_documents: int
+    separators: str = ""
+    ready_documents: int = 0
     skipped: list[Skipped] = field(default_factory=list)
-    ignored_files: dict[str, int] = field(default_factory=dict)
+    left_aside: list[Skipped] = field(default_factory=list)
 
     def render(self, limit: int = 20) -> str:
         """Counts, then every reason with the names it struck (``limit`` names a reason; all are in meta.json)."""
@@ -110,13 +129,13 @@ class PrepareSummary:
         ]
         if self.holdout_documents:
             lines.append(f"held out: {self.holdout_documents:,} documents in {self.path / 'holdout'}")
-        if self.ignored_files:
-            kinds = ", ".join(
-                f"{count} {suffix or 'without suffix'}" for suffix, count in self.ignored_files.items()
-            )
-            lines.append(f"not source code, left aside: {kinds}")
-        for reason, count in Counter(item.reason for item in self.skipped).most_common():
-            names = [item.name for item in self.skipped if item.reason == reason]
-            more = f" and {count - limit} more (meta.json names all)" if count > limit else ""
-            lines.append(f"skipped {count} ({reason}): {', '.join(names[:limit])}{more}")
+        if self.separators:
+            lines.append(self.separators)
+        if self.ready_documents:
+            lines.append(f"read as token ids: {self.ready_documents:,} documents")
+        for verb, entries in (("left aside", self.left_aside), ("skipped", self.skipped)):
+            for reason, count in Counter(entry.reason for entry in entries).most_common():
+                names = [entry.name for entry in entries if entry.reason == reason]
+                more = f" and {count - limit} more (meta.json names all)" if count > limit else ""
+                lines.append(f"{verb} {count} ({reason}): {', '.join(names[:limit])}{more}")
         return "\n".join(lines)

@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict, fields
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.progress import (
 )
 
 from mtraining.data.encoding import EncodeSetup, encode_all
-from mtraining.data.options import PrepareOptions, PrepareSummary
+from mtraining.data.options import PrepareOptions, PrepareSummary, flag
 from mtraining.data.resolve import resolve_sources
 from mtraining.data.shards import (
     FORMAT,
@@ -37,7 +38,7 @@ from mtraining.data.shards import (
     token_dtype,
 )
 from mtraining.data.sources import Item, Skipped, Source
-from mtraining.data.tokenizer import save_tokenizer
+from mtraining.data.tokenizer import Separators, save_tokenizer
 from mtraining.data.writer import ShardWriter, write_json
 from mtraining.errors import UserError
 
@@ -95,7 +96,9 @@ def _begin(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
             ) from error
         now = state["options"]
         changed = [
-            f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in now if before.get(key) != now[key]
+            f"{flag(key)} was {before.get(key)!r}, now {now[key]!r}"
+            for key in now
+            if before.get(key) != now[key]
         ]
         if changed:
             what = "; ".join(changed)
@@ -115,9 +118,7 @@ def _begin(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
     for leftover in (temporary, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    state["vocab_size"], state["eos_token_id"] = save_tokenizer(
-        options.tokenizer, options.eos_token, temporary
-    )
+    state |= asdict(save_tokenizer(options.tokenizer, options.eos_token, temporary, options.add_bos))
     temporary.rename(folder)
     write_json(out / STATE, state)
     return state
@@ -164,8 +165,10 @@ def _prepare(
         shards=len(meta["shards"]),
         reused_shards=run.reused,
         holdout_documents=held_out,
+        separators=meta.get("separators", ""),
+        ready_documents=meta.get("ready", 0),
         skipped=[Skipped(**entry) for entry in meta["skipped"]],
-        ignored_files=meta["ignored_files"],
+        left_aside=[Skipped(**entry) for entry in meta.get("left_aside", ())],
     )
 
 
@@ -176,7 +179,7 @@ def _check_holdout(options: PrepareOptions, sources: list[Source]) -> None:
         if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names[:10000], n=1, cutoff=0.0)
             hint = f"the nearest name is '{near[0]}'" if near else "the sources hold no document"
-            raise UserError(f"holdout '{pattern}' names no document; {hint}")
+            raise UserError(f"--holdout '{pattern}' names no document; {hint}")
 
 
 class _Run:
@@ -200,7 +203,12 @@ class _Run:
         most_documents = options.max_documents if limited and options.max_documents else 2**63
         most_tokens = options.max_tokens if limited and options.max_tokens else 2**63
         setup = EncodeSetup(
-            (options.out / TOKENIZER).resolve(), options.tokenizer == "byte", int(self.state["eos_token_id"])
+            (options.out / TOKENIZER).resolve(),
+            options.tokenizer == "byte",
+            int(self.state["eos_token_id"]),
+            options.tokenizer,
+            self.state.get("bos_token_id"),  # a folder that an older version began has none
+            bool(options.add_bos),
         )
         # An entry that is not kept still counts as read, so that positions agree between runs.
         remaining = islice(self._entries(), writer.consumed, None)
@@ -216,7 +224,7 @@ class _Run:
                 ):
                     writer.skip(encoded.skipped)
                     if encoded.ids is not None:
-                        writer.add(encoded.name, encoded.ids)
+                        writer.add(encoded.name, encoded.ids, ready=encoded.ready)
                     writer.item_done()
                     if bar is not None and task is not None:
                         detail = f"{writer.tokens:,} tokens, {len(writer.skipped)} skipped"
@@ -229,6 +237,13 @@ class _Run:
         meta = self._meta(folder, writer)
         write_json(folder / META, meta)
         return meta
+
+    def _separators(self) -> str:
+        """What stands around documents, in words; nothing for a folder that an older version began."""
+        if "bos_by_default" not in self.state:
+            return ""
+        kept = {field.name: self.state[field.name] for field in fields(Separators)}
+        return Separators(**kept).render(self.options.add_bos)
 
     def _entries(self) -> Iterator[Item | Skipped]:
         for source in self.sources:
@@ -258,19 +273,20 @@ class _Run:
                 f"{label} gave no usable document: {len(skipped)} skipped, {first}; mend them or name others"
             )
         if self.options.holdout:
-            return f"{label}: holdout leaves no document for '{folder}'; hold out fewer"
+            return f"{label}: --holdout leaves no document for '{folder}'; hold out fewer"
         return f"{label} gave no usable document; name others"
 
     def _meta(self, folder: Path, writer: ShardWriter) -> dict[str, Any]:
-        ignored: Counter[str] = Counter()
-        for source in self.sources:
-            ignored.update(source.ignored_files)
+        aside = [entry for source in self.sources for entry in source.left_aside]
         return {
             "format": FORMAT,
             "tokenizer": self.options.tokenizer,
             "tokenizer_folder": TOKENIZER if folder == self.options.out else f"../{TOKENIZER}",
             "vocab_size": self.state["vocab_size"],
             "eos_token_id": self.state["eos_token_id"],
+            "bos_token_id": self.state.get("bos_token_id"),
+            "separators": self._separators(),
+            "ready": writer.ready,
             "max_token_id": writer.max_token_id,
             "dtype": writer.dtype.str,
             "documents": writer.documents,
@@ -279,7 +295,7 @@ class _Run:
             "content": content_digest(folder, [shard["tokens"] for shard in writer.shards], writer.dtype),
             "sources": list(self.options.sources),
             "options": self.state["options"],
-            "ignored_files": dict(ignored),
+            "left_aside": [asdict(entry) for entry in aside],
             "skipped_counts": dict(Counter(entry.reason for entry in writer.skipped)),
-            "skipped": [{"name": entry.name, "reason": entry.reason} for entry in writer.skipped],
+            "skipped": [asdict(entry) for entry in writer.skipped],
         }

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from mtraining.data.code import CODE_EXTENSIONS, code_source, package_source, stdlib_source, walk
+from mtraining.data.code import code_source, is_code, package_source, stdlib_source
+from mtraining.data.files import COMPRESSIONS, ROWS, TEXT, kind_of, suffixes, walk
 from mtraining.data.options import PrepareOptions
-from mtraining.data.rows import hub_dataset_source, jsonl_source, parquet_source, saved_dataset_source
-from mtraining.data.sources import Item, Source, files_signature
+from mtraining.data.rows import hub_dataset_source, json_source, parquet_source, saved_dataset_source
+from mtraining.data.sources import Item, Skipped, Source, files_signature
 from mtraining.errors import UserError
 
-TEXT_EXTENSIONS = (".txt", ".md", ".rst")
-_FILE_KIND = {".jsonl": "jsonl", ".parquet": "parquet"} | dict.fromkeys(TEXT_EXTENSIONS, "text")
-_KIND_FILES = {"text": TEXT_EXTENSIONS, "jsonl": (".jsonl",), "parquet": (".parquet",)}
+NO_KIND = "no suffix that is read"
+OTHER_KIND = "not of --kind"
+ABOUT = "about the folder, beside rows"
+_SUFFIXES = {
+    "text": TEXT,
+    **{kind: tuple(s for s, k in ROWS.items() if k == kind) for kind in set(ROWS.values())},
+}
 
 
 def resolve_sources(options: PrepareOptions) -> list[Source]:
@@ -28,62 +35,106 @@ def _resolve(name: str, options: PrepareOptions) -> list[Source]:
         return [package_source(package, group_by=options.group_by, extensions=options.extensions)]
     path = Path(name)
     if path.is_file():
-        kind = options.kind if options.kind != "auto" else _FILE_KIND.get(path.suffix) or _code_kind(path)
+        kind = options.kind if options.kind != "auto" else kind_of(path) or _code_kind(path)
         return [_file_source(path, kind, path.name, options)]
     if path.is_dir():
         return _resolve_folder(path, options)
     # "org/name" could be a mistyped path too; these shapes can only be one.
-    if options.kind in ("text", "jsonl", "parquet", "code") or path.suffix in _FILE_KIND or name[:1] in "./~":
+    if options.kind in ("text", "jsonl", "parquet", "code") or kind_of(path) or name[:1] in "./~":
         raise UserError(f"source '{name}' does not exist; correct the path")
     return [hub_dataset_source(name, options)]
 
 
 def _code_kind(path: Path) -> str:
-    if path.suffix in CODE_EXTENSIONS:
+    if is_code(path, None):
         return "code"
-    raise UserError(f"source '{path}' has suffix '{path.suffix}', which names no kind; set kind")
+    suffix, compression = suffixes(path)
+    if ROWS.get(suffix) == "parquet" and compression:
+        raise UserError(f"source '{path}' is compressed as a whole; decompress it: parquet compresses itself")
+    fault = f"has suffix '{suffix}', which names no kind" if suffix else "has no suffix to name its kind"
+    raise UserError(f"source '{path}' {fault}; set --kind")
 
 
 def _file_source(path: Path, kind: str, shown: str, options: PrepareOptions) -> Source:
     if kind == "jsonl":
-        return jsonl_source(path, options)
+        return json_source(path, shown, options)
     if kind == "parquet":
-        return parquet_source(path, options)
+        return parquet_source(path, shown, options)
     if kind == "dataset":
         raise UserError(
-            f"source '{path}' is a file, but kind is 'dataset'; set kind to auto, or name a dataset folder"
+            f"source '{path}' is a file, but --kind is 'dataset'; set --kind to auto, or name a dataset folder"
         )
     item = Item(shown, files=((shown if kind == "code" else "", path),))
     return Source(str(path), lambda: iter([item]), files_signature([path], path.parent), 1)
 
 
 def _resolve_folder(path: Path, options: PrepareOptions) -> list[Source]:
-    kind = options.kind if options.kind != "auto" else _folder_kind(path, options)
-    if kind == "dataset":
-        saved = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
+    saved = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
+    if options.kind == "dataset" or (options.kind == "auto" and saved):
         return [(saved_dataset_source(path, options) if saved else hub_dataset_source(str(path), options))]
-    if kind == "code":
+    if options.kind == "code":
         return [code_source(path, group_by=options.group_by, extensions=options.extensions)]
-    files, _ = walk(path, _KIND_FILES[kind])
-    if not files:
-        raise UserError(
-            f"source '{path}' holds no {' or '.join(_KIND_FILES[kind])} file; correct the path or kind"
-        )
-    return [_file_source(file, kind, file.relative_to(path).as_posix(), options) for file in files]
+    found = walk(path)
+    if options.kind == "auto" and _is_repository(path, found.files, options):
+        return [code_source(path, group_by=options.group_by, extensions=options.extensions)]
+    reasons = _reasons(found.files, options)
+    taken = [file for file in found.files if not reasons[file]]
+    aside = [Skipped(file.relative_to(path).as_posix(), reason) for file, reason in reasons.items() if reason]
+    aside += found.aside
+    if not taken:
+        raise UserError(_nothing_to_read(path, aside, options))
+    streams = []
+    for file in taken:
+        kind = options.kind if options.kind != "auto" else kind_of(file)
+        assert kind is not None  # or it would have a reason
+        streams.append(_file_source(file, kind, file.relative_to(path).as_posix(), options))
+    streams[0] = replace(streams[0], left_aside=tuple(aside))
+    return streams
 
 
-def _folder_kind(path: Path, options: PrepareOptions) -> str:
-    if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        return "dataset"
-    kinds = {"code": options.extensions or CODE_EXTENSIONS, **_KIND_FILES}
-    found = [kind for kind, extensions in kinds.items() if walk(path, extensions)[0]]
-    if "code" in found and not {"jsonl", "parquet"} & set(found):
-        return "code"  # a repository holds prose too, but is a repository
-    found = [kind for kind in found if kind != "text"] or found
-    if not found:
+def _is_repository(path: Path, files: Iterable[Path], options: PrepareOptions) -> bool:
+    """Whether a folder is one of source code: a repository holds prose and .json files too, but no data in rows."""
+    code = [file for file in files if is_code(file, options.extensions)]
+    rows = [file for file in files if suffixes(file)[0] != ".json" and kind_of(file) in ("jsonl", "parquet")]
+    if code and rows:
         raise UserError(
-            f"source '{path}' is empty, or holds no file of a known kind; correct the path or set kind"
+            f"source '{path}' holds source code ({code[0].name}) and rows ({rows[0].name}); set --kind to the one meant"
         )
-    if len(found) > 1:
-        raise UserError(f"source '{path}' holds files of kinds {', '.join(found)}; set kind to the one meant")
-    return found[0]
+    return bool(code)
+
+
+def _reasons(files: Iterable[Path], options: PrepareOptions) -> dict[Path, str]:
+    """Each file of a folder and why it is left aside, empty for those that are read.
+
+    All kinds are read together. Only beside rows is a README or a LICENSE no document, for it is about the rows.
+    """
+    kinds = {file: kind_of(file) for file in files}
+    has_rows = any(kind in ("jsonl", "parquet") for kind in kinds.values())
+
+    def reason(file: Path, kind: str | None) -> str:
+        if options.kind != "auto":
+            return "" if kind == options.kind else f"{OTHER_KIND} {options.kind}"
+        if kind is None:
+            return NO_KIND
+        about = file.name.split(".")[0].upper() in (
+            "README",
+            "LICENSE",
+            "LICENCE",
+            "NOTICE",
+            "CHANGELOG",
+            "CITATION",
+        )
+        return ABOUT if about and kind == "text" and has_rows else ""
+
+    return {file: reason(file, kind) for file, kind in kinds.items()}
+
+
+def _nothing_to_read(path: Path, aside: list[Skipped], options: PrepareOptions) -> str:
+    kinds = [options.kind] if options.kind != "auto" else list(_SUFFIXES)
+    wanted = [suffix for kind in kinds for suffix in _SUFFIXES[kind]]
+    there = f" among {', '.join(entry.name for entry in aside[:5])}" if aside else ", for it is empty"
+    more = f" and {len(aside) - 5} more" if len(aside) > 5 else ""
+    return (
+        f"source '{path}' holds no {' '.join(wanted)} file (compressed or not: {' '.join(COMPRESSIONS)}){there}{more}; "
+        "correct the path or --kind"
+    )

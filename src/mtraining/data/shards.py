@@ -2,7 +2,8 @@
 
     tokens-00000.bin    token ids, uint16 if the vocabulary fits, else uint32 (little-endian)
     offsets-00000.npy   int64 (documents + 1,): where each document of the shard starts, in tokens
-    shard-00000.json    names of the documents, what was skipped on the way, how far the sources were read
+    shard-00000.json    names of the documents, what was skipped on the way, how far the sources were read, how many
+                        documents came as token ids
     meta.json           tokenizer, vocabulary, counts, sources, a digest of the content; written last, so its presence
                         means complete
     tokenizer/          Hugging Face tokenizer folder
@@ -48,8 +49,8 @@ def shard_file(shard: int) -> str:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 while every id fits, else uint32."""
-    return np.dtype("<u2" if vocab_size <= 65535 else "<u4")
+    """uint16 while every id below ``vocab_size`` fits, else uint32."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def content_digest(folder: Path, tokens: list[int], dtype: np.dtype[Any]) -> str:
@@ -77,7 +78,8 @@ class TokenShards:
     """A prepared folder, memory-mapped. Token positions and document numbers run over all shards in order.
 
     Attributes:
-        num_documents, num_tokens, vocab_size, eos_token_id, max_token_id: counts and ids from meta.json.
+        num_documents, num_tokens, vocab_size, eos_token_id, max_token_id: counts and ids from meta.json; vocab_size is
+            the tokenizer's largest id and one more, however many words it has.
         lengths: int64 (num_documents,), tokens of each document with its end-of-text id.
         starts: int64 (num_documents,), where each document begins in the stream.
         tokenizer_path: the Hugging Face tokenizer folder.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 EMPTY = "empty"
 UNDECODABLE = "not UTF-8 text"
@@ -27,22 +29,24 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Item:
-    """One document: its text, or the files to join, each with the header line that precedes it."""
+    """One document: its text, its token ids (int64), or the files to join, each with the header line before it."""
 
     name: str
     text: str | None = None
     files: tuple[tuple[str, Path], ...] = ()
+    ids: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """items() restarts the stream; count is its length where known; signature changes when the input does."""
+    """items() restarts the stream; count is its length where known; signature changes when the input does; left_aside
+    names the files that were found beside it and are not read."""
 
     label: str
     items: Callable[[], Iterator[Item | Skipped]]
     signature: str
     count: int | None = None
-    ignored_files: dict[str, int] = field(default_factory=dict)
+    left_aside: tuple[Skipped, ...] = ()
 
 
 def files_signature(files: list[Path], root: Path) -> str:
@@ -52,43 +56,3 @@ def files_signature(files: list[Path], root: Path) -> str:
         stat = path.stat()
         digest.update(f"{path.relative_to(root).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def read_item(item: Item) -> tuple[str, list[Skipped]]:
-    """The text of a document and the files of it that had to be left out; blank text means nothing was usable.
-
-    Files are joined in their given order, each ending in a newline. A document that is itself one file or row is
-    reported under its own name.
-    """
-    if item.text is not None:
-        try:
-            item.text.encode("utf-8")
-        except UnicodeEncodeError:  # lone surrogates, as JSON escapes can spell them
-            return "", [Skipped(item.name, UNDECODABLE)]
-        return item.text, [] if item.text.strip() else [Skipped(item.name, EMPTY)]
-    pieces: list[str] = []
-    skipped: list[Skipped] = []
-    for header, path in item.files:
-        text, reason = _read_file(path)
-        if reason:
-            skipped.append(Skipped(header or item.name, reason))
-        elif header:
-            pieces.append(f"# file: {header}\n{text}" + ("" if text.endswith("\n") else "\n"))
-        else:
-            pieces.append(text)
-    return "".join(pieces), skipped
-
-
-def _read_file(path: Path) -> tuple[str, str]:
-    """(text, "") or ("", reason)."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return "", UNREADABLE
-    if b"\0" in data:
-        return "", BINARY
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return "", UNDECODABLE
-    return (text, "") if text.strip() else ("", EMPTY)

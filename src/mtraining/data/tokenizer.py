@@ -7,6 +7,8 @@ copy, and export hands it on with the model.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,38 @@ def save_byte_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def save_tokenizer(name: str, eos_token: str | None, folder: Path) -> tuple[int, int]:
-    """Save tokenizer `name` (see PrepareOptions.tokenizer) into `folder`; return (vocabulary size, eos id).
+@dataclass(frozen=True)
+class Separators:
+    """What stands around documents, and how wide ids are.
+
+    Attributes:
+        vocab_size: the largest id and one more: ids need not be without gaps.
+        eos_token, eos_token_id: after each document.
+        bos_token, bos_token_id: before each document; None where nothing is.
+        bos_by_default: whether the tokenizer puts its beginning-of-text token before a text by itself.
+    """
+
+    vocab_size: int
+    eos_token: str
+    eos_token_id: int
+    bos_token: str | None = None
+    bos_token_id: int | None = None
+    bos_by_default: bool = False
+
+    def render(self, add_bos: bool | None) -> str:
+        """One line: what was put around documents of text, and by whose choice."""
+        line = f"each document ends with {self.eos_token} ({self.eos_token_id})"
+        chosen = "as asked" if add_bos is not None else "as the tokenizer does by itself"
+        if self.bos_token_id is None:
+            other = "" if add_bos is not None else "; --add-bos puts its beginning-of-text token there"
+            return f"{line} and begins with its text, {chosen}{other}"
+        other = "" if add_bos is not None else "; --no-add-bos leaves it out"
+        return f"{line} and begins with {self.bos_token} ({self.bos_token_id}), {chosen}{other}"
+
+
+def save_tokenizer(name: str, eos_token: str | None, folder: Path, add_bos: bool | None = None) -> Separators:
+    """Save tokenizer `name` (see PrepareOptions.tokenizer) into `folder`, as it is: `eos_token` and `add_bos` choose
+    what stands around documents, and are no part of the tokenizer.
 
     UserError if it cannot be loaded, is not a fast tokenizer, or no end-of-text token is known.
     """
@@ -59,23 +91,41 @@ def save_tokenizer(name: str, eos_token: str | None, folder: Path) -> tuple[int,
         eos = eos_token or END_OF_TEXT
         if eos not in BYTE_SPECIALS:
             raise UserError(
-                f"eos_token '{eos}' is not in the byte tokenizer; use one of {', '.join(BYTE_SPECIALS)}"
+                f"--eos-token '{eos}' is not in the byte tokenizer; use one of {', '.join(BYTE_SPECIALS)}"
+            )
+        if add_bos:
+            raise UserError(
+                "--add-bos: the byte tokenizer has no beginning-of-text token; leave it out, or name another "
+                "--tokenizer"
             )
         save_byte_tokenizer(folder)
-        return BYTE_VOCAB_SIZE, 256 + BYTE_SPECIALS.index(eos)
+        return Separators(BYTE_VOCAB_SIZE, eos, 256 + BYTE_SPECIALS.index(eos))
     loaded = _load_fast(name)
-    if eos_token is not None:
-        if loaded.convert_tokens_to_ids(eos_token) in (None, loaded.unk_token_id):
-            raise UserError(
-                f"eos_token '{eos_token}' is not in the vocabulary of tokenizer '{name}'; name one that is"
-            )
-        loaded.eos_token = eos_token
-    if loaded.eos_token_id is None:
+    vocabulary: dict[str, int] = loaded.get_vocab()
+    if eos_token is not None and eos_token not in vocabulary:
         raise UserError(
-            f"tokenizer '{name}' names no end-of-text token; set eos_token to the one it should use"
+            f"--eos-token '{eos_token}' is not in the vocabulary of tokenizer '{name}'; name one that is"
+        )
+    eos = eos_token or loaded.eos_token
+    if eos not in vocabulary:
+        raise UserError(
+            f"tokenizer '{name}' names no end-of-text token; set --eos-token to the one it should use"
+        )
+    if add_bos and loaded.bos_token_id is None:
+        raise UserError(
+            f"--add-bos: tokenizer '{name}' has no beginning-of-text token; leave it out, or name another --tokenizer"
         )
     loaded.save_pretrained(folder)
-    return len(loaded), int(loaded.eos_token_id)
+    by_default = loaded.bos_token_id is not None and loaded("a")["input_ids"][:1] == [loaded.bos_token_id]
+    with_bos = by_default if add_bos is None else add_bos
+    return Separators(
+        max(vocabulary.values()) + 1,
+        eos,
+        int(vocabulary[eos]),
+        str(loaded.bos_token) if with_bos else None,
+        int(loaded.bos_token_id) if with_bos else None,
+        by_default,
+    )
 
 
 def _load_fast(name: str) -> Any:
@@ -107,6 +157,22 @@ class Encoder:
             self._tokenizer.encode_special_tokens = True  # a document must not be able to forge a separator
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+
+    @cached_property
+    def _known(self) -> np.ndarray:
+        """bool (largest id + 1,): which ids are tokens."""
+        if self._tokenizer is None:
+            return np.ones(BYTE_VOCAB_SIZE, dtype=bool)
+        ids = np.fromiter(self._tokenizer.get_vocab().values(), dtype=np.int64)
+        known = np.zeros(int(ids.max()) + 1, dtype=bool)
+        known[ids] = True
+        return known
+
+    def unknown(self, ids: np.ndarray) -> int | None:
+        """The first of the ids (int64, of shape (tokens,)) that is no token of this tokenizer, if any."""
+        inside = (ids >= 0) & (ids < self._known.size)
+        bad = ~inside | ~self._known[np.where(inside, ids, 0)]
+        return int(ids[bad.argmax()]) if bad.any() else None
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 ids of shape (tokens,); UnicodeEncodeError for lone surrogates."""

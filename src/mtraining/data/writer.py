@@ -12,6 +12,7 @@ import numpy as np
 
 from mtraining.data.shards import offsets_file, shard_file, tokens_file
 from mtraining.data.sources import Skipped
+from mtraining.errors import UserError
 
 
 def write_atomic(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
@@ -38,6 +39,7 @@ class ShardWriter:
         consumed: source items that the finished shards and the open one account for.
         shards: {"documents", "tokens"} of each finished shard.
         reused: how many of them were there before.
+        ready: documents that came as token ids.
         skipped: everything reported through `skip`, over all shards.
     """
 
@@ -45,11 +47,12 @@ class ShardWriter:
         self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
         self.consumed = 0
         self.max_token_id = 0
+        self.ready = 0
         self.shards: list[dict[str, int]] = []
         self.skipped: list[Skipped] = []
         self._names: list[str] = []
         self._ids: list[np.ndarray] = []
-        self._open_tokens = 0
+        self._open_tokens = self._open_ready = 0
         self._open_skipped: list[Skipped] = []
         while (file := folder / shard_file(len(self.shards))).exists():
             state = json.loads(file.read_text())
@@ -57,6 +60,7 @@ class ShardWriter:
             self.skipped += [Skipped(*entry) for entry in state["skipped"]]
             self.consumed = state["consumed"]
             self.max_token_id = max(self.max_token_id, state["max_token_id"])
+            self.ready += state.get("ready", 0)
         self.reused = len(self.shards)
 
     @property
@@ -74,12 +78,24 @@ class ShardWriter:
         self.skipped += entries
         self._open_skipped += entries
 
-    def add(self, name: str, ids: np.ndarray) -> None:
-        """Append a document (its end-of-text id included)."""
+    def add(self, name: str, ids: np.ndarray, *, ready: bool = False) -> None:
+        """Append a document (its end-of-text id included); `ready` if it came as token ids.
+
+        Raises:
+            UserError: an id that the stored width cannot hold.
+        """
+        largest = int(ids.max())
+        if largest > np.iinfo(self.dtype).max:
+            raise UserError(
+                f"document '{name}' has token id {largest}, beyond the largest that its tokenizer names; mend the "
+                "tokenizer's vocabulary, or name another by --tokenizer"
+            )
+        self.ready += ready
+        self._open_ready += ready
         self._names.append(name)
         self._ids.append(ids.astype(self.dtype))
         self._open_tokens += ids.size
-        self.max_token_id = max(self.max_token_id, int(ids.max()))
+        self.max_token_id = max(self.max_token_id, largest)
 
     def item_done(self, *, last: bool = False) -> None:
         """One more source item is accounted for; closes the shard if it is full or this was the `last`."""
@@ -98,9 +114,11 @@ class ShardWriter:
             "consumed": self.consumed,
             "tokens": self._open_tokens,
             "max_token_id": self.max_token_id,
+            "ready": self._open_ready,
             "skipped": [[entry.name, entry.reason] for entry in self._open_skipped],
             "names": self._names,
         }
         write_json(self.folder / shard_file(number), state)  # last: a shard counts only once this is there
         self.shards.append({"documents": len(self._names), "tokens": self._open_tokens})
-        self._names, self._ids, self._open_tokens, self._open_skipped = [], [], 0, []
+        self._names, self._ids, self._open_skipped = [], [], []
+        self._open_tokens = self._open_ready = 0

@@ -69,8 +69,8 @@ class Layout:
         nearest = above if below <= 0 or above - seq_len < seq_len - below else below
         raise UserError(
             f"seq_len: {seq_len} is not a multiple of {multiple} ({self._share(world, multiple)}), which the "
-            f"{self.name} layout needs for {world} rank{'s' if world > 1 else ''}{blocks}; the nearest length that works is "
-            f"{nearest}."
+            f"{self.name} layout needs for {world} rank{'s' if world > 1 else ''}{blocks}; the nearest length that "
+            f"works is {nearest}."
         )
 
     def _share(self, world: int, multiple: int) -> str:

@@ -1,0 +1,120 @@
+"""Which column of rows is read: text, or token ids that another program made; a wrong choice names a right one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mtraining.data.options import DEFAULT_TEXT_COLUMN, PrepareOptions, flag
+from mtraining.errors import UserError
+
+IDS = "input_ids"
+"""The column of token ids that is read where rows have no text; what Hugging Face tokenizers write."""
+
+TEXT, TOKENS, UNKNOWN, SCALARS = "text", "token ids", "nulls", "numbers, dates or truth values"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What of a row is read: `content` (of token ids if `is_ids`, else text) and the document's name, if any."""
+
+    content: str
+    is_ids: bool
+    name: str | None
+
+    @property
+    def all(self) -> list[str]:
+        """Both columns."""
+        return [self.content, *([self.name] if self.name else [])]
+
+
+def choose_columns(label: str, kinds: Mapping[str, str], options: PrepareOptions) -> Columns:
+    """The columns to read of rows that have these.
+
+    Args:
+        kinds: what each column holds, from :func:`kinds_of_row` or :func:`kinds_of_schema`.
+
+    Raises:
+        UserError: a column that is missing or holds something else, with those that would do.
+    """
+    name = options.name_column
+    if name is not None and kinds.get(name) not in (TEXT, SCALARS, UNKNOWN):
+        fitting = [column for column, kind in kinds.items() if kind in (TEXT, SCALARS)]
+        raise UserError(_refusal("name_column", name, label, kinds, fitting, "names"))
+    if options.ids_column is not None:
+        if kinds.get(options.ids_column) not in (TOKENS, UNKNOWN):
+            fitting = [column for column, kind in kinds.items() if kind == TOKENS]
+            raise UserError(_refusal("ids_column", options.ids_column, label, kinds, fitting, TOKENS))
+        return Columns(options.ids_column, True, name)
+    column = options.text_column
+    if column == DEFAULT_TEXT_COLUMN and column not in kinds and kinds.get(IDS) == TOKENS:
+        return Columns(IDS, True, name)
+    if kinds.get(column) not in (TEXT, UNKNOWN):
+        fitting = [column for column, kind in kinds.items() if kind == TEXT]
+        refusal = _refusal("text_column", column, label, kinds, fitting, TEXT)
+        ids = [column for column, kind in kinds.items() if kind == TOKENS]
+        if ids:
+            refusal += f"; or read token ids by {flag('ids_column')} {ids[0]}"
+        raise UserError(refusal)
+    return Columns(column, False, name)
+
+
+def beside(columns: Columns, kinds: Mapping[str, str]) -> str | None:
+    """A column of token ids that is left aside because text is read."""
+    return IDS if not columns.is_ids and kinds.get(IDS) == TOKENS else None
+
+
+def _refusal(
+    option: str, wanted: str, label: str, kinds: Mapping[str, str], fitting: list[str], what: str
+) -> str:
+    fault = f"holds {kinds[wanted]}, not {what}" if wanted in kinds else "is not there"
+    if not kinds:
+        remedy = "the rows have no columns"
+    elif fitting:
+        near = difflib.get_close_matches(wanted, fitting, n=1, cutoff=0.0) or fitting
+        others = [column for column in fitting if column != near[0]]
+        remedy = f"set it to '{near[0]}'" + (f" or another of {', '.join(others)}" if others else "")
+    else:
+        have = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+        remedy = f"no column holds {what}: there are {have}"
+    return f"{flag(option)}: '{wanted}' {fault} in '{label}'; {remedy}"
+
+
+def kinds_of_row(row: Mapping[str, Any]) -> dict[str, str]:
+    """What each value of a JSON row is."""
+    return {str(column): _kind_of_value(value) for column, value in row.items()}
+
+
+def _kind_of_value(value: Any) -> str:
+    if isinstance(value, str):
+        return TEXT
+    if value is None:
+        return UNKNOWN
+    if isinstance(value, (bool, int, float)):
+        return SCALARS
+    if isinstance(value, list):
+        return TOKENS if all(type(item) is int for item in value) else "lists"
+    return "mappings"
+
+
+def kinds_of_schema(schema: Any) -> dict[str, str]:
+    """What each column of a pyarrow schema holds."""
+    return {field.name: _kind_of_type(field.type) for field in schema}
+
+
+def _kind_of_type(kind: Any) -> str:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return TEXT
+    if types.is_null(kind):
+        return UNKNOWN
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return TOKENS if types.is_integer(kind.value_type) else "lists"
+    if types.is_struct(kind) or types.is_map(kind):
+        return "mappings"
+    return "bytes" if types.is_binary(kind) or types.is_large_binary(kind) else SCALARS
