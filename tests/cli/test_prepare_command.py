@@ -100,7 +100,16 @@ def test_the_installed_command_and_a_second_run(tmp_path: Path) -> None:
         (["{t}/absent.jsonl", "{t}/out"], "does not exist; correct the path"),
         (["{t}/rows.jsonl"], "at least one source and the folder to write"),
         (["{t}/rows.jsonl", "{t}/out", "--kind", "jsn"], "did you mean 'jsonl'"),
-        (["{t}/rows.jsonl", "{t}/out", "--text-column", "txt"], "set it to 'text'"),
+        (["{t}/rows.jsonl", "{t}/out", "--text-column", "txt"], "--text-column: 'txt' is not there"),
+        (
+            ["{t}/rows.jsonl", "{t}/out", "--ids-column", "text"],
+            "--ids-column: 'text' holds text, not token ids",
+        ),
+        (
+            ["{t}/rows.jsonl", "{t}/out", "--add-bos"],
+            "--add-bos: the byte tokenizer has no beginning-of-text token",
+        ),
+        (["{t}/rows.jsonl", "{t}/out", "--max-tokens", "0"], "--max-tokens is 0; it must be at least 1"),
         (["{t}/rows.jsonl", "{t}/out", "--tokenizer", "{t}/none"], "tokenizer"),
         (["{t}/rows.jsonl", "{t}/rows.jsonl/out"], "cannot be made: Not a directory; name another folder"),
         (["{t}/rows.jsonl", "/proc/none/out"], "cannot be made: No such file or directory; name another"),

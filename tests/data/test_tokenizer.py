@@ -103,6 +103,7 @@ def test_a_beginning_is_added_as_the_tokenizer_does_unless_asked(
     told = found.render(add_bos)
     assert ("begins with <s> (1)" in told) == added
     assert ("as the tokenizer does by itself" in told) == (add_bos is None)
+    assert "has no token to begin one with" in save_tokenizer("byte", None, tmp_path / "byte").render(None)
 
 
 def test_a_beginning_that_does_not_exist_is_refused(tmp_path: Path, word_tokenizer: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, parallelize
 from mtraining.model.loss import chunked_cross_entropy
@@ -177,3 +178,39 @@ def test_the_loss_in_bf16(compiled: bool, vocab: int) -> None:
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     for gradient, right in zip(gradients, torch.autograd.grad(expected, (hidden, weight)), strict=True):
         assert ((gradient - right).float().norm() / right.float().norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ({"labels": -1}, r"labels: 4096 of them \(such as -1\)"),
+        ({"labels": VOCAB}, r"labels: 4096 of them \(such as 1000\)"),
+        ({"position_ids": SEQ_LEN // 2}, "position_ids are not .*: local token 2048 has 0, not 2048"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fused", ["none", "compile", "liger"])
+def test_inputs_that_cannot_be_trained_on_change_nothing(
+    place: Runtime, fused: str, fault: dict[str, int], sentence: str
+) -> None:
+    """After a batch of the same length that is right. No assertion on the device ends the process."""
+    if fused == "liger":
+        pytest.importorskip("liger_kernel")
+    model, settings = make(place, recompute="full", fused=fused), cast(Any, Options())
+    stepper = Stepper(model, build_optimizer(model, settings, place.device), settings, place, accumulation=1)
+    right = next(batches())
+    stepper.run(iter([right]), 0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    wrong = dict(right)
+    if "labels" in fault:
+        wrong["labels"] = torch.full_like(right["labels"], fault["labels"])
+    else:
+        wrong["position_ids"] = right["position_ids"] % fault["position_ids"]
+    with pytest.raises(UserError, match=f"^step 2, rank 0: {sentence}"):
+        stepper.run(iter([wrong]), 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    with torch.no_grad():
+        logits = model.hf_model(
+            **{name: wrong[name].cuda() for name in ("input_ids", "position_ids")}, use_cache=False
+        ).logits
+    assert logits.isnan().all() == ("position_ids" in fault)

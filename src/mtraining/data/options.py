@@ -122,7 +122,11 @@ class PrepareSummary:
     left_aside: list[Skipped] = field(default_factory=list)
 
     def render(self, limit: int = 20) -> str:
-        """Counts, then every reason with the names it struck (``limit`` names a reason; all are in meta.json)."""
+        """Counts, then every reason with the names it struck; all are in meta.json.
+
+        Args:
+            limit: names told of each reason why documents were skipped; of files left aside, a quarter as many.
+        """
         lines = [
             f"{self.path}: {self.documents:,} documents, {self.tokens:,} tokens in {self.shards} shards "
             f"({self.reused_shards} already there), vocabulary {self.vocab_size:,}"
@@ -133,9 +137,12 @@ class PrepareSummary:
             lines.append(self.separators)
         if self.ready_documents:
             lines.append(f"read as token ids: {self.ready_documents:,} documents")
-        for verb, entries in (("left aside", self.left_aside), ("skipped", self.skipped)):
+        for verb, entries, most in (
+            ("left aside", self.left_aside, limit // 4),
+            ("skipped", self.skipped, limit),
+        ):
             for reason, count in Counter(entry.reason for entry in entries).most_common():
                 names = [entry.name for entry in entries if entry.reason == reason]
-                more = f" and {count - limit} more (meta.json names all)" if count > limit else ""
-                lines.append(f"{verb} {count} ({reason}): {', '.join(names[:limit])}{more}")
+                more = f" and {count - most} more (meta.json names all)" if count > most else ""
+                lines.append(f"{verb} {count} ({reason}): {', '.join(names[:most])}{more}")
         return "\n".join(lines)

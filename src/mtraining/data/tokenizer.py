@@ -60,7 +60,8 @@ class Separators:
         vocab_size: the largest id and one more: ids need not be without gaps.
         eos_token, eos_token_id: after each document.
         bos_token, bos_token_id: before each document; None where nothing is.
-        bos_by_default: whether the tokenizer puts its beginning-of-text token before a text by itself.
+        bos_by_default: whether the tokenizer puts its beginning-of-text token before a text by itself; None if it has
+            no such token.
     """
 
     vocab_size: int
@@ -68,11 +69,13 @@ class Separators:
     eos_token_id: int
     bos_token: str | None = None
     bos_token_id: int | None = None
-    bos_by_default: bool = False
+    bos_by_default: bool | None = None
 
     def render(self, add_bos: bool | None) -> str:
         """One line: what was put around documents of text, and by whose choice."""
         line = f"each document ends with {self.eos_token} ({self.eos_token_id})"
+        if self.bos_by_default is None:
+            return f"{line}; the tokenizer has no token to begin one with"
         chosen = "as asked" if add_bos is not None else "as the tokenizer does by itself"
         if self.bos_token_id is None:
             other = "" if add_bos is not None else "; --add-bos puts its beginning-of-text token there"
@@ -116,7 +119,8 @@ def save_tokenizer(name: str, eos_token: str | None, folder: Path, add_bos: bool
             f"--add-bos: tokenizer '{name}' has no beginning-of-text token; leave it out, or name another --tokenizer"
         )
     loaded.save_pretrained(folder)
-    by_default = loaded.bos_token_id is not None and loaded("a")["input_ids"][:1] == [loaded.bos_token_id]
+    has_bos = loaded.bos_token_id is not None
+    by_default = loaded("a")["input_ids"][:1] == [loaded.bos_token_id] if has_bos else None
     with_bos = by_default if add_bos is None else add_bos
     return Separators(
         max(vocabulary.values()) + 1,
