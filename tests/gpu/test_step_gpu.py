@@ -209,8 +209,24 @@ def test_inputs_that_cannot_be_trained_on_change_nothing(
     with pytest.raises(UserError, match=f"^step 2, rank 0: {sentence}"):
         stepper.run(iter([wrong]), 1)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_wrong_positions_of_a_direct_call_give_nan() -> None:
+    """Of the transformers model itself; nothing waits for the device on the way."""
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=VOCAB, hidden_size=256, intermediate_size=256, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+    )  # fmt: skip
+    hf_model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).cuda()
+    model = parallelize(hf_model, pattern=VerticalSlash(), layout=build_layout("striped"))
+    ids = torch.zeros(1, SEQ_LEN, dtype=torch.int64, device="cuda")
+    right = torch.arange(SEQ_LEN, device="cuda")[None]
     with torch.no_grad():
-        logits = model.hf_model(
-            **{name: wrong[name].cuda() for name in ("input_ids", "position_ids")}, use_cache=False
-        ).logits
-    assert logits.isnan().all() == ("position_ids" in fault)
+        for _ in range(2):  # the first call makes what is kept for the others
+            assert model.hf_model(ids, position_ids=right, use_cache=False).logits.isfinite().all()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            logits = model.hf_model(ids, position_ids=right % 2048, use_cache=False).logits
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert logits.isnan().all()
