@@ -124,8 +124,8 @@ def test_describe_names_document_and_tokens(shards: TokenShards) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 101}, "the longest, 'd100', has 101; lower seq_len to at most 100"),
-        ({"seq_len": 219, "mode": "concat"}, "has 219 tokens, .* lower seq_len to at most 218"),
+        ({"seq_len": 101}, "the longest, 'd100', has 101; lower train.seq_len to at most 100"),
+        ({"seq_len": 219, "mode": "concat"}, "has 219 tokens, .* lower train.seq_len to at most 218"),
         ({"seq_len": 0}, "seq_len is 0"),
         ({"seq_len": 8, "mode": "packed"}, "mode 'packed' is unknown; use documents or concat"),
         ({"seq_len": 8, "cp_size": 2}, "layout is missing"),

@@ -27,7 +27,7 @@ NO_MODEL = {
     [
         ({"train": {"seq_len": 250}}, "seq_len: 250 .* the nearest length that works is 256"),
         ({"train": {"seq_len": 64}, "parallel": {"cp": 8}}, "too few .* 8 ranks with blocks of 16"),
-        ({"train": {"seq_len": 4096}}, "has no document of seq_len 4,096"),
+        ({"train": {"seq_len": 4096}}, "has no document of train.seq_len 4,096"),
         ({"train": {"warmup_steps": 6}}, "train.warmup_steps=6 leaves no step"),
         (
             {"train": {"deterministic": True, "kernel": "flash4"}},

@@ -96,7 +96,10 @@ def contents(folder: Path) -> dict[str, bytes]:
         (["model.config.model_type=qwen22"], r"model_type='qwen22' is not known; did you mean 'qwen2'\?$"),
         (["data.path=absent"], r"'absent' does not exist; run `mtraining prepare SOURCE absent` first"),
         (["data.path={empty}"], r"empty' has no meta.json; .* correct the path"),
-        (["data.path={short}"], r"has no document of seq_len 256 .* lower seq_len to at most 99,"),
+        (
+            ["data.path={short}"],
+            r"has no document of train.seq_len 256 .* lower train.seq_len to at most 99,",
+        ),
         (["model.config.vocab_size=100"], r"token id 256, outside the model's vocabulary of 100; prepare"),
         (
             [

@@ -71,9 +71,9 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         self.shards = shards if isinstance(shards, TokenShards) else TokenShards(shards)
         self.seq_len, self.mode, self.seed, self.mask_boundaries = seq_len, mode, seed, mask_boundaries
         if mode not in MODES:
-            raise UserError(f"mode '{mode}' is unknown; use {' or '.join(MODES)}")
+            raise UserError(f"data.mode '{mode}' is unknown; use {' or '.join(MODES)}")
         if seq_len < 1:
-            raise UserError(f"seq_len is {seq_len}; it must be at least 1")
+            raise UserError(f"train.seq_len is {seq_len}; it must be at least 1")
         if not 0 <= cp_rank < cp_size:
             raise UserError(f"cp_rank is {cp_rank}; it must lie in 0..{cp_size - 1} for cp_size {cp_size}")
         if layout is None and cp_size > 1:
@@ -107,15 +107,17 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         shards = self.shards
         if self.mode == "concat":
             raise UserError(
-                f"dataset '{shards.path}' has {shards.num_tokens:,} tokens, fewer than one sequence of seq_len "
-                f"{self.seq_len:,} and its last label; lower seq_len to at most {shards.num_tokens - 1:,} or add text"
+                f"dataset '{shards.path}' has {shards.num_tokens:,} tokens, fewer than one sequence of train.seq_len "
+                f"{self.seq_len:,} and its last label; lower train.seq_len to at most {shards.num_tokens - 1:,} or add "
+                "text"
             )
         longest = int(shards.lengths.argmax())
         tokens = int(shards.lengths[longest])
         raise UserError(
-            f"dataset '{shards.path}' has no document of seq_len {self.seq_len:,} tokens and one more: the longest, "
-            f"'{shards.name(longest)}', has {tokens:,}; lower seq_len to at most {tokens - 1:,}, add longer documents, "
-            "or use mode concat"
+            f"dataset '{shards.path}' has no document of train.seq_len {self.seq_len:,} tokens and one more: the "
+            f"longest, '{shards.name(longest)}', has {tokens:,}; lower train.seq_len to at most {tokens - 1:,}, add "
+            "longer documents, "
+            "or use data.mode=concat"
         )
 
     def _refuse_vocabulary(self, vocab_size: int) -> None:

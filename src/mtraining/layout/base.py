@@ -57,11 +57,12 @@ class Layout:
             raise UserError(f"world: {world} ranks cannot hold a sequence; use at least 1.")
         multiple = self.multiple(world, block_size)
         blocks = f" and blocks of {block_size} tokens" if block_size > 1 else ""
+        cut = f" with blocks of {block_size}" if block_size > 1 else ""
         if seq_len > 0 and seq_len % multiple == 0:
             return
         if 0 < seq_len < multiple and world > 1:
             raise UserError(
-                f"seq_len: {seq_len} tokens are too few for the {self.name} layout over {world} ranks{blocks}; use at "
+                f"seq_len: {seq_len} tokens are too few for the {self.name} layout over {world} ranks{cut}; use at "
                 f"least {multiple} tokens ({self._share(world, multiple)}), fewer ranks or smaller blocks."
             )
         below = seq_len // multiple * multiple
