@@ -64,11 +64,13 @@ def test_no_function_deals_a_length_that_does_not_divide(name: str) -> None:
     """Nor a rank, a number of ranks or a dimension that does not exist: some of these came out wrong in silence."""
     layout = build_layout(name, 4)
     for call in (
-        lambda: layout.shard(torch.zeros(1, 30), 0, 4),
-        lambda: layout.positions(30, 4),
-        lambda: layout.blocks(30, 4, 2),
+        lambda: layout.shard(torch.zeros(1, 1030), 0, 4),
+        lambda: layout.positions(1030, 4),
+        lambda: layout.blocks(1030, 4, 2),
     ):
-        with pytest.raises(UserError, match=r"seq_len: 30 is not a multiple of \d+ \(\d tokens x 4 ranks\)"):
+        with pytest.raises(
+            UserError, match=r"seq_len: 1030 is not a multiple of \d+ \(\d+ tokens x 4 ranks\)"
+        ):
             call()
     x = torch.zeros(2, 32)
     for rank in (-1, 4):

@@ -32,7 +32,7 @@ def read_yaml(text: str, source: str) -> Any:
     """The value of a YAML (or JSON) text; None for an empty one.
 
     Args:
-        source: names the text in messages, such as ``configuration file run.yaml``.
+        source: names the text in messages, such as ``configuration file PATH``.
 
     Raises:
         UserError: malformed text, or a key that stands twice in one mapping, with both lines.
