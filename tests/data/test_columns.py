@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_tokenizer import save_llama_like
+from prepared import save_llama_like
 
 from mtraining.data import PrepareOptions, PrepareSummary, TokenShards, prepare
 from mtraining.errors import UserError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prepared import tree
+from prepared import save_llama_like, tree
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mtraining.data import save_byte_tokenizer
@@ -62,22 +62,6 @@ def test_bare_tokenizer_file_needs_an_eos(tmp_path: Path, word_tokenizer: Path) 
     ids = Encoder(tmp_path / "out", is_byte=False).encode("a b a c")
     assert ids.dtype == np.uint32
     assert ids.tolist() == [1, 2, 1, 0]
-
-
-def save_llama_like(folder: Path, *, with_bos: bool) -> Path:
-    """A tokenizer with <s> and </s>, which puts <s> before a text by itself or not."""
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "<|end|>": 5}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if with_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
 
 
 def test_choosing_a_separator_does_not_change_the_saved_tokenizer(tmp_path: Path) -> None:
