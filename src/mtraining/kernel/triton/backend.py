@@ -16,6 +16,7 @@ from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton import columns as column_kernels
 from mtraining.kernel.triton import slashes as slash_kernels
+from mtraining.kernel.triton.common import RowLists, key_gradients, strided
 from mtraining.kernel.triton.delta import row_delta_kernel
 from mtraining.kernel.triton.estimate import TritonEstimation
 from mtraining.kernel.triton.hidden import column_tables, tables_of_backward
@@ -57,7 +58,7 @@ class TritonBackend(TritonEstimation):
         delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
         block_m = 32
         row_delta_kernel[(triton.cdiv(rows, block_m) * batch * heads,)](
-            out, dout, delta, *out.stride()[:3], *dout.stride()[:3], rows, heads,
+            strided(out, fixed_row=False), strided(dout, fixed_row=False), delta, rows, heads,
             HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=block_m,
         )  # fmt: skip
         return delta
@@ -78,10 +79,9 @@ class TritonBackend(TritonEstimation):
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         tma = tiles.tma and dim == padded(dim) and _fits_copy_engine(k) and _fits_copy_engine(v)
         block = [1, tiles.block_n, 1, dim]
-        sources = [TensorDescriptor.from_tensor(x, block) for x in (k, v)] if tma else [k, v]
+        descriptors = [TensorDescriptor.from_tensor(x, block) for x in (k, v)] if tma else [k, v]
         slash_kernels.forward_kernel[(batch * heads * rows * (index.block_size // tiles.block_m),)](
-            q, k, v, *sources, new_out, new_lse, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *new_out.stride()[:3],
+            strided(q), strided(k), strided(v), *descriptors, strided(new_out), new_lse, lists.for_kernel(),
             scale, kv_heads, rows, cols, lists.diagonal,
             HAS_PREV=merging, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=index.block_size, HEAD_DIM=dim,
             BLOCK_D=padded(dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q), TMA=tma,
@@ -126,8 +126,7 @@ class TritonBackend(TritonEstimation):
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         total, adding = partial(q, dq)
         slash_kernels.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
-            dout, q, k, v, lse, delta, total, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
-            *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *total.stride()[:3],
+            strided(dout), strided(q), strided(k), strided(v), lse, delta, strided(total), lists.for_kernel(),
             scale, kv_heads, rows, cols, lists.diagonal,
             ADD=adding, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
@@ -152,11 +151,10 @@ class TritonBackend(TritonEstimation):
         while group % splits:
             splits -= 1
         dkv = torch.empty(2, splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device)
-        key_blocks, query_blocks = placement.k_blocks.int(), placement.q_blocks.int()
+        by_key = RowLists(lists.entries, lists.bounds, placement.k_blocks.int(), placement.q_blocks.int())
         slash_kernels.key_gradient_kernel[(programs * splits,)](
-            dout, q, k, v, lse, delta, *dkv, lists.entries, lists.bounds, key_blocks, query_blocks,
-            *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dkv.stride()[1:4],
-            scale, batch, kv_heads, cols, query_blocks.numel(), lists.diagonal,
+            strided(dout), strided(q), strided(k), strided(v), lse, delta, key_gradients(dkv), by_key,
+            scale, batch, kv_heads, cols, placement.q_blocks.numel(), lists.diagonal,
             TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
             num_warps=tiles.warps, num_stages=tiles.stages,
@@ -175,8 +173,7 @@ class TritonBackend(TritonEstimation):
         (new_out, merging), new_lse = partial(q, out), partial_lse(q, lse)
         tables = column_tables(index, q_blocks)
         column_kernels.forward_kernel[(batch * heads * rows * (size // tiles.block_m),)](
-            q, ck, cv, new_out, new_lse, tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto,
-            *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *new_out.stride()[:3],
+            strided(q), strided(ck), strided(cv), strided(new_out), new_lse, tables.for_queries(),
             scale, heads, rows, capacity, index.num_blocks, tables.words.shape[-1],
             HAS_PREV=merging, EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
@@ -196,8 +193,7 @@ class TritonBackend(TritonEstimation):
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
         tiles = choose_tiles("columns_dq", q, size)
         column_kernels.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
-            dout, q, ck, cv, lse, delta, dq, tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto,
-            *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *dq.stride()[:3],
+            strided(dout), strided(q), strided(ck), strided(cv), lse, delta, strided(dq), tables.for_queries(),
             scale, heads, rows, capacity, index.num_blocks, tables.words.shape[-1],
             ADD=True, EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
@@ -220,9 +216,7 @@ class TritonBackend(TritonEstimation):
         splits = ways_to_split(programs, rows, q.device)
         grads = torch.empty(2, splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device)
         column_kernels.key_gradient_kernel[(programs * splits,)](
-            dout, q, ck, cv, lse, delta, *grads, tables.columns, tables.words, tables.q_blocks,
-            tables.first_slot, tables.first_seen,
-            *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *grads.stride()[1:4],
+            strided(dout), strided(q), strided(ck), strided(cv), lse, delta, key_gradients(grads), tables.for_keys(),
             scale, batch, heads, rows, capacity, index.num_blocks, tables.words.shape[-1], splits,
             EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
