@@ -99,9 +99,8 @@ def forward_kernel(
     v_offsets = tile_offsets(v.row, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
 
     scale_log2 = scale * LOG2E
-    queries = load_tile(
-        q_base, tile_offsets(q.row, BLOCK_M, BLOCK_D), HEAD_DIM, BLOCK_D
-    )  # [BLOCK_M, BLOCK_D]
+    # [BLOCK_M, BLOCK_D]
+    queries = load_tile(q_base, tile_offsets(q.row, BLOCK_M, BLOCK_D), HEAD_DIM, BLOCK_D)
     # acc [BLOCK_M, BLOCK_D], top and total [BLOCK_M]
     acc, top, total = load_partial(out_base, out_offsets, lse_rows, HAS_PREV, BLOCK_M, HEAD_DIM, BLOCK_D)
 
@@ -109,9 +108,8 @@ def forward_kernel(
     for t in range(0, tl.cdiv(upto, BLOCK_N)):
         start = tl.cast(t, tl.int64) * BLOCK_N
         present = capacity - t * BLOCK_N
-        keys = _load_keys(
-            k_base + start * k.row, k_offsets, present, EVEN, HEAD_DIM, BLOCK_D
-        )  # [BLOCK_N, BLOCK_D]
+        # [BLOCK_N, BLOCK_D]
+        keys = _load_keys(k_base + start * k.row, k_offsets, present, EVEN, HEAD_DIM, BLOCK_D)
         values = _load_keys(v_base + start * v.row, v_offsets, present, EVEN, HEAD_DIM, BLOCK_D)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         hidden = _hidden(words + t * (BLOCK_N // 32), BLOCK_N)  # [BLOCK_N]
@@ -156,9 +154,8 @@ def query_gradient_kernel(
     v_offsets = tile_offsets(v.row, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
 
     scale_log2 = scale * LOG2E
-    queries = load_tile(
-        q_base, tile_offsets(q.row, BLOCK_M, BLOCK_D), HEAD_DIM, BLOCK_D
-    )  # [BLOCK_M, BLOCK_D]
+    # [BLOCK_M, BLOCK_D]
+    queries = load_tile(q_base, tile_offsets(q.row, BLOCK_M, BLOCK_D), HEAD_DIM, BLOCK_D)
     dout = load_tile(do_base, tile_offsets(do.row, BLOCK_M, BLOCK_D), HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     lse2 = load_lse2(lse_ptr + stat_rows)  # [BLOCK_M]
     delta = tl.load(delta_ptr + stat_rows)  # [BLOCK_M]
@@ -168,9 +165,8 @@ def query_gradient_kernel(
     for t in range(0, tl.cdiv(upto, BLOCK_N)):
         start = tl.cast(t, tl.int64) * BLOCK_N
         present = capacity - t * BLOCK_N
-        keys = _load_keys(
-            k_base + start * k.row, k_offsets, present, EVEN, HEAD_DIM, BLOCK_D
-        )  # [BLOCK_N, BLOCK_D]
+        # [BLOCK_N, BLOCK_D]
+        keys = _load_keys(k_base + start * k.row, k_offsets, present, EVEN, HEAD_DIM, BLOCK_D)
         values = _load_keys(v_base + start * v.row, v_offsets, present, EVEN, HEAD_DIM, BLOCK_D)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         hidden = _hidden(words + t * (BLOCK_N // 32), BLOCK_N)  # [BLOCK_N]

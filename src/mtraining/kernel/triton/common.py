@@ -136,7 +136,7 @@ def load_lse2(ptr):
 def tile_row(
     lists: RowLists, n_rows, n_cols, diagonal, bh, i, TOEPLITZ: tl.constexpr, KEY_MAJOR: tl.constexpr
 ):
-    """Where row ``i`` of head ``bh`` finds its tiles: a :class:`TileRow`; triton/lists.py has the two kinds of lists."""
+    """The :class:`TileRow` of row ``i`` of head ``bh``; triton/lists.py has the two kinds of lists."""
     if TOEPLITZ:
         pitch = n_rows + n_cols
         low = n_rows - 1 - i if KEY_MAJOR else i

@@ -97,9 +97,8 @@ def forward_kernel(
     v_offsets = tile_offsets(v.row, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
 
     scale_log2 = scale * LOG2E
-    queries = load_tile(
-        q_base, tile_offsets(q.row, BLOCK_M, BLOCK_D), HEAD_DIM, BLOCK_D
-    )  # [BLOCK_M, BLOCK_D]
+    # [BLOCK_M, BLOCK_D]
+    queries = load_tile(q_base, tile_offsets(q.row, BLOCK_M, BLOCK_D), HEAD_DIM, BLOCK_D)
     # acc [BLOCK_M, BLOCK_D], top and total [BLOCK_M]
     acc, top, total = load_partial(out_base, out_offsets, lse_rows, HAS_PREV, BLOCK_M, HEAD_DIM, BLOCK_D)
     SUB: tl.constexpr = SIZE // BLOCK_N
@@ -155,9 +154,8 @@ def query_gradient_kernel(
     v_offsets = tile_offsets(v.row, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
 
     scale_log2 = scale * LOG2E
-    queries = load_tile(
-        q_base, tile_offsets(q.row, BLOCK_M, BLOCK_D), HEAD_DIM, BLOCK_D
-    )  # [BLOCK_M, BLOCK_D]
+    # [BLOCK_M, BLOCK_D]
+    queries = load_tile(q_base, tile_offsets(q.row, BLOCK_M, BLOCK_D), HEAD_DIM, BLOCK_D)
     dout = load_tile(do_base, tile_offsets(do.row, BLOCK_M, BLOCK_D), HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     lse2 = load_lse2(lse_ptr + stat_rows)  # [BLOCK_M]
     delta = tl.load(delta_ptr + stat_rows)  # [BLOCK_M]
