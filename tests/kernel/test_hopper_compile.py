@@ -21,6 +21,7 @@ from mtraining.kernel.hopper import forward as hopper_forward
 from mtraining.kernel.hopper import keys as hopper_keys
 from mtraining.kernel.hopper import queries as hopper_queries
 from mtraining.kernel.hopper.items import ColumnLists, Options, Target
+from mtraining.kernel.hopper.keys import KeyOptions
 from mtraining.kernel.triton.common import KeyGradients, RowLists
 from mtraining.kernel.triton.hidden import KeyTables
 
@@ -36,8 +37,8 @@ KERNELS: dict[str, tuple[Any, dict[str, int], dict[str, object]]] = {
     "forward, columns too": (hopper_forward.forward_kernel, VISITED, {"FINAL": True, "HAS_PREV": False}),
     "dq, tiles": (hopper_queries.query_gradient_kernel, VISITED, {"COLUMNS": False}),
     "dq, columns too": (hopper_queries.query_gradient_kernel, VISITED, {"FINAL": True}),
-    "dk and dv, tiles": (hopper_keys.key_tiles_kernel, {}, {"STAGES": 3}),
-    "dk and dv, columns": (hopper_keys.key_columns_kernel, {}, {"STAGES": 3}),
+    "dk and dv, tiles": (hopper_keys.key_tiles_kernel, {}, {"STAGES": 3, "COLUMNS": False}),
+    "dk and dv, columns": (hopper_keys.key_columns_kernel, {}, {"STAGES": 3, "GROUP": 1}),
 }
 
 
@@ -53,8 +54,6 @@ def kind_of(name: str, bundle: str, rows: dict[str, int], dim: int) -> Any:
         return {"Target": Target, "KeyGradients": KeyGradients}[bundle](
             "*fp32", "*fp32", "i64", "constexpr", "i64"
         )
-    if bundle == "Options":
-        return Options(*["constexpr"] * len(Options._fields))
     return {"counter": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}.get(name, "i32")
 
 
@@ -66,20 +65,19 @@ def compiled(name: str, dim: int, **more: object) -> Any:
     }  # fmt: skip
     bundles = kernel.fn.__annotations__
     kinds = {
-        arg: "constexpr" if arg in chosen else kind_of(arg, bundles.get(arg, ""), rows, dim)
+        arg: "constexpr" if arg == "options" else kind_of(arg, bundles.get(arg, ""), rows, dim)
         for arg in kernel.arg_names
     }
+    bundle: Any = KeyOptions if "dk and dv" in name else Options
     constants: dict[tuple[int, ...], object] = {}
     aligned: list[tuple[int, ...]] = []
-    for i, (arg, kind) in enumerate(kinds.items()):
-        if isinstance(kind, Options):
-            constants |= {(i, j): chosen[field] for j, field in enumerate(Options._fields)}
-        elif isinstance(kind, tuple):
+    for i, kind in enumerate(kinds.values()):
+        if isinstance(kind, tuple):
             row = (8 if "dk and dv" in name else 32) * dim
             constants |= {(i, j): row for j, member in enumerate(kind) if member == "constexpr"}
             aligned += [(i, j) for j, member in enumerate(kind) if member[0] == "*"]
         elif kind == "constexpr":
-            constants[(i,)] = chosen[arg]
+            constants[(i,)] = bundle(*(chosen[field] for field in bundle._fields))
         elif kind[0] == "*":
             aligned.append((i,))
     attributes = {path: [["tt.divisibility", 16]] for path in aligned}

@@ -97,24 +97,13 @@ def test_compiles(name: str, capability: int) -> None:
 def compiled_probe(kernel: Any, capability: int, dim: int, size: int, probes: int = 256) -> Any:
     """A kernel of the probe for bf16; ``size``: tokens of a block diagonal, 1 for distances."""
     tiles = triton_probe.probe_tiles(probes, dim, 2, divmod(capability, 10), size)
-    chosen: dict[str, object] = {
-        "SIZE": size, "KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "BLOCK_M": tiles.queries,
-        "BLOCK_N": tiles.keys, "PRECISION": "tf32",
-    }  # fmt: skip
-    kinds = dict.fromkeys(("probe_ptr", "k_ptr"), "*bf16") | dict.fromkeys(("scale_log2", "unit"), "fp32")
+    constants = (size, 8, 4, dim, padded(dim), tiles.queries, tiles.keys, "tf32")
+    kinds: dict[str, Any] = dict.fromkeys(("probe", "k"), Strided("*bf16", "i32", "i32", "i32"))
+    kinds |= dict.fromkeys(("scale_log2", "unit"), "fp32")
     kinds |= dict.fromkeys(("probe_pos_ptr", "key_pos_ptr", "total_ptr"), "*i64")
-    names = kernel.arg_names
-    types = {
-        arg: "constexpr" if arg in chosen else kinds.get(arg, "*fp32" if arg.endswith("_ptr") else "i32")
-        for arg in names
-    }
-    constants = {(i,): chosen[arg] for i, arg in enumerate(names) if arg in chosen}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, arg in enumerate(names)
-        if types[arg].startswith("*") or re.fullmatch(r"[qk]_[bpsh]", arg)
-    }
-    source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+    kinds["shape"] = "constexpr"
+    types = {arg: kinds.get(arg, "*fp32" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
+    source = source_of(kernel, types, {"shape": triton_probe.Shape(*constants)}, 0)
     return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=tiles.options)
 
 

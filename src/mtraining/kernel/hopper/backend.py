@@ -19,6 +19,7 @@ from mtraining.kernel.hopper import forward as hopper_forward
 from mtraining.kernel.hopper import keys as hopper_keys
 from mtraining.kernel.hopper import queries as hopper_queries
 from mtraining.kernel.hopper.items import ColumnLists, Options, Target
+from mtraining.kernel.hopper.keys import KeyOptions
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton.backend import (
@@ -101,8 +102,7 @@ class HopperBackend(TritonBackend):
         hopper_keys.key_tiles_kernel[(batch * kv_heads * cols * splits,)](
             _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(k, _HALF), _boxes(v, _HALF), _rows(lse2), _rows(delta),
             key_gradients(dkv), by_key, scale, batch, kv_heads, cols, rows, lists.diagonal,
-            TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES,
-            STAGES=_KEY_STAGES, num_warps=_WARPS,
+            KeyOptions(lists.toeplitz, False, group, splits, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
         )  # fmt: skip
 
         def query_gradient(
@@ -138,7 +138,7 @@ class HopperBackend(TritonBackend):
             _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(ck, _HALF), _boxes(cv, _HALF), _rows(lse2),
             _rows(delta), key_gradients(grads), tables.for_keys(), scale, batch, heads, rows, capacity,
             index.num_blocks, tables.words.shape[-1], splits,
-            SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES, STAGES=_KEY_STAGES, num_warps=_WARPS,
+            KeyOptions(False, True, 1, 1, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
         )  # fmt: skip
         return summed(grads, splits)
 
@@ -168,7 +168,7 @@ class _QueryWork:
         self._constants = (lists.toeplitz, columns is not None, heads // k.shape[2], BLOCK, dim, _STAGES)
 
     def options(self, merging: bool, final: bool) -> Options:
-        return Options(*map(gl.constexpr, (merging, final, *self._constants)))
+        return Options(merging, final, *self._constants)
 
 
 class _Target:

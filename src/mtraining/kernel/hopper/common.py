@@ -38,8 +38,7 @@ rooms.empty        STAGES  each group: queries used         producer            
 =================  ======  ===============================  ==========================  ===========================
 
 ``docs/figures/pipeline.svg`` draws one block of the forward kernel. Bundles of arguments are named tuples, as in
-triton/common.py. A bundle of constants (``options``) must be passed on as it came: assigned to a name, its values would
-become numbers that the compiler does not know.
+triton/common.py; ``options`` is a bundle of constants.
 """
 
 from __future__ import annotations

@@ -34,7 +34,6 @@ from mtraining.kernel.hopper.common import (
 )
 from mtraining.kernel.hopper.items import (
     ColumnLists,
-    Options,
     Queries,
     Queue,
     Sources,
@@ -67,7 +66,7 @@ class Running(NamedTuple):
 @gluon.jit
 def _step(
     running: Running, done, t, word, columns: ColumnVisit, scale_log2, q, zero, keys: Keys,
-    W: gl.constexpr, COLUMN: gl.constexpr, options: Options,
+    W: gl.constexpr, COLUMN: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile number ``done + 1`` beside the values of number ``done``.
 
@@ -107,11 +106,14 @@ def _step(
 @gluon.jit
 def _consumer(
     queries: Queries, keys: Keys, queue: Queue, out_desc, out: Target, lse_ptr, work: Work, scale_log2,
-    W: gl.constexpr, options: Options,
+    W: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
     """(out, lse) of 64 queries of each block, going on from the previous partial result if HAS_PREV."""
     SIZE: gl.constexpr = options.SIZE
     HEAD_DIM: gl.constexpr = options.HEAD_DIM
+    HAS_PREV: gl.constexpr = options.HAS_PREV
+    FINAL: gl.constexpr = options.FINAL
+    COLUMNS: gl.constexpr = options.COLUMNS
     HALF: gl.constexpr = SIZE // 2
     S_MMA: gl.constexpr = product_layout(SIZE)
     O_MMA: gl.constexpr = product_layout(HEAD_DIM)
@@ -124,9 +126,9 @@ def _consumer(
     turn = 0
     item = taken(turn, queue)
     while item < work.items:
-        visit = visit_of(item, work, options.TOEPLITZ, options.COLUMNS, SIZE)
+        visit = visit_of(item, work, options.TOEPLITZ, COLUMNS, SIZE)
         steps = visit.columns.steps + visit.tile_steps
-        if steps > 0 or options.FINAL or not options.HAS_PREV:
+        if steps > 0 or FINAL or not HAS_PREV:
             first_row = visit.block * SIZE + W * HALF
             at = (
                 visit.batch.to(gl.int64) * out.batch
@@ -139,7 +141,7 @@ def _consumer(
                 lane[:, None] * out.row + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_MMA))[None, :]
             )
             lse_ptrs = lse_ptr + visit.bh * work.n_rows * SIZE + first_row + gl.arange(0, HALF, layout=S_ROW)
-            if options.HAS_PREV:
+            if HAS_PREV:
                 acc = gl.load(out.previous + at + offsets)  # [64, HEAD_DIM]
                 top = gl.load(lse_ptrs) * LOG2E  # [64]
                 total = gl.where(top == float("-inf"), 0.0, 1.0)  # [64]
@@ -156,12 +158,12 @@ def _consumer(
                 k = keys.k.index(stage).reshape([SIZE, HEAD_DIM])
                 s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)  # [64, SIZE]
                 mbarrier.arrive(keys.k_empty.index(stage), count=1)
-                if options.COLUMNS:
+                if COLUMNS:
                     word = hidden_word(visit.columns, 0, SIZE)
                 else:
                     word = 0
-                s = hide_first(s, visit.tile_steps, visit.own, word, visit.columns, W, options.COLUMNS, SIZE)
-                weights, alpha, top, total = softmax_weights(s, top, total, scale_log2, options.COLUMNS)
+                s = hide_first(s, visit.tile_steps, visit.own, word, visit.columns, W, COLUMNS, SIZE)
+                weights, alpha, top, total = softmax_weights(s, top, total, scale_log2, COLUMNS)
                 acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
                 p = gl.convert_layout(weights.to(queries.q.dtype), WEIGHTS)  # [64, SIZE]
 
@@ -171,7 +173,7 @@ def _consumer(
                     running, done = _step(
                         running, done, t, word, visit.columns, scale_log2, q, zero, keys, W, False, options
                     )
-                if options.COLUMNS:
+                if COLUMNS:
                     first = gl.where(visit.tile_steps > 0, 0, 1)
                     word = hidden_word(visit.columns, first, SIZE)
                     for t in range(first, visit.columns.steps):
@@ -195,7 +197,7 @@ def _consumer(
             acc = acc * gl.convert_layout(1.0 / total, O_ROW)[:, None]
             gl.store(lse_ptrs, gl.where(empty, float("-inf"), (top + gl.log2(total)) * LN2))
             # Elements of 2 bytes leave in whole lines, through the room of the queries.
-            if options.FINAL:
+            if FINAL:
                 q.store(acc.to(queries.q.dtype))
                 fence_async_shared()
                 tma.async_copy_shared_to_global(
@@ -214,7 +216,7 @@ def _consumer(
 @gluon.jit(do_not_specialize=["items", "n_rows", "heads", "n_cols", "diagonal", "capacity", "words_row"])
 def forward_kernel(
     q_desc, k_desc, v_desc, ck_desc, cv_desc, out_desc, out: Target, lse_ptr, counter, tiles: RowLists,
-    columns: ColumnLists, scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row, options: Options,
+    columns: ColumnLists, scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row, options: gl.constexpr,
 ):  # fmt: skip
     """Every block of queries over its slash tiles and, if there are any (COLUMNS), its columns.
 
@@ -233,13 +235,7 @@ def forward_kernel(
         [
             (_consumer, (queries, keys, queue, out_desc, out, lse_ptr, work, scale_log2, 0, options)),
             (_consumer, (queries, keys, queue, out_desc, out, lse_ptr, work, scale_log2, 1, options)),
-            (
-                producer,
-                (
-                    sources, queries, keys, queue, counter, work,
-                    False, options.HAS_PREV and not options.FINAL, options,
-                ),
-            ),
+            (producer, (sources, queries, keys, queue, counter, work, False, options)),
         ],
         [4, 1],
         [240, 24],

@@ -18,7 +18,7 @@ from mtraining.kernel.triton.common import RowLists, tile_row, tile_slot
 
 
 class Options(NamedTuple):
-    """Constants of a query-major kernel.
+    """Constants of a query-major kernel, whose argument ``options`` it is.
 
     Attributes:
         HAS_PREV: there is an earlier partial result to go on from.
@@ -30,14 +30,14 @@ class Options(NamedTuple):
         STAGES: tiles in shared memory, being fetched or in use.
     """
 
-    HAS_PREV: Any
-    FINAL: Any
-    TOEPLITZ: Any
-    COLUMNS: Any
-    GROUP: Any
-    SIZE: Any
-    HEAD_DIM: Any
-    STAGES: Any
+    HAS_PREV: bool
+    FINAL: bool
+    TOEPLITZ: bool
+    COLUMNS: bool
+    GROUP: int
+    SIZE: int
+    HEAD_DIM: int
+    STAGES: int
 
 
 class ColumnLists(NamedTuple):
@@ -206,7 +206,7 @@ def fetch_keys(t, start, batch, head, k_desc, v_desc, keys: Keys, STAGES: gl.con
 
 
 @gluon.jit
-def fetch_step(t, done, visit: Visit, sources: Sources, keys: Keys, options: Options):
+def fetch_step(t, done, visit: Visit, sources: Sources, keys: Keys, options: gl.constexpr):
     """Copy what step ``t`` of a block of queries visits: its slash tiles first, then its columns."""
     if t < visit.tile_steps:
         slot = tile_slot(gl.load(visit.entries + t), visit.origin, options.TOEPLITZ, False)
@@ -222,13 +222,14 @@ def fetch_step(t, done, visit: Visit, sources: Sources, keys: Keys, options: Opt
 @gluon.jit
 def producer(
     sources: Sources, queries: Queries, keys: Keys, queue: Queue, counter, work: Work,
-    GRADIENT: gl.constexpr, IN_PLACE: gl.constexpr, options: Options,
+    GRADIENT: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
-    """Take block of queries after block of queries, and fetch it (GRADIENT: and dout's) with what it visits.
-
-    IN_PLACE: a block that visits nothing keeps what it has, and the groups pass over it too.
-    """
+    """Take block of queries after block of queries, and fetch it (GRADIENT: and dout's) with what it visits."""
     SIZE: gl.constexpr = options.SIZE
+    HAS_PREV: gl.constexpr = options.HAS_PREV
+    FINAL: gl.constexpr = options.FINAL
+    # A block that visits nothing keeps an earlier result where it stands; the groups pass over it too.
+    IN_PLACE: gl.constexpr = HAS_PREV and not FINAL
     done = 0
     number = 0
     turn = 0

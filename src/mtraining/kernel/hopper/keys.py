@@ -25,24 +25,25 @@ from mtraining.kernel.triton.hidden import KeyTables
 
 
 class KeyOptions(NamedTuple):
-    """Constants of a key-major kernel.
+    """Constants of a key-major kernel, whose argument ``options`` it is.
 
     Attributes:
         TOEPLITZ: the kind of the tile lists (triton/lists.py).
         COLUMNS: keys are columns, else whole blocks.
-        HEADS: query heads that a program walks, one after the other.
+        GROUP: query heads that share the keys; a program walks GROUP // SPLITS of them, one after the other.
         SIZE: keys of a program.
         BLOCK_M: queries of a step.
         STAGES: steps in shared memory, being fetched or in use.
     """
 
-    TOEPLITZ: Any
-    COLUMNS: Any
-    HEADS: Any
-    SIZE: Any
-    HEAD_DIM: Any
-    BLOCK_M: Any
-    STAGES: Any
+    TOEPLITZ: bool
+    COLUMNS: bool
+    GROUP: int
+    SPLITS: int
+    SIZE: int
+    HEAD_DIM: int
+    BLOCK_M: int
+    STAGES: int
 
 
 class KeySources(NamedTuple):
@@ -164,18 +165,19 @@ def _producer(
     own: OwnKeys,
     slashes: SlashRows,
     columns: ColumnRows,
-    options: KeyOptions,
+    options: gl.constexpr,
 ):
     """Fetch the keys and values once, then the queries that see them, step after step."""
     SIZE: gl.constexpr = options.SIZE
     BLOCK_M: gl.constexpr = options.BLOCK_M
     SUB: gl.constexpr = SIZE // BLOCK_M
+    HEADS: gl.constexpr = options.GROUP // options.SPLITS
     here = rooms.kv_full.index(0)
     mbarrier.expect(here, 4 * sources.k.block_type.nbytes)
     fetch_halves(sources.k, own.batch, own.j * SIZE, own.kv_head, here, rooms.k, SIZE // 2)
     fetch_halves(sources.v, own.batch, own.j * SIZE, own.kv_head, here, rooms.v, SIZE // 2)
     done = 0
-    for g in range(0, options.HEADS):
+    for g in range(0, HEADS):
         visit = _visit_of(own.bh0 + g, own.j, slashes, columns, options.TOEPLITZ, options.COLUMNS)
         for t in range(0, visit.count * SUB):
             if options.COLUMNS:
@@ -195,7 +197,7 @@ def _hidden_bits(columns: ColumnRows, i, key, W: gl.constexpr, SIZE: gl.constexp
 
 
 @gluon.jit
-def _hide(s, t, diagonal_first, key, at, bits, columns: ColumnRows, options: KeyOptions):
+def _hide(s, t, diagonal_first, key, at, bits, columns: ColumnRows, options: gl.constexpr):
     """Scores [64, BLOCK_M] of a head's step ``t`` with -inf where a query must not see a key.
 
     Args:
@@ -221,7 +223,7 @@ def _hide(s, t, diagonal_first, key, at, bits, columns: ColumnRows, options: Key
 
 
 @gluon.jit
-def _weights_and_gradient(s, stage, v, zero, scale_log2, rooms: Rooms, options: KeyOptions):
+def _weights_and_gradient(s, stage, v, zero, scale_log2, rooms: Rooms, options: gl.constexpr):
     """Weights and gradient of scores [64, BLOCK_M] of the queries in ``stage``, as left operands of dV and dK."""
     BLOCK_M: gl.constexpr = options.BLOCK_M
     COLUMN: gl.constexpr = gl.SliceLayout(0, product_layout(BLOCK_M))
@@ -241,14 +243,15 @@ def _weights_and_gradient(s, stage, v, zero, scale_log2, rooms: Rooms, options: 
 @gluon.jit
 def _consumer(
     rooms: Rooms, dkv: KeyGradients, own: OwnKeys, slashes: SlashRows, columns: ColumnRows, scale,
-    W: gl.constexpr, options: KeyOptions,
+    W: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of 64 keys over every query that sees them, of HEADS heads one after the other."""
+    """dk and dv of 64 keys over every query that sees them, head after head."""
     SIZE: gl.constexpr = options.SIZE
     HEAD_DIM: gl.constexpr = options.HEAD_DIM
     BLOCK_M: gl.constexpr = options.BLOCK_M
     HALF: gl.constexpr = SIZE // 2
     SUB: gl.constexpr = SIZE // BLOCK_M
+    HEADS: gl.constexpr = options.GROUP // options.SPLITS
     S_MMA: gl.constexpr = product_layout(BLOCK_M)
     O_MMA: gl.constexpr = product_layout(HEAD_DIM)
     key = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, S_MMA))  # [64]
@@ -263,7 +266,7 @@ def _consumer(
     k = rooms.k.index(W).reshape([HALF, HEAD_DIM])
     v = rooms.v.index(W).reshape([HALF, HEAD_DIM])
     done = 0
-    for g in range(0, options.HEADS):
+    for g in range(0, HEADS):
         visit = _visit_of(own.bh0 + g, own.j, slashes, columns, options.TOEPLITZ, options.COLUMNS)
         if visit.count > 0:
             # Prologue: scores of the first queries.
@@ -322,7 +325,7 @@ def _consumer(
 @gluon.jit
 def _key_gradient(
     sources: KeySources, dkv: KeyGradients, own: OwnKeys, slashes: SlashRows, columns: ColumnRows, scale,
-    options: KeyOptions,
+    options: gl.constexpr,
 ):  # fmt: skip
     """Run the two groups and the producer of one program; ``dkv`` points at its first key."""
     HEAD_DIM: gl.constexpr = options.HEAD_DIM
@@ -352,14 +355,15 @@ def _key_gradient(
 @gluon.jit(do_not_specialize=["batches", "kv_heads", "n_rows", "n_cols", "diagonal"])
 def key_tiles_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dkv: KeyGradients, tiles: RowLists,
-    scale, batches, kv_heads, n_rows, n_cols, diagonal,
-    TOEPLITZ: gl.constexpr, GROUP: gl.constexpr, SPLITS: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    scale, batches, kv_heads, n_rows, n_cols, diagonal, options: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys from GROUP / SPLITS query heads of its group; rows are key blocks here.
 
     dk and dv are (SPLITS, batch, keys, kv_heads, head_dim): a caller with SPLITS > 1 sums over the first axis.
     """
+    SIZE: gl.constexpr = options.SIZE
+    GROUP: gl.constexpr = options.GROUP
+    SPLITS: gl.constexpr = options.SPLITS
     HEADS: gl.constexpr = GROUP // SPLITS
     pid = gl.program_id(0)
     split = pid % SPLITS
@@ -382,20 +386,20 @@ def key_tiles_kernel(
         # There are no columns; any pointer will do.
         ColumnRows(0, 0, tiles.entries, tiles.entries, 0, tiles.row_blocks, 0, SIZE),
         scale,
-        KeyOptions(TOEPLITZ, False, HEADS, SIZE, HEAD_DIM, BLOCK_M, STAGES),
+        options,
     )
 
 
 @gluon.jit(do_not_specialize=["batches", "heads", "n_rows", "capacity", "num_blocks", "words_row", "splits"])
 def key_columns_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dkv: KeyGradients, tables: KeyTables,
-    scale, batches, heads, n_rows, capacity, num_blocks, words_row, splits,
-    SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    scale, batches, heads, n_rows, capacity, num_blocks, words_row, splits, options: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of columns over one of ``splits`` equal shares of the queries that see it.
 
     dk and dv are (splits, batch, capacity, heads, head_dim): the caller sums over the first axis.
     """
+    SIZE: gl.constexpr = options.SIZE
     pid = gl.program_id(0)
     split = pid % splits
     head = (pid // splits) % heads
@@ -429,5 +433,5 @@ def key_columns_kernel(
         SlashRows(RowLists(unused, unused, unused, unused), n_rows, n_rows, 0),
         ColumnRows(begin, end, positions, words, words_row, tables.q_blocks, masked_to, present),
         scale,
-        KeyOptions(False, True, 1, SIZE, HEAD_DIM, BLOCK_M, STAGES),
+        options,
     )

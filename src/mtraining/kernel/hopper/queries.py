@@ -32,7 +32,6 @@ from mtraining.kernel.hopper.common import (
 )
 from mtraining.kernel.hopper.items import (
     ColumnLists,
-    Options,
     Queries,
     Queue,
     Sources,
@@ -47,18 +46,19 @@ from mtraining.kernel.triton.common import RowLists
 
 
 @gluon.jit
-def _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys: Keys, options: Options):
+def _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys: Keys, options: gl.constexpr):
     """Gradient of scores ``s`` [64, SIZE] of tile number ``done``, as the left operand of dQ [64, SIZE].
 
     do [64, HEAD_DIM] in shared memory, lse2 and delta [64].
     """
     stage = done % options.STAGES
     v = keys.v.index(stage).reshape([options.SIZE, options.HEAD_DIM])
-    mbarrier.wait(keys.v_full.index(stage), (done // options.STAGES) & 1)
+    full, empty = keys.v_full.index(stage), keys.v_empty.index(stage)
+    mbarrier.wait(full, (done // options.STAGES) & 1)
     token = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
     weights = gl.exp2(s * scale_log2 - lse2[:, None])
     dweights = warpgroup_mma_wait(0, deps=[token])
-    mbarrier.arrive(keys.v_empty.index(stage), count=1)
+    mbarrier.arrive(empty, count=1)
     operand: gl.constexpr = gl.DotOperandLayout(0, product_layout(options.HEAD_DIM), 2)
     return gl.convert_layout((weights * (dweights - delta[:, None])).to(do.dtype), operand)
 
@@ -66,7 +66,7 @@ def _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys: Keys, opti
 @gluon.jit
 def _step(
     s, dq, done, t, word, columns: ColumnVisit, lse2, delta, scale_log2, q, do, zero, keys: Keys,
-    W: gl.constexpr, COLUMN: gl.constexpr, options: Options,
+    W: gl.constexpr, COLUMN: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
     """dQ of tile number ``done``, whose scores are ``s``, and the scores of the next one.
 
@@ -97,11 +97,14 @@ def _step(
 @gluon.jit
 def _consumer(
     queries: Queries, keys: Keys, queue: Queue, dq_desc, out: Target, lse_ptr, delta_ptr, work: Work, scale,
-    W: gl.constexpr, options: Options,
+    W: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
     """dq of 64 queries of each block, added to the previous one if HAS_PREV."""
     SIZE: gl.constexpr = options.SIZE
     HEAD_DIM: gl.constexpr = options.HEAD_DIM
+    HAS_PREV: gl.constexpr = options.HAS_PREV
+    FINAL: gl.constexpr = options.FINAL
+    COLUMNS: gl.constexpr = options.COLUMNS
     HALF: gl.constexpr = SIZE // 2
     S_MMA: gl.constexpr = product_layout(SIZE)
     O_MMA: gl.constexpr = product_layout(HEAD_DIM)
@@ -113,9 +116,9 @@ def _consumer(
     turn = 0
     item = taken(turn, queue)
     while item < work.items:
-        visit = visit_of(item, work, options.TOEPLITZ, options.COLUMNS, SIZE)
+        visit = visit_of(item, work, options.TOEPLITZ, COLUMNS, SIZE)
         steps = visit.columns.steps + visit.tile_steps
-        if steps > 0 or options.FINAL or not options.HAS_PREV:
+        if steps > 0 or FINAL or not HAS_PREV:
             first_row = visit.block * SIZE + W * HALF
             stat = (
                 visit.bh * work.n_rows * SIZE
@@ -133,11 +136,11 @@ def _consumer(
                 mbarrier.wait(keys.k_full.index(stage), (done // options.STAGES) & 1)
                 k = keys.k.index(stage).reshape([SIZE, HEAD_DIM])
                 s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)  # [64, SIZE]
-                if options.COLUMNS:
+                if COLUMNS:
                     word = hidden_word(visit.columns, 0, SIZE)
                 else:
                     word = 0
-                s = hide_first(s, visit.tile_steps, visit.own, word, visit.columns, W, options.COLUMNS, SIZE)
+                s = hide_first(s, visit.tile_steps, visit.own, word, visit.columns, W, COLUMNS, SIZE)
 
                 # Steady state: gradients of a tile beside scores of the next, slash tiles first, then columns.
                 for t in range(1, visit.tile_steps):
@@ -145,7 +148,7 @@ def _consumer(
                         s, dq, done, t, word, visit.columns, lse2, delta, scale_log2, q, do, zero, keys,
                         W, False, options,
                     )  # fmt: skip
-                if options.COLUMNS:
+                if COLUMNS:
                     first = gl.where(visit.tile_steps > 0, 0, 1)
                     word = hidden_word(visit.columns, first, SIZE)
                     for t in range(first, visit.columns.steps):
@@ -159,14 +162,14 @@ def _consumer(
                 # Drain: gradients of the last tile.
                 ds = _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys, options)
                 # The next block's queries may come while this block ends.
-                if not options.FINAL:
+                if not FINAL:
                     mbarrier.arrive(queries.empty.index(0), count=1)
                 stage = done % options.STAGES
                 dq = warpgroup_mma(ds, keys.k.index(stage).reshape([SIZE, HEAD_DIM]), dq)
                 mbarrier.arrive(keys.k_empty.index(stage), count=1)
                 done += 1
             else:
-                if not options.FINAL:
+                if not FINAL:
                     mbarrier.arrive(queries.empty.index(0), count=1)
 
             # Epilogue: scale, add and write.
@@ -179,10 +182,10 @@ def _consumer(
             lanes = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_MMA))
             offsets = lane[:, None] * out.row + lanes[None, :]  # [64, HEAD_DIM]
             dq = dq * scale
-            if options.HAS_PREV:
+            if HAS_PREV:
                 dq += gl.load(out.previous + at + offsets)
             # Elements of 2 bytes leave in whole lines, through the room of the queries.
-            if options.FINAL:
+            if FINAL:
                 q.store(dq.to(queries.q.dtype))
                 fence_async_shared()
                 tma.async_copy_shared_to_global(
@@ -201,7 +204,7 @@ def _consumer(
 def query_gradient_kernel(
     q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc, dq_desc, out: Target, lse_ptr, delta_ptr, counter,
     tiles: RowLists, columns: ColumnLists, scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row,
-    options: Options,
+    options: gl.constexpr,
 ):  # fmt: skip
     """dq of every block of queries over its slash tiles and, if there are any (COLUMNS), its columns.
 
@@ -220,13 +223,7 @@ def query_gradient_kernel(
         [
             (_consumer, (queries, keys, queue, dq_desc, out, lse_ptr, delta_ptr, work, scale, 0, options)),
             (_consumer, (queries, keys, queue, dq_desc, out, lse_ptr, delta_ptr, work, scale, 1, options)),
-            (
-                producer,
-                (
-                    sources, queries, keys, queue, counter, work,
-                    True, options.HAS_PREV and not options.FINAL, options,
-                ),
-            ),
+            (producer, (sources, queries, keys, queue, counter, work, True, options)),
         ],
         [4, 1],
         [240, 24],
