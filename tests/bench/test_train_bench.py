@@ -51,14 +51,14 @@ def run(worker: Worker, cases: list[TrainCase], path: Path, break_what: str = ""
 
 def break_step(patch: pytest.MonkeyPatch, what: str) -> None:
     if what == "ring":  # where there are several ranks, key gradients are a little short
-        whole = attention._ring_backward
+        whole = attention.ring_backward
 
         def wrong(*args: Any) -> Any:
             dq, dkv = whole(*args)
             dkv[0] *= 0.9 if args[-1].plan.ring.world > 1 else 1.0
             return dq, dkv
 
-        patch.setattr(attention, "_ring_backward", wrong)
+        patch.setattr(attention, "ring_backward", wrong)
     if what == "pattern":  # the timed pattern is not the prescribed one
         real_pattern = TrainCase.pattern
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
-from mtraining.kernel import Backend, ReferenceBackend, SparseIndex, pack_blocks
+from mtraining.kernel import EstimationKernels, ReferenceBackend, SparseIndex, pack_blocks
 
 
 class Collective(Protocol):
@@ -66,7 +66,7 @@ class SequenceShard:
 
     all_positions: Tensor
     comm: Collective = field(default_factory=Alone)
-    backend: Backend = field(default_factory=ReferenceBackend)
+    backend: EstimationKernels = field(default_factory=ReferenceBackend)
 
     @classmethod
     def whole(cls, seq_len: int, device: torch.device | str = "cpu") -> SequenceShard:

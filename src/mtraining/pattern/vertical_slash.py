@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mtraining.kernel import Backend, SparseIndex
+from mtraining.kernel import EstimationKernels, SparseIndex
 from mtraining.kernel.reference.estimate import diagonal_mass
 from mtraining.pattern.base import Pattern, SequenceShard, require
 from mtraining.pattern.diagonals import distances_to_diagonals, heaviest_diagonals
@@ -108,7 +108,7 @@ class VerticalSlash(Pattern):
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
         return estimate_by_head(q, k, shard, scale, (self,) * q.shape[2])
 
-    def select(self, verticals: Tensor, slashes: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+    def select(self, verticals: Tensor, slashes: Tensor, backend: EstimationKernels) -> tuple[Tensor, Tensor]:
         """The budget applied to probe masses.
 
         Args:

@@ -23,11 +23,11 @@ from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import ParallelLM
+from mtraining.model.attention import attach
 from mtraining.model.support import attention_modules, decoder_of
 from mtraining.pattern import Pattern
-from mtraining.ring.attention import Call, _ring_forward, attend_backward
+from mtraining.ring.attention import PreparedCall, attend_backward, attend_prepared
 from mtraining.ring.plan import make_plan
-from mtraining.ring.tape import Recorded, current_tape
 from mtraining.ring.topology import PendingSum, Ring
 
 META = torch.device("meta")
@@ -101,8 +101,8 @@ def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any) ->
     return (*(a.shape[:-2] if b.dim() == 3 else ()), a.shape[-2], b.shape[-1])
 
 
-class ShapeBackend:
-    """Implements :class:`mtraining.kernel.Backend` in shapes: what a GPU kernel returns or works in is there, zero."""
+class ShapeKernels:
+    """Implements :class:`mtraining.kernel.AttentionKernels` in shapes: they allocate what a GPU's do."""
 
     name = "shapes"
 
@@ -193,11 +193,12 @@ class _ShapeRing(Ring):
 
 
 class _Attention(torch.autograd.Function):
-    """:class:`mtraining.ring.attention._SparseRingAttention` with an index given."""
+    """Attention under an index that is given, its memory measured."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runtime: ShapeRuntime) -> Tensor:
-        out, lse = runtime.attend(q, k, v)
+        with runtime.live.in_attention():
+            out, lse, _ = attend_prepared(q, k, v, runtime.prepare)
         ctx.runtime = runtime
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -213,24 +214,15 @@ class _Attention(torch.autograd.Function):
 class ShapeRuntime:
     """Stands in an attention module for :class:`mtraining.ring.AttentionRuntime`."""
 
-    call: Call
+    call: PreparedCall
     live: LiveBytes
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return _Attention.apply(q, k, v, self)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        tape = current_tape()
-        if tape is not None and tape.replaying:
-            recorded = tape.read()
-            if recorded.out is not None and recorded.lse is not None:
-                return recorded.out.detach(), recorded.lse
-        with self.live.in_attention():
-            out, lse = _ring_forward(q, k, v, self.call)
-        if tape is not None and not tape.replaying:
-            held = copied(self.call.index)
-            tape.write(Recorded(held, out.detach(), lse) if tape.keep_outputs else Recorded(held))
-        return out, lse
+    def prepare(self, index: SparseIndex | None) -> PreparedCall:
+        """The call with an index of its own, as each layer's estimate makes, or with the one of the first pass."""
+        return replace(self.call, index=copied(self.call.index) if index is None else index)
 
 
 def copied(index: SparseIndex) -> SparseIndex:
@@ -241,7 +233,7 @@ def copied(index: SparseIndex) -> SparseIndex:
 def shape_call(
     pattern: Pattern, layout: Layout, ring: tuple[int, int], seq_len: int, batch: int, heads: int, columns: int,
     device: torch.device = META,
-) -> Call:  # fmt: skip
+) -> PreparedCall:  # fmt: skip
     """What a layer's attention needs, for rank 0 of an (outer, inner) ring.
 
     Args:
@@ -256,7 +248,7 @@ def shape_call(
         torch.zeros(batch, heads, columns, dtype=torch.int32, device=device),
         dense=pattern.name == "dense",
     )
-    return Call(plan, ShapeBackend(), index, 1.0)  # type: ignore[arg-type]
+    return PreparedCall(plan, ShapeKernels(), index, 1.0)
 
 
 @dataclass(frozen=True)
@@ -278,11 +270,11 @@ class Trace:
     attention: int
 
 
-def trace(model: ParallelLM, call: Call, batch: int, local_tokens: int) -> Trace:
+def trace(model: ParallelLM, call: PreparedCall, batch: int, local_tokens: int) -> Trace:
     """Run a parallelized meta model of :data:`LAYERS` layers once, forward and backward."""
     live = LiveBytes()
     for _, module in attention_modules(model.hf_model):
-        module.mtraining_runtime = ShapeRuntime(call, live)  # type: ignore[assignment]
+        attach(module, ShapeRuntime(call, live))
     model._checked_lengths.add(local_tokens)  # positions without numbers cannot be compared
     layers = decoder_of(model.hf_model).layers
     tokens = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from mtraining.kernel import Backend, Placement
+from mtraining.kernel import EstimationKernels, Placement
 from mtraining.kernel.placement import causal_pieces, progression
 from mtraining.layout import Layout
 from mtraining.pattern import SequenceShard
@@ -36,9 +36,14 @@ class RingPlan:
         return self.all_positions.numel()
 
     @cache  # noqa: B019  plans are few and live as long as the process
-    def shard(self, backend: Backend) -> SequenceShard:
+    def shard(self, backend: EstimationKernels) -> SequenceShard:
         """This rank's part of the sequence, as patterns see it."""
         return SequenceShard(self.all_positions, self.ring, backend)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """int64 (seq_len,): local place of a global position on this rank, -1 elsewhere."""
+        return SequenceShard(self.all_positions, self.ring).slots
 
     @property
     def q_blocks(self) -> Tensor:

@@ -15,10 +15,11 @@ from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton import columns as column_kernels
+from mtraining.kernel.triton import compact
 from mtraining.kernel.triton import slashes as slash_kernels
 from mtraining.kernel.triton.common import RowLists, key_gradients, strided
 from mtraining.kernel.triton.delta import row_delta_kernel
-from mtraining.kernel.triton.estimate import TritonEstimation
+from mtraining.kernel.triton.estimate import TritonEstimation, unit_head_dim
 from mtraining.kernel.triton.hidden import column_tables, tables_of_backward
 from mtraining.kernel.triton.lists import TileLists, lists_both_ways, tile_lists
 from mtraining.kernel.triton.tile_sizes import check_block_size, choose_tiles, interpreted, padded
@@ -53,7 +54,7 @@ class TritonBackend(TritonEstimation):
     name = "triton"
 
     def row_delta(self, out: Tensor, dout: Tensor) -> Tensor:
-        out, dout = _lined_up(out), _lined_up(dout)
+        out, dout = unit_head_dim(out), unit_head_dim(dout)
         batch, rows, heads, dim = out.shape
         delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
         block_m = 32
@@ -67,7 +68,7 @@ class TritonBackend(TritonEstimation):
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
         out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        q, k, v = _lined_up(q), _lined_up(k), _lined_up(v)
+        q, k, v = unit_head_dim(q), unit_head_dim(k), unit_head_dim(v)
         check_call(index, scale)
         if columns is not None:
             out, lse = self.columns_forward(q, *columns, index, placement.q_blocks, scale, out, lse)
@@ -93,7 +94,7 @@ class TritonBackend(TritonEstimation):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Placement, scale: float,
     ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
-        dout, q, k, v = _lined_up(dout), _lined_up(q), _lined_up(k), _lined_up(v)
+        dout, q, k, v = unit_head_dim(dout), unit_head_dim(q), unit_head_dim(k), unit_head_dim(v)
         lse, delta = lse.contiguous(), delta.contiguous()
         check_call(index, scale)
         dout = dout.to(q.dtype)
@@ -166,7 +167,7 @@ class TritonBackend(TritonEstimation):
         out: Tensor | None, lse: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(out, lse) of the columns alone, merged with what is there, if anything."""
-        q, ck, cv = _lined_up(q), _lined_up(ck), _lined_up(cv)
+        q, ck, cv = unit_head_dim(q), unit_head_dim(ck), unit_head_dim(cv)
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
         tiles = choose_tiles("columns_forward", q, size)
@@ -187,7 +188,7 @@ class TritonBackend(TritonEstimation):
     ) -> None:  # fmt: skip
         """Add the columns' share to ``dq`` (fp32), in place."""
         tables = tables_of_backward(index, q_blocks, ck)
-        dout, q, ck, cv = _lined_up(dout), _lined_up(q), _lined_up(ck), _lined_up(cv)
+        dout, q, ck, cv = unit_head_dim(dout), unit_head_dim(q), unit_head_dim(ck), unit_head_dim(cv)
         lse, delta = lse.contiguous(), delta.contiguous()
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
@@ -206,7 +207,7 @@ class TritonBackend(TritonEstimation):
     ) -> Tensor:  # fmt: skip
         check_call(index, scale)
         tables = tables_of_backward(index, q_blocks, ck)
-        dout, q, ck, cv = _lined_up(dout), _lined_up(q), _lined_up(ck), _lined_up(cv)
+        dout, q, ck, cv = unit_head_dim(dout), unit_head_dim(q), unit_head_dim(ck), unit_head_dim(cv)
         lse, delta = lse.contiguous(), delta.contiguous()
         dout = dout.to(q.dtype)
         batch, _, heads, dim = q.shape
@@ -224,10 +225,13 @@ class TritonBackend(TritonEstimation):
         )  # fmt: skip
         return summed(grads, splits)
 
+    def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
+        return compact.gather_columns(
+            unit_head_dim(k), unit_head_dim(v), columns.contiguous(), slots.contiguous()
+        )
 
-def _lined_up(x: Tensor) -> Tensor:
-    """The kernels step through head_dim by one; every other stride is free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
+        compact.scatter_columns(unit_head_dim(grads), columns.contiguous(), slots.contiguous(), dkv)
 
 
 def check_call(index: SparseIndex, scale: float) -> None:
@@ -246,7 +250,7 @@ def partial(q: Tensor, previous: Tensor | None) -> tuple[Tensor, bool]:
     from."""
     if previous is None:
         return torch.empty(q.shape, dtype=torch.float32, device=q.device), False
-    return _lined_up(previous), True
+    return unit_head_dim(previous), True
 
 
 def partial_lse(q: Tensor, lse: Tensor | None) -> Tensor:

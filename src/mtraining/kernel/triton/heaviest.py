@@ -166,7 +166,7 @@ def select_kernel(
 
 
 def heaviest(mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Tensor:
-    """See :meth:`mtraining.kernel.backend.Backend.heaviest`.
+    """See :meth:`mtraining.kernel.backend.EstimationKernels.heaviest`.
 
     Args:
         mass: fp32 (rows, n), contiguous.
