@@ -6,7 +6,6 @@ torch and Triton only, so ``python -m mtraining.bench.tiles`` runs where the com
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -22,7 +21,8 @@ from triton.runtime.errors import InterpreterError
 from mtraining.bench.attention import gate
 from mtraining.bench.attention.cases import Case
 from mtraining.bench.attention.problem import Layer, Problem, build
-from mtraining.bench.record import provenance
+from mtraining.bench.options import TilesOptions, parse
+from mtraining.bench.record import plain_table, provenance
 from mtraining.bench.tiles.candidates import candidates
 from mtraining.bench.timing import measure
 from mtraining.errors import UserError
@@ -322,22 +322,12 @@ def table(result: TilesResult) -> tuple[list[str], list[list[str]]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command without the command line's packages: a plain table; 1 where a candidate failed, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m mtraining.bench.tiles", description=__doc__)
-    parser.add_argument("--head-dim", type=int, action="append", default=[], help="may be repeated")
-    parser.add_argument(
-        "--dtype", action="append", default=[], help=f"{', '.join(DTYPES)}; may be repeated; default: bf16"
-    )
-    parser.add_argument("--block-size", type=int, help="of the pattern, in tokens; default: 128")
-    parser.add_argument("--seq-len", type=int, help="tokens of what is timed; default: 32768")
-    args = parser.parse_args(argv)
     try:
-        result, path = bench(args.head_dim, args.dtype, args.block_size, args.seq_len)
+        options, _ = parse(TilesOptions, "python -m mtraining.bench.tiles", __doc__, argv)
+        result, path = bench(options.head_dim, options.dtype, options.block_size, options.seq_len)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    heads, cells = table(result)
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    for line in (heads, *cells):
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(plain_table(*table(result)))
     print(*result.failures, f"wrote {path}" if path else "nothing to write", sep="\n")
     return 1 if result.failures else 0
