@@ -19,7 +19,7 @@ from mtraining.kernel.triton import probe as triton_probe
 from mtraining.kernel.triton import slashes as triton_tiles
 from mtraining.kernel.triton.common import KeyGradients, RowLists, Strided
 from mtraining.kernel.triton.hidden import KeyTables, QueryTables
-from mtraining.kernel.triton.tile_sizes import Tiles, padded, table_tiles
+from mtraining.kernel.triton.tile_sizes import TileSizes, padded, table_tiles
 
 KERNELS = {
     "tiles_forward": triton_tiles.forward_kernel,
@@ -36,7 +36,7 @@ TABLES: dict[str, Any] = {
 }  # of int32
 
 
-def kind_of(name: str, bundle: str, tiles: Tiles, dim: int) -> Any:
+def kind_of(name: str, bundle: str, tiles: TileSizes, dim: int) -> Any:
     """Triton's type of an argument, a tuple of types for a bundle."""
     if name in HALF | FULL:
         return Strided("*bf16" if name in HALF else "*fp32", "i64", "constexpr", "i32")
@@ -68,7 +68,7 @@ def source_of(kernel: Any, kinds: dict[str, Any], chosen: dict[str, object], row
     return ASTSource(kernel, kinds, constexprs=constants, attrs=attributes)
 
 
-def compiled(name: str, capability: int, dim: int, tiles: Tiles, **options: object) -> Any:
+def compiled(name: str, capability: int, dim: int, tiles: TileSizes, **options: object) -> Any:
     kernel = KERNELS[name]
     chosen: dict[str, object] = {
         "HEAD_DIM": dim, "BLOCK_D": padded(dim), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "SIZE": 128,

@@ -51,7 +51,7 @@ _ROUNDS = 6  # of which the first warms up
 
 
 @dataclass(frozen=True)
-class Problem:
+class Setting:
     """What is gated and timed.
 
     Attributes:
@@ -70,8 +70,8 @@ class Problem:
     gate_tokens: int
 
 
-ON_GPUS = Problem(torch.bfloat16, (131072, 262144, 524288), (16, 2, 128), 2048, 0.05, 128, 16384)
-ON_CPUS = Problem(torch.float32, (1024, 2048), (2, 1, 16), 32, 0.3, 16, 512)
+ON_GPUS = Setting(torch.bfloat16, (131072, 262144, 524288), (16, 2, 128), 2048, 0.05, 128, 16384)
+ON_CPUS = Setting(torch.float32, (1024, 2048), (2, 1, 16), 32, 0.3, 16, 512)
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,20 @@ class RingRow:
     exposed_fraction: float
 
 
-def gate(topology: str, mesh: DeviceMesh, device: torch.device, problem: Problem, say: Say) -> bool:
+def gate(topology: str, mesh: DeviceMesh, device: torch.device, setting: Setting, say: Say) -> bool:
     """Whether every layout gives what one process gives; the same answer on every rank."""
     right = True
     for name in LAYOUTS:
         for heads in GATE_HEADS:
-            pattern = gate_pattern(problem.gate_tokens, problem.block_size)
-            case = RingCase(pattern, problem.gate_tokens, name, heads, problem.dtype)
+            pattern = gate_pattern(setting.gate_tokens, setting.block_size)
+            case = RingCase(pattern, setting.gate_tokens, name, heads, setting.dtype)
             whole = case.inputs(device)
             ours, index = case.on_ring(case.local(whole, mesh), mesh)
             errors = torch.tensor(case.errors(ours, case.alone(whole, index), mesh))
             # gloo's maximum passes over another rank's NaN.
             errors.nan_to_num_(torch.inf)
             dist.all_reduce(errors, dist.ReduceOp.MAX)
-            right &= bool((errors <= TOLERANCE[problem.dtype]).all())
+            right &= bool((errors <= TOLERANCE[setting.dtype]).all())
             found = " ".join(f"{what} {e:.1e}" for what, e in zip(RESULTS, errors.tolist(), strict=True))
             say(f"{topology} {name} {heads[0]}/{heads[1]} heads of {heads[2]}: {found}")
     return right
@@ -128,7 +128,7 @@ def milliseconds(begin: Any, end: Any) -> float:
     return float(1000 * (end - begin) if isinstance(begin, float) else begin.elapsed_time(end))
 
 
-def measure(mesh: DeviceMesh | None, tokens: int, device: torch.device, problem: Problem) -> list[float]:
+def measure(mesh: DeviceMesh | None, tokens: int, device: torch.device, setting: Setting) -> list[float]:
     """Median forward and backward milliseconds, peak GiB, and share of exposed waits, of ``tokens`` local tokens.
 
     Each is that of the rank where it is largest. Collective.
@@ -136,11 +136,11 @@ def measure(mesh: DeviceMesh | None, tokens: int, device: torch.device, problem:
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    q, k, v, dout = random_inputs(tokens, problem.heads, device, problem.dtype)
+    q, k, v, dout = random_inputs(tokens, setting.heads, device, setting.dtype)
     for x in (q, k, v):
         x.requires_grad_()
-    pattern = ToeplitzRandom(block_size=problem.block_size, density=problem.density, columns=problem.columns)
-    layout = build_layout("striped", problem.block_size)
+    pattern = ToeplitzRandom(block_size=setting.block_size, density=setting.density, columns=setting.columns)
+    layout = build_layout("striped", setting.block_size)
     times = []
     for _ in range(_ROUNDS):
         # Backward would add to gradients that are there.
@@ -167,7 +167,7 @@ def measure(mesh: DeviceMesh | None, tokens: int, device: torch.device, problem:
     return most.tolist()
 
 
-def run(device: torch.device, out: Path, problem: Problem, say: Say) -> bool:
+def run(device: torch.device, out: Path, setting: Setting, say: Say) -> bool:
     """Gate every ring that the ranks can form; then time every length, each row written as soon as it is known.
 
     Collective; the first rank writes, and only its ``say`` is told. Returns whether the gate was passed.
@@ -178,22 +178,22 @@ def run(device: torch.device, out: Path, problem: Problem, say: Say) -> bool:
     if world % 2 == 0 and world > 2:
         shape, names = (2, world // 2), ("cp_outer", "cp_inner")
         meshes[f"2x{world // 2}"] = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    if not all(gate(name, mesh, device, problem, say) for name, mesh in meshes.items()):
+    if not all(gate(name, mesh, device, setting, say) for name, mesh in meshes.items()):
         say("WRONG: no number is reported")
         return False
     say("right")
     from_here = provenance(device)
-    for tokens in problem.tokens:
-        alone = measure(None, tokens, device, problem)
+    for tokens in setting.tokens:
+        alone = measure(None, tokens, device, setting)
         for topology, mesh in {"none": None, **meshes}.items():
             ranks = 1 if mesh is None else world
             gpus = gpus_in_use(ranks)
-            found = alone if mesh is None else measure(mesh, tokens // world, device, problem)
+            found = alone if mesh is None else measure(mesh, tokens // world, device, setting)
             forward, backward, peak, exposed = found
             efficiency = (alone[0] + alone[1]) / gpus / (forward + backward)
             row = RingRow(
-                from_here.date, from_here.commit, from_here.gpu, gpus, ranks, from_here.torch, tokens, problem.density,
-                problem.columns, topology, round(forward, 2), round(backward, 2), round(efficiency, 3),
+                from_here.date, from_here.commit, from_here.gpu, gpus, ranks, from_here.torch, tokens, setting.density,
+                setting.columns, topology, round(forward, 2), round(backward, 2), round(efficiency, 3),
                 round(peak, 2), round(exposed, 4),
             )  # fmt: skip
             path = write_csv([row], out, "ring") if first else None

@@ -141,11 +141,10 @@ def _merge_kernel(
     at_part = start_of_row(part, batch, head, first)
     new_lse = tl.load(part_lse_ptr + at_lse, mask=lane < left, other=float("-inf"))
     old_lse = tl.load(lse_ptr + at_lse, mask=lane < left, other=float("-inf"))
-    part_offsets, out_offsets = (
-        tile_offsets(part.row, BLOCK_M, BLOCK_D),
-        tile_offsets(out.row, BLOCK_M, BLOCK_D),
-    )
-    new = load_tile_rows(at_part, part_offsets, left, HEAD_DIM, BLOCK_D).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    part_offsets = tile_offsets(part.row, BLOCK_M, BLOCK_D)
+    # [BLOCK_M, BLOCK_D]
+    new = load_tile_rows(at_part, part_offsets, left, HEAD_DIM, BLOCK_D).to(tl.float32)
+    out_offsets = tile_offsets(out.row, BLOCK_M, BLOCK_D)
     old = load_tile_rows(at_out, out_offsets, left, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     top = tl.maximum(new_lse, old_lse)
     safe = tl.where(top == float("-inf"), 0.0, top)
