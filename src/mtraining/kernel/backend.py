@@ -81,8 +81,11 @@ class AttentionKernels(Protocol):
         ...
 
     def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
-        """Add compact column gradients (2, batch, capacity, q_heads, head_dim) to the rows held here of
-        ``dkv`` (2, batch, keys, kv_heads, head_dim), in place, summing the query heads of a group; deterministic."""
+        """Add column gradients to the rows of ``dkv`` that are held here, in place; deterministic.
+
+        ``grads`` are compact, (2, batch, capacity, q_heads, head_dim); ``dkv`` is (2, batch, keys, kv_heads, head_dim).
+        The query heads of a group are summed.
+        """
         ...
 
 

@@ -1,8 +1,8 @@
-"""Vertical-slash, chosen online at every forward: the training pattern of arXiv 2510.18830 (docs/how/estimation.md).
+"""Vertical-slash, chosen online at every forward: the paper's training pattern (arXiv 2510.18830).
 
 Attention under rotary embeddings concentrates on a few columns that all queries read (verticals) and on a few fixed
-distances (slashes). A probe of some queries is scored against all keys; the sum of their softmax gives the mass of each
-column and of each distance; the heaviest ones within the budget are kept.
+distances (slashes). A probe of some queries is scored against all keys. The sum of their softmax gives the mass of each
+column and of each distance, and the heaviest ones within the budget are kept.
 """
 
 from __future__ import annotations

@@ -110,9 +110,8 @@ class ShapeKernels:
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Any, scale: float,
         out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        part = (
-            torch.zeros_like(q) if index.dense else None
-        )  # a dense kernel's own result, before it is merged
+        # A dense kernel's own result, before it is merged.
+        part = torch.zeros_like(q) if index.dense else None
         new, new_lse = self._partial(q, out, lse)
         del part
         return new.to(q.dtype) if final else new, new_lse
@@ -121,7 +120,7 @@ class ShapeKernels:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Any, scale: float,
     ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
-        # a dense kernel has a dq of its own, which it sums in fp32
+        # A dense kernel has a dq of its own, which it sums in fp32.
         work = torch.zeros_like(q, dtype=lse.dtype) if index.dense else None
         parts = [torch.zeros_like(q)] if index.dense else []
         share = k.new_zeros(2, *k.shape, dtype=lse.dtype)

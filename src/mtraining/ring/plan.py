@@ -56,7 +56,7 @@ def make_plan(ring: Ring, layout: Layout, seq_len: int, block_size: int, device:
     """The plan of a sequence of ``seq_len`` tokens over the ring.
 
     Raises:
-        UserError: the layout cannot deal this length in whole blocks.
+        UserError: the layout cannot divide this length in whole blocks.
     """
     layout.check(seq_len, ring.world, block_size)
     blocks = layout.blocks(seq_len, ring.world, block_size)

@@ -2,10 +2,12 @@
 
 Its time is compared with one GPU's share of the same work. On a machine without GPUs it runs a small form, in fp32.
 
-Gate: out and all gradients under an estimated index equal one process holding the whole sequence, in each layout. Then
-forward and backward under a prescribed index (5 % of tiles, 2048 columns, 16 query and 2 kv heads of 128), medians of
-five after a warm-up on the slowest rank, beside one GPU that computes the whole sequence alone. ``efficiency``: the
-lone GPU's time over the number of GPUs, by the ring's time. ``exposed_fraction``: the ring's share of waits.
+Gate: out and all gradients under an estimated index equal one process holding the whole sequence, in each layout.
+
+Then forward and backward are timed under a prescribed index: 5 % of tiles, 2048 columns, 16 query and 2 kv heads of
+128. They stand beside one GPU that computes the whole sequence alone. Times are medians of five after a warm-up, on the
+slowest rank. ``efficiency``: the lone GPU's time over the number of GPUs, by the ring's time. ``exposed_fraction``: the
+ring's share of waits.
 
 ``python -m mtraining.bench.ring`` runs where the command line's packages are missing. Both start a process for each
 GPU, or are one of the processes that torchrun started. Under torchrun more processes than GPUs share them, as

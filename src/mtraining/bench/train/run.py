@@ -1,7 +1,8 @@
 """`mtraining bench train`: whole training steps, sparse beside dense, on the GPUs there are.
 
-The timed step is the trainer's own (model, ring, FSDP2, optimizer), under random weights and a prescribed index, with
-the index estimate of a real run made and dropped. Nothing is timed before its loss and gradients have been found right.
+The timed step is the trainer's own (model, ring, FSDP2, optimizer), under random weights and a prescribed index. The
+index estimate of a real run is made too, and dropped. Nothing is timed before its loss and gradients have been found
+right.
 
 ``python -m mtraining.bench.train`` needs torch and transformers only, where the command line's packages are missing.
 Both start a process for each GPU, or are one of the processes that torchrun started.

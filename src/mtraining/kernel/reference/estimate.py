@@ -21,7 +21,8 @@ def _probe_scores(
 def diagonal_mass(slashes: Tensor, block_size: int) -> Tensor:
     """Mass of each block diagonal, from that of each token distance.
 
-    A pair at distance 128 a + b lies on block diagonal a + 1 if its query is among the first b of its block, else on a.
+    A pair at distance 128 a + b lies on block diagonal a + 1 if its query is among the first b of its block. Else it
+    lies on a.
     A slash has such pairs at every place of a block alike. So a share b / 128 of its mass goes to a + 1, wherever in
     their blocks the probe's few queries happen to stand.
 

@@ -5,8 +5,8 @@ of a piece, with the warps and pipeline stages for it, is the kernel's tile size
 is a *box*.)
 
 Measured sizes come first: `mtraining bench tiles` keeps what it measured on this very GPU in a file
-(measured_tiles.py). Then come the fixed tables here. Nothing is searched at run time, because a search may choose
-differently on the next run, and then neither two ranks nor a resumed run would repeat the same sums. The tables were
+(measured_tiles.py). Then come the fixed tables here. Nothing is searched at run time: a search may choose differently
+on the next run. Then neither two ranks nor a resumed run would repeat the same sums. The tables were
 chosen by measurement on Hopper. For other GPUs they were chosen so that nothing spills and shared memory suffices
 (``docs/log.md``).
 """
@@ -23,9 +23,8 @@ import triton
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import KernelCase, TileSizes, measured_tiles
 
-Table = dict[
-    str, dict[int, TileSizes]
-]  # kernel -> largest padded head_dim served -> tiles, for 2-byte inputs
+# kernel -> largest padded head_dim served -> tile sizes, for 2-byte inputs
+Table = dict[str, dict[int, TileSizes]]
 
 # Data-centre Hopper and Blackwell: 227 KiB of shared memory, accumulators of a whole warp group.
 LARGE: Table = {
