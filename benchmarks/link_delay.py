@@ -2,15 +2,15 @@
 
 torchrun --nproc-per-node 4 benchmarks/link_delay.py OUT.csv       (GPUs over NCCL, or a small form on CPUs over gloo)
 
-Forward and backward of one attention layer under a prescribed index (5 % of tiles on a GPU, and columns), the slowest
-rank's time and the share of it spent waiting for transfers (mtraining.ring.Timeline), medians after a warm-up. Delays
-are multiples of a forward ring step, so that the gain of a ring of rings can be read off: a flat ring hides a delay
-of one step, a hierarchical one of as many as a node has ranks. GPUs also take bandwidths in GB/s. Results must not
-depend on the links, bit for bit, or nothing is reported.
+What is timed: forward and backward of one attention layer under a prescribed index (5 % of tiles on a GPU, and
+columns). What is told: the slowest rank's time, and the share of it spent waiting for transfers
+(mtraining.ring.Timeline), medians after a warm-up. Delays are multiples of a forward ring step, so that
+docs/how/rings.md can be read off: a flat ring hides a delay of one step, a hierarchical one of as many as a node has
+ranks. GPUs also take bandwidths in GB/s. Results must not depend on the links, bit for bit, or nothing is reported.
 
 More processes than GPUs share them (mtraining.bench.processes): ranks on a GPU take turns, and every message between
-pretended nodes goes through sockets. That is slow beside the computing of 5 %, so take fewer tokens and more density,
-as in --tokens 262144 --density 0.5 --delays 0 1 2 3 --repeats 2.
+pretended nodes goes through sockets. That is slow beside the computing of 5 %. So take fewer tokens and more density:
+--tokens 262144 --density 0.5 --delays 0 1 2 3 --repeats 2.
 
 On CPUs the ranks share cores, and one that waits would lend its core to the others. So every kernel call is made to
 last as long as if it had one: STEP seconds for a forward step, twice that backward, half of STEP for the gradients of

@@ -23,7 +23,7 @@ from mtraining.ring import Ring
 
 
 def brute_force_mask(q: Tensor, k: Tensor, p: VerticalSlash) -> Tensor:
-    """(heads, n, n) boolean mask of one sequence, by plain loops over the paper's definition (arXiv 2510.18830)."""
+    """(heads, n, n) boolean mask of one sequence, by plain loops over docs/how/estimation.md."""
     n, heads, dim = q.shape
     group = heads // k.shape[1]
     masks = torch.zeros(heads, n, n, dtype=torch.bool)

@@ -90,7 +90,7 @@ def test_computing_hides_transfers(pool: ProcessPool) -> None:
 
 
 def test_links_between_nodes_slow_a_flat_ring_and_not_a_hierarchical_one(pool: ProcessPool) -> None:
-    """The ring of rings (arXiv 2510.18830) on two nodes of two: messages that take as long as 1.5 steps."""
+    """docs/how/rings.md, on two nodes of two: messages that take as long as 1.5 steps."""
     step, delay = 0.12, 0.18
 
     def run(topology: tuple[int, ...] | None) -> list[tuple[list[RingTimes], float, float]]:

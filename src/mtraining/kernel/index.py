@@ -1,6 +1,6 @@
 """The sparse index: which entries of the attention matrix are computed.
 
-One index holds, for every batch row and query head, the union of these parts (arXiv 2510.18830):
+One index holds, for every batch row and query head, the union of these parts (docs/how/index-format.md):
 
 * *slashes*, as a Toeplitz bitmap over blocks: block (i, j) is computed iff bit ``i - j`` is set, so a head costs
   O(seq_len / block_size) memory whatever the number of rows;

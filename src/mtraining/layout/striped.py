@@ -1,7 +1,8 @@
-"""Block-striped layout (arXiv 2510.18830): stripe b of ``unit`` tokens lives on rank b mod W as local stripe b // W.
+"""Block-striped layout: stripe b of ``unit`` tokens lives on rank b mod W as local stripe b // W.
 
 A ring step then touches one residue class of block distances, the same on every rank: slash work is
 balanced over ranks by construction, and over steps because neighbouring slashes fall into different classes.
+arXiv 2510.18830, balanced sparse ring attention; docs/how/stripes.md.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import Tensor
 def distances_to_diagonals(distances: Tensor, seq_len: int, block_size: int) -> Tensor:
     """Token distances -> the block diagonals that contain them.
 
-    Distance 128 a + b crosses block diagonal a, and a + 1 as well when b > 0.
+    Distance 128 a + b crosses block diagonal a, and a + 1 as well when b > 0 (docs/how/index-format.md).
 
     Args:
         distances: int64 (rows, n), padded with values >= seq_len.

@@ -1,4 +1,4 @@
-"""Vertical-slash, chosen online at every forward: the paper's training pattern (arXiv 2510.18830).
+"""Vertical-slash, chosen online at every forward: the training pattern of arXiv 2510.18830 (docs/how/estimation.md).
 
 Attention under rotary embeddings concentrates on a few columns that all queries read (verticals) and on a few fixed
 distances (slashes). A probe of some queries is scored against all keys. The sum of their softmax gives the mass of each

@@ -1,8 +1,8 @@
 """The one schedule of the ring, flat or hierarchical, forward and backward.
 
 While the inner ring turns over the keys of one node, the keys of the next node travel the outer (slow) link once, in
-the background. A transfer between nodes has ``inner`` compute steps to hide behind instead of one (arXiv 2510.18830).
-A flat ring is the case of one outer round.
+the background. A transfer between nodes has ``inner`` compute steps to hide behind instead of one (docs/how/rings.md;
+arXiv 2510.18830, hierarchical sparse ring attention). A flat ring is the case of one outer round.
 """
 
 from __future__ import annotations

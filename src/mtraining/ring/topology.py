@@ -1,4 +1,4 @@
-"""The context-parallel ranks as one ring, or as a ring of rings (arXiv 2510.18830), and their collectives."""
+"""The context-parallel ranks as one ring, or as a ring of rings (docs/how/rings.md), and their collectives."""
 
 from __future__ import annotations
 

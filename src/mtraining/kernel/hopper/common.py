@@ -4,7 +4,7 @@ A program works on one block of 128 rows at a time, in three parts that run side
 64 rows each. One more warp, the producer, has the copy engine (TMA) fetch what they visit, ahead of them. While one
 group is busy with exponentials the other has the tensor cores. Within a group, the next tile's scores are multiplied
 while this tile's are used. Portable Triton has neither: its tiles of 128 rows leave one program a multiprocessor, whose
-warps all do the same thing at the same time (``docs/log.md``).
+warps all do the same thing at the same time (``docs/experiments/kernels.md``).
 
 Each part counts what it has handled: ``turn`` blocks handed out, ``number`` blocks computed, ``done`` tiles visited.
 Tile number ``t`` uses stage ``t % STAGES`` of shared memory. A barrier completes again and again; its phase is the

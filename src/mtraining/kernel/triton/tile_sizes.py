@@ -8,7 +8,7 @@ Measured sizes come first: `mtraining bench tiles` keeps what it measured on thi
 (measured_tiles.py). Then come the fixed tables here. Nothing is searched at run time: a search may choose differently
 on the next run. Then neither two ranks nor a resumed run would repeat the same sums. The tables were
 chosen by measurement on Hopper. For other GPUs they were chosen so that nothing spills and shared memory suffices
-(``docs/log.md``).
+(``docs/experiments/kernels.md``).
 """
 
 from __future__ import annotations
