@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 from mtraining.data.options import PrepareOptions
 from mtraining.data.sources import UNREADABLE, Item, Skipped, Source, files_signature
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line, nearest
 
 BAD_JSON = "not valid JSON"
 NOT_OBJECT = "not a JSON object"
@@ -83,7 +82,7 @@ def saved_dataset_source(path: Path, options: PrepareOptions) -> Source:
         loaded = load_from_disk(str(path))
     except Exception as error:  # arrow, json and file errors alike
         raise UserError(
-            f"source '{path}' is a damaged saved dataset ({_first_line(error)}); save it again"
+            f"source '{path}' is a damaged saved dataset ({first_line(error)}); save it again"
         ) from error
     if isinstance(loaded, DatasetDict):
         if options.split not in loaded:
@@ -103,7 +102,7 @@ def hub_dataset_source(name: str, options: PrepareOptions) -> Source:
     except Exception as error:  # the hub, the network and the dataset's own reader each raise their own kinds
         raise UserError(
             f"source '{name}' is neither an existing path nor a Hugging Face dataset that loads "
-            f"({_first_line(error)}); correct the path, or the id, dataset_config and split"
+            f"({first_line(error)}); correct the path, or the id, dataset_config and split"
         ) from error
     return _dataset_source(name, name, loaded, options)
 
@@ -129,11 +128,9 @@ def _check_columns(label: str, columns: Iterable[str], options: PrepareOptions) 
     for option in ("text_column", "name_column"):
         wanted = getattr(options, option)
         if wanted is not None and wanted not in known:
-            near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.0)
+            near = nearest(wanted, known, 0.0)
             hint = (
-                f"set it to '{near[0]}' or another of {', '.join(known)}"
-                if near
-                else "the rows have no columns"
+                f"set it to '{near}' or another of {', '.join(known)}" if near else "the rows have no columns"
             )
             raise UserError(f"{option} '{wanted}' is not in '{label}'; {hint}")
 
@@ -146,8 +143,3 @@ def _row_item(row: dict[str, Any], place: str, options: PrepareOptions) -> Item 
         return Skipped(name, NO_COLUMN)
     text = row[options.text_column]
     return Item(name, text=text) if isinstance(text, str) else Skipped(name, NOT_TEXT)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

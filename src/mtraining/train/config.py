@@ -6,7 +6,6 @@ included, into the run folder. Unknown keys are refused with the nearest known n
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from mtraining.errors import UserError
+from mtraining.errors import UserError, nearest
 from mtraining.model import ModelOptions, Refresh
 from mtraining.pattern import Dense, Pattern, build_pattern, load_table
 from mtraining.train.policy import check_allow
@@ -381,9 +380,9 @@ def _sentence(error: ValidationError, source: str) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        near = nearest(str(problem["loc"][-1]), known, 0.5)
         prefix = "".join(f"{part}." for part in problem["loc"][:-1])
-        remedy = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}."
+        remedy = f"did you mean {prefix}{near}?" if near else f"known keys are {', '.join(known)}."
         return f"unknown key {where} in {source}; {remedy}"
     if problem["type"] == "missing":
         return f"{source} lacks the required key {where}."

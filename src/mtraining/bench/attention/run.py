@@ -21,7 +21,7 @@ from mtraining.bench.attention.problem import Layer, Problem, build
 from mtraining.bench.options import AttentionOptions, parse
 from mtraining.bench.record import Provenance, Row, plain_table, provenance, table, write_csv
 from mtraining.bench.timing import Timing, measure
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line
 from mtraining.kernel import Backend, select_backend
 from mtraining.kernel.measured_tiles import tiles_in_use
 from mtraining.pattern import SequenceShard, VerticalSlash
@@ -117,7 +117,7 @@ class _Bench:
         try:
             self._sparse(case, backend, dense)
         except Exception as crash:
-            self.fail(f"{backend.name}, {case.describe()}: {type(crash).__name__}: {_first_line(crash)}")
+            self.fail(f"{backend.name}, {case.describe()}: {type(crash).__name__}: {first_line(crash)}")
         self._free()
 
     def _sparse(self, case: Case, backend: Backend, dense: _Dense) -> None:
@@ -198,7 +198,7 @@ class _Bench:
         except gate.GateError as wrong:
             self.fail(f"{name}, {case.describe()}: {wrong}")
         except Exception as error:  # another's kernel that cannot run here is no failure of ours
-            self.note(f"{name}: not run on {case.describe()}: {type(error).__name__}: {_first_line(error)}")
+            self.note(f"{name}: not run on {case.describe()}: {type(error).__name__}: {first_line(error)}")
         self._free()
         return rates
 
@@ -263,10 +263,6 @@ def growth(rows: Sequence[Row]) -> list[str]:
                     f"{backend} {phase}, {what} a token relative to {group[0].seq_len} tokens: {parts}"
                 )
     return lines
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
 
 
 def default_backends(device: torch.device) -> tuple[str, ...]:
