@@ -1,13 +1,15 @@
 """Attention over a given sparse index: tensors only, no process groups, no models."""
 
-from mtraining.kernel.backend import Backend
+from mtraining.kernel.backend import AttentionKernels, Backend, EstimationKernels
 from mtraining.kernel.choice import select_backend
 from mtraining.kernel.index import SparseIndex, dense_index, pack_blocks
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.reference.attention import ReferenceBackend, merge
 
 __all__ = [
+    "AttentionKernels",
     "Backend",
+    "EstimationKernels",
     "Placement",
     "ReferenceBackend",
     "SparseIndex",

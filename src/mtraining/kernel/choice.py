@@ -23,8 +23,9 @@ _DENSE: dict[str, type[DenseKernel]] = {"flash4": Flash4Dense, "cudnn": CudnnDen
 def select_backend(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     """The backend for ``kernel``.
 
-    * ``auto``: the fastest for sparse indices, with the fastest dense kernel for dense ones in layouts of runs, which
-      repeats bit for bit where PyTorch is asked for deterministic algorithms; the log says which they are, and why.
+    * ``auto``: the fastest for sparse indices, and the fastest dense kernel for dense ones in layouts that keep runs of
+      tokens together. Where PyTorch is asked for deterministic algorithms it repeats bit for bit. The log says which
+      they are, and why.
     * ``reference`` and ``triton``: everything by that backend, dense attention as tiles too.
     * ``flash4``: flash-attn-4 for tiles and for dense attention, Triton for the rest.
     * ``cudnn`` and ``flash``: dense attention only.

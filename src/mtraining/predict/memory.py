@@ -26,8 +26,8 @@ from mtraining.predict.trace import LAYERS, META, Trace, shape_call, trace
 from mtraining.sizes import size_text
 
 GIB = 2**30
+# What PyTorch does not count: the CUDA context, NCCL's buffers, loaded kernels.
 OUTSIDE = 2 * GIB
-"""What PyTorch does not count: the CUDA context, NCCL's buffers, loaded kernels."""
 _OFFLOAD_RESIDENT = 3  # layers whose kept tensors are on the device: the last one, and two on their way
 
 
@@ -66,11 +66,10 @@ class Prediction:
     """Bytes on the rank that takes most, at the highest moment of a step.
 
     Attributes:
-        moment: which one it is.
-        components: what is there then, by name; they add up to the peak.
-        moments: the total of every moment.
-        attention: what one pass of ring attention has at a time (keys in flight, sums in fp32, columns), a part of a
-            layer's working set at another moment than the peak, or at the peak.
+        moment: which one it is. components: what is there then, by name; they add up to the peak. moments: the total
+        of every moment. attention: what one pass of ring attention has at a time (keys in flight, sums in fp32,
+        columns). It is a part of
+            a layer's working set, at the peak or at another moment.
     """
 
     moment: str
