@@ -181,6 +181,25 @@ def test_dry_run_refuses_what_cannot_fit() -> None:
     assert "40.0 GiB" in sentence and sentence.count(". ") == 0
 
 
+def test_a_fit_leaves_room_for_memory_that_breaks_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5-3B's shape on two H200s, dense: ran with expandable segments, ran out of memory without them."""
+    options = [
+        "parallel.cp=2", "parallel.cp_outer=1", "pattern=dense", "layout.name=zigzag", "train.fused=liger",
+        "train.recompute=keep_attention", "train.batch_size=1",
+    ]  # fmt: skip
+    found, memory = predict_config(load_config(RECIPE, options)), 139.8 * GIB
+    assert found.peak == pytest.approx(118 * GIB, rel=0.01)
+    found.check(memory)
+    assert found.needed > 118.4 * GIB
+    assert dict(found.table())["needed"] == pytest.approx(found.needed / GIB)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    with pytest.raises(
+        UserError, match="use PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, train.recompute"
+    ):
+        found.check(memory)
+    assert found.reserve > 20 * GIB
+
+
 def test_dry_run_without_a_gpu_says_how_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = dry_run()

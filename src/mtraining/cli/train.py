@@ -77,7 +77,7 @@ def _dry_run(settings: Config, memory_gib: float | None) -> None:
     )
     shown.columns[1].justify = "right"
     for name, size in prediction.table():
-        shown.add_row(name, f"{size:.2f}", style="bold" if name.startswith("peak") else "")
+        shown.add_row(name, f"{size:.2f}", style="bold" if name.startswith(("peak", "needed")) else "")
     console.print(shown)
     memory = None if memory_gib is None else memory_gib * GIB
     if memory is None and torch.cuda.is_available():

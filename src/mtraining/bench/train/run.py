@@ -178,14 +178,17 @@ def _outcome(choice: Choice, path: Path) -> Outcome:
 
 def work(choice: Choice, path: Path, say: Say = print) -> int:
     """One process's part; returns its rank. Collective over the processes that torchrun started."""
-    from mtraining.bench.train.worker import (
-        run_cases,
-    )  # with transformers, which the launching process can do without
+    # With transformers, which the launching process can do without.
+    from mtraining.bench.train.worker import run_cases
+    from mtraining.model import use_expandable_segments
 
+    allocator = use_expandable_segments() if choice.on_gpu else ""
     rank, device = int(os.environ["RANK"]), take_device(choice.on_gpu)
     dist.init_process_group(backend_for(device), timeout=_STUCK)
     if rank == 0 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         path.unlink(missing_ok=True)  # another run's, where torchrun's agent had the same number
+        if allocator:
+            say(allocator)
     box = [Progress(path)]
     dist.broadcast_object_list(box)
     progress = box[
