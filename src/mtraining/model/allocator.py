@@ -12,7 +12,7 @@ import os
 import torch
 
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Both names of the allocator's options, in the order in which PyTorch 2.11 to 2.13 look for them: the first one counts."""
+"""Names of the allocator's options, in the order in which PyTorch 2.11 to 2.13 look for them: the first one counts."""
 EXPANDABLE = "expandable_segments:True"
 _EXPANDABLE_RESERVE = 0.03
 """Most seen: 40.9 GiB where the tensors take 40.0."""

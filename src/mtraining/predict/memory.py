@@ -103,9 +103,9 @@ class Prediction:
             return
         expand = "" if segments_expand() else f"{VARIABLES[0]}={EXPANDABLE}, "
         raise UserError(
-            f"a step needs {self.needed / GIB:.1f} GiB on each GPU ({self.moment}; {self.reserve / GIB:.1f} of them for "
-            f"memory that breaks into pieces) and there are {memory / GIB:.1f} GiB: use {expand}train.recompute=full, "
-            "train.offload=true, more GPUs (parallel.cp), or a shorter train.seq_len."
+            f"a step needs {self.needed / GIB:.1f} GiB on each GPU ({self.moment}; {self.reserve / GIB:.1f} of them "
+            f"for memory that breaks into pieces) and there are {memory / GIB:.1f} GiB: use {expand}"
+            "train.recompute=full, train.offload=true, more GPUs (parallel.cp), or a shorter train.seq_len."
         )
 
     def table(self) -> list[tuple[str, float]]:
