@@ -51,7 +51,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Where the layers, the parameters and the loss are the largest; the others are told from these by the slow tests.
+FAST = ("full", "parameters", "loss")
+
+
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in FAST)]
+)
 def test_prediction_is_within_a_tenth_of_what_is_measured(pool: ProcessPool, name: str) -> None:
     case = CASES[name]
     # Ranks have equal shares; gloo's threads, which no GPU has, keep copies of what they sum a moment longer on some.
