@@ -145,13 +145,13 @@ def test_capacity_of_the_columns_of_every_kind_of_pattern() -> None:
 
 
 def test_a_large_model_is_predicted_in_seconds_and_fits_the_target() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for recompute in ("full", "keep_attention"):
         config = load_config(RECIPE, [*FOUR, f"train.recompute={recompute}"])
         found = predict_config(config)
         assert 40 * GIB < found.peak < 100 * GIB  # 512K tokens on four GPUs
         assert found.components["parameters (shard)"] == pytest.approx(3.0859e9 * 4 / 4, rel=0.01)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def dry_run(*options: str) -> Any:
