@@ -78,6 +78,7 @@ def break_step(patch: pytest.MonkeyPatch, what: str) -> None:
         patch.setattr(train_worker, "stepper", stepper)
 
 
+@pytest.mark.slow
 def test_rows_of_two_ranks_with_their_dense_step(pool: ProcessPool, tmp_path: Path) -> None:
     other = replace(SPARSE, layers=1)  # no dense step like it in the run
     found = pool.run(run, 2, cases=[DENSE, SPARSE, other], path=tmp_path / "p")[0]
@@ -93,6 +94,7 @@ def test_rows_of_two_ranks_with_their_dense_step(pool: ProcessPool, tmp_path: Pa
     assert alone.speedup is None and alone.dense_step_seconds is None
 
 
+@pytest.mark.slow
 def test_four_ranks_as_a_ring_of_rings(pool: ProcessPool, tmp_path: Path) -> None:
     cases = [replace(SPARSE, ring="2x2"), replace(SPARSE, ring="2x1")]
     found = pool.run(run, 4, cases=cases, path=tmp_path / "p")[0]
@@ -113,6 +115,7 @@ def test_a_rank_alone_goes_on_after_running_out_of_memory(pool: ProcessPool, tmp
     assert [row.pattern for row in found["rows"]] == ["toeplitz_random"]
 
 
+@pytest.mark.slow
 def test_ranks_started_again_go_on_after_the_case_that_ended_them(pool: ProcessPool, tmp_path: Path) -> None:
     path = tmp_path / "p"
     with pytest.raises(torch.OutOfMemoryError):

@@ -24,7 +24,7 @@ RUN_BY_TEST = {
     "mtraining bench tiles": "tests/kernel/triton_interpreter/test_tiles_command.py::test_the_command",
     "mtraining bench train": "tests/bench/test_train_bench.py::test_the_command",
     "mtraining train recipes/qwen2.5-3b-512k.yaml --dry-run --memory-gib 80": (
-        "tests/train/test_memory.py::test_readmes_dry_run"
+        "tests/predict/test_memory.py::test_readmes_dry_run"
     ),
 }
 # A command that no test can run, and why.

@@ -123,6 +123,7 @@ def test_a_launcher_without_ranks_stops_at_once(
     assert stopped.value.code == 143
 
 
+@pytest.mark.slow
 def test_a_launched_run_that_is_told_to_stop_saves_and_says_so(tmp_path: Path, shards: Path) -> None:
     train = {"steps": 100_000, "kernel": "reference", "batch_size": 1, "micro_batch_size": 1}
     recipe = write_recipe(tmp_path, shards, parallel={"cp": 2}, train=train, checkpoint={"every": 0})

@@ -7,6 +7,7 @@ Parameter names stay the model's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from mtraining.errors import UserError
 from mtraining.kernel import select_backend
 from mtraining.layout import Layout, build_layout
+from mtraining.model.allocator import use_expandable_segments
 from mtraining.model.attention import ATTENTION_NAME, attach, refuse_mask
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
@@ -189,6 +191,9 @@ def parallelize(
 
     Raises:
         UserError: a model, mesh or option that would not be computed as asked.
+
+    On an NVIDIA GPU that nothing has used yet, PyTorch's allocator is set to expandable segments, unless the
+    environment says otherwise (`use_expandable_segments`, which also serves before a model is put on a GPU).
     """
     check_supported(model)
     if model.config._attn_implementation == ATTENTION_NAME:
@@ -205,6 +210,8 @@ def parallelize(
             f"process is enough) or load the model in {param_dtype}."
         )
     device = torch.device(mesh.device_type) if mesh is not None else next(model.parameters()).device
+    if device.type == "cuda":
+        logging.getLogger("mtraining").info(use_expandable_segments())
     if device.type != "meta":  # a dry check has no kernel to choose
         select_backend(kernel, device, param_dtype or own_dtype, head_dim_of(model.config))
 

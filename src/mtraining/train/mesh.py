@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mtraining.errors import UserError
+from mtraining.model import use_expandable_segments
 from mtraining.ring import Ring, prioritise_transfers
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands: its device, its ranks, and the mesh over all processes (of one process too)."""
+    """Where this process stands: its device, its ranks, and the mesh over all processes (of one process too).
+
+    Attributes:
+        allocator: a sentence for the log about how the GPU's memory is taken; empty on a CPU.
+    """
 
     device: torch.device
     mesh: DeviceMesh
@@ -32,6 +37,7 @@ class Runtime:
     world: int
     dp_rank: int
     cp_rank: int
+    allocator: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -115,7 +121,9 @@ def runtime(config: Config) -> Iterator[Runtime]:
     check_world(config.parallel, world)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     device = choose_device(config, int(os.environ.get("LOCAL_RANK", "0")), local_world)
+    allocator = ""
     if device.type == "cuda":
+        allocator = use_expandable_segments()  # before CUDA starts in this process
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
@@ -139,6 +147,7 @@ def runtime(config: Config) -> Iterator[Runtime]:
             world=world,
             dp_rank=rank // config.parallel.cp,
             cp_rank=Ring.over(mesh[cp_dims]).rank,
+            allocator=allocator,
         )
     except BaseException as error:
         # Other ranks may be amid a collective, for whose end NCCL would wait here; bad input is every rank's.

@@ -124,11 +124,16 @@ def work(options: TrainOptions, path: Path, say: Say = print) -> int:
     """One process's part; returns its rank. Collective over the processes that torchrun started."""
     # The worker loads transformers, which the launching process can do without.
     from mtraining.bench.train.worker import run_cases
+    from mtraining.model import use_expandable_segments
 
-    rank, device = int(os.environ["RANK"]), take_device(on_gpu(options.device))
+    with_gpu = on_gpu(options.device)
+    allocator = use_expandable_segments() if with_gpu else ""
+    rank, device = int(os.environ["RANK"]), take_device(with_gpu)
     dist.init_process_group(backend_for(device), timeout=_STUCK)
     if rank == 0 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         path.unlink(missing_ok=True)  # another run's, where torchrun's agent had the same number
+        if allocator:
+            say(allocator)
     box = [Progress(path)]
     dist.broadcast_object_list(box)
     # The first rank's: what it goes on to write is no news, and other nodes have no such file.
