@@ -10,6 +10,7 @@ import torch
 from tiny_models import tiny_model
 
 import mtraining
+from mtraining.bench.options import TrainOptions
 from mtraining.bench.train import run as bench_run
 from mtraining.model.allocator import EXPANDABLE, VARIABLES, reserve_share, segments_expand
 from mtraining.train import mesh
@@ -109,7 +110,7 @@ def test_bench_train_sets_it_before_cuda_starts(gpu: pytest.MonkeyPatch, tmp_pat
     gpu.setenv("RANK", "0")
     gpu.setattr(bench_run, "take_device", start)
     with pytest.raises(Started):
-        bench_run.work(bench_run.Choice(device="cuda"), tmp_path / "progress")
+        bench_run.work(TrainOptions(device="cuda"), tmp_path / "progress")
 
 
 def test_parallelize_sets_it_for_a_gpu_only(
