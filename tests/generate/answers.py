@@ -28,9 +28,11 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "cp2x2": ((2, 2), ("cp_outer", "cp_inner")),
 }
 
+REPLICAS = {"dp2xcp2": ((2, 2), ("dp", "cp"))}
+
 
 def world_of(mesh: str) -> int:
-    return int(torch.tensor(MESHES[mesh][0]).prod())
+    return int(torch.tensor((MESHES | REPLICAS)[mesh][0]).prod())
 
 
 def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
@@ -53,7 +55,7 @@ def generator_for(
     fsdp: bool = False, **options: Any,
 ) -> Generator:  # fmt: skip
     """Over a pool's ranks, or alone; whole weights on each, or FSDP's shards."""
-    grid = None if worker is None else worker.mesh(*MESHES[mesh])
+    grid = None if worker is None else worker.mesh(*(MESHES | REPLICAS)[mesh])
     pattern, dealt = pattern or build_pattern(**DENSE), build_layout(layout, BLOCK)
     if fsdp:
         parallel = parallelize(lively_model(family), grid, pattern=build_pattern(**SPARSE), layout=dealt)

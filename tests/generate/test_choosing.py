@@ -157,7 +157,7 @@ def test_a_single_token_needs_no_decoding() -> None:
     [
         ([[5], []], {}, "prompts: prompt 1 is empty"),
         ([[5, 97]], {}, "prompts: prompt 0 has token 97, beyond the 97 of the model"),
-        ([[5, -1]], {}, "prompts: prompt 0 has token"),
+        ([[5, -1]], {}, "prompts: prompt 0 has token -1, beyond"),
         (
             [[5] * 120],
             {"max_new_tokens": 9},

@@ -37,7 +37,7 @@ def test_every_layout_answers_as_transformers(pool: ProcessPool, layout: str) ->
         check(found, "qwen3")
 
 
-@pytest.mark.parametrize("mesh", ["cp2", "cp2x2"])
+@pytest.mark.parametrize("mesh", ["cp2", "cp2x2", "dp2xcp2"])
 def test_shards_of_fsdp_answer_as_transformers(pool: ProcessPool, mesh: str) -> None:
     for found in pool.run(answers, world=world_of(mesh), family="llama", mesh=mesh, fsdp=True):
         check(found, "llama")

@@ -257,9 +257,10 @@ class Generator:
             raise UserError(f"prompts: prompt {row} is empty; give it at least one token.")
         tokens = torch.as_tensor(prompt, dtype=torch.int64)
         vocabulary = self._config.vocab_size
-        if tokens.min() < 0 or tokens.max() >= vocabulary:
+        unknown = tokens[(tokens < 0) | (tokens >= vocabulary)]
+        if len(unknown):
             raise UserError(
-                f"prompts: prompt {row} has token {int(tokens.max())}, beyond the {vocabulary} of the model; use the "
+                f"prompts: prompt {row} has token {int(unknown[0])}, beyond the {vocabulary} of the model; use the "
                 "model's own tokenizer."
             )
         covered, needed = self._config.max_position_embeddings, len(tokens) + new_tokens
