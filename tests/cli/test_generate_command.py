@@ -125,8 +125,9 @@ def test_a_stop_string_and_draws(run: Path, prompt: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_of_its_own_give_the_same_answer(run: Path, prompt: Path) -> None:
-    alone = told(invoke(run, "--prompt", prompt, *TOKENS))
-    command = [sys.executable, "-m", "mtraining.cli", "generate", str(run), "--prompt", str(prompt), *TOKENS]
+    options = ["--prompt", str(prompt), "--attention", "sparse", *TOKENS]
+    alone = told(invoke(run, *options))
+    command = [sys.executable, "-m", "mtraining.cli", "generate", str(run), *options]
     for more in (["--nproc", "2"], ["--nproc", "2", "--outer", "2"]):
         done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, check=False)
         assert (done.returncode, done.stdout) == (0, alone), done.stderr

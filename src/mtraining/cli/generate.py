@@ -60,7 +60,7 @@ def generate(
     attention: Annotated[
         str,
         typer.Option(
-            help="How prompts are read: dense, sparse, sparse:PATTERN,option=value or sparse:TABLE.yaml."
+            help="How prompts are read: dense, sparse, sparse:PATTERN,option=value or sparse:TABLE."
         ),
     ] = "dense",
     layout: Annotated[

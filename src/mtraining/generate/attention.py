@@ -12,7 +12,7 @@ import yaml
 from mtraining.errors import UserError
 from mtraining.pattern import PATTERNS, Dense, Pattern, VerticalSlash, build_pattern, load_table
 
-FORMS = "dense, sparse, sparse:PATTERN, sparse:PATTERN,option=value,... or sparse:TABLE.yaml"
+FORMS = "dense, sparse, sparse:PATTERN, sparse:PATTERN,option=value,... or sparse:TABLE, a file of mtraining calibrate"
 
 
 @dataclass(frozen=True)

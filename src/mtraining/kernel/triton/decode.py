@@ -2,7 +2,7 @@
 
 A program takes one kv head and one run of consecutive keys, and reads each key and value once for all query heads of
 its group. Runs are short enough that every multiprocessor has several. A second, small kernel joins the partial
-results of a head's runs by their log-sum-exps. (Flash-decoding: https://crfm.stanford.edu/2023/10/12/flashdecoding.html)
+results of a head's runs by their log-sum-exps, as Flash-Decoding does (Dao, Haziza, Massa, Sizov, 2023).
 """
 
 from __future__ import annotations
