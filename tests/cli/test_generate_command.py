@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -239,3 +240,15 @@ def test_attention_that_cannot_be_read(text: str, message: str) -> None:
 def test_rope_options_are_checked(run: Path) -> None:
     with pytest.raises(UserError, match="rotary settings of its own"):
         find_model(str(run), RopeOptions(type="linear"))
+
+
+def test_a_damaged_checkpoint_is_refused(run: Path, prompt: Path, tmp_path: Path) -> None:
+    whole, copy = run / "checkpoints" / "step_00000002", tmp_path / "run"
+    (copy / "checkpoints").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", copy)
+    damaged = Path(shutil.copytree(whole, copy / "checkpoints" / whole.name))
+    shard = max(damaged.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert "damaged" in refused(copy, "--prompt", prompt, *TOKENS)

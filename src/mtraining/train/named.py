@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 
 from mtraining.errors import UserError
 from mtraining.model import ModelOptions, RopeOptions, build_model
 from mtraining.model.load import load_tokenizer
 from mtraining.pattern import Pattern
-from mtraining.train.checks import check_same_model
 from mtraining.train.config import Config, load_config
+from mtraining.train.export import require_model, require_sound
 from mtraining.train.loop import data_tokenizer
-from mtraining.train.store import MANIFEST, CheckpointStore, require_complete
+from mtraining.train.reader import SafeReader, load
+from mtraining.train.store import MANIFEST, CheckpointStore
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,14 @@ class NamedModel:
         if self.run is None or self.checkpoint is None:
             return build_model(options, seq_len, device)[0]
         hf_model, _ = build_model(options, self.run.train.seq_len)
-        manifest = require_complete(self.checkpoint)
+        manifest = require_sound(self.checkpoint)
         # A checkpoint names parameters as the trained model does, which has the transformers model inside.
         parameters = {f"hf_model.{name}": parameter for name, parameter in hf_model.named_parameters()}
         shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
-        check_same_model(shapes, manifest, str(self.checkpoint))
+        require_model(shapes, hf_model.config, manifest, self.checkpoint)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a process may be alone
-            dcp.load({"model": parameters}, storage_reader=FileSystemReader(str(self.checkpoint)))
+            load({"model": parameters}, SafeReader(str(self.checkpoint)))
         return hf_model.to(device)
 
 
