@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mtraining.bench.options import AttentionOptions, RingOptions, TilesOptions, TrainOptions, options_of
+from mtraining.bench.options import (
+    AttentionOptions,
+    DecodeOptions,
+    RingOptions,
+    TilesOptions,
+    TrainOptions,
+    options_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,26 +142,17 @@ def tiles(options: TilesOptions) -> None:
         raise typer.Exit(1)
 
 
-@bench.command()
-def decode(
-    preset: Annotated[str, typer.Option(help="targets or tiny; default: targets, on a CPU tiny.")] = "",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("benchmarks/results"),
-) -> None:
+@_command(DecodeOptions)
+def decode(options: DecodeOptions) -> None:
     """Time decode attention over long caches beside a copy of memory; nothing wrong is timed. Writes a CSV."""
-    from rich.console import Console
-
     from mtraining.bench.decode.run import bench as run
     from mtraining.bench.decode.run import table
 
-    console = Console()
-    rows, path, wrong = run(
-        preset, dtype, device, out, say=lambda text: console.print(text, markup=False, highlight=False)
-    )
+    console, say = _console()
+    rows, path, wrong = run(options.preset, options.dtype, options.device, options.out, say=say)
     _print_table(console, "Decode attention", *table(rows))
     for line in wrong:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    console.print(f"wrote {path}" if path else "no number to write", soft_wrap=True)
+        say(line)
+    say(f"wrote {path}" if path else "no number to write")
     if wrong:
         raise typer.Exit(1)

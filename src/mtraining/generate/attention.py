@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mtraining.errors import UserError
+from mtraining.inputs.yaml_text import read_yaml
 from mtraining.pattern import PATTERNS, Dense, Pattern, VerticalSlash, build_pattern, load_table
 
 FORMS = "dense, sparse, sparse:PATTERN, sparse:PATTERN,option=value,... or sparse:TABLE, a file of mtraining calibrate"
@@ -62,7 +61,4 @@ def _option(text: str, pair: str) -> tuple[str, object]:
         raise UserError(
             f"--attention {text!r}: {pair!r} is no option; write option=value, such as top_p=0.9."
         )
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--attention {text!r}: the value of {key} is not valid YAML; correct it.") from None
+    return key, read_yaml(value, f"--attention {text!r}: the value of {key}")

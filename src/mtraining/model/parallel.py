@@ -144,8 +144,9 @@ class ParallelLM(nn.Module):
             input_ids, position_ids: (batch, local tokens) int64.
             read: from hidden states (batch, local tokens, hidden size) and weight (vocabulary, hidden size).
         """
-        output = decoder_of(self.hf_model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return read(output.last_hidden_state, self._head_weight())
+        with self.positions.lifted():
+            hidden = self._run_layers(input_ids, position_ids)
+        return read(hidden, self._head_weight())
 
     @property
     def num_parameters(self) -> int:
