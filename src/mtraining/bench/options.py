@@ -64,6 +64,16 @@ class AttentionOptions:
 
 
 @dataclass(frozen=True)
+class DecodeOptions:
+    """Of `mtraining bench decode`."""
+
+    preset: str = field(default="", metadata=_help("targets or tiny; default: targets, on a CPU tiny."))
+    dtype: str = field(default="bf16", metadata=_help("bf16, fp16 or fp32."))
+    device: str = field(default="", metadata=_help(_DEVICE))
+    out: Path = field(default=CSV_FOLDER, metadata=_help(_OUT))
+
+
+@dataclass(frozen=True)
 class RingOptions:
     """Of `mtraining bench ring`."""
 

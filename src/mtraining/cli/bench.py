@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mtraining.bench.options import AttentionOptions, RingOptions, TilesOptions, TrainOptions, options_of
+from mtraining.bench.options import (
+    AttentionOptions,
+    DecodeOptions,
+    RingOptions,
+    TilesOptions,
+    TrainOptions,
+    options_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,4 +139,20 @@ def tiles(options: TilesOptions) -> None:
         say(line)
     say(f"wrote {path}" if path else "nothing to write")
     if result.failures:
+        raise typer.Exit(1)
+
+
+@_command(DecodeOptions)
+def decode(options: DecodeOptions) -> None:
+    """Time decode attention over long caches beside a copy of memory; nothing wrong is timed. Writes a CSV."""
+    from mtraining.bench.decode.run import bench as run
+    from mtraining.bench.decode.run import table
+
+    console, say = _console()
+    rows, path, wrong = run(options.preset, options.dtype, options.device, options.out, say=say)
+    _print_table(console, "Decode attention", *table(rows))
+    for line in wrong:
+        say(line)
+    say(f"wrote {path}" if path else "no number to write")
+    if wrong:
         raise typer.Exit(1)
