@@ -55,7 +55,7 @@ def _command(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., None
     return decorate
 
 
-def _print_table(console: Console, title: str, heads: list[str], cells: list[list[str]]) -> None:
+def print_table(console: Console, title: str, heads: list[str], cells: list[list[str]]) -> None:
     """A narrow terminal may break its lines, but a cell cut short would be no number."""
     from rich.table import Table
 
@@ -84,7 +84,7 @@ def attention(options: AttentionOptions) -> None:
 
     console, say = _console()
     result, path = run(options, say)
-    _print_table(console, "Attention", *table(result.rows))
+    print_table(console, "Attention", *table(result.rows))
     say(f"wrote {path}" if path else "no number to write")
     if result.failures:
         raise typer.Exit(1)
@@ -111,7 +111,7 @@ def train(options: TrainOptions) -> None:
     # torchrun's first process has the outcome.
     if outcome is None:
         return
-    _print_table(console, "Training steps", *table(outcome.rows))
+    print_table(console, "Training steps", *table(outcome.rows))
     for line in (*outcome.failures, *outcome.notes):
         say(line)
     say(f"wrote {outcome.path}" if outcome.path else "no number to write")
@@ -134,7 +134,7 @@ def tiles(options: TilesOptions) -> None:
 
     console, say = _console()
     result, path = run(options.head_dim, options.dtype, options.block_size, options.seq_len, say=say)
-    _print_table(console, "Tiles", *table(result))
+    print_table(console, "Tiles", *table(result))
     for line in result.failures:
         say(line)
     say(f"wrote {path}" if path else "nothing to write")
@@ -150,7 +150,7 @@ def decode(options: DecodeOptions) -> None:
 
     console, say = _console()
     rows, path, wrong = run(options.preset, options.dtype, options.device, options.out, say=say)
-    _print_table(console, "Decode attention", *table(rows))
+    print_table(console, "Decode attention", *table(rows))
     for line in wrong:
         say(line)
     say(f"wrote {path}" if path else "no number to write")
