@@ -28,7 +28,7 @@ from mtraining.bench.processes import gpus_in_use, share_gpus
 from mtraining.bench.record import Provenance, appended, provenance
 from mtraining.data import PrepareOptions, prepare
 from mtraining.errors import RunStopped, UserError
-from mtraining.model.smollm2 import SmolLM2
+from mtraining.inputs.smollm2 import SmolLM2
 from mtraining.train.config import Config, load_config
 from mtraining.train.launch import launch
 from mtraining.train.metrics import read_metrics

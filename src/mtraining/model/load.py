@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mtraining.errors import UserError
 from mtraining.inputs.sections import Section
 from mtraining.model.rope import RopeOptions, apply_rope
-from mtraining.model.smollm2 import SMOLLM2, SmolLM2
+from mtraining.inputs.smollm2 import SMOLLM2, SmolLM2
 from mtraining.model.support import check_config, check_supported, head_dim_of
 
 logger = logging.getLogger(__name__)
