@@ -130,8 +130,8 @@ def changed(**fields: Any) -> dict[str, Any]:
         ({"config": {"model_type": "blt"}}, "the config of blt has no num_attention_heads"),
         ({"config": {"model_type": "recurrent_gemma"}}, r"does not say how many positions it knows \(max_position_emb"),
         ({"config": {"model_type": "gemma4_assistant"}}, "'gemma4_assistant' has no default config in transformers"),
-        ({"init": "/no/such/folder", "config": {}}, "'/no/such/folder' is neither a Hugging Face model folder"),
-        ({"tokenizer": "/no/such/tokenizer"}, "model.tokenizer='/no/such/tokenizer' cannot be loaded"),
+        ({"init": "/no/such/folder", "config": {}}, "model.init='/no/such/folder' does not exist; correct the path"),
+        ({"tokenizer": "/no/such/tokenizer"}, "model.tokenizer='/no/such/tokenizer' does not exist; correct"),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(changes: Any, message: str) -> None:

@@ -7,6 +7,7 @@ one question with a deadline comes first, so that a mistyped path costs seconds 
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def find(name: str, what: str, kind: Literal["model", "dataset"], remedy: str) -
     if constants.HF_HUB_OFFLINE:
         lacking = "HF_HUB_OFFLINE keeps the model hub out of reach"
     else:
-        problem = _ask(name, kind)
+        problem = _ask(constants.ENDPOINT, name, kind)
         if problem is None or isinstance(problem, GatedRepoError):  # of a gated one the loader says what it lacks
             return {}
         if isinstance(problem, (RepositoryNotFoundError, HFValidationError)):
@@ -103,15 +104,16 @@ def _nearest(name: str) -> str:
     return f" (did you mean '{path.with_name(near[0])}'?)" if near else ""
 
 
-def _ask(name: str, kind: str) -> Exception | None:
-    """What stands against having ``name`` from the hub; None where it is there."""
-    from huggingface_hub import HfApi, constants
+@functools.cache
+def _ask(endpoint: str, name: str, kind: str) -> Exception | None:
+    """What stands against having ``name`` from the hub; None where it is there. Asked once a process."""
+    from huggingface_hub import HfApi
 
     answer: list[Exception | None] = []
 
     def ask() -> None:
         try:
-            HfApi(endpoint=constants.ENDPOINT).repo_info(name, repo_type=kind, timeout=TIMEOUT)
+            HfApi(endpoint=endpoint).repo_info(name, repo_type=kind, timeout=TIMEOUT)
             answer.append(None)
         except Exception as error:  # the client's, its transport's, the operating system's
             answer.append(error)

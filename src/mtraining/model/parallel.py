@@ -7,8 +7,8 @@ Parameter names stay the model's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,7 @@ from mtraining.model.loss import (
 from mtraining.model.positions import PositionCheck
 from mtraining.model.recompute import recompute_layers
 from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
+from mtraining.model.weights import settle_tied
 from mtraining.pattern import Pattern, build_pattern
 
 _CP_NAMES = (("cp",), ("cp_outer", "cp_inner"))
@@ -121,19 +122,33 @@ class ParallelLM(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each local token, (batch, local tokens) fp32, 0 where ignored. Collective, no gradient."""
-        hidden = self._decode(input_ids, position_ids)
+        """The loss of each local token, (batch, local tokens) fp32, 0 where ignored. Collective, no gradient, no
+        dropout."""
+        with self._measuring():
+            hidden = self._decode(input_ids, position_ids)
         return chunked_token_losses(hidden, self._head_weight(), labels, self.loss_chunk)
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """The decoder's output for the local tokens, (batch, local tokens, hidden size). Collective, no gradient."""
-        return self._decode(input_ids, position_ids)
+        """The decoder's output for the local tokens, (batch, local tokens, hidden size). Collective, no gradient, no
+        dropout."""
+        with self._measuring():
+            return self._decode(input_ids, position_ids)
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """In evaluation mode, and then in the one of before."""
+        before = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(before)
 
     def _decode(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         output = decoder_of(self.hf_model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
@@ -161,7 +176,7 @@ def parallelize(
     refresh: Refresh | str | Mapping[Any, int] = "every_step",
     coverage: int = 0,
 ) -> ParallelLM:
-    """Prepare a transformers causal language model for training on context-parallel shards.
+    """Prepare a transformers causal language model for training on context-parallel shards, in training mode.
 
     Args:
         model: the model, with the same weights on every rank; on CPU, FSDP moves it to the mesh's device
@@ -190,6 +205,7 @@ def parallelize(
         UserError: a model, mesh or option that would not be computed as asked.
     """
     check_supported(model)
+    settle_tied(model)
     if model.config._attn_implementation == ATTENTION_NAME:
         raise UserError("model: this model was already given to parallelize; build a fresh one.")
     if loss_chunk < 1:
@@ -221,7 +237,7 @@ def parallelize(
     )
     if fsdp_mesh is not None:
         _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)
-    return wrapped
+    return wrapped.train()
 
 
 def _set_attention(
