@@ -14,6 +14,7 @@ from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import CACHE_VARIABLE, device_name, tiles_in_use, tiles_path
 from mtraining.layout import build_layout
 from mtraining.model import Refresh
+from mtraining.model.export_folder import check_target
 from mtraining.pattern import load_table
 from mtraining.train.config import Config
 from mtraining.train.identity import check_options
@@ -67,13 +68,16 @@ def check_table(config: Config, layers: int) -> None:
 
 
 def check_output(config: Config) -> None:
-    """Refuse a run folder that cannot be written, or that holds checkpoints which `resume: never` would mix with."""
+    """Refuse a run folder that cannot be written, whose export folder is not an export's, or that holds checkpoints
+    which `resume: never` would mix with."""
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"output={config.output} cannot be made: {error.strerror}; choose another folder."
         ) from None
+    if config.checkpoint.export:
+        check_target(config.output / "export")
     store = CheckpointStore(config.output)
     named, latest = store.named(), store.latest()
     if config.checkpoint.resume == "never":
