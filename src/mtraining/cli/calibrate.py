@@ -115,8 +115,10 @@ def _options(model: str, dtype: str) -> ModelOptions:
 
 def _shape(config: Any) -> tuple[int, int, int]:
     """q_heads, kv_heads, head_dim."""
+    from mtraining.model.support import head_dim_of
+
     heads = config.num_attention_heads
-    return heads, config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim_of(config)
 
 
 def _read(data: Path, tokenizer: Any, vocab_size: int, tokens: int, samples: int, model: str) -> Tensor:

@@ -17,11 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from mtraining.errors import UserError
 from mtraining.model.export_folder import CONFIG, check_target, put_in_place
 from mtraining.model.parallel import ParallelLM
-
-# What readers of before transformers 5 call these where it is not `rope_theta` and `partial_rotary_factor`.
-_OLDER_NAMES = dict.fromkeys(
-    ("gpt_neox", "gpt_neox_japanese"), {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-)
+from mtraining.model.support import OLDER_NAMES
 
 
 def export_model(
@@ -90,6 +86,7 @@ def _write(
         _add_older_keys(temporary / CONFIG, config)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+            _name_older_class(temporary / "tokenizer_config.json")
         put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -105,10 +102,16 @@ def _add_older_keys(path: Path, config: Any) -> None:
 def older_keys(config: Any) -> dict[str, Any]:
     """The rotary settings of a config as transformers 4 names them: a theta, and a scaling (None without one)."""
     parameters = dict(config.rope_parameters)
-    theirs = _OLDER_NAMES.get(config.model_type, {})
+    theirs = OLDER_NAMES.get(config.model_type, {})
     keys = {
         theirs.get(name, name): parameters.pop(name)
         for name in ("rope_theta", "partial_rotary_factor")
         if name in parameters
     }
     return {**keys, "rope_scaling": None if parameters["rope_type"] == "default" else parameters}
+
+
+def _name_older_class(path: Path) -> None:
+    """Name the general tokenizer by its name of before transformers 5, which both know: older ones refuse the new."""
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")

@@ -18,7 +18,7 @@ from mtraining.inputs import hub
 from mtraining.inputs.sections import Section
 from mtraining.inputs.smollm2 import SMOLLM2, SmolLM2
 from mtraining.model.rope import RopeOptions, apply_rope
-from mtraining.model.support import check_config, check_supported, head_dim_of
+from mtraining.model.support import OLDER_NAMES, check_config, check_supported, head_dim_of
 from mtraining.model.weights import check_not_quantized, first_line, load_weights
 
 
@@ -155,7 +155,8 @@ def _config_from_fields(fields: dict[str, Any], max_position_embeddings: int | N
         )
     kind = CONFIG_MAPPING[model_type]
     # Some models take head_dim from their config though it is no field of it: `check_supported` looks who does.
-    known = {*_defaults(kind), *(kind.attribute_map or ()), "rope_theta", "rope_scaling", "head_dim"}
+    rotary = ("rope_theta", "rope_scaling", "partial_rotary_factor", *OLDER_NAMES.get(model_type, {}).values())
+    known = {*_defaults(kind), *(kind.attribute_map or ()), *rotary, "head_dim"}
     for field in fields:
         if field not in known:
             raise UserError(
@@ -184,12 +185,15 @@ def _check_expected(config: Any, expected: Mapping[str, Any]) -> None:
     present = config.to_dict()
     # A rope written in the older style reads back under its present name.
     rope = present.get("rope_parameters") or {}
+    names = {old: new for new, old in OLDER_NAMES.get(config.model_type, {}).items()}
     for field, value in expected.items():
-        found = (
-            rope.get("rope_theta")
-            if field == "rope_theta"
-            else present.get(field, getattr(config, field, None))
-        )
+        name = names.get(field, field)
+        if name in ("rope_theta", "partial_rotary_factor"):
+            found = rope.get(name)
+        elif name == "rope_scaling":
+            found = {**rope, "type": rope.get("rope_type")} if rope.get("rope_type") != "default" else None
+        else:
+            found = present.get(field, getattr(config, field, None))
         if isinstance(value, Mapping) and isinstance(found, Mapping):
             found = {key: found.get(key) for key in value}
         if found != value:
