@@ -97,7 +97,7 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         model = load_weights(options.init, config, dtype, options.weights_prefix, found)
     _cast_parameters(model, dtype)
     check_supported(model)
-    tokenizer = None if dry else _tokenizer(options, smollm2)
+    tokenizer = None if dry else load_tokenizer(options)
     return model.to(device).train(), tokenizer
 
 
@@ -203,13 +203,16 @@ def _check_expected(config: Any, expected: Mapping[str, Any]) -> None:
             )
 
 
-def _tokenizer(options: ModelOptions, smollm2: SmolLM2 | None) -> Any:
+def load_tokenizer(options: ModelOptions) -> Any:
+    """The tokenizer that `model.tokenizer` names, or the model's own; None for a random model and for a folder without.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
     if options.tokenizer is None:
         if options.init == "random":
             return None
-        if smollm2 is not None:
-            return smollm2.tokenizer()
-        if Path(options.init).is_dir() and not any(Path(options.init).glob("token*")):
+        if options.init != SMOLLM2 and Path(options.init).is_dir() and not any(Path(options.init).glob("token*")):
             return None  # a folder of weights alone: the data brings its own tokenizer
     source = options.tokenizer or options.init
     if source == SMOLLM2:
