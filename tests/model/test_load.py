@@ -187,20 +187,25 @@ def test_the_rotated_part_of_a_head_is_known() -> None:
         assert model.base_model.rotary_emb.inv_freq.shape == (6,)  # pairs of 12 of 16
     for rope in ({}, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}):
         options = of("llama", partial_rotary_factor=0.5).model_copy(update={"rope": RopeOptions(**rope)})
-        with pytest.raises(UserError, match=r"llama does not take partial_rotary_factor=0.5, and rotates whole heads"):
+        with pytest.raises(
+            UserError, match=r"llama does not take partial_rotary_factor=0.5, and rotates whole heads"
+        ):
             build_model(options, SEQ_LEN)
 
 
 def test_expected_rotary_settings_may_be_written_as_before(tmp_path: Path) -> None:
     build_model(tiny_options("gpt_neox", "float32"), SEQ_LEN)[0].save_pretrained(tmp_path / "neox")
-    build_model(ModelOptions(init=str(tmp_path / "neox"), config={"rotary_pct": 0.25, "rotary_emb_base": 1e4}), SEQ_LEN)
+    build_model(
+        ModelOptions(init=str(tmp_path / "neox"), config={"rotary_pct": 0.25, "rotary_emb_base": 1e4}),
+        SEQ_LEN,
+    )
     with pytest.raises(UserError, match=r"model.config.rotary_pct=1.0 but the loaded model has 0.25"):
         build_model(ModelOptions(init=str(tmp_path / "neox"), config={"rotary_pct": 1.0}), SEQ_LEN)
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     build_model(tiny_options("llama", "float32", **yarn), SEQ_LEN)[0].save_pretrained(tmp_path / "llama")
     build_model(ModelOptions(init=str(tmp_path / "llama"), config={"rope_scaling": yarn}), SEQ_LEN)
+    other = {"rope_scaling": {**yarn, "factor": 2.0}}
     with pytest.raises(UserError, match=r"model.config.rope_scaling="):
-        other = {"rope_scaling": {**yarn, "factor": 2.0}}
         build_model(ModelOptions(init=str(tmp_path / "llama"), config=other), SEQ_LEN)
 
 

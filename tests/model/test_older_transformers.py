@@ -27,7 +27,16 @@ pytestmark = pytest.mark.slow
 
 OLDEST = "transformers==4.51.3"
 NEEDS = ["tokenizers==0.21.4", "huggingface_hub==0.36.2", "safetensors<0.7", "regex", "requests", "filelock"]
-NEEDS += ["fsspec", "packaging", "pyyaml", "tqdm", "typing_extensions", "certifi", "charset-normalizer", "idna"]
+NEEDS += [
+    "fsspec",
+    "packaging",
+    "pyyaml",
+    "tqdm",
+    "typing_extensions",
+    "certifi",
+    "charset-normalizer",
+    "idna",
+]
 NEEDS += ["urllib3"]
 
 NATIVE = {"original_max_position_embeddings": SEQ_LEN // 4}
@@ -99,4 +108,6 @@ def test_logits_and_tokens_are_the_same(oldest: Path, tmp_path: Path) -> None:
     assert read.returncode == 0, read.stderr
     found = json.loads(read.stdout.splitlines()[-1])
     assert len(found) == len(FAMILIES) * len(ROPES)
-    assert {name: result for name, result in found.items() if result[0] > 1e-5 or not result[1]} == {}, sys.version
+    assert {name: result for name, result in found.items() if result[0] > 1e-5 or not result[1]} == {}, (
+        sys.version
+    )

@@ -240,7 +240,11 @@ def test_any_length_is_reached_without_a_factor(method: Any) -> None:
         ({"type": "linear", "beta_fast": 16}, 65536, r"beta_fast has no effect with type=linear"),
         ({"factor": 2}, 32768, r"factor has no effect with type=none"),
         ({"type": "dynamic", "truncate": False}, 65536, r"truncate has no effect with type=dynamic"),
-        ({"type": "linear", "factor": 1.19}, 39000, r"factor=1.19 stretches 32768 positions to 38993.* at least 1.2\.$"),
+        (
+            {"type": "linear", "factor": 1.19},
+            39000,
+            r"factor=1.19 stretches 32768 positions to 38993.* at least 1.2\.$",
+        ),
     ],
 )
 def test_lengths_and_options_that_do_not_fit_are_refused(options: Any, seq_len: int, message: str) -> None:

@@ -87,7 +87,9 @@ def test_logits_are_asked_of_the_model_itself(model_type: str, fields: Any) -> N
     """Whatever the field is called that scales them."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **fields}))
     with mock.patch("mtraining.model.support._LOGIT_FACTORS", ()):
-        with pytest.raises(UserError, match=rf"the logits of {model_type} are not lm_head\(hidden\): its own code"):
+        with pytest.raises(
+            UserError, match=rf"the logits of {model_type} are not lm_head\(hidden\): its own code"
+        ):
             check_supported(model)
         check_supported(build(model_type, **fields))  # on the meta device there are no numbers
 

@@ -52,7 +52,9 @@ def rename(rule: Callable[[str], str]) -> Edit:
 
 
 def with_tensors(**tensors: torch.Tensor) -> Edit:
-    return lambda folder, state: write(folder, {**state, **{k.replace("__", "."): v for k, v in tensors.items()}})
+    return lambda folder, state: write(
+        folder, {**state, **{k.replace("__", "."): v for k, v in tensors.items()}}
+    )
 
 
 def without(part: str) -> Edit:
@@ -152,11 +154,15 @@ def test_a_prefix_can_be_left_away(edited: Any, whole: Path) -> None:
     "change",
     [
         with_tensors(),
-        with_tensors(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8)),  # of older transformers
+        with_tensors(
+            model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8)
+        ),  # of older transformers
         lambda folder, state: write(
             folder, {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}
         ),
-        rename(lambda key: key.removeprefix("model.")),  # the decoder saved alone, whose head is its embeddings
+        rename(
+            lambda key: key.removeprefix("model.")
+        ),  # the decoder saved alone, whose head is its embeddings
     ],
 )
 def test_what_a_model_can_do_without(change: Edit, edited: Any, whole: Path) -> None:
@@ -195,7 +201,9 @@ def test_so_for_a_model_that_was_loaded_elsewhere(edited: Any, tmp_path: Path) -
 
 def test_an_untied_model_without_its_head(edited: Any) -> None:
     folder = edited(config_with(tie_word_embeddings=False))
-    with pytest.raises(UserError, match=r"lacks the tensor lm_head.weight .* say tie_word_embeddings=true in"):
+    with pytest.raises(
+        UserError, match=r"lacks the tensor lm_head.weight .* say tie_word_embeddings=true in"
+    ):
         build_model(ModelOptions(init=str(folder)), SEQ_LEN)
 
 

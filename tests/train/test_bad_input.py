@@ -66,7 +66,9 @@ def test_data_of_another_tokenizer_than_the_models(tmp_path: Path, shards: Path)
     with pytest.raises(UserError) as raised:
         check_config(tiny_config(tmp_path / "run", shards, model=named))
     sentence = str(raised.value)
-    assert f"dataset '{shards}' was prepared with tokenizer 'byte', which is not the model's (token " in sentence
+    assert (
+        f"dataset '{shards}' was prepared with tokenizer 'byte', which is not the model's (token " in sentence
+    )
     assert f"--tokenizer {tmp_path / 'words'}, or set data.allow_other_tokenizer=true" in sentence
     meant = parse_config(
         {
@@ -75,12 +77,16 @@ def test_data_of_another_tokenizer_than_the_models(tmp_path: Path, shards: Path)
         }
     )
     check_config(meant)
-    save_byte_tokenizer(tmp_path / "bytes")  # the data's own is no other, and without a name there is none to compare
+    save_byte_tokenizer(
+        tmp_path / "bytes"
+    )  # the data's own is no other, and without a name there is none to compare
     check_config(tiny_config(tmp_path / "run", shards, model={**named, "tokenizer": str(tmp_path / "bytes")}))
     check_config(tiny_config(tmp_path / "run", shards, model={**named, "tokenizer": None}))
 
 
-def test_an_export_folder_that_is_somebodys_is_told_before_the_first_step(tmp_path: Path, shards: Path) -> None:
+def test_an_export_folder_that_is_somebodys_is_told_before_the_first_step(
+    tmp_path: Path, shards: Path
+) -> None:
     (tmp_path / "run" / "export").mkdir(parents=True)
     (tmp_path / "run" / "export" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"run/export is not empty and no export wrote it"):

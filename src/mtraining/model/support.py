@@ -22,9 +22,8 @@ SUPPORTED_HEAD_DIMS = range(16, 257, 8)
 
 STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
-OLDER_NAMES = dict.fromkeys(
-    ("gpt_neox", "gpt_neox_japanese"), {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-)
+_NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+OLDER_NAMES = {"gpt_neox": _NEOX_NAMES, "gpt_neox_japanese": _NEOX_NAMES}
 """By model type: what configs of before transformers 5 call ``rope_theta`` and ``partial_rotary_factor``, if not so."""
 
 _DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")

@@ -149,7 +149,11 @@ def _common_prefix(missing: list[str], unexpected: list[str]) -> str:
 
 def _named(keys: list[str]) -> str:
     shown = ", ".join(keys[:3])
-    return f"the tensor {shown}" if len(keys) == 1 else f"{len(keys)} tensors ({shown}{', ...' * (len(keys) > 3)})"
+    return (
+        f"the tensor {shown}"
+        if len(keys) == 1
+        else f"{len(keys)} tensors ({shown}{', ...' * (len(keys) > 3)})"
+    )
 
 
 def _beside(unexpected: list[str]) -> str:
@@ -166,7 +170,9 @@ def _unreadable(init: str, error: BaseException) -> str:
     reason = first_line(error)
     folder = Path(init)
     if not folder.is_dir():
-        return f"model.init={init!r} cannot be loaded ({reason}); check the id and its files, or give a folder."
+        return (
+            f"model.init={init!r} cannot be loaded ({reason}); check the id and its files, or give a folder."
+        )
     for index in sorted(folder.glob("*.index.json")):
         absent = _absent_shards(index)
         if absent:
@@ -176,7 +182,9 @@ def _unreadable(init: str, error: BaseException) -> str:
             )
     damaged = _damaged(folder)
     if damaged:
-        return f"model.init={init!r}: {damaged} is damaged or cut short ({reason}); copy or download it again."
+        return (
+            f"model.init={init!r}: {damaged} is damaged or cut short ({reason}); copy or download it again."
+        )
     if (folder / "adapter_config.json").exists():
         return (
             f"model.init={init!r} holds an adapter and not a whole model; merge it into its base model first (peft's "

@@ -65,7 +65,9 @@ def check_tokenizer(config: Config, shards: TokenShards) -> None:
     tokenizer = load_tokenizer(config.model)
     if tokenizer is not None:
         named = config.model.tokenizer or config.model.init
-        check_vocabulary(shards, tokenizer, named, ", or set data.allow_other_tokenizer=true if that is meant.")
+        check_vocabulary(
+            shards, tokenizer, named, ", or set data.allow_other_tokenizer=true if that is meant."
+        )
 
 
 def check_table(config: Config, layers: int) -> None:

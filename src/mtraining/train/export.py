@@ -25,7 +25,8 @@ def export_run(run: Path, out: Path, checkpoint: str | None = None, dtype: str |
     """Write `checkpoint` of `run` (a name in the run folder or a path; default the newest) to `out`; returns its path.
 
     Raises:
-        UserError: no such run, checkpoint or dtype, a folder that holds anything but an export, or a checkpoint of another model than the run's configuration.
+        UserError: no such run, checkpoint or dtype, an `out` that holds anything but an export, or a checkpoint of
+            another model than the run's configuration.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not known; use float32 or bfloat16.")
