@@ -79,6 +79,10 @@ def test_plain_transformers_loads_the_same_model(
     assert config["max_position_embeddings"] == SEQ_LEN
     assert config["rope_parameters"]["rope_type"] == "yarn"
     assert config["rope_parameters"]["factor"] == 4.0
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]  # as transformers 4 reads it
+    assert config["rope_scaling"] == {
+        key: value for key, value in config["rope_parameters"].items() if key != "rope_theta"
+    }
     assert config["architectures"] == [type(plain).__name__]
     assert "mtraining" not in json.dumps(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]  # nothing temporary stays
@@ -100,6 +104,8 @@ def test_logits_dtype_and_tokenizer(tmp_path: Path) -> None:
     assert half.dtype == torch.bfloat16
     assert torch.equal(half.lm_head.weight, expected.lm_head.weight.to(torch.bfloat16))
     assert AutoTokenizer.from_pretrained(tmp_path / "full").convert_tokens_to_ids("b") == 1
+    saved = json.loads((tmp_path / "full" / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"  # whose newer name transformers 4 refuses
     assert model.hf_model.dtype == torch.float32  # the training model is left alone
 
 
@@ -176,23 +182,38 @@ def test_a_mark_that_leads_out_of_the_folder_is_refused(mark: str, llama: Any, t
     assert contents(tmp_path) == before
 
 
-def test_an_interrupted_replacement_is_no_model_and_is_mended(llama: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", range(11))
+def test_an_interrupted_replacement_is_no_model_and_is_mended(steps: int, llama: Any, tmp_path: Path) -> None:
+    """After any number of steps: renamed and removed files."""
     target = tmp_path / "model"
-    export_model(llama, target)
-    (target / "README.md").write_text("mine")
-    real, calls = os.replace, iter(range(100))
-
-    def interrupted(source: Any, destination: Any) -> None:
-        if next(calls) == 3:  # both lists are written, one file is moved
-            raise KeyboardInterrupt
-        real(source, destination)
-
-    with mock.patch("os.replace", interrupted), pytest.raises(KeyboardInterrupt):
-        export_model(llama, target)
-    assert not (target / "config.json").exists()
     export_model(llama, target, tokenizer=tokenizer())
+    (target / "README.md").write_text("mine")
+    before = contents(target)
+    left = iter(range(steps))
+
+    def interrupted(real: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            real(*args, **kwargs)
+
+        return step
+
+    with (
+        mock.patch("os.replace", interrupted(os.replace)),
+        mock.patch.object(Path, "unlink", interrupted(Path.unlink)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        export_model(llama, target, dtype=torch.bfloat16)
+    files = contents(target)
+    if "config.json" in files:  # all of the earlier one, or all of the new one but the shorter list
+        whole = {name: data for name, data in files.items() if not name.startswith("mtraining_export.json")}
+        earlier = {name: data for name, data in before.items() if name != "mtraining_export.json"}
+        assert whole == earlier or len(files["model.safetensors"]) < len(before["model.safetensors"])
+    export_model(llama, target)
     AutoModelForCausalLM.from_pretrained(target)
     assert (target / "README.md").read_text() == "mine"
+    assert "tokenizer.json" not in contents(target)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
