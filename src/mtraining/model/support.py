@@ -99,12 +99,12 @@ def fields_of(config: Any) -> dict[str, Any]:
     ``to_dict()`` has the fields alone. Some configs compute what a model reads: MiniCPM3's ``logits_scaling`` is a
     property, and a field that is renamed by ``attribute_map`` is found under the other name only.
     """
-    names = {*config.to_dict(), *(getattr(config, "attribute_map", None) or ())}
+    names = [*config.to_dict(), *(getattr(config, "attribute_map", None) or ())]
     for kind in type(config).__mro__:
         if kind.__module__.startswith("transformers.models."):
-            names |= {name for name, value in vars(kind).items() if isinstance(value, property)}
+            names += [name for name, value in vars(kind).items() if isinstance(value, property)]
     found = {}
-    for name in sorted(names):
+    for name in names:
         try:
             found[name] = getattr(config, name)
         except Exception:  # a property that holds for other variants of the architecture only
