@@ -221,7 +221,9 @@ def test_dropout_is_the_same_for_a_loaded_and_a_fresh_model(tmp_path: Path) -> N
         assert all(module.training for module in model.modules())
         torch.manual_seed(7)
         losses.append(model(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels).item())
-        first, again = (model.token_losses(batch.input_ids, batch.position_ids, batch.labels) for _ in range(2))
+        first, again = (
+            model.token_losses(batch.input_ids, batch.position_ids, batch.labels) for _ in range(2)
+        )
         assert torch.equal(first, again)
         measured.append(first.sum().item())
         assert all(module.training for module in model.modules())  # measuring is without dropout, and over

@@ -84,6 +84,28 @@ def test_data_of_another_tokenizer_than_the_models(tmp_path: Path, shards: Path)
     check_config(tiny_config(tmp_path / "run", shards, model={**named, "tokenizer": None}))
 
 
+@pytest.mark.parametrize("name", ["./typo", "typo", "owner/typo"])
+def test_a_mistyped_model_is_told_by_its_option(name: str, tmp_path: Path, shards: Path) -> None:
+    options = raw_config(tmp_path / "run", shards)
+    with pytest.raises(
+        UserError, match=rf"^model.init='{name}' (does not exist|is no path here).*; correct the path"
+    ):
+        check_config(parse_config({**options, "model": {"init": name}}))
+    options["model"]["tokenizer"] = name
+    with pytest.raises(UserError, match=rf"^model.tokenizer='{name}' (does not exist|is no path here)"):
+        check_config(parse_config(options))
+
+
+def test_a_damaged_tokenizer(tmp_path: Path, shards: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    options = {**raw_config(tmp_path / "run", shards), "model": {"init": str(tmp_path / "model")}}
+    with pytest.raises(
+        UserError, match=r"^model.init=.* has no tokenizer that can be loaded .*; set model.tokenizer"
+    ):
+        check_config(parse_config(options))
+
+
 def test_an_export_folder_that_is_somebodys_is_told_before_the_first_step(
     tmp_path: Path, shards: Path
 ) -> None:

