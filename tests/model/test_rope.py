@@ -174,19 +174,18 @@ def test_a_yarn_model_keeps_its_own_settings() -> None:
 
 
 def test_every_one_of_them_can_be_replaced() -> None:
-    extended = config(rope_parameters=dict(OWN_YARN), max_position_embeddings=32768)
     asked: dict[str, Any] = {
         "factor": 5.0,
         "original_max_position_embeddings": 16384,
-        "attention_factor": 1.5,
         "beta_fast": 16.0,
         "beta_slow": 1.5,
         "truncate": True,
-        "mscale": 0.7,
-        "mscale_all_dim": 0.9,
     }
-    apply_rope(extended, RopeOptions(type="yarn", theta=5e5, **asked), seq_len=65536)
-    assert extended.rope_parameters == {"rope_type": "yarn", "rope_theta": 5e5, **asked}
+    own = {"rope_type": "yarn", "rope_theta": 5e5}
+    for scaling in ({"attention_factor": 1.5}, {"mscale": 0.7, "mscale_all_dim": 0.9}):
+        extended = config(rope_parameters=dict(OWN_YARN), max_position_embeddings=32768)
+        apply_rope(extended, RopeOptions(type="yarn", theta=5e5, **asked, **scaling), seq_len=65536)
+        assert extended.rope_parameters == {**own, **asked, **scaling}  # no attention_factor to hide mscale
 
 
 def test_another_method_takes_nothing_over_from_yarn() -> None:
@@ -239,6 +238,16 @@ def test_any_length_is_reached_without_a_factor(method: Any) -> None:
         ({"type": "yarn", "factor": 4}, 262144, r"factor=4 stretches 32768 positions to 131072.*at least 8"),
         ({"type": "linear", "beta_fast": 16}, 65536, r"beta_fast has no effect with type=linear"),
         ({"factor": 2}, 32768, r"factor has no effect with type=none"),
+        (
+            {"type": "yarn", "mscale": 1.0},
+            65536,
+            "mscale has no effect alone; set both mscale and mscale_all_dim",
+        ),
+        (
+            {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0},
+            65536,
+            "mscale has no effect beside model.rope.attention_factor",
+        ),
         ({"type": "dynamic", "truncate": False}, 65536, r"truncate has no effect with type=dynamic"),
         (
             {"type": "linear", "factor": 1.19},

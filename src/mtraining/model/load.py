@@ -42,7 +42,7 @@ class ModelOptions(Section):
     init: str = Field(default="random", min_length=1)
     config: Mapping[str, Any] = Field(default_factory=dict)
     tokenizer: str | None = None
-    weights_prefix: str = ""
+    weights_prefix: str | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     rope: RopeOptions = RopeOptions()
     seed: int = 0
@@ -94,7 +94,7 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         model.load_state_dict(smollm2.state_dict())
     else:
         found = hub.find(options.init, f"model.init={options.init!r}", "model", _INIT)
-        model = load_weights(options.init, config, dtype, options.weights_prefix, found)
+        model = load_weights(options.init, config, dtype, options.weights_prefix or "", found)
     _cast_parameters(model, dtype)
     check_supported(model)
     tokenizer = None if dry else load_tokenizer(options)

@@ -34,9 +34,10 @@ class RopeOptions(Section):
         NTK factor of transformers' formula, and None is 1.
     original_max_position_embeddings: the context the weights were trained on; None reads it from the model.
     theta: replaces rope_theta. With ``none`` this alone is the extension (a raised base frequency).
-    beta_fast, beta_slow, attention_factor, truncate, mscale, mscale_all_dim: YaRN's own options, as transformers has
-        them. None keeps those of a model that has YaRN already, and elsewhere the paper's 32, 1, 0.1 ln(factor) + 1
-        and truncated bounds. With ``mscale`` and ``mscale_all_dim`` the attention factor is the ratio of theirs.
+    beta_fast, beta_slow, truncate: YaRN's ramp. None keeps those of a model that has YaRN already; else it is 32, 1
+        and true.
+    attention_factor: of YaRN. None keeps that of a model that has YaRN already; else it is 0.1 ln(factor) + 1.
+    mscale, mscale_all_dim: of YaRN: in place of attention_factor, the ratio of 0.1 m ln(factor) + 1 for these two.
     """
 
     type: Literal["none", "yarn", "linear", "dynamic"] = "none"
@@ -146,11 +147,28 @@ def _extend(config: Any, options: RopeOptions, seq_len: int) -> None:
     if options.type == "yarn":
         parameters["original_max_position_embeddings"] = native
         kept = {name: present[name] for name in _YARN if again and present.get(name) is not None}
-        asked = {name: getattr(options, name) for name in _YARN if getattr(options, name) is not None}
-        parameters |= {**kept, **asked}
+        parameters |= _yarn_options(options, kept)
     config.rope_parameters = parameters
     config.max_position_embeddings = covered
     logger.info("rope: %s from %d to %d positions: %s", options.type, native, covered, parameters)
+
+
+def _yarn_options(options: RopeOptions, kept: dict[str, Any]) -> dict[str, Any]:
+    """A model's own YaRN settings under those that are asked for; what transformers would pass over is refused."""
+    asked = {name: getattr(options, name) for name in _YARN if getattr(options, name) is not None}
+    scales = [name for name in ("mscale", "mscale_all_dim") if name in asked]
+    if scales and "attention_factor" in asked:
+        raise UserError(
+            f"model.rope.{scales[0]} has no effect beside model.rope.attention_factor; remove one of them."
+        )
+    if scales:
+        kept = {name: value for name, value in kept.items() if name != "attention_factor"}
+    merged = {**kept, **asked}
+    if scales and not {"mscale", "mscale_all_dim"} <= merged.keys():
+        raise UserError(
+            f"model.rope.{scales[0]} has no effect alone; set both mscale and mscale_all_dim, or attention_factor."
+        )
+    return merged
 
 
 def stretched(native: int, factor: float) -> int:
