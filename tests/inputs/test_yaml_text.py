@@ -31,6 +31,8 @@ def test_what_a_word_is_read_as(text: str, value: Any) -> None:
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("value", ["1e6", "1e-6", "2E3", "1.5e6", ".5e1", 1e6, 1e-6, 1e300, math.inf, "plain", None, 7])
+@pytest.mark.parametrize(
+    "value", ["1e6", "1e-6", "2E3", "1.5e6", ".5e1", 1e6, 1e-6, 1e300, math.inf, "plain", None, 7]
+)
 def test_what_is_written_reads_back(value: Any) -> None:
     assert read_yaml(write_yaml({"a": [value]}), "the text") == {"a": [value]}
