@@ -210,7 +210,7 @@ def test_expected_rotary_settings_may_be_written_as_before(tmp_path: Path) -> No
 
 
 def test_numbers_with_exponents_in_yaml() -> None:
-    fields = read_yaml("{rope_theta: 1e6, rms_norm_eps: 1e-6}")
+    fields = read_yaml("{rope_theta: 1e6, rms_norm_eps: 1e-6}", "the text")
     options = ModelOptions.model_validate({"config": {**tiny_options("qwen2").config, **fields}})
     model, _ = build_model(options, SEQ_LEN)
     assert model.config.rope_parameters["rope_theta"] == 1e6 and model.config.rms_norm_eps == 1e-6
