@@ -61,8 +61,8 @@ def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def mark(pattern: type[Pattern]) -> None:
     """Name the ranges of this process."""
     pattern.estimate = marked("estimation", pattern.estimate)  # type: ignore[method-assign]
-    attention._ring_forward = marked("attention forward", attention._ring_forward)
-    attention._ring_backward = marked("attention backward", attention._ring_backward)
+    attention.ring_forward = marked("attention forward", attention.ring_forward)
+    attention.ring_backward = marked("attention backward", attention.ring_backward)
     function = loss._ChunkedCrossEntropy
     function.forward = staticmethod(marked("loss", function.forward))  # type: ignore[method-assign]
     function.backward = staticmethod(marked("loss", function.backward))  # type: ignore[method-assign]

@@ -13,6 +13,8 @@ os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 os.environ["MTRAINING_CACHE"] = os.path.join(
     os.devnull, "none"
 )  # the user's measured tiles are not the tests'
+os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)  # a prediction of memory depends on the user's allocator
+os.environ.pop("PYTORCH_ALLOC_CONF", None)
 
 import importlib.util
 import random

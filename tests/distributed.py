@@ -3,7 +3,8 @@
 `ProcessPool.run(fn, world=4, **kwargs)` calls `fn(worker, **kwargs)` in four processes joined by gloo and returns
 the four results in rank order. The processes of each world size are started once (forked from a server that has
 torch already imported; on GPUs, spawned) and stay for the session, so a job costs milliseconds; `worker.mesh(...)`
-likewise makes each mesh once.
+likewise makes each mesh once. On CPUs the processes are stopped (SIGSTOP) between jobs: each of gloo's threads, one a
+process group, would wake up a hundred times a second.
 
 `fn` must be importable by name (a module-level function), its arguments and results picklable. Between jobs a
 process keeps nothing on purpose: seeds are reset, and one failed job ends the processes of its world size; the next
@@ -13,10 +14,12 @@ job starts new ones.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import pickle
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -25,6 +28,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -36,6 +40,7 @@ PRELOAD = [
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.llama.modeling_llama",
 ]
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 GRACE_SECONDS = 2.0  # after the first failure, how long the other ranks have to tell theirs
 
 
@@ -87,6 +92,14 @@ def _failure(rank: int, error: BaseException) -> bytes:
         return pickle.dumps(("error", None, trace))
 
 
+def _end_with_the_server() -> None:
+    """A stopped process does not see that the tests are gone. The fork server does, unless a process that it made still
+    holds the pipe by which it sees so; and the kernel ends this process with the server."""
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+    forkserver._forkserver._forkserver_alive_fd = None  # type: ignore[attr-defined]
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
 def _serve(conn: Connection, rank: int, world: int, store: str, on_gpu: bool) -> None:
     """A process's whole life: join the group, then jobs until the other end of the pipe is gone."""
     import numpy
@@ -99,6 +112,8 @@ def _serve(conn: Connection, rank: int, world: int, store: str, on_gpu: bool) ->
     torch.set_num_threads(1)
     if on_gpu:
         os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    else:
+        _end_with_the_server()
     device = take_device(on_gpu)
     dist.init_process_group(
         backend_for(device),
@@ -141,6 +156,7 @@ class _Crew:
         if not on_gpu:
             context.set_forkserver_preload(PRELOAD)
         self.world = world
+        self.sleeps = not on_gpu
         self.folder = tempfile.TemporaryDirectory(prefix="pool-")
         self.connections: list[Connection] = []
         self.processes: list[Any] = []
@@ -157,6 +173,18 @@ class _Crew:
             self.processes.append(process)
 
     def run(self, message: bytes, timeout: float) -> list[Any]:
+        self._signal(signal.SIGCONT)
+        results = self._results(message, timeout)
+        self._signal(signal.SIGSTOP)
+        return results
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.sleeps:
+            for process in self.processes:
+                with contextlib.suppress(ProcessLookupError):  # one that died is reported by its job
+                    os.kill(process.pid, number)
+
+    def _results(self, message: bytes, timeout: float) -> list[Any]:
         for connection in self.connections:
             with contextlib.suppress(OSError):  # a process that died at start is reported below
                 connection.send_bytes(message)

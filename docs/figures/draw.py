@@ -323,6 +323,70 @@ def rooms() -> Figure:
     return figure
 
 
+def pipeline() -> Figure:
+    """One block of the Hopper forward kernel: four tiles, two stages, times not to scale."""
+    # (start, length, label) in each lane. A group's products are q k^T of a tile, then p v of the tile before.
+    copies = [
+        (-3.4, "k0"),
+        (-2.6, "v0"),
+        (-1.8, "q"),
+        (-1.0, "k1"),
+        (-0.2, "v1"),
+        (2, "k2"),
+        (6, "v2"),
+        (6.8, "k3"),
+        (10, "v3"),
+    ]
+    products: list[tuple[list[tuple[float, str]], list[tuple[float, float, str]]]] = []
+    for group in (0, 1):
+        first, steady = group, [2 + 2 * group + 4 * t for t in range(3)]
+        cores = [(first, "q k0")]
+        for t, start in enumerate(steady):
+            cores += [(start, f"q k{t + 1}"), (start + 1, f"p{t} v{t}")]
+        cores.append((14 + group, "p3 v3"))
+        exponentials = [(first + 1.0, 1.0, "exp 0")]
+        exponentials += [(start + 1.0, 1.8, f"exp {t + 1}") for t, start in enumerate(steady)]
+        products.append((cores, exponentials))
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots()
+
+    def box(lane: float, start: float, length: float, label: str, colour: str) -> None:
+        axes.add_patch(Rectangle((start, lane), length, 0.8, facecolor=colour, edgecolor="white"))
+        axes.text(start + length / 2, lane + 0.4, label, ha="center", va="center", color="white", fontsize=7)
+
+    for start, label in copies:
+        box(4, start, 0.8, label, GREY)
+    for group, (cores, exponentials) in enumerate(products):
+        lane = 2 - 2 * group
+        for start, label in cores:
+            box(lane + 1, start, 1, label, BLUE if "q" in label else GREEN)
+        for start, length, label in exponentials:
+            box(lane, start, length, label, ORANGE)
+    arrow = {"arrowstyle": "->", "color": "black", "linewidth": 1}
+    axes.annotate("", (0, 3.8), (-2.6, 4), arrowprops=arrow)
+    axes.text(-2.5, 3.45, "k_full", fontsize=7, ha="center")
+    axes.annotate("", (2.05, 4), (2, 1.8), arrowprops=arrow)
+    axes.text(2.1, 2.45, "k_empty", fontsize=7)
+    for edge in (2, 14):
+        axes.axvline(edge, color=GREY, linestyle=":", linewidth=1)
+    for middle, name in ((-0.8, "prologue"), (8, "steady state"), (15, "drain")):
+        axes.text(middle, 5.05, name, ha="center", fontsize=8, style="italic")
+    lanes = [
+        "group 1: exponentials",
+        "group 1: tensor cores",
+        "group 0: exponentials",
+        "group 0: tensor cores",
+        "copy engine (TMA)",
+    ]
+    axes.set_yticks([lane + 0.4 for lane in range(5)], lanes)
+    axes.set_xticks([])
+    axes.set_xlabel("time")
+    axes.set_xlim(-3.6, 16.2)
+    axes.set_ylim(-0.1, 5.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "overview": overview,
     "index": index_parts,
@@ -331,6 +395,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "stripes": stripes,
     "ring-of-rings": ring_of_rings,
     "estimation": estimation,
+    "pipeline": pipeline,
     "slow-links": slow_links,
     "attention-speed": attention_speed,
     "training-step": training_step,

@@ -12,7 +12,7 @@ from mtraining.errors import UserError
 
 if TYPE_CHECKING:
     from mtraining.layout import build_layout
-    from mtraining.model import ParallelLM, parallelize
+    from mtraining.model import ParallelLM, parallelize, use_expandable_segments
     from mtraining.pattern import build_pattern
     from mtraining.ring import IndexTape, Observer, sparse_ring_attention
 
@@ -25,6 +25,7 @@ __all__ = [
     "build_pattern",
     "parallelize",
     "sparse_ring_attention",
+    "use_expandable_segments",
 ]
 
 _HOME = {
@@ -35,6 +36,7 @@ _HOME = {
     "build_pattern": "pattern",
     "parallelize": "model",
     "sparse_ring_attention": "ring",
+    "use_expandable_segments": "model",
 }
 
 

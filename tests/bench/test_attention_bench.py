@@ -20,6 +20,7 @@ from mtraining.bench.attention import run as attention
 from mtraining.bench.attention.cases import PRESETS, Case, preset
 from mtraining.bench.attention.gate import poisoned_memory, rows_mask
 from mtraining.bench.attention.problem import build, useful_areas
+from mtraining.bench.options import AttentionOptions
 from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.kernel import ReferenceBackend, select_backend
@@ -225,7 +226,7 @@ def test_bad_names_are_refused() -> None:
     with pytest.raises(UserError, match=r"dense: 'fa9' is not known"):
         run(competitors=("fa9",))
     with pytest.raises(UserError, match=r"warm-up: -1 seconds cannot be; use 0 or more"):
-        attention.bench("tiny", (), "cpu", None, (), Path("unused"), warm_up=-1)
+        attention.bench(AttentionOptions(preset="tiny", device="cpu", out=Path("unused"), warm_up=-1))
 
 
 @pytest.mark.parametrize("name", PRESETS)

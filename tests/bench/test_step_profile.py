@@ -15,6 +15,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step_profile.py"
 
 
+@pytest.mark.slow
 def test_every_part_of_a_tiny_step_is_named(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--model", "tiny", "--layers", "1", "--seq-len", "256"]
     command += ["--density", "0.4", "--steps", "1", "--out", str(tmp_path)]

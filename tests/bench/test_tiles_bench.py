@@ -22,11 +22,11 @@ from mtraining.bench.tiles.candidates import candidates
 from mtraining.bench.tiles.run import Choice, TilesResult, choose, save, served_elsewhere, table
 from mtraining.cli import app
 from mtraining.errors import UserError
-from mtraining.kernel.measured_tiles import KERNELS, Call, Tiles, measured_tiles, tiles_path
+from mtraining.kernel.measured_tiles import TILED_KERNELS, KernelCase, TileSizes, measured_tiles, tiles_path
 from mtraining.kernel.triton.tile_sizes import cut_tiles, default_tiles
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-TABLE, WIDE, DEEP = Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 3)
+TABLE, WIDE, DEEP = TileSizes(64, 64, 4, 2), TileSizes(128, 64, 8, 2), TileSizes(64, 64, 4, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +38,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def chosen(
-    readings: dict[Tiles, list[float]], errors: dict[Tiles, Exception] | None = None
+    readings: dict[TileSizes, list[float]], errors: dict[TileSizes, Exception] | None = None
 ) -> tuple[Choice | None, TilesResult, list[str]]:
     """With the given readings of each candidate, in turn; ``errors`` are what its gate raises."""
     result, told, left = TilesResult(), [], {tiles: list(ms) for tiles, ms in readings.items()}
 
-    def passes(tiles: Tiles) -> None:
+    def passes(tiles: TileSizes) -> None:
         if errors and tiles in errors:
             raise errors[tiles]
 
@@ -62,7 +62,7 @@ def chosen(
     ],
 )
 def test_the_tables_entry_stays_unless_another_is_faster_beyond_noise(
-    readings: dict[Tiles, list[float]], expected: Tiles
+    readings: dict[TileSizes, list[float]], expected: TileSizes
 ) -> None:
     choice, result, _ = chosen(readings)
     assert choice is not None and choice.chosen == expected and choice.table == TABLE
@@ -94,7 +94,7 @@ def test_where_the_tables_entry_does_not_fit_the_fastest_is_taken() -> None:
     none = OutOfResources(300, 200, "shared memory")
     choice, result, _ = chosen({TABLE: [1.0], WIDE: [1.3], DEEP: [1.2]}, {TABLE: none})
     assert choice is not None and choice.chosen == DEEP and result.failures == []
-    result.choices[Call("tiles_dq", torch.bfloat16, 64, 128)] = choice
+    result.choices[KernelCase("tiles_dq", torch.bfloat16, 64, 128)] = choice
     assert table(result)[1][0][-1] == "does not run"
     choice, result, _ = chosen({TABLE: [1.0], WIDE: [1.3]}, {TABLE: none, WIDE: none})
     assert choice is None and result.failures == ["dq: no candidate is left, so the tables' entry stays"]
@@ -103,7 +103,7 @@ def test_where_the_tables_entry_does_not_fit_the_fastest_is_taken() -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_the_candidates(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    for kernel in KERNELS:
+    for kernel in TILED_KERNELS:
         for dtype in (torch.bfloat16, torch.float32):
             for head_dim in (64, 96, 128, 256):
                 tried = candidates(kernel, GPU, dtype, head_dim, 128)
@@ -159,10 +159,12 @@ def test_bad_options_are_refused(
 
 
 def test_the_file_keeps_what_was_found_for_other_calls(folder: Path) -> None:
-    first, second = (Call("tiles_dq", torch.bfloat16, head_dim, 128) for head_dim in (64, 96))
+    first, second = (KernelCase("tiles_dq", torch.bfloat16, head_dim, 128) for head_dim in (64, 96))
 
-    def found(tiles: Tiles) -> Choice:
-        return Choice(tiles, TABLE, {tiles: 0.5, TABLE: 1.0}, {Tiles(128, 128, 8, 3): "does not fit: memory"})
+    def found(tiles: TileSizes) -> Choice:
+        return Choice(
+            tiles, TABLE, {tiles: 0.5, TABLE: 1.0}, {TileSizes(128, 128, 8, 3): "does not fit: memory"}
+        )
 
     told: list[str] = []
     assert measured_tiles(CPU) == {}
@@ -182,6 +184,6 @@ def test_the_file_keeps_what_was_found_for_other_calls(folder: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(folder: Path) -> None:
     folder.write_text("in the way")
-    call = Call("tiles_dq", torch.bfloat16, 64, 128)
+    call = KernelCase("tiles_dq", torch.bfloat16, 64, 128)
     with pytest.raises(UserError, match=r"cache/tiles-.* cannot be written: .*; set MTRAINING_CACHE"):
         save({call: Choice(TABLE, TABLE, {TABLE: 1.0}, {})}, CPU, print)

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from distributed import ProcessPool, Worker
+from mtraining.bench.options import TrainOptions
 from mtraining.bench.record import Provenance
 from mtraining.bench.train import gate as train_gate
 from mtraining.bench.train import model as train_model
@@ -19,7 +20,7 @@ from mtraining.bench.train import worker as train_worker
 from mtraining.bench.train.cases import SHAPES, TrainCase, parse_tokens, tokens
 from mtraining.bench.train.progress import Effort, Progress
 from mtraining.bench.train.record import TrainRow, draw
-from mtraining.bench.train.run import Choice
+from mtraining.bench.train.run import cases_of, check
 from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.pattern import Dense, VerticalSlash
@@ -51,14 +52,14 @@ def run(worker: Worker, cases: list[TrainCase], path: Path, break_what: str = ""
 
 def break_step(patch: pytest.MonkeyPatch, what: str) -> None:
     if what == "ring":  # where there are several ranks, key gradients are a little short
-        whole = attention._ring_backward
+        whole = attention.ring_backward
 
         def wrong(*args: Any) -> Any:
             dq, dkv = whole(*args)
             dkv[0] *= 0.9 if args[-1].plan.ring.world > 1 else 1.0
             return dq, dkv
 
-        patch.setattr(attention, "_ring_backward", wrong)
+        patch.setattr(attention, "ring_backward", wrong)
     if what == "pattern":  # the timed pattern is not the prescribed one
         real_pattern = TrainCase.pattern
 
@@ -77,6 +78,7 @@ def break_step(patch: pytest.MonkeyPatch, what: str) -> None:
         patch.setattr(train_worker, "stepper", stepper)
 
 
+@pytest.mark.slow
 def test_rows_of_two_ranks_with_their_dense_step(pool: ProcessPool, tmp_path: Path) -> None:
     other = replace(SPARSE, layers=1)  # no dense step like it in the run
     found = pool.run(run, 2, cases=[DENSE, SPARSE, other], path=tmp_path / "p")[0]
@@ -92,6 +94,7 @@ def test_rows_of_two_ranks_with_their_dense_step(pool: ProcessPool, tmp_path: Pa
     assert alone.speedup is None and alone.dense_step_seconds is None
 
 
+@pytest.mark.slow
 def test_four_ranks_as_a_ring_of_rings(pool: ProcessPool, tmp_path: Path) -> None:
     cases = [replace(SPARSE, ring="2x2"), replace(SPARSE, ring="2x1")]
     found = pool.run(run, 4, cases=cases, path=tmp_path / "p")[0]
@@ -112,6 +115,7 @@ def test_a_rank_alone_goes_on_after_running_out_of_memory(pool: ProcessPool, tmp
     assert [row.pattern for row in found["rows"]] == ["toeplitz_random"]
 
 
+@pytest.mark.slow
 def test_ranks_started_again_go_on_after_the_case_that_ended_them(pool: ProcessPool, tmp_path: Path) -> None:
     path = tmp_path / "p"
     with pytest.raises(torch.OutOfMemoryError):
@@ -156,8 +160,8 @@ def test_comparison_notices_nan_and_a_missing_gradient() -> None:
 
 
 def test_cases_vary_one_option_at_a_time() -> None:
-    chosen = Choice(preset="table", seq_len=["128K"], density=[0.2, 0.1], ring=["flat"], layers=4)
-    cases = chosen.cases()
+    chosen = TrainOptions(preset="table", seq_len=("128K",), density=(0.2, 0.1), ring=("flat",), layers=4)
+    cases = cases_of(chosen)
     assert [(case.density, case.layout) for case in cases] == [
         (None, "zigzag"),
         (0.2, "striped"),
@@ -166,7 +170,7 @@ def test_cases_vary_one_option_at_a_time() -> None:
         (0.2, "contiguous"),
     ]
     assert {case.layers for case in cases} == {4} and {case.seq_len for case in cases} == {131072}
-    everything = Choice(preset="table").cases()
+    everything = cases_of(TrainOptions(preset="table"))
     assert {(tokens(case.seq_len), case.layers) for case in everything if case.density is None} == {
         ("512K", 36), ("128K", 36), ("256K", 36), ("1M", 4),
     }  # fmt: skip
@@ -175,7 +179,7 @@ def test_cases_vary_one_option_at_a_time() -> None:
 
 
 def test_the_prescribed_index_has_the_density_asked_for() -> None:
-    for case in Choice(preset="table").cases():
+    for case in cases_of(TrainOptions(preset="table")):
         if case.density is not None and case.seq_len <= 131072:
             assert train_worker._density(case, torch.device("cpu")) == pytest.approx(case.density, rel=0.01)
             assert case.shape.window == 8 and case.pattern().with_estimation  # type: ignore[attr-defined]
@@ -193,11 +197,11 @@ def test_optimisation_is_the_trainers_own() -> None:
     [
         ({"preset": "large"}, "preset: 'large' is not known; choose one of"),
         ({"model": "gpt"}, "model: 'gpt' is not known"),
-        ({"seq_len": ["12X"]}, "seq-len: '12X' is not a number of tokens"),
-        ({"layout": ["random"]}, "layout: 'random' is not known"),
-        ({"ring": ["2by2"]}, "ring: '2by2' is not known"),
-        ({"recompute": ["some"]}, "recompute: 'some' is not known"),
-        ({"density": [5.0]}, "density: 5.0 must be a share"),
+        ({"seq_len": ("12X",)}, "seq-len: '12X' is not a number of tokens"),
+        ({"layout": ("random",)}, "layout: 'random' is not known"),
+        ({"ring": ("2by2",)}, "ring: '2by2' is not known"),
+        ({"recompute": ("some",)}, "recompute: 'some' is not known"),
+        ({"density": (5.0,)}, "density: 5.0 must be a share"),
         ({"layers": 0}, "layers=0"),
         ({"steps": 0}, "steps=0"),
         ({"device": "tpu"}, "device: 'tpu' is not known"),
@@ -207,7 +211,7 @@ def test_optimisation_is_the_trainers_own() -> None:
 )
 def test_bad_input_is_refused_before_anything_starts(options: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        Choice(**{"device": "cpu", **options}).check()
+        check(TrainOptions(**{"device": "cpu", **options}))
 
 
 def test_lengths_are_written_and_read() -> None:

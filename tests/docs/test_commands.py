@@ -22,9 +22,15 @@ CI = (ROOT / ".ci" / "run").read_text()
 # A command that CI does not run as it stands, and the test that runs it instead.
 RUN_BY_TEST = {
     "mtraining bench tiles": "tests/kernel/triton_interpreter/test_tiles_command.py::test_the_command",
+    "mtraining generate runs/first --prompt a.txt": (
+        "tests/cli/test_generate_command.py::test_a_folder_a_run_and_its_checkpoint_are_the_same_model"
+    ),
+    "mtraining generate runs/first --prompt a.txt --attention sparse --nproc 2": (
+        "tests/cli/test_generate_command.py::test_processes_of_its_own_give_the_same_answer"
+    ),
     "mtraining bench train": "tests/bench/test_train_bench.py::test_the_command",
     "mtraining train recipes/qwen2.5-3b-512k.yaml --dry-run --memory-gib 80": (
-        "tests/train/test_memory.py::test_readmes_dry_run"
+        "tests/predict/test_memory.py::test_readmes_dry_run"
     ),
 }
 # A command that no test can run, and why.

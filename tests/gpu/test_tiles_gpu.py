@@ -13,7 +13,7 @@ from mtraining.bench.attention import gate
 from mtraining.bench.attention.cases import Case
 from mtraining.bench.attention.problem import Layer, build
 from mtraining.bench.tiles import run as module
-from mtraining.kernel.measured_tiles import Tiles, measured_tiles
+from mtraining.kernel.measured_tiles import TileSizes, measured_tiles
 from mtraining.kernel.triton.backend import TritonBackend
 from mtraining.kernel.triton.tile_sizes import choose_tiles
 
@@ -24,8 +24,8 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTRAINING_CACHE", str(tmp_path))
     monkeypatch.setenv("MTRAINING_COMMIT", "abc123")
     kernels = ("tiles_forward", "columns_dkdv")
-    small, large = Tiles(32, 64, 4, 2), Tiles(128, 128, 8, 8)  # 8 stages of 64 KiB: on no GPU
-    monkeypatch.setattr(module, "KERNELS", kernels)
+    small, large = TileSizes(32, 64, 4, 2), TileSizes(128, 128, 8, 8)  # 8 stages of 64 KiB: on no GPU
+    monkeypatch.setattr(module, "TILED_KERNELS", kernels)
     monkeypatch.setattr(module, "candidates", lambda *args: [small, large])
     try:
         result, path = module.bench((96,), seq_len=2048, seconds=0.02, say=lambda text: None)

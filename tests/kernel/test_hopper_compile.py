@@ -20,53 +20,68 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from mtraining.kernel.hopper import forward as hopper_forward
 from mtraining.kernel.hopper import keys as hopper_keys
 from mtraining.kernel.hopper import queries as hopper_queries
+from mtraining.kernel.hopper.items import ColumnLists, Options, Target
+from mtraining.kernel.hopper.keys import KeyOptions
+from mtraining.kernel.triton.common import KeyGradients, RowLists
+from mtraining.kernel.triton.hidden import KeyTables
 
 SHARED = 227 * 1024
 SWIZZLED = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
 PLAIN = "NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)"
-INT32 = {
-    "counter", "entries", "bounds", "row_blocks", "col_blocks", "columns", "words", "before", "upto", "columns_ptr",
-    "words_ptr", "q_blocks", "first_seen", "first_slot",
-}  # fmt: skip
+TABLES: dict[str, Any] = {
+    bundle.__name__: bundle for bundle in (RowLists, ColumnLists, KeyTables)
+}  # of int32
 VISITED = {"k_desc": 128, "v_desc": 128, "ck_desc": 128, "cv_desc": 128}  # rows of a tile; 64 of the others
 KERNELS: dict[str, tuple[Any, dict[str, int], dict[str, object]]] = {
     "forward, tiles": (hopper_forward.forward_kernel, VISITED, {"COLUMNS": False, "FINAL": True}),
     "forward, columns too": (hopper_forward.forward_kernel, VISITED, {"FINAL": True, "HAS_PREV": False}),
     "dq, tiles": (hopper_queries.query_gradient_kernel, VISITED, {"COLUMNS": False}),
     "dq, columns too": (hopper_queries.query_gradient_kernel, VISITED, {"FINAL": True}),
-    "dk and dv, tiles": (hopper_keys.key_tiles_kernel, {}, {"STAGES": 3}),
-    "dk and dv, columns": (hopper_keys.key_columns_kernel, {}, {"STAGES": 3}),
+    "dk and dv, tiles": (hopper_keys.key_tiles_kernel, {}, {"STAGES": 3, "COLUMNS": False}),
+    "dk and dv, columns": (hopper_keys.key_columns_kernel, {}, {"STAGES": 3, "GROUP": 1}),
 }
 
 
-def signature_type(name: str, rows: dict[str, int], dim: int) -> str:
+def kind_of(name: str, bundle: str, rows: dict[str, int], dim: int) -> Any:
+    """Triton's type of an argument, a tuple of types for a bundle."""
     if name in ("lse_desc", "delta_desc"):
         return f"tensordesc<fp32[1,64],{PLAIN}>"
     if name.endswith("_desc"):
         return f"tensordesc<bf16[1,{rows.get(name, 64)},1,{dim}],{SWIZZLED}>"
-    if name in INT32:
-        return "*i32"
-    if name.endswith("_ptr"):
-        return "*fp32"
-    if name.endswith(("_b", "_h")):
-        return "i64"
-    return "fp32" if name == "scale" else "i32"
+    if bundle in TABLES:
+        return TABLES[bundle](*["*i32"] * len(TABLES[bundle]._fields))
+    if bundle in ("Target", "KeyGradients"):
+        return {"Target": Target, "KeyGradients": KeyGradients}[bundle](
+            "*fp32", "*fp32", "i64", "constexpr", "i64"
+        )
+    return {"counter": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}.get(name, "i32")
 
 
-def compiled(name: str, dim: int) -> Any:
+def compiled(name: str, dim: int, **more: object) -> Any:
     kernel, rows, options = KERNELS[name]
     chosen: dict[str, object] = {
         "HEAD_DIM": dim, "SIZE": 128, "BLOCK_M": 64, "TOEPLITZ": True, "GROUP": 4, "SPLITS": 1, "HAS_PREV": True,
-        "FINAL": False, "COLUMNS": True, "STAGES": 2, "o_r": 32 * dim, "dq_r": 32 * dim, "dk_r": 8 * dim, **options,
+        "FINAL": False, "COLUMNS": True, "STAGES": 2, **options, **more,
     }  # fmt: skip
-    names = kernel.arg_names
-    types = {arg: "constexpr" if arg in chosen else signature_type(arg, rows, dim) for arg in names}
-    source = GluonASTSource(
-        kernel,
-        types,
-        constexprs={(i,): chosen[arg] for i, arg in enumerate(names) if arg in chosen},
-        attrs={(i,): [["tt.divisibility", 16]] for i, arg in enumerate(names) if types[arg][0] == "*"},
-    )
+    bundles = kernel.fn.__annotations__
+    kinds = {
+        arg: "constexpr" if arg == "options" else kind_of(arg, bundles.get(arg, ""), rows, dim)
+        for arg in kernel.arg_names
+    }
+    bundle: Any = KeyOptions if "dk and dv" in name else Options
+    constants: dict[tuple[int, ...], object] = {}
+    aligned: list[tuple[int, ...]] = []
+    for i, kind in enumerate(kinds.values()):
+        if isinstance(kind, tuple):
+            row = (8 if "dk and dv" in name else 32) * dim
+            constants |= {(i, j): row for j, member in enumerate(kind) if member == "constexpr"}
+            aligned += [(i, j) for j, member in enumerate(kind) if member[0] == "*"]
+        elif kind == "constexpr":
+            constants[(i,)] = bundle(*(chosen[field] for field in bundle._fields))
+        elif kind[0] == "*":
+            aligned.append((i,))
+    attributes = {path: [["tt.divisibility", 16]] for path in aligned}
+    source = GluonASTSource(kernel, kinds, constexprs=constants, attrs=attributes)
     return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 

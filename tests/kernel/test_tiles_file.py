@@ -12,14 +12,14 @@ import torch
 
 from mtraining.errors import UserError
 from mtraining.kernel import measured_tiles as tiles_file
-from mtraining.kernel.measured_tiles import Tiles, measured_tiles, tiles_in_use, tiles_path
+from mtraining.kernel.measured_tiles import TileSizes, measured_tiles, tiles_in_use, tiles_path
 
 pytest.importorskip("triton")
 
 from mtraining.kernel.triton.tile_sizes import choose_tiles, forced_tiles
 
 CPU = torch.device("cpu")
-TABLE, MEASURED = Tiles(64, 64, 4, 1), Tiles(16, 32, 2, 2)
+TABLE, MEASURED = TileSizes(64, 64, 4, 1), TileSizes(16, 32, 2, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -143,12 +143,12 @@ def test_forced_tiles_end_with_the_block() -> None:
     write(entry())
 
     def inside() -> None:
-        with forced_tiles({"tiles_dq": Tiles(128, 128, 8, 2)}):
+        with forced_tiles({"tiles_dq": TileSizes(128, 128, 8, 2)}):
             with forced_tiles({"tiles_dkdv": MEASURED}):
-                assert choose_tiles("tiles_dq", queries(), 64) == Tiles(64, 64, 8, 2)
+                assert choose_tiles("tiles_dq", queries(), 64) == TileSizes(64, 64, 8, 2)
                 assert choose_tiles("tiles_dkdv", queries(), 64) == MEASURED
             assert choose_tiles("tiles_dkdv", queries(), 64) == TABLE
-            assert choose_tiles("tiles_dq", queries(), 64) == Tiles(64, 64, 8, 2)
+            assert choose_tiles("tiles_dq", queries(), 64) == TileSizes(64, 64, 8, 2)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -16,18 +16,44 @@ from mtraining.kernel import select_backend
 pytest.importorskip("triton")
 
 
-def test_kernels_in_the_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported, so these tests get a process of their own."""
-    folder = Path(__file__).parent / "triton_interpreter"
+FOLDER = Path(__file__).parent / "triton_interpreter"
+# Of each family of kernels the cheapest test that compares all of its results with the reference.
+CORE = [
+    "test_triton_attention.py::test_fp32[whole]",
+    "test_triton_attention.py::test_fp16[block mask]",
+    "test_hopper_machine.py::test_against_reference[columns only-4]",
+    "test_hopper_machine.py::test_against_reference[no columns-4]",
+    "test_estimate.py::test_heaviest_of_random_masses[0.9]",
+    "test_estimate.py::test_columns[dtype0-4-1-64]",
+    "test_estimate.py::test_probe[striped-32-2-384-3-1-32-20-last-1]",
+    "test_flash4_wiring.py::test_lists_merge_and_global_delta_give_the_reference[zigzag, own keys]",
+]
+
+
+def interpret(*arguments: str) -> None:
+    """Run tests in a process of their own: Triton reads TRITON_INTERPRET when it is imported."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=FOLDER,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout, result.stdout[-6000:]
+
+
+def test_core_kernels_in_the_interpreter() -> None:
+    interpret(*CORE)
+
+
+# A file at a time, so that the suite's workers share them.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(file.name for file in FOLDER.glob("test_*.py")))
+def test_kernels_in_the_interpreter(name: str) -> None:
+    interpret(name, *(f"--deselect=tests/kernel/triton_interpreter/{test}" for test in CORE))
 
 
 def test_triton_is_refused_on_the_cpu_with_the_remedy() -> None:

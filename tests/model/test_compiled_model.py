@@ -58,6 +58,7 @@ def step(
     return loss.item(), gradients, [stats.density for stats in seen.stats], compiler.frame_count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "topology, recompute, backend",
     [
@@ -87,6 +88,7 @@ def test_compiled_layers_equal_eager_ones(
     assert graphs == 2  # one of two layers with different patterns and their recompute, one of the final norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma", "glm4", "gpt_neox", "jetmoe", "phi3", "smollm3", *EXPERTS])
 def test_layers_of_other_families_compile_whole(pool: ProcessPool, family: str) -> None:
     (loss, gradients, *_), (compiled_loss, compiled, *_) = (

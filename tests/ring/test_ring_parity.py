@@ -18,7 +18,8 @@ from mtraining.pattern import PATTERNS, build_pattern
 from mtraining.ring import IndexTape, Ring
 from pattern_cases import FULL, SIZE, SPARSE
 
-TOPOLOGIES = [(1,), (2,), (4,), (8,), (2, 2), (2, 4), (4, 2)]
+LARGE = [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((4,), (8,), (2, 4), (4, 2))]
+TOPOLOGIES = [(1,), (2,), (2, 2), *LARGE]
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

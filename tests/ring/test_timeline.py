@@ -89,6 +89,7 @@ def test_computing_hides_transfers(pool: ProcessPool) -> None:
         assert fraction < 0.2
 
 
+@pytest.mark.slow
 def test_links_between_nodes_slow_a_flat_ring_and_not_a_hierarchical_one(pool: ProcessPool) -> None:
     """docs/how/rings.md, on two nodes of two: messages that take as long as 1.5 steps."""
     step, delay = 0.12, 0.18

@@ -85,6 +85,7 @@ def wait_for_steps(run: Path, processes: list[subprocess.Popen[str]]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_killed_rank_ends_the_run_in_seconds_and_it_resumes(
     tmp_path: Path, shards: Path, pool: ProcessPool, device: str
@@ -130,6 +131,7 @@ def test_a_killed_rank_ends_the_run_in_seconds_and_it_resumes(
     assert store.latest() == store.path(saved + 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_without_a_common_launcher_the_ranks_notice_who_died(
     tmp_path: Path, shards: Path, device: str
@@ -201,7 +203,7 @@ def test_a_rank_that_fails_names_itself(
         f"error: rank 1 failed ({type(error).__name__}: {error}), so rank 0 ends too; there is no"
     )
     seen = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(reason))
-    assert str(launch._cause(0, seen, tmp_path)).startswith(
+    assert str(launch._cause(0, seen, watch.way_on(tmp_path))).startswith(
         f"rank 1 failed ({type(error).__name__}: {error}), so the other ranks were ended; there is no"
     )
 
@@ -244,6 +246,7 @@ def test_a_stall_says_where_each_rank_is(
     assert re.fullmatch(pattern, told[0])
 
 
+@pytest.mark.slow
 def test_bad_input_found_by_the_ranks_is_told_once(tmp_path: Path, shards: Path) -> None:
     recipe = write_recipe(tmp_path, shards, parallel={"cp": 2})
     done = subprocess.run(
@@ -265,6 +268,7 @@ def test_torchrun(tmp_path: Path, shards: Path) -> None:
     assert CheckpointStore(tmp_path / "run").latest() == CheckpointStore(tmp_path / "run").path(2)
 
 
+@pytest.mark.slow
 def test_torchrun_tells_bad_input_once(tmp_path: Path, shards: Path) -> None:
     recipe = write_recipe(tmp_path, shards, parallel={"cp": 4})
     done = subprocess.run(

@@ -18,6 +18,7 @@ from mtraining.train.step import Stepper
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.network_packages
 def test_two_steps_of_a_pretrained_model(tmp_path: Path) -> None:
     """The second step sees the first one's text again, and knows it better; the attention is sparse."""

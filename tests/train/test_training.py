@@ -123,6 +123,7 @@ def signalled_job(worker: Worker, raw: dict[str, Any]) -> tuple[str, int]:
     return "it went on", 0
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_the_rest_is_bit_for_bit(
     run: Path, tmp_path: Path, pool: ProcessPool, shards: Path
 ) -> None:
@@ -143,7 +144,14 @@ def test_a_signal_to_one_rank_stops_all_and_the_rest_is_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    "grid", [{"cp": 4}, {"cp": 4, "cp_outer": 2}, {"dp": 2}, {"dp": 2, "cp": 2}, {"cp": 1}]
+    "grid",
+    [
+        {"dp": 2},
+        {"cp": 1},
+        pytest.param({"cp": 4}, marks=pytest.mark.slow),
+        pytest.param({"cp": 4, "cp_outer": 2}, marks=pytest.mark.slow),
+        pytest.param({"dp": 2, "cp": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_resume_on_another_grid(
     run: Path, tmp_path: Path, pool: ProcessPool, shards: Path, grid: dict[str, int]
@@ -155,6 +163,7 @@ def test_resume_on_another_grid(
     assert len(records) == 6
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_to_the_large_batch(tmp_path: Path, pool: ProcessPool, shards: Path) -> None:
     curves = []
     for micro in (1, 4):
@@ -236,6 +245,7 @@ def full_disk_job(worker: Worker, raw: dict[str, Any]) -> str:
     return "saved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_full_disk_costs_only_the_save_that_met_it(
     tmp_path: Path, pool: ProcessPool, shards: Path, asynchronous: bool
@@ -338,6 +348,7 @@ def test_export_refuses_what_is_no_run(tmp_path: Path, shards: Path) -> None:
         export_run(tmp_path, tmp_path / "out", dtype="int8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "grid", [{"cp": 2}, {"dp": 2}, {"dp": 2, "cp": 2}, {"cp": 4, "cp_outer": 2}], ids=lambda grid: str(grid)
 )

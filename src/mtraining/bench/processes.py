@@ -1,4 +1,4 @@
-"""Where each of torchrun's processes computes, also where this machine has fewer GPUs than processes.
+"""Start a benchmark's processes, and say where each computes, also where there are fewer GPUs than processes.
 
 What runs on a shared GPU is right or wrong as it is elsewhere, NCCL and all, but its times are not those of a GPU each.
 """
@@ -6,9 +6,14 @@ What runs on a shared GPU is right or wrong as it is elsewhere, NCCL and all, bu
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Sequence
 
 import torch
 
+from mtraining.bench.record import COMMIT_VARIABLE, code_version
+from mtraining.errors import UserError
 from mtraining.ring import prioritise_transfers
 
 _OVER_SOCKETS = {
@@ -20,13 +25,59 @@ _OVER_SOCKETS = {
 }
 
 
+def on_gpu(device: str) -> bool:
+    """Whether the option ``device`` means a GPU: "" stands for one where there is one.
+
+    Raises:
+        UserError: it is not known.
+    """
+    if device not in ("", "cuda", "cpu"):
+        raise UserError(f"device: {device!r} is not known; use cuda or cpu.")
+    return (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+
+
+def process_count(nproc: int | None, gpu: bool) -> int:
+    """How many processes the option ``nproc`` means: by default one a GPU, or two on a CPU.
+
+    Raises:
+        UserError: more than there are GPUs.
+    """
+    gpus = torch.cuda.device_count()
+    wanted = nproc or (gpus if gpu else 2)
+    if gpu and not 1 <= wanted <= gpus:
+        raise UserError(f"nproc: {wanted} processes want a GPU each and there are {gpus}; use device cpu.")
+    return wanted
+
+
+def under_torchrun() -> bool:
+    """Whether this is one of the processes that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def start(module: str, words: Sequence[str], processes: int, gpu: bool, restarts: int = 0) -> int:
+    """Run ``python -m module words`` as so many processes, by torchrun; returns its exit status.
+
+    Args:
+        restarts: how often all processes are started again when one of them fails.
+    """
+    launcher = [
+        "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
+        "--monitor-interval=0.2",
+    ]  # fmt: skip
+    environment = os.environ | {COMMIT_VARIABLE: code_version()}
+    if not gpu:
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", *launcher, "-m", module, *words]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
 def share_gpus() -> None:
     """Let this machine's processes share its GPUs where there are fewer, by standing on nodes of their own.
 
-    NCCL refuses a GPU to two processes of a node, and takes ``NCCL_HOSTID`` for the node. So processes are dealt to as
-    many pretended nodes as it takes, in order, one process a GPU in each; between nodes NCCL goes through sockets. The
-    environment then says what a launcher on such a node would: ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``. Nothing happens
-    where there are GPUs enough, or none. Call it before any process group is made.
+    NCCL refuses a GPU to two processes of a node, and takes ``NCCL_HOSTID`` for the node. So processes are assigned in
+    order to as many pretended nodes as it takes, one process a GPU in each. Between nodes NCCL goes through sockets.
+    The environment then says what a launcher on such a node would: ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``. Nothing
+    happens where there are GPUs enough, or none. Call it before any process group is made.
     """
     local, processes, gpus = (
         int(os.environ["LOCAL_RANK"]),

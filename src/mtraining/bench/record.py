@@ -162,6 +162,15 @@ def _cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def plain_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table of text, every column flush right."""
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in (heads, *cells)
+    )
+
+
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of what a reader wants first."""
     heads = ["backend", "tokens", "heads", "dim", "blocks", "columns", "phase", "ms", "TFLOP/s", "best dense", "ratio",

@@ -31,11 +31,12 @@ def measure(
 ) -> Timing:
     """Time ``run``: 3 to 10 repetitions in about ``seconds``, each after the L2 cache is overwritten.
 
-    The repetitions are queued together behind a pause twice as long as queueing them takes, so that the time is the
-    GPU's, as in a training step whose host runs ahead, and not that of launching kernels onto an idle GPU. Before them
-    ``run`` repeats for ``warm_up`` seconds without being timed: a GPU that comes from idling runs for some tenths of a
-    second at clocks that its power limit does not let it keep in training, so that short and long work would not
-    compare. Two seconds are enough on an H200.
+    The repetitions are queued together behind a pause twice as long as queueing them takes. So the time is the GPU's,
+    as in a training step whose host runs ahead, and not that of launching kernels onto an idle GPU.
+
+    Before them ``run`` repeats for ``warm_up`` seconds without being timed. A GPU that comes from idling runs for some
+    tenths of a second at clocks that its power limit does not let it keep in training. Short and long work would then
+    not compare. Two seconds are enough on an H200.
     """
     if device.type != "cuda":
         run()

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mtraining.bench.options import (
+    AttentionOptions,
+    DecodeOptions,
+    RingOptions,
+    TilesOptions,
+    TrainOptions,
+    options_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +28,34 @@ def _bench() -> None:
     """Measure, beside what you would otherwise use."""
 
 
-def _print_table(console: Console, title: str, heads: list[str], cells: list[list[str]]) -> None:
+def _command(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Make a subcommand of a function of the options ``kind``, with a command-line option for each of them."""
+
+    def decorate(run: Callable[[Any], None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            run(kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}))
+
+        parameters = [
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=list(option.default) if option.repeated else option.default,
+                annotation=Annotated[
+                    list[option.kind] if option.repeated else option.kind | None,  # type: ignore[name-defined]
+                    typer.Option(help=option.help),
+                ],
+            )
+            for option in options_of(kind)
+        ]
+        command.__name__, command.__doc__ = run.__name__, run.__doc__
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return bench.command()(command)
+
+    return decorate
+
+
+def print_table(console: Console, title: str, heads: list[str], cells: list[list[str]]) -> None:
     """A narrow terminal may break its lines, but a cell cut short would be no number."""
     from rich.table import Table
 
@@ -31,122 +68,60 @@ def _print_table(console: Console, title: str, heads: list[str], cells: list[lis
     console.print(shown)
 
 
-@bench.command()
-def attention(
-    preset: Annotated[
-        str, typer.Option(help="targets, quick, growth or tiny; default: targets, on a CPU tiny.")
-    ] = "",
-    backend: Annotated[list[str] | None, typer.Option(help="Kernel to time; may be repeated.")] = None,
-    device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = "",
-    max_seq_len: Annotated[int | None, typer.Option(help="Leave longer sequences out.")] = None,
-    dense: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Dense kernel to time (fa4, cudnn, fa2, flex, math, or none); default: all that can run."
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("benchmarks/results"),
-    warm_up: Annotated[
-        float,
-        typer.Option(
-            help="Seconds of the same work before each timing; under 0.1 for the clocks of a GPU that comes from "
-            "idling."
-        ),
-    ] = 2.0,
-) -> None:
-    """Time sparse attention against dense kernels; nothing wrong is timed. Writes a CSV."""
+def _console() -> tuple[Console, Callable[[str], None]]:
+    """Where results go, and what prints a line as it is."""
     from rich.console import Console
 
+    console = Console()
+    return console, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@_command(AttentionOptions)
+def attention(options: AttentionOptions) -> None:
+    """Time sparse attention against dense kernels; nothing wrong is timed. Writes a CSV."""
     from mtraining.bench.attention.run import bench as run
     from mtraining.bench.record import table
 
-    console = Console()
-    result, path = run(
-        preset,
-        backend or [],
-        device,
-        max_seq_len,
-        dense or [],
-        out,
-        warm_up,
-        say=lambda text: console.print(text, markup=False, highlight=False),
-    )
-    _print_table(console, "Attention", *table(result.rows))
-    console.print(f"wrote {path}" if path else "no number to write", soft_wrap=True)
+    console, say = _console()
+    result, path = run(options, say)
+    print_table(console, "Attention", *table(result.rows))
+    say(f"wrote {path}" if path else "no number to write")
     if result.failures:
         raise typer.Exit(1)
 
 
-@bench.command()
-def train(
-    preset: Annotated[str, typer.Option(help="table or tiny; default: table, on a CPU tiny.")] = "",
-    model: Annotated[str, typer.Option(help="Shape of the model: qwen2.5-3b or tiny.")] = "",
-    seq_len: Annotated[
-        list[str] | None, typer.Option(help="Tokens a sequence, such as 512K; may be repeated.")
-    ] = None,
-    density: Annotated[
-        list[float] | None, typer.Option(help="Computed share of attention, such as 0.05; may be repeated.")
-    ] = None,
-    layout: Annotated[
-        list[str] | None, typer.Option(help="striped, zigzag or contiguous; may be repeated.")
-    ] = None,
-    ring: Annotated[
-        list[str] | None, typer.Option(help="flat, or OUTERxINNER such as 2x2; may be repeated.")
-    ] = None,
-    recompute: Annotated[
-        list[str] | None, typer.Option(help="full, keep_attention or none; may be repeated.")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(help="Decoder layers, of both sides.")] = None,
-    dense: Annotated[bool | None, typer.Option(help="Time the dense step too.")] = None,
-    kernel: Annotated[str, typer.Option(help="Attention backend of sparse steps.")] = "",
-    dense_kernel: Annotated[str, typer.Option(help="Attention backend of dense steps.")] = "",
-    fused: Annotated[str, typer.Option(help="What surrounds attention: none, compile or liger.")] = "",
-    offload: Annotated[bool | None, typer.Option(help="Keep activations in host memory.")] = None,
-    warmup: Annotated[int, typer.Option(help="Steps before the timed ones.")] = 1,
-    steps: Annotated[int, typer.Option(help="Timed steps at most; the median counts.")] = 5,
-    seconds: Annotated[float, typer.Option(help="Time fewer steps where they would take longer.")] = 60.0,
-    device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = "",
-    nproc: Annotated[int | None, typer.Option(help="Processes; default: one a GPU, two on a CPU.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("benchmarks/results"),
-    chart: Annotated[Path | None, typer.Option(help="Draw the result into this SVG file.")] = None,
-) -> None:
-    """Time whole training steps, sparse beside dense, on all GPUs; nothing wrong is timed. Writes a CSV."""
-    from rich.console import Console
+@_command(RingOptions)
+def ring(options: RingOptions) -> None:
+    """Time ring attention over all GPUs against one GPU's share; nothing wrong is timed. Writes a CSV."""
+    from mtraining.bench.ring.run import bench as run
 
+    status = run(options)
+    if status:
+        raise typer.Exit(status)
+
+
+@_command(TrainOptions)
+def train(options: TrainOptions) -> None:
+    """Time whole training steps, sparse beside dense, on all GPUs; nothing wrong is timed. Writes a CSV."""
     from mtraining.bench.train.record import table
-    from mtraining.bench.train.run import Choice
     from mtraining.bench.train.run import bench as run
 
-    console = Console()
-    choice = Choice(
-        preset, model, seq_len or (), density or (), layout or (), ring or (), recompute or (), layers, dense, kernel,
-        dense_kernel, fused, offload, warmup, steps, seconds, device, nproc, str(out), str(chart or ""),
-    )  # fmt: skip
-    outcome = run(choice)
-    if outcome is None:  # torchrun's first process tells
+    console, say = _console()
+    outcome = run(options)
+    # torchrun's first process has the outcome.
+    if outcome is None:
         return
-    _print_table(console, "Training steps", *table(outcome.rows))
+    print_table(console, "Training steps", *table(outcome.rows))
     for line in (*outcome.failures, *outcome.notes):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    console.print(f"wrote {outcome.path}" if outcome.path else "no number to write", soft_wrap=True)
+        say(line)
+    say(f"wrote {outcome.path}" if outcome.path else "no number to write")
     if outcome.failures:
         raise typer.Exit(1)
 
 
-@bench.command()
-def tiles(
-    head_dim: Annotated[
-        list[int] | None, typer.Option(help="64, 96, 128 or 256; may be repeated; default: all.")
-    ] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="bf16, fp16 or fp32; may be repeated; default: bf16.")
-    ] = None,
-    block_size: Annotated[int | None, typer.Option(help="Of the pattern, in tokens; default: 128.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of what is timed; default: 32768.")] = None,
-) -> None:
+@_command(TilesOptions)
+def tiles(options: TilesOptions) -> None:
     """Find the fastest tiles for the portable kernels on this GPU, and keep them for training."""
-    from rich.console import Console
-
     from mtraining.errors import UserError
 
     try:
@@ -157,17 +132,27 @@ def tiles(
             f"bench tiles needs the triton package ({missing}); install mtraining[gpu]."
         ) from missing
 
-    console = Console()
-    result, path = run(
-        head_dim or (),
-        dtype or (),
-        block_size,
-        seq_len,
-        say=lambda text: console.print(text, markup=False, highlight=False),
-    )
-    _print_table(console, "Tiles", *table(result))
+    console, say = _console()
+    result, path = run(options.head_dim, options.dtype, options.block_size, options.seq_len, say=say)
+    print_table(console, "Tiles", *table(result))
     for line in result.failures:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    console.print(f"wrote {path}" if path else "nothing to write", soft_wrap=True)
+        say(line)
+    say(f"wrote {path}" if path else "nothing to write")
     if result.failures:
+        raise typer.Exit(1)
+
+
+@_command(DecodeOptions)
+def decode(options: DecodeOptions) -> None:
+    """Time decode attention over long caches beside a copy of memory; nothing wrong is timed. Writes a CSV."""
+    from mtraining.bench.decode.run import bench as run
+    from mtraining.bench.decode.run import table
+
+    console, say = _console()
+    rows, path, wrong = run(options.preset, options.dtype, options.device, options.out, say=say)
+    print_table(console, "Decode attention", *table(rows))
+    for line in wrong:
+        say(line)
+    say(f"wrote {path}" if path else "no number to write")
+    if wrong:
         raise typer.Exit(1)

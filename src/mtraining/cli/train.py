@@ -78,7 +78,7 @@ def _dry_run(settings: Config, memory_gib: float | None) -> None:
     shown = Table("on each GPU", "memory", title=f"{gpus}, {settings.train.seq_len} tokens")
     shown.columns[1].justify = "right"
     for name, size in prediction.table():
-        shown.add_row(name, size_text(size), style="bold" if name.startswith("peak") else "")
+        shown.add_row(name, size_text(size), style="bold" if name.startswith(("peak", "needed")) else "")
     console.print(shown)
     memory = None if memory_gib is None else memory_gib * GIB
     if memory is None and torch.cuda.is_available():

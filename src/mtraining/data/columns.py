@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mtraining.data.options import DEFAULT_TEXT_COLUMN, PrepareOptions, flag
-from mtraining.errors import UserError
+from mtraining.errors import UserError, nearest
 
 IDS = "input_ids"
 """The column of token ids that is read where rows have no text; what Hugging Face tokenizers write."""
@@ -73,9 +72,9 @@ def _refusal(
     if not kinds:
         remedy = "the rows have no columns"
     elif fitting:
-        near = difflib.get_close_matches(wanted, fitting, n=1, cutoff=0.0) or fitting
-        others = [column for column in fitting if column != near[0]]
-        remedy = f"set it to '{near[0]}'" + (f" or another of {', '.join(others)}" if others else "")
+        near = nearest(wanted, fitting, 0.0) or fitting[0]
+        others = [column for column in fitting if column != near]
+        remedy = f"set it to '{near}'" + (f" or another of {', '.join(others)}" if others else "")
     else:
         have = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
         remedy = f"no column holds {what}: there are {have}"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mtraining.data.sources import Skipped
-from mtraining.errors import UserError
+from mtraining.errors import UserError, nearest
 
 DEFAULT_TEXT_COLUMN = "text"
 KINDS = ("auto", "text", "jsonl", "parquet", "code", "dataset")
@@ -100,7 +99,7 @@ def flag(option: str) -> str:
 
 def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
+        near = nearest(value, choices, 0.0)
         raise UserError(
             f"{flag(option)} '{value}' is unknown; did you mean '{near}'? (one of {', '.join(choices)})"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import json
 import shutil
@@ -40,7 +39,7 @@ from mtraining.data.shards import (
 from mtraining.data.sources import Item, Skipped, Source
 from mtraining.data.tokenizer import Separators, save_tokenizer
 from mtraining.data.writer import ShardWriter, write_json
-from mtraining.errors import UserError
+from mtraining.errors import UserError, nearest
 
 _BEFORE_STATE = {TOKENIZER, TOKENIZER + ".tmp", STATE + ".tmp"}  # what a stop before prepare.json can leave
 
@@ -177,8 +176,8 @@ def _check_holdout(options: PrepareOptions, sources: list[Source]) -> None:
     names = [entry.name for source in sources for entry in source.items() if isinstance(entry, Item)]
     for pattern in options.holdout:
         if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names[:10000], n=1, cutoff=0.0)
-            hint = f"the nearest name is '{near[0]}'" if near else "the sources hold no document"
+            near = nearest(pattern, names[:10000], 0.0)
+            hint = f"the nearest name is '{near}'" if near else "the sources hold no document"
             raise UserError(f"--holdout '{pattern}' names no document; {hint}")
 
 

@@ -15,7 +15,7 @@ from mtraining.data.columns import IDS, Columns, beside, choose_columns, kinds_o
 from mtraining.data.files import DAMAGED, damage, open_file, suffixes
 from mtraining.data.options import PrepareOptions
 from mtraining.data.sources import EMPTY, UNREADABLE, Item, Skipped, Source, files_signature
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line
 from mtraining.inputs import hub
 
 BAD_JSON = "not valid JSON"
@@ -164,7 +164,7 @@ def saved_dataset_source(path: Path, options: PrepareOptions) -> Source:
         loaded = load_from_disk(str(path))
     except Exception as error:  # arrow, json and file errors alike
         raise UserError(
-            f"source '{path}' is a damaged saved dataset ({_first_line(error)}); save it again"
+            f"source '{path}' is a damaged saved dataset ({first_line(error)}); save it again"
         ) from error
     if isinstance(loaded, DatasetDict):
         if options.split not in loaded:
@@ -191,7 +191,7 @@ def hub_dataset_source(name: str, options: PrepareOptions) -> Source:
     except Exception as error:  # the hub, the network and the dataset's own reader each raise their own kinds
         raise UserError(
             f"source '{name}' is neither an existing path nor a Hugging Face dataset that loads "
-            f"({_first_line(error)}); correct the path, or the id, --dataset-config and --split"
+            f"({first_line(error)}); correct the path, or the id, --dataset-config and --split"
         ) from error
     return _dataset_source(name, name, loaded, options)
 
@@ -238,8 +238,3 @@ def _as_ids(content: Any) -> np.ndarray | None:
     if isinstance(content, np.ndarray) and content.ndim == 1 and content.dtype.kind in "iu":
         return content.astype(np.int64)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

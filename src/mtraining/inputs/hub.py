@@ -6,7 +6,6 @@ one question with a deadline comes first, so that a mistyped path costs seconds 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import threading
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line, nearest
 
 TIMEOUT = 5.0
 """Seconds that the hub has for each answer; the whole question has twice that."""
@@ -60,7 +59,7 @@ def find(name: str, what: str, kind: Literal["model", "dataset"], remedy: str) -
                 f"{what} is no path here{_nearest(name)}, and the model hub ({constants.ENDPOINT}) has no {kind} "
                 f"of that name for you; correct it, or {remedy}."
             )
-        lacking = f"the model hub ({constants.ENDPOINT}) cannot be reached ({_first_line(problem)})"
+        lacking = f"the model hub ({constants.ENDPOINT}) cannot be reached ({first_line(problem)})"
     if kind == "dataset" and constants.HF_HUB_OFFLINE:
         return {}  # the datasets library keeps a cache of its own, and says so quickly where it has nothing
     if kind == "model" and _cached(name):
@@ -102,8 +101,8 @@ def _nearest(name: str) -> str:
         beside = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return ""
-    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.75)
-    return f" (did you mean '{path.with_name(near[0])}'?)" if near else ""
+    near = nearest(path.name, beside, 0.75)
+    return f" (did you mean '{path.with_name(near)}'?)" if near else ""
 
 
 @functools.cache
@@ -134,8 +133,3 @@ def _cached(name: str) -> bool:
 
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
     return any(folder.glob("snapshots/*/*"))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

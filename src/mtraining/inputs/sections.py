@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mtraining.errors import UserError
+from mtraining.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass as _ModelMetaclass
@@ -53,9 +52,9 @@ def sentence(error: ValidationError, kind: Any, source: str) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _known_keys(kind, problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        near = nearest(str(problem["loc"][-1]), known, 0.5)
         prefix = "".join(f"{part}." for part in problem["loc"][:-1])
-        remedy = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}."
+        remedy = f"did you mean {prefix}{near}?" if near else f"known keys are {', '.join(known)}."
         return f"unknown key {where} in {source}; {remedy}"
     if problem["type"] == "missing":
         return f"{source} lacks the required key {where}."

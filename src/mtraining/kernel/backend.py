@@ -1,4 +1,4 @@
-"""The interface that every kernel backend offers."""
+"""What a backend offers: kernels for attention, and kernels for the estimation that chooses what to attend."""
 
 from __future__ import annotations
 
@@ -13,32 +13,58 @@ Columns = tuple[Tensor, Tensor]
 KERNELS = ("auto", "reference", "triton", "flash4", "cudnn", "flash")
 
 
+class Decode(Protocol):
+    """Attention of one new token a row over this process's part of a cache of keys and values."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Partial attention, to be merged with that over the other parts.
+
+        Args:
+            q: (batch, q_heads, head_dim).
+            k, v: (batch, capacity, kv_heads, head_dim), same dtype; kv_heads divides q_heads.
+            lengths: int32 (batch,), on the tensors' device: the keys of each row that are attended, all from the first
+                on; 0 is allowed. What lies beyond is not read, or not used.
+            longest: an upper bound of ``lengths``, known on the host; at most the capacity.
+            scale: factor on q.k before the softmax.
+
+        Returns:
+            out (batch, q_heads, head_dim) and lse (batch, q_heads), natural log, both in the accumulation dtype;
+            0 and -inf for rows without keys.
+        """
+        ...
+
+
 class QueryGradient(Protocol):
     """The rest of a backward pass over tiles; call it once."""
 
     def __call__(self, dq: Tensor | None, *, columns: Columns | None = None, final: bool = False) -> Tensor:
-        """Add the pass's share, and that of the columns, to ``dq``; see :class:`Backend`."""
+        """Add the pass's share, and that of the columns, to ``dq``; see :class:`AttentionKernels`."""
         ...
 
 
-class Backend(Protocol):
+class AttentionKernels(Protocol):
     """Attention over an index, in passes over tiles that merge into one (out, lse).
 
-    Shapes: q, dout (batch, rows, q_heads, head_dim); k, v (batch, keys, kv_heads, head_dim); compact columns
-    ck, cv (batch, capacity, q_heads, head_dim) in the order of ``index.columns``; out and dq like q in the
-    accumulation dtype (fp32, or fp64 for fp64 inputs); lse (batch, q_heads, rows) in the same dtype, natural
-    log, -inf (with out = 0) for rows that saw no key yet. ``out``/``lse``/``dq`` given to a pass hold the
-    previous partial result, None before the first; the pass returns the merged one and may reuse their memory; the
-    last pass is told so (``final``) and returns out or dq in q's dtype. Backward passes take the *global* lse and
-    delta = rowsum(dout * out) and return fresh key gradients in the accumulation dtype.
+    Shapes:
+        q, dout: (batch, rows, q_heads, head_dim).
+        k, v: (batch, keys, kv_heads, head_dim).
+        ck, cv: compact columns (batch, capacity, q_heads, head_dim), in the order of ``index.columns``.
+        out, dq: like q, in the accumulation dtype (fp32, or fp64 for fp64 inputs).
+        lse: (batch, q_heads, rows) in the accumulation dtype, natural log. Rows that saw no key yet have -inf, and
+            out = 0.
 
-    One pass, any, takes the ``columns`` (ck, cv) along: it attends them too. Backward, its :class:`QueryGradient`
-    adds their share of dq; ``columns_backward`` has the gradients of ck and cv.
+    ``out``, ``lse`` and ``dq`` given to a pass hold the previous partial result; they are None before the first pass.
+    The pass returns the merged result and may reuse their memory. With ``final`` it is the last pass and returns out or
+    dq in q's dtype. Backward passes take the *global* lse and delta = rowsum(dout * out). They return fresh key
+    gradients in the accumulation dtype.
+
+    One pass, whichever it is, takes the ``columns`` (ck, cv) along and attends to them too. In backward, the
+    :class:`QueryGradient` of that pass adds their share of dq; ``columns_backward`` has the gradients of ck and cv.
     """
 
     name: str
-
-    def __hash__(self) -> int: ...
 
     def tiles_forward(
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
@@ -53,8 +79,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
         """The gradients of k and v, one tensor (2, batch, keys, kv_heads, head_dim), and what is left to do for dq.
 
-        The former in the accumulation dtype, or in k's where the backend rounds them so; the caller may write to it. It
-        comes first so that it can travel while dq is computed.
+        The gradients are in the accumulation dtype, or in k's where the backend rounds them so. The caller may write to
+        them. They come first so that they can travel while dq is computed.
         """
         ...
 
@@ -72,15 +98,24 @@ class Backend(Protocol):
     def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
         """Rows of k and v at the index's columns, per query head: (2, batch, capacity, q_heads, head_dim), contiguous.
 
-        ``slots`` int64 (seq_len,) maps global positions to rows of k, -1 where they are held elsewhere:
-        such columns, and the padding, are zero, so that summing over ranks completes the buffer exactly.
+        ``slots`` int64 (seq_len,) maps global positions to rows of k, -1 where another rank holds them. Such columns,
+        and the padding, are zero, so that summing over ranks completes the buffer exactly.
         """
         ...
 
     def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
-        """Add compact column gradients (2, batch, capacity, q_heads, head_dim) to the rows held here of
-        ``dkv`` (2, batch, keys, kv_heads, head_dim), in place, summing the query heads of a group; deterministic."""
+        """Add column gradients to the rows of ``dkv`` that are held here, in place; deterministic.
+
+        ``grads`` are compact, (2, batch, capacity, q_heads, head_dim); ``dkv`` is (2, batch, keys, kv_heads, head_dim).
+        The query heads of a group are summed.
+        """
         ...
+
+
+class EstimationKernels(Protocol):
+    """What a pattern may ask for when it chooses: scores of probe queries, and the heaviest entries."""
+
+    def __hash__(self) -> int: ...
 
     def probe_lse(
         self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float
@@ -92,20 +127,13 @@ class Backend(Protocol):
         ...
 
     def probe_mass(
-        self,
-        probe: Tensor,
-        k: Tensor,
-        probe_positions: Tensor,
-        key_positions: Tensor,
-        scale: float,
-        lse: Tensor,
-        seq_len: int,
-        block_size: int,
-    ) -> tuple[Tensor, Tensor]:
+        self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float, lse: Tensor,
+        seq_len: int, block_size: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Probability mass under the probe, exp(score - lse) with the *global* lse, summed over the probe.
 
-        Slashes are token distances where ``block_size`` is 1, else block diagonals, to which the mass of distances is
-        dealt as :func:`mtraining.kernel.reference.estimate.diagonal_mass` has it.
+        Slashes are token distances where ``block_size`` is 1, else block diagonals;
+        :func:`mtraining.kernel.reference.estimate.diagonal_mass` divides the mass of distances among these.
 
         Args:
             seq_len: a multiple of ``block_size``.
@@ -118,12 +146,16 @@ class Backend(Protocol):
     def heaviest(self, mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Tensor:
         """Positions of the kept entries of each row, ascending, padded with n: int64 (rows, min(keep, n)).
 
-        Forced entries come first and count towards budget and mass; then the heaviest ones follow, lower
-        positions first among equals. With ``top_p``: the fewest entries whose mass reaches that share of the
-        row's total, at most ``keep``; without: exactly ``keep``. No host synchronisation.
+        Forced entries come first and count towards budget and mass. Then the heaviest ones follow, lower positions
+        first among equals. With ``top_p``, these are the fewest entries whose mass reaches that share of the row's
+        total, at most ``keep``; without it exactly ``keep``. No host synchronisation.
 
         Args:
             mass: (rows, n), non-negative.
             forced: bool (n,), always kept.
         """
         ...
+
+
+class Backend(AttentionKernels, EstimationKernels, Protocol):
+    """Both, as :func:`mtraining.kernel.select_backend` gives them."""

@@ -1,7 +1,7 @@
 """Tile sizes that `mtraining bench tiles` measured on this machine: where they are kept, and what a run takes of them.
 
-Files are written on demand by that command alone and read once a process, so that neither two ranks nor a run and its
-resumption choose for themselves: they read one file, or are told that they do not (:func:`tiles_in_use`).
+That command alone writes the file, and a process reads it once. So two ranks, or a run and its resumption, do not
+choose for themselves: they read one file, and :func:`tiles_in_use` shows where they do not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtraining.errors import UserError
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "MTRAINING_CACHE"
-KERNELS = ("tiles_forward", "tiles_dq", "tiles_dkdv", "columns_forward", "columns_dq", "columns_dkdv")
+TILED_KERNELS = ("tiles_forward", "tiles_dq", "tiles_dkdv", "columns_forward", "columns_dq", "columns_dkdv")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TABLES = "tables"  # what is in use where nothing was measured: the entries of triton/tile_sizes.py
 _EDGES = (16, 32, 64, 128)
@@ -33,9 +33,14 @@ _MOST_STAGES = 8
 T = TypeVar("T")
 
 
-class Tiles(NamedTuple):
-    """Tile of queries x tile of keys, how many warps and pipeline stages work on it, and whether the copy engine
-    (TMA, Hopper and Blackwell) fetches what the tile visits: it needs no registers for addresses."""
+class TileSizes(NamedTuple):
+    """The piece of work of a kernel's inner loop, and what works on it.
+
+    Attributes:
+        block_m, block_n: queries and keys.
+        warps, stages: how many warps and pipeline stages.
+        tma: the copy engine (Hopper and Blackwell) fetches keys and values; it needs no registers for addresses.
+    """
 
     block_m: int
     block_n: int
@@ -44,8 +49,8 @@ class Tiles(NamedTuple):
     tma: bool = False
 
 
-class Call(NamedTuple):
-    """What tiles are measured for: a kernel, the dtype of q, the unpadded head_dim, and the index's block size."""
+class KernelCase(NamedTuple):
+    """What tile sizes are measured for: a kernel, the dtype of q, the unpadded head_dim, and the index's block size."""
 
     kernel: str
     dtype: torch.dtype
@@ -79,7 +84,7 @@ def tiles_path(device: torch.device) -> Path:
 
 
 @cache
-def measured_tiles(device: torch.device) -> dict[Call, Tiles]:
+def measured_tiles(device: torch.device) -> dict[KernelCase, TileSizes]:
     """What was measured on this very GPU with this very Triton; empty where nothing was. Read once a process.
 
     Raises:
@@ -134,26 +139,26 @@ def read_tiles(path: Path) -> dict[str, Any] | None:
     return document
 
 
-def entry_call(entry: dict[str, Any]) -> Call:
+def entry_case(entry: dict[str, Any]) -> KernelCase:
     """What an entry of a file was measured for; ValueError where it does not say."""
     kernel, dtype = _field(entry, "kernel", str), _field(entry, "dtype", str)
-    if kernel not in KERNELS or dtype not in DTYPES:
+    if kernel not in TILED_KERNELS or dtype not in DTYPES:
         raise ValueError(f"kernel {kernel!r} of {dtype!r} is not known")
-    return Call(kernel, DTYPES[dtype], _field(entry, "head_dim", int), _field(entry, "block_size", int))
+    return KernelCase(kernel, DTYPES[dtype], _field(entry, "head_dim", int), _field(entry, "block_size", int))
 
 
-def _parse(entry: Any) -> tuple[Call, Tiles]:
-    call = entry_call(entry)
+def _parse(entry: Any) -> tuple[KernelCase, TileSizes]:
+    call = entry_case(entry)
     chosen = _field(entry, "tiles", dict)
     kinds = {"block_m": int, "block_n": int, "warps": int, "stages": int, "tma": bool}
-    tiles = Tiles(**{name: _field(chosen, name, kind) for name, kind in kinds.items()})
+    tiles = TileSizes(**{name: _field(chosen, name, kind) for name, kind in kinds.items()})
     wrong = misfit(call.kernel, tiles, call.block_size)
     if wrong is not None:
         raise ValueError(f"{call.kernel}, head_dim {call.head_dim}: {wrong}")
     return call, tiles
 
 
-def misfit(kernel: str, tiles: Tiles, block_size: int) -> str | None:
+def misfit(kernel: str, tiles: TileSizes, block_size: int) -> str | None:
     """Why no kernel takes these tiles with blocks of this size; None where one does."""
     columns = kernel.startswith("columns")
     for name, edge in (("block_m", tiles.block_m), ("block_n", tiles.block_n)):

@@ -34,8 +34,8 @@ class Piece:
 class Placement:
     """Global block numbers of the local queries and of the visiting keys.
 
-    A kernel sees local tensors; only these small tables tell it which global rows and columns they are, so that any
-    layout which keeps whole blocks together (contiguous, zigzag, striped) is served by the same kernel.
+    A kernel sees local tensors; only these small tables tell it which global rows and columns they are. So one kernel
+    serves every layout that keeps whole blocks together (contiguous, zigzag, striped).
 
     Attributes:
         q_blocks: int64 (local query blocks,), global number of each local query block, ascending.

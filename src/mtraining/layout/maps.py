@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from mtraining.errors import UserError
+from mtraining.errors import UserError, did_you_mean
 from mtraining.layout.base import Layout
 from mtraining.layout.contiguous import Contiguous
 from mtraining.layout.striped import Striped
@@ -20,7 +18,6 @@ def build_layout(name: str, unit: int = 128) -> Layout:
         UserError: unknown name, or a unit below one.
     """
     if name not in LAYOUTS:
-        near = difflib.get_close_matches(name, LAYOUTS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(name, LAYOUTS)
         raise UserError(f"layout: {name!r} is not known{hint}; choose one of {', '.join(LAYOUTS)}.")
     return LAYOUTS[name](unit=unit)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mtraining.model.allocator import use_expandable_segments
 from mtraining.model.export import export_model
 from mtraining.model.indices import Refresh
 from mtraining.model.loss import chunked_cross_entropy
@@ -29,6 +30,7 @@ __all__ = [
     "chunked_cross_entropy",
     "export_model",
     "parallelize",
+    "use_expandable_segments",
 ]
 
 _HOME = {"ModelOptions": "load", "RopeOptions": "rope", "build_model": "load"}

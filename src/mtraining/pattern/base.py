@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from types import NoneType
 from typing import Any, ClassVar, Protocol, get_args, get_type_hints
@@ -13,8 +12,8 @@ from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from mtraining.errors import UserError
-from mtraining.kernel import Backend, ReferenceBackend, SparseIndex, pack_blocks
+from mtraining.errors import UserError, did_you_mean
+from mtraining.kernel import EstimationKernels, ReferenceBackend, SparseIndex, pack_blocks
 
 
 class Collective(Protocol):
@@ -62,20 +61,53 @@ class SequenceShard:
         all_positions: int64 (world, local tokens), global position of every rank's tokens, on the tensors' device.
         comm: collectives over the context-parallel ranks.
         backend: kernels for the estimation.
+        padding: tokens at the end of the sequence that only fill it up to a length that the layout can deal. An
+            estimate must not depend on what they hold, nor on how many blocks of them there are.
     """
 
     all_positions: Tensor
     comm: Collective = field(default_factory=Alone)
-    backend: Backend = field(default_factory=ReferenceBackend)
+    backend: EstimationKernels = field(default_factory=ReferenceBackend)
+    padding: int = 0
 
     @classmethod
-    def whole(cls, seq_len: int, device: torch.device | str = "cpu") -> SequenceShard:
-        """One process that holds all ``seq_len`` tokens."""
-        return cls(torch.arange(seq_len, device=device)[None])
+    def whole(cls, seq_len: int, device: torch.device | str = "cpu", padding: int = 0) -> SequenceShard:
+        """One process that holds all ``seq_len`` tokens, ``padding`` of them at the end without meaning."""
+        return cls(torch.arange(seq_len, device=device)[None], padding=padding)
 
     @property
     def seq_len(self) -> int:
+        """Tokens in the sequence, padding included."""
         return self.all_positions.numel()
+
+    @property
+    def length(self) -> int:
+        """Real tokens in the sequence; all of them stand before the padding."""
+        return self.seq_len - self.padding
+
+    def covered(self, block_size: int) -> int:
+        """Tokens in the blocks that hold a real one: ``length`` rounded up to whole blocks."""
+        return -(-self.length // block_size) * block_size
+
+    def padded(self, padding: int) -> SequenceShard:
+        """This shard with the last ``padding`` tokens of the sequence declared padding; its tables are shared."""
+        if padding == self.padding:
+            return self
+        other = replace(self, padding=padding)
+        vars(other).update(slots=self.slots, _host_positions=self._host_positions)
+        return other
+
+    def real(self, x: Tensor) -> Tensor:
+        """``x`` (batch, local tokens, ...) with zeros in place of padding; ``x`` itself where there is none."""
+        if not self.padding:
+            return x
+        there = (self.positions < self.length).view(-1, *(1,) * (x.ndim - 2))
+        return torch.where(there, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def real_in_block(self, block_size: int) -> Tensor:
+        """int64 (local blocks,): how many tokens of each of this rank's blocks are real."""
+        start = self.all_blocks(block_size)[self.comm.rank] * block_size
+        return (self.length - start).clamp(min=0, max=block_size)
 
     @property
     def positions(self) -> Tensor:
@@ -165,13 +197,14 @@ def build_from_table(table: Mapping[str, type[Pattern]], name: str, options: Map
     """Look ``name`` up in ``table`` and fill its fields; unknown names are refused with the nearest known one."""
     if name not in table:
         raise UserError(
-            f"pattern: {name!r} is not known{_nearest(name, table)}; choose one of {', '.join(table)}."
+            f"pattern: {name!r} is not known{did_you_mean(name, table)}; choose one of {', '.join(table)}."
         )
     known = [f.name for f in fields(table[name])]
     for option in options:
         if option not in known:
+            hint = did_you_mean(option, known)
             raise UserError(
-                f"pattern.{option}: {name} has no such option{_nearest(option, known)}; it takes {', '.join(known)}."
+                f"pattern.{option}: {name} has no such option{hint}; it takes {', '.join(known)}."
             )
     kinds = get_type_hints(table[name])
     given = {option: _typed(name, option, kinds[option], value) for option, value in options.items()}
@@ -220,8 +253,3 @@ def _read(kind: type, value: object) -> object:
         if number.is_integer():
             return int(number)
     raise ValueError
-
-
-def _nearest(word: str, known: object) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)  # type: ignore[call-overload]
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -4,11 +4,11 @@ Section 2.2 of the paper: keys are cut into chunks; the gate of query q and chun
 6); chunks in the query's future are shut out, its own chunk is always chosen and counts as one of the top k
 (eq. 5 and the causality rules below it).
 
-The paper chooses for each query alone, and so does the MTraining baseline, which packs queries by chunk for a
-variable-length kernel and gathers all keys and values on every rank to compute the gate. Here a tile of
-``block_size`` queries chooses together, by the mean of its queries' gates, which is the gate of its mean query:
-every tile reads exactly ``top_k`` chunks, as every query does in the paper, and with ``block_size`` 1 the two
-definitions are one.
+The paper chooses for each query alone, and so does the MTraining baseline. That baseline packs queries by chunk for a
+variable-length kernel, and gathers all keys and values on every rank to compute the gate. Here a block of
+``block_size`` queries chooses together, by the mean of its queries' gates, which is the gate of its mean query. Every
+block reads exactly ``top_k`` chunks, as every query does in the paper. With ``block_size`` 1 the two definitions are
+one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class MoBA(Pattern):
         num_blocks = shard.seq_len // self.block_size
         chunk = torch.arange(-(-num_blocks // per_chunk), device=q.device)
         own = shard.all_blocks(self.block_size)[shard.comm.rank] // per_chunk
-        queries = block_means(q, self.block_size)
+        queries = block_means(q, self.block_size, shard)
         gate = grouped_products(queries, self._chunk_means(k, chunk, own, num_blocks, shard))
         future, present = chunk > own[:, None], chunk == own[:, None]
         gate = gate.masked_fill(future, -torch.inf).masked_fill(present, torch.inf)
@@ -68,7 +68,7 @@ class MoBA(Pattern):
         self, k: Tensor, chunk: Tensor, own: Tensor, num_blocks: int, shard: SequenceShard
     ) -> Tensor:
         """Mean key of every chunk, on every rank: (batch, chunks, kv_heads, head_dim)."""
-        means = block_means(k, self.block_size)
+        means = block_means(k, self.block_size, shard)
         belongs = (chunk[:, None] == own).to(means.dtype)
         # a product adds in a fixed order, a scatter would not
         sums = shard.comm.all_sum(torch.einsum("cn,bnhd->bchd", belongs, means))

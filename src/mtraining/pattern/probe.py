@@ -1,7 +1,7 @@
 """Scores of columns and slashes under a few probe queries, estimated over all ranks without gathering keys.
 
-Every rank scores its own keys; the sums travel to the rank that owns the head (an all-to-all), so that
-selection work is spread over ranks by head and no rank waits for a serial step on another.
+Every rank scores its own keys. The sums travel to the rank that owns the head (an all-to-all). So selection is spread
+over ranks by head, and no rank waits for a serial step on another.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from torch.nn.functional import pad
 from mtraining.pattern.base import SequenceShard
 
 PLACEMENTS = ("last", "spread", "mixed")
-_GOLDEN = (
-    0x9E3779B9  # 2^32 over the golden ratio: multiples of it fill an interval evenly, whatever their number
-)
+# 2^32 over the golden ratio: multiples of it fill an interval evenly, whatever their number.
+_GOLDEN = 0x9E3779B9
 
 
 def probe_positions(count: int, placement: str, seq_len: int, device: torch.device) -> Tensor:
     """Where the probe's queries stand: int64 (min(count, seq_len),), ascending, without a host synchronisation.
+
+    ``seq_len`` counts real tokens only: a probe in the padding would choose what no real query looks for.
 
     ``last``: the last ``count`` tokens (the paper). ``spread``: one in each of ``count`` equal parts of the sequence,
     at a place of its part that moves from part to part by the golden ratio. A fixed place would put every query of
@@ -53,11 +54,12 @@ def global_lse(local: Tensor, shard: SequenceShard) -> Tensor:
 
 
 def column_and_slash_mass(
-    q: Tensor, k: Tensor, positions: Tensor, shard: SequenceShard, scale: float, block_size: int = 1
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, positions: Tensor, shard: SequenceShard, scale: float, block_size: int = 1,
+    probe: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Probability of each key (verticals) and of each slash under the probe, for the rows owned here.
 
-    Rows are the flattened (batch, q_heads), padded to a multiple of the world and dealt to ranks in order. Every rank
+    Rows are the flattened (batch, q_heads), padded to a multiple of the world and given to ranks in order. Every rank
     scores all probe queries against its own keys, so no rank waits for the one that holds a query.
 
     Masses are plain sums of probabilities. An early query has fewer keys to share its mass, but also fewer to compute,
@@ -68,13 +70,15 @@ def column_and_slash_mass(
     Args:
         positions: int64 (probe,), global positions of the probe queries.
         block_size: slashes are block diagonals of so many tokens, so many times fewer; 1: token distances.
+        probe: the queries at ``positions``, where the caller has gathered them (:func:`gather_queries`).
 
     Returns:
-        verticals (owned rows, seq_len), slashes (owned rows, seq_len // block_size), fp32 (fp64 for fp64 inputs), each
-        row summing to the probe's size, but for what falls beyond the last block diagonal.
+        verticals (owned rows, seq_len) and slashes (owned rows, seq_len // block_size), fp32 (fp64 for fp64 inputs).
+        Each row sums to the probe's size, except for what falls beyond the last block diagonal.
     """
     world, seq_len, backend = shard.comm.world, shard.seq_len, shard.backend
-    probe = gather_queries(q, positions, shard)
+    if probe is None:
+        probe = gather_queries(q, positions, shard)
     lse = global_lse(backend.probe_lse(probe, k, positions, shard.positions, scale), shard)
     columns, slashes = backend.probe_mass(
         probe, k, positions, shard.positions, scale, lse, seq_len, block_size

@@ -1,8 +1,8 @@
 """Vertical-slash, chosen online at every forward: the training pattern of arXiv 2510.18830 (docs/how/estimation.md).
 
 Attention under rotary embeddings concentrates on a few columns that all queries read (verticals) and on a few fixed
-distances (slashes). A probe of some queries is scored against all keys; the sum of their softmax gives the mass of each
-column and of each distance; the heaviest ones within the budget are kept.
+distances (slashes). A probe of some queries is scored against all keys. The sum of their softmax gives the mass of each
+column and of each distance, and the heaviest ones within the budget are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mtraining.kernel import Backend, SparseIndex
+from mtraining.kernel import EstimationKernels, SparseIndex
 from mtraining.kernel.reference.estimate import diagonal_mass
 from mtraining.pattern.base import Pattern, SequenceShard, require
 from mtraining.pattern.diagonals import distances_to_diagonals, heaviest_diagonals
@@ -108,7 +108,7 @@ class VerticalSlash(Pattern):
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
         return estimate_by_head(q, k, shard, scale, (self,) * q.shape[2])
 
-    def select(self, verticals: Tensor, slashes: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+    def select(self, verticals: Tensor, slashes: Tensor, backend: EstimationKernels) -> tuple[Tensor, Tensor]:
         """The budget applied to probe masses.
 
         Args:
@@ -140,11 +140,14 @@ def estimate_by_head(
         q, k, shard, scale: see :meth:`Pattern.estimate`.
         heads: one pattern per query head, alike in ``block_size``, ``probe`` and ``probe_at``.
     """
-    seq_len, (batch, _, q_heads, _) = shard.seq_len, q.shape
+    batch, _, q_heads, _ = q.shape
     one = heads[0]
-    probe = probe_positions(one.probe, one.probe_at, seq_len, q.device)
+    # Budgets and ties are those of the blocks that hold a real token, however much padding follows.
+    seq_len = shard.covered(one.block_size)
+    probe = probe_positions(one.probe, one.probe_at, shard.length, q.device)
     size = min(pattern.slash_size for pattern in heads)
     verticals, slashes = column_and_slash_mass(q, k, probe, shard, scale, size)
+    verticals, slashes = verticals[:, :seq_len], slashes[:, : seq_len // size]
     if heads.count(one) == len(heads):
         columns, diagonals = one.select(verticals, slashes, shard.backend)
     else:
@@ -158,7 +161,7 @@ def estimate_by_head(
             chosen, diagonals[mine] = pattern.select(verticals[mine], mass, shard.backend)
             columns[mine, : chosen.shape[1]] = chosen
     columns, diagonals = share_choice(columns, diagonals, batch, q_heads, shard)
-    return SparseIndex(seq_len, one.block_size, diagonals, columns)
+    return SparseIndex(seq_len, one.block_size, diagonals, columns).extended(shard.seq_len)
 
 
 @lru_cache(maxsize=256)

@@ -1,8 +1,8 @@
 """XAttention (arXiv 2503.16428): blocks chosen by the sums of their antidiagonals.
 
-Section 2.1 of the paper: in every stride x stride square of the score matrix the scores on the antidiagonal are
-summed, so each token has a part in it and every vertical and slash crosses it. With S the stride, square (i, j)
-has the score
+Section 2.1 of the paper: in every stride x stride square of the score matrix the scores on the antidiagonal are summed.
+So each token has a part in the sum, and every vertical and slash crosses the antidiagonal. With S the stride, square
+(i, j) has the score
 
     a(i, j) = scale / S * sum over s < S of q[i S + s] . k[j S + S - 1 - s].
 
@@ -32,13 +32,15 @@ _SCORES = 2**25  # scores that are in memory at a time
 class XAttention(Pattern):
     """Blocks by antidiagonal mass.
 
-    The score of a square is one product of stride * head_dim numbers with all of its keys in it, so every rank
-    must meet every key once: kv_heads * head_dim numbers a token, which is half of what one forward ring moves
-    (268 MB a layer for 512K tokens, 2 kv heads of 128 in bf16). They come in pieces of 256 blocks and are
-    dropped after scoring; nobody holds all of them. What stays is 4 bytes for each row of squares and block of
-    the sequence, for the query heads of one kv head at a time: 134 MB for 8 heads at 512K tokens over 32 ranks.
-    Scores themselves are made and dropped 2^25 at a time (134 MB, and as much for their softmax), those of the
-    future left out wherever a whole piece of them lies there. Each rank chooses for its own queries.
+    The score of a square is one product of stride * head_dim numbers with all of its keys in it, so every rank must
+    meet every key once. These are kv_heads * head_dim numbers a token, half of what one forward ring moves: 268 MB a
+    layer for 512K tokens and 2 kv heads of 128 in bf16. They come in pieces of 256 blocks and are dropped after
+    scoring; no rank holds all of them.
+
+    What stays is 4 bytes for each row of squares and block of the sequence, for the query heads of one kv head at a
+    time: 134 MB for 8 heads at 512K tokens over 32 ranks. Scores themselves are made and dropped 2^25 at a time
+    (134 MB, and as much for their softmax). Where a whole piece of them lies in the future it is left out. Each rank
+    chooses for its own queries.
 
     Attributes:
         stride: side of the squares, a divisor of ``block_size``; the estimate multiplies 1 / stride of all scores.
@@ -105,7 +107,7 @@ class _Scorer:
     def __init__(
         self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float, block_size: int, stride: int
     ) -> None:
-        self.q, self.k, self.shard = q, k, shard
+        self.q, self.k, self.shard = shard.real(q), shard.real(k), shard
         self.factor, self.stride, self.size = scale / stride, stride, block_size
         self.squares = block_size // stride  # in a block, along either side
         self.blocks = q.shape[1] // block_size
@@ -120,7 +122,7 @@ class _Scorer:
             rows = self._of_squares(chunk)
             scores = self._scores(chunk, keys[:, : rows.stop])
             self._hide_future(scores[..., rows], rows, self.rows[rows])  # all before these is past
-            share = scores.softmax(-1).unflatten(2, (-1, self.squares)).sum(3)
+            share = self._of_blocks(scores.softmax(-1), self.rows[rows])
             yield chunk, share.unflatten(-1, (-1, self.squares)).sum(-1)
 
     def with_others(self) -> Iterator[tuple[slice, Tensor]]:
@@ -151,8 +153,14 @@ class _Scorer:
         weight = (weight - weight.logsumexp(-1, keepdim=True)).exp_()
         for place, share in enumerate(of_piece):
             share.mul_(weight[..., place, None])
-        mass = shares.unflatten(2, (-1, self.squares)).sum(3)
+        mass = self._of_blocks(shares, self.rows)
         yield slice(0, self.blocks), mass.index_select(-1, torch.cat(numbers).argsort())
+
+    def _of_blocks(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Sums over the rows of squares ``rows`` of each block; a row without a real query has no part in them."""
+        if self.shard.padding:
+            x = x * (rows * self.stride < self.shard.length)[:, None]
+        return x.unflatten(2, (-1, self.squares)).sum(3)
 
     def _chunks(self, first: int, key_blocks: int) -> Iterator[slice]:
         """Local blocks from ``first`` on, as many at a time as :data:`_SCORES` allows."""

@@ -19,6 +19,7 @@ from mtraining.errors import UserError
 from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import parallelize
+from mtraining.model.allocator import EXPANDABLE, VARIABLES, reserve_share, segments_expand
 from mtraining.model.support import decoder_of, head_dim_of
 from mtraining.pattern import Pattern
 from mtraining.predict.fused import fuse_shapes
@@ -26,8 +27,8 @@ from mtraining.predict.trace import LAYERS, META, Trace, shape_call, trace
 from mtraining.sizes import size_text
 
 GIB = 2**30
+# What PyTorch does not count: the CUDA context, NCCL's buffers, loaded kernels.
 OUTSIDE = 2 * GIB
-"""What PyTorch does not count: the CUDA context, NCCL's buffers, loaded kernels."""
 _OFFLOAD_RESIDENT = 3  # layers whose kept tensors are on the device: the last one, and two on their way
 
 
@@ -66,11 +67,10 @@ class Prediction:
     """Bytes on the rank that takes most, at the highest moment of a step.
 
     Attributes:
-        moment: which one it is.
-        components: what is there then, by name; they add up to the peak.
-        moments: the total of every moment.
-        attention: what one pass of ring attention has at a time (keys in flight, sums in fp32, columns), a part of a
-            layer's working set at another moment than the peak, or at the peak.
+        moment: which one it is. components: what is there then, by name; they add up to the peak. moments: the total
+        of every moment. attention: what one pass of ring attention has at a time (keys in flight, sums in fp32,
+        columns). It is a part of
+            a layer's working set, at the peak or at another moment.
     """
 
     moment: str
@@ -82,26 +82,41 @@ class Prediction:
     def peak(self) -> float:
         return sum(self.components.values())
 
+    @property
+    def reserve(self) -> float:
+        """What must be free beside the peak, since the allocator's memory breaks into pieces; the environment's options
+        of PyTorch's allocator decide how much (`mtraining.model.allocator`)."""
+        return reserve_share() * self.peak
+
+    @property
+    def needed(self) -> float:
+        """What a GPU must have: the peak, the reserve and what PyTorch does not count."""
+        return self.peak + self.reserve + OUTSIDE
+
     def check(self, memory: float) -> None:
-        """Refuse what ``memory`` bytes cannot hold.
+        """Refuse what ``memory`` bytes cannot hold, the reserve included.
 
         Raises:
             UserError: with the remedies.
         """
-        if self.peak + OUTSIDE > memory:
-            raise UserError(
-                f"a step needs {size_text(self.peak + OUTSIDE)} on each GPU ({self.moment}) and there are "
-                f"{size_text(memory)}: use train.recompute=full, train.offload=true, more GPUs (parallel.cp), "
-                "or a shorter train.seq_len."
-            )
+        if self.needed <= memory:
+            return
+        expand = "" if segments_expand() else f"{VARIABLES[0]}={EXPANDABLE}, "
+        raise UserError(
+            f"a step needs {size_text(self.needed)} on each GPU ({self.moment}; {size_text(self.reserve)} of them for "
+            f"memory that breaks into pieces) and there are {size_text(memory)}: use {expand}train.recompute=full, "
+            "train.offload=true, more GPUs (parallel.cp), or a shorter train.seq_len."
+        )
 
     def table(self) -> list[tuple[str, float]]:
-        """(component, bytes) at the peak, the peak, and what comes on top outside of PyTorch."""
+        """(component, bytes) at the peak, the peak, what comes on top, and all that a GPU must have."""
         return [
             *self.components.items(),
             (f"peak, {self.moment}", self.peak),
             ("of a layer, ring attention at most", self.attention),
+            ("kept free: memory breaks into pieces", self.reserve),
             ("beside PyTorch: CUDA context, NCCL", OUTSIDE),
+            ("needed", self.needed),
         ]
 
 

@@ -23,11 +23,11 @@ from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import ParallelLM
+from mtraining.model.attention import attach
 from mtraining.model.support import attention_modules, decoder_of
 from mtraining.pattern import Pattern
-from mtraining.ring.attention import Call, _ring_forward, attend_backward
+from mtraining.ring.attention import PreparedCall, attend_backward, attend_prepared
 from mtraining.ring.plan import make_plan
-from mtraining.ring.tape import Recorded, current_tape
 from mtraining.ring.topology import PendingSum, Ring
 
 META = torch.device("meta")
@@ -101,8 +101,8 @@ def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any) ->
     return (*(a.shape[:-2] if b.dim() == 3 else ()), a.shape[-2], b.shape[-1])
 
 
-class ShapeBackend:
-    """Implements :class:`mtraining.kernel.Backend` in shapes: what a GPU kernel returns or works in is there, zero."""
+class ShapeKernels:
+    """Implements :class:`mtraining.kernel.AttentionKernels` in shapes: they allocate what a GPU's do."""
 
     name = "shapes"
 
@@ -110,9 +110,8 @@ class ShapeBackend:
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Any, scale: float,
         out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        part = (
-            torch.zeros_like(q) if index.dense else None
-        )  # a dense kernel's own result, before it is merged
+        # A dense kernel's own result, before it is merged.
+        part = torch.zeros_like(q) if index.dense else None
         new, new_lse = self._partial(q, out, lse)
         del part
         return new.to(q.dtype) if final else new, new_lse
@@ -121,7 +120,7 @@ class ShapeBackend:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Any, scale: float,
     ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
-        # a dense kernel has a dq of its own, which it sums in fp32
+        # A dense kernel has a dq of its own, which it sums in fp32.
         work = torch.zeros_like(q, dtype=lse.dtype) if index.dense else None
         parts = [torch.zeros_like(q)] if index.dense else []
         share = k.new_zeros(2, *k.shape, dtype=lse.dtype)
@@ -193,11 +192,12 @@ class _ShapeRing(Ring):
 
 
 class _Attention(torch.autograd.Function):
-    """:class:`mtraining.ring.attention._SparseRingAttention` with an index given."""
+    """Attention under an index that is given, its memory measured."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runtime: ShapeRuntime) -> Tensor:
-        out, lse = runtime.attend(q, k, v)
+        with runtime.live.in_attention():
+            out, lse, _ = attend_prepared(q, k, v, runtime.prepare)
         ctx.runtime = runtime
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -213,24 +213,15 @@ class _Attention(torch.autograd.Function):
 class ShapeRuntime:
     """Stands in an attention module for :class:`mtraining.ring.AttentionRuntime`."""
 
-    call: Call
+    call: PreparedCall
     live: LiveBytes
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return _Attention.apply(q, k, v, self)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        tape = current_tape()
-        if tape is not None and tape.replaying:
-            recorded = tape.read()
-            if recorded.out is not None and recorded.lse is not None:
-                return recorded.out.detach(), recorded.lse
-        with self.live.in_attention():
-            out, lse = _ring_forward(q, k, v, self.call)
-        if tape is not None and not tape.replaying:
-            held = copied(self.call.index)
-            tape.write(Recorded(held, out.detach(), lse) if tape.keep_outputs else Recorded(held))
-        return out, lse
+    def prepare(self, index: SparseIndex | None) -> PreparedCall:
+        """The call with an index of its own, as each layer's estimate makes, or with the one of the first pass."""
+        return replace(self.call, index=copied(self.call.index) if index is None else index)
 
 
 def copied(index: SparseIndex) -> SparseIndex:
@@ -241,7 +232,7 @@ def copied(index: SparseIndex) -> SparseIndex:
 def shape_call(
     pattern: Pattern, layout: Layout, ring: tuple[int, int], seq_len: int, batch: int, heads: int, columns: int,
     device: torch.device = META,
-) -> Call:  # fmt: skip
+) -> PreparedCall:  # fmt: skip
     """What a layer's attention needs, for rank 0 of an (outer, inner) ring.
 
     Args:
@@ -256,7 +247,7 @@ def shape_call(
         torch.zeros(batch, heads, columns, dtype=torch.int32, device=device),
         dense=pattern.name == "dense",
     )
-    return Call(plan, ShapeBackend(), index, 1.0)  # type: ignore[arg-type]
+    return PreparedCall(plan, ShapeKernels(), index, 1.0)
 
 
 @dataclass(frozen=True)
@@ -278,11 +269,11 @@ class Trace:
     attention: int
 
 
-def trace(model: ParallelLM, call: Call, batch: int, local_tokens: int) -> Trace:
+def trace(model: ParallelLM, call: PreparedCall, batch: int, local_tokens: int) -> Trace:
     """Run a parallelized meta model of :data:`LAYERS` layers once, forward and backward."""
     live = LiveBytes()
     for _, module in attention_modules(model.hf_model):
-        module.mtraining_runtime = ShapeRuntime(call, live)  # type: ignore[assignment]
+        attach(module, ShapeRuntime(call, live))
     layers = decoder_of(model.hf_model).layers
     tokens = {
         name: torch.zeros(batch, local_tokens, dtype=torch.int64, device=META)

@@ -6,6 +6,7 @@ Read this file top to bottom for the whole forward and backward of one attention
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
-from mtraining.kernel import Backend, SparseIndex, select_backend
+from mtraining.kernel import AttentionKernels, SparseIndex, select_backend
 from mtraining.kernel.backend import Columns
 from mtraining.layout import Layout, build_layout
 from mtraining.pattern import Pattern, build_pattern
@@ -29,16 +30,16 @@ from mtraining.ring.topology import PendingSum, Ring
 @overload
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
-    scale: float | None = None, return_index: Literal[False] = False, kernel: str = "auto",
+    scale: float | None = None, return_index: Literal[False] = False, kernel: str = "auto", padding: int = 0,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
-    scale: float | None = None, return_index: Literal[True], kernel: str = "auto",
+    scale: float | None = None, return_index: Literal[True], kernel: str = "auto", padding: int = 0,
 ) -> tuple[Tensor, SparseIndex]: ...  # fmt: skip
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
-    scale: float | None = None, return_index: bool = False, kernel: str = "auto",
+    scale: float | None = None, return_index: bool = False, kernel: str = "auto", padding: int = 0,
 ) -> Tensor | tuple[Tensor, SparseIndex]:  # fmt: skip
     """Causal attention over the entries that ``pattern`` selects, on this rank's shard of the sequence.
 
@@ -55,6 +56,8 @@ def sparse_ring_attention(
         scale: factor on q.k; head_dim ** -0.5 by default.
         return_index: return the index as well, whole on every rank (a collective for patterns with block lists).
         kernel: backend, ``auto`` or one of ``mtraining.kernel.backend.KERNELS``.
+        padding: tokens at the end of the whole sequence that only fill it up. They do not take part in the estimate,
+            and no real token sees them; what comes out for them means nothing.
 
     Returns:
         out (batch, local tokens, q_heads, head_dim) in q's dtype; with ``return_index`` (out, index).
@@ -70,28 +73,30 @@ def sparse_ring_attention(
         )
     pattern = build_pattern(pattern) if isinstance(pattern, str) else pattern
     layout = build_layout(layout) if isinstance(layout, str) else layout
-    out, call = _SparseRingAttention.apply(q, k, v, pattern, layout, mesh, scale, kernel)
+    out, call = _SparseRingAttention.apply(q, k, v, pattern, layout, mesh, scale, kernel, padding)
     return (out, call.index.whole(call.plan.ring)) if return_index else out
 
 
 @dataclass(frozen=True)
-class Call:
-    """What forward and backward share besides tensors that autograd tracks."""
+class PreparedCall:
+    """One attention call once its index is known: what forward and backward share besides tensors.
+
+    Attributes:
+        plan: where every rank's blocks stand.
+        kernels: what computes.
+        index: what is attended to.
+        scale: factor on q.k.
+    """
 
     plan: RingPlan
-    backend: Backend
+    kernels: AttentionKernels
     index: SparseIndex
     scale: float
-
-    @property
-    def slots(self) -> Tensor:
-        """int64 (seq_len,): local place of a global position on this rank, -1 elsewhere."""
-        return self.plan.shard(self.backend).slots
 
 
 class _SparseRingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Call]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, PreparedCall]:
         out, lse, ctx.call = attend(q, k, v, *settings)
         ctx.save_for_backward(q, k, v, out, lse)
         return out, ctx.call
@@ -99,49 +104,80 @@ class _SparseRingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *attend_backward(dout, q, k, v, out, lse, ctx.call), *(None,) * 5
+        return *attend_backward(dout, q, k, v, out, lse, ctx.call), *(None,) * 6
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, mesh: DeviceMesh | None,
-    scale: float | None, kernel: str,
-) -> tuple[Tensor, Tensor, Call]:  # fmt: skip
+    scale: float | None, kernel: str, padding: int = 0,
+) -> tuple[Tensor, Tensor, PreparedCall]:  # fmt: skip
     """The forward pass without autograd: out in q's dtype, lse (batch, heads, rows), and what backward must know."""
     _check(q, k, v)
     ring = Ring.over(mesh)
+    if not 0 <= padding < q.shape[1] * ring.world:
+        raise UserError(
+            f"padding: {padding} of {q.shape[1] * ring.world} tokens leaves no sequence; give fewer, and at least 0."
+        )
     plan = make_plan(ring, layout, q.shape[1] * ring.world, pattern.block_size, q.device)
     backend = select_backend(kernel, q.device, q.dtype, q.shape[-1])
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
+    def prepare(index: SparseIndex | None) -> PreparedCall:
+        if index is None:
+            index = pattern.estimate(q.detach(), k.detach(), plan.shard(backend, padding), scale)
+        return PreparedCall(plan, backend, index, scale)
+
+    def seen(lse: Tensor, index: SparseIndex) -> None:
+        observe(q, k, lse, index, plan, plan.shard(backend, padding), scale)
+
+    return attend_prepared(q, k, v, prepare, seen)
+
+
+def attend_prepared(
+    q: Tensor, k: Tensor, v: Tensor, prepare: Callable[[SparseIndex | None], PreparedCall],
+    seen: Callable[[Tensor, SparseIndex], None] = lambda lse, index: None,
+) -> tuple[Tensor, Tensor, PreparedCall]:  # fmt: skip
+    """The forward pass of a call that ``prepare`` makes, under the tape in force, if any.
+
+    The first pass through a layer prepares with None, and the tape keeps the index. Layer recompute prepares with the
+    index of that pass; where the tape kept (out, lse) too, the ring does not turn again.
+
+    Args:
+        prepare: makes the call, with the index given or with one of its own.
+        seen: told of the lse and the index after a first pass.
+
+    Returns:
+        out in q's dtype, lse (batch, heads, rows), and the call, for :func:`attend_backward`.
+    """
     tape = current_tape()
     if tape is not None and tape.replaying:
         recorded = tape.read()
-    else:
-        recorded = Recorded(pattern.estimate(q.detach(), k.detach(), plan.shard(backend), scale))
-    call = Call(plan, backend, recorded.index, scale)
-    if recorded.out is not None and recorded.lse is not None:
-        return recorded.out.detach(), recorded.lse, call
-    out, lse = _ring_forward(q, k, v, call)
-    if tape is None or not tape.replaying:
-        observe(q, k, lse, recorded.index, plan, backend, scale)
-        if tape is not None:
-            tape.write(Recorded(recorded.index, out.detach(), lse) if tape.keep_outputs else recorded)
+        call = prepare(recorded.index)
+        if recorded.out is not None and recorded.lse is not None:
+            return recorded.out.detach(), recorded.lse, call
+        return *ring_forward(q, k, v, call), call
+    call = prepare(None)
+    out, lse = ring_forward(q, k, v, call)
+    seen(lse, call.index)
+    if tape is not None:
+        kept = (out.detach(), lse) if tape.keep_outputs else (None, None)
+        tape.write(Recorded(call.index, *kept))
     return out, lse, call
 
 
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: PreparedCall
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, in their dtypes."""
-    dq, dkv = _ring_backward(dout, q, k, v, out, lse, call)
+    dq, dkv = ring_backward(dout, q, k, v, out, lse, call)
     dk, dv = dkv.to(k.dtype)
     return dq, dk, dv
 
 
 @timed_pass("forward")
-def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def ring_forward(q: Tensor, k: Tensor, v: Tensor, call: PreparedCall) -> tuple[Tensor, Tensor]:
     """out (batch, rows, heads, head_dim) in q's dtype, lse (batch, heads, rows) in the accumulation dtype."""
-    plan, backend, index = call.plan, call.backend, call.index
+    plan, kernels, index = call.plan, call.kernels, call.index
     out: Tensor | None = None
     lse: Tensor | None = None
     columns: PendingSum | None = None
@@ -149,48 +185,53 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, 
         if step.number == 0:
             columns = _start_columns(k, v, call)
         final = step.number + 1 == plan.ring.world
-        # Until the last step, which takes them along, all others hide the columns' way here.
+        # Columns are summed over ranks in the background. The last step attends to them, so that every earlier step
+        # hides that transfer.
         compact = _arrived(columns) if final and columns is not None else None
-        out, lse = backend.tiles_forward(
+        out, lse = kernels.tiles_forward(
             q, kv[0], kv[1], index, plan.placements[step.source], call.scale, out, lse, columns=compact, final=final
         )  # fmt: skip
-        del kv  # its memory is for the keys to come
+        # Its memory is for the keys to come.
+        del kv
     assert out is not None and lse is not None
     return out, lse
 
 
 @timed_pass("backward")
-def _ring_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+def ring_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: PreparedCall
 ) -> tuple[Tensor, Tensor]:
-    """dq in q's dtype; dk and dv, stacked, in the accumulation dtype; from the global out and lse: partial gradients
-    add."""
-    plan, backend, index, scale = call.plan, call.backend, call.index, call.scale
-    delta = backend.row_delta(out, dout)
-    home, dq = GradientRing(plan.ring), None
+    """dq in q's dtype; dk and dv, stacked, in the accumulation dtype.
+
+    ``out`` and ``lse`` are the global ones, so that the gradients of single steps simply add.
+    """
+    plan, kernels, index, scale = call.plan, call.kernels, call.index, call.scale
+    delta = kernels.row_delta(out, dout)
+    travelling, dq = GradientRing(plan.ring), None
     columns: PendingSum | None = None
-    columns_home: PendingSum | None = None
+    column_gradients: PendingSum | None = None
     for step, kv in ring_steps((k, v), plan.ring, own_node_last=True):
         if step.number == 0:
             columns = _start_columns(k, v, call)
         compact = None
-        # Half of the steps hide the columns' way here, the other half their gradients' way home.
+        # The first half of the steps hides the transfer of columns, the second half that of their gradients.
         if step.number == plan.ring.world // 2 and columns is not None:
             compact, columns = _arrived(columns), None
-            grads = backend.columns_backward(dout, q, *compact, lse, delta, index, plan.q_blocks, scale)
-            columns_home = plan.ring.start_sum(grads)
+            grads = kernels.columns_backward(dout, q, *compact, lse, delta, index, plan.q_blocks, scale)
+            column_gradients = plan.ring.start_sum(grads)
             del grads
-        share, query_gradient = backend.tiles_backward(
+        share, query_gradient = kernels.tiles_backward(
             dout, q, kv[0], kv[1], lse, delta, index, plan.placements[step.source], scale
         )
-        home.add(share, step)
-        del share  # on its way; under the last one, no step is left but the rest of this
+        travelling.add(share, step)
+        # The share is on its way. The last one has only the rest of this step to hide under.
+        del share
         dq = query_gradient(dq, columns=compact, final=step.number + 1 == plan.ring.world)
         del kv, query_gradient
     assert dq is not None
-    dkv = home.finish()
-    if columns_home is not None:
-        backend.scatter_columns(columns_home.wait(), index.columns, call.slots, dkv)
+    dkv = travelling.finish()
+    if column_gradients is not None:
+        kernels.scatter_columns(column_gradients.wait(), index.columns, plan.slots, dkv)
     return dq, dkv
 
 
@@ -199,11 +240,11 @@ def _arrived(columns: PendingSum) -> Columns:
     return ck, cv
 
 
-def _start_columns(k: Tensor, v: Tensor, call: Call) -> PendingSum | None:
+def _start_columns(k: Tensor, v: Tensor, call: PreparedCall) -> PendingSum | None:
     """Begin fetching every selected column's key and value: (2, batch, capacity, q_heads, head_dim), if any."""
     if call.index.columns.shape[-1] == 0:
         return None
-    return call.plan.ring.start_sum(call.backend.gather_columns(k, v, call.index.columns, call.slots))
+    return call.plan.ring.start_sum(call.kernels.gather_columns(k, v, call.index.columns, call.plan.slots))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -74,8 +74,8 @@ def slow_links(
     the ring's hops (keys, values and their gradients) and its sums of columns, which over n nodes put
     2 (n - 1) / (n node_size) of their bytes on each link; the collectives of estimation are not.
 
-    On a GPU the sender's link is a stream that spins for that long before the message is handed to NCCL, so neither
-    the host nor computing is held up but where it waits for the message. Elsewhere messages go at once, and both ends
+    On a GPU the sender's link is a stream that spins for that long before the message is handed to NCCL. Neither the
+    host nor computing is held up, except where it waits for the message. Elsewhere messages go at once, and both ends
     see theirs arrive that much after they asked for it.
 
     Raises:

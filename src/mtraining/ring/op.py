@@ -5,7 +5,7 @@ collectives, estimation, tapes and observers. Two things cannot pass through an 
 
 * the settings (pattern, layout, mesh, kernel) are looked up by a number, which is a tensor and not an int: the compiler
   specialises on ints, and layers that differ in settings share one compiled graph this way;
-* what backward must know (:class:`mtraining.ring.attention.Call`, the index above all) belongs to the lse that
+* what backward must know (:class:`mtraining.ring.attention.PreparedCall`, the index above all) belongs to the lse that
   was computed with it, and lives as long as that tensor's memory.
 """
 
@@ -23,11 +23,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.pattern import Pattern
-from mtraining.ring.attention import Call, attend, attend_backward, sparse_ring_attention
+from mtraining.ring.attention import PreparedCall, attend, attend_backward, sparse_ring_attention
 
 _numbers = itertools.count()
 _bound: WeakValueDictionary[int, AttentionRuntime] = WeakValueDictionary()
-_calls: dict[int, tuple[StorageWeakRef, Call]] = {}
+_calls: dict[int, tuple[StorageWeakRef, PreparedCall]] = {}
 
 
 class AttentionRuntime:
@@ -105,14 +105,14 @@ def _gradients(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
 _attend.register_autograd(_gradients, setup_context=_save)
 
 
-def _remember(lse: Tensor, call: Call) -> None:
+def _remember(lse: Tensor, call: PreparedCall) -> None:
     for key in [key for key, (storage, _) in _calls.items() if storage.expired()]:
         del _calls[key]
     storage = StorageWeakRef(lse.untyped_storage())
     _calls[storage.cdata] = storage, call
 
 
-def _recall(lse: Tensor) -> Call:
+def _recall(lse: Tensor) -> PreparedCall:
     storage = StorageWeakRef(lse.untyped_storage())
     if storage.cdata not in _calls:
         raise RuntimeError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from mtraining.kernel import Backend, Placement
+from mtraining.kernel import EstimationKernels, Placement
 from mtraining.kernel.placement import causal_pieces, progression
 from mtraining.layout import Layout
 from mtraining.pattern import SequenceShard
@@ -35,10 +35,21 @@ class RingPlan:
     def seq_len(self) -> int:
         return self.all_positions.numel()
 
-    @cache  # noqa: B019  plans are few and live as long as the process
-    def shard(self, backend: Backend) -> SequenceShard:
-        """This rank's part of the sequence, as patterns see it."""
-        return SequenceShard(self.all_positions, self.ring, backend)
+    def shard(self, backend: EstimationKernels, padding: int = 0) -> SequenceShard:
+        """This rank's part of the sequence, as patterns see it; its last ``padding`` tokens are padding."""
+        if backend not in self._shards:
+            self._shards[backend] = SequenceShard(self.all_positions, self.ring, backend)
+        return self._shards[backend].padded(padding)
+
+    @cached_property
+    def _shards(self) -> dict[EstimationKernels, SequenceShard]:
+        """Kept with the plan, so that the tables of a length go when its plan does."""
+        return {}
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """int64 (seq_len,): local place of a global position on this rank, -1 elsewhere."""
+        return SequenceShard(self.all_positions, self.ring).slots
 
     @property
     def q_blocks(self) -> Tensor:
@@ -51,7 +62,7 @@ def make_plan(ring: Ring, layout: Layout, seq_len: int, block_size: int, device:
     """The plan of a sequence of ``seq_len`` tokens over the ring.
 
     Raises:
-        UserError: the layout cannot deal this length in whole blocks.
+        UserError: the layout cannot divide this length in whole blocks.
     """
     layout.check(seq_len, ring.world, block_size)
     blocks = layout.blocks(seq_len, ring.world, block_size)

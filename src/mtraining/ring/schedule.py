@@ -1,8 +1,8 @@
 """The one schedule of the ring, flat or hierarchical, forward and backward.
 
-While the inner ring turns over the keys of one node, the keys of the next node travel the outer (slow) link
-once, in the background: an inter-node transfer has ``inner`` compute steps to hide behind instead of one
-(docs/how/rings.md; arXiv 2510.18830, hierarchical sparse ring attention). A flat ring is the case of one outer round.
+While the inner ring turns over the keys of one node, the keys of the next node travel the outer (slow) link once, in
+the background. A transfer between nodes has ``inner`` compute steps to hide behind instead of one (docs/how/rings.md;
+arXiv 2510.18830, hierarchical sparse ring attention). A flat ring is the case of one outer round.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ def ring_steps(
     A payload is ``own`` of its source: tensors of one shape and dtype, packed into one message.
 
     The next transfer is already in flight when a payload is yielded; whatever the caller computes hides it. The payload
-    must not be written to, and not be kept: where the caller lets go of each before it asks for the next, a flat ring
-    holds two payloads at a time, the one at work and the one that arrives. A ring of rings holds two more, which travel
+    must not be written to, and not be kept. Where the caller lets go of each before it asks for the next, a flat ring
+    holds two payloads at a time: the one at work and the one that arrives. A ring of rings holds two more, which travel
     between nodes, and with ``own_node_last`` the two at which its own node's turn stopped.
 
     Args:
-        own_node_last: keep half of this node's steps for the end, when the sums of other nodes' keys go home: for
-            backward. The first transfer between nodes then has the other half to hide behind.
+        own_node_last: keep half of this node's steps for the end. Backward asks for that: gradients of other nodes'
+            keys return to their owners under these steps, and the first transfer between nodes has the other half to
+            hide behind.
     """
-    if ring.world == 1:  # nobody to send to: nothing is packed
+    # There is nobody to send to, so nothing is packed.
+    if ring.world == 1:
         begin_step()
         yield Step(0, 0, 0, ring.rank), own
         return
@@ -81,19 +83,21 @@ def _round(
 
 
 class GradientRing:
-    """Carries the gradients of travelling keys round each node, adding each rank's share, and every round's sum home.
+    """Carries the gradients of travelling keys: round each node, where every rank adds its share, then to their owner.
 
-    Call :meth:`add` once for each of :func:`ring_steps`, with this rank's share for that step's source; :meth:`finish`
+    Call :meth:`add` once for each of :func:`ring_steps`, with this rank's share for that step's source. :meth:`finish`
     returns the full gradient of this rank's own keys. Within a round a sum follows its keys, one hop a step, each under
-    the next step's computing. From the round's last step it goes straight to its owner, across nodes under a whole
-    round. The very last message, within the node, has no step to hide under: compute something else before
-    :meth:`finish`.
+    the next step's computing. After the round's last step it goes straight to its owner; across nodes that transfer has
+    a whole round to hide under. The very last message, within the node, has no step to hide under: compute something
+    else before :meth:`finish`.
     """
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
-        self._hops: dict[int, Hop] = {}  # of each round under way, its sum so far, from the rank before
-        self._home_hops: list[Hop] = []  # sums of finished rounds, from the ranks where they ended
+        # Of each round under way, its sum so far, from the rank before.
+        self._hops: dict[int, Hop] = {}
+        # Sums of finished rounds, on their way to this rank, which owns the keys.
+        self._home_hops: list[Hop] = []
         self._total: Tensor | None = None
 
     def add(self, share: Tensor, step: Step) -> None:

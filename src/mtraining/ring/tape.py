@@ -30,9 +30,9 @@ class IndexTape:
     Use ``record()`` around the first run and ``replay()`` around each later one (``torch.utils.checkpoint``
     takes the pair as its ``context_fn``).
 
-    Of each call it keeps :meth:`SparseIndex.nbytes`: for a vertical-slash pattern a byte a block and four
-    a column for each head (20 KiB a head at 512K tokens and 4096 columns), for block lists a bit for each pair of a
-    local query block and a block (64 KiB a head at 512K tokens over 32 ranks, 256 KiB over 8).
+    Of each call it keeps :meth:`SparseIndex.nbytes`. For a vertical-slash pattern this is a byte a block and four a
+    column for each head: 20 KiB a head at 512K tokens and 4096 columns. For block lists it is a bit for each pair of a
+    local query block and a block: 64 KiB a head at 512K tokens over 32 ranks, 256 KiB over 8.
 
     Args:
         keep_outputs: keep (out, lse) too, so that a replay runs neither the ring nor the estimation.

@@ -18,14 +18,14 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Ring:
     """``outer`` rings of ``inner`` ranks each; a flat ring has outer = 1 and a single process 1 x 1.
 
-    Ranks are numbered across nodes first: rank = inner_rank * outer + outer_rank. An inner hop then adds
-    ``outer`` to the rank (the next GPU of the same node), an outer hop adds one (the next node), and at step
-    (a, b) *every* rank holds the keys of rank - (a + b * outer). One difference for all ranks is what keeps a
-    striped layout balanced in each step: numbered node by node, ranks before and after the wrap would meet
-    different residues of block distances.
+    Ranks are numbered across nodes first: rank = inner_rank * outer + outer_rank. An inner hop then adds ``outer`` to
+    the rank (the next GPU of the same node), and an outer hop adds one (the next node). At step (a, b) *every* rank
+    holds the keys of rank - (a + b * outer). This one difference for all ranks keeps a striped layout balanced in
+    each step. Were ranks numbered node by node, those before and after the wrap would meet different residues of
+    block distances.
 
     Attributes:
-        rank: this process's context-parallel rank; layouts deal tokens by it.
+        rank: this process's context-parallel rank, by which a layout says which tokens it holds.
     """
 
     def __init__(self, mesh: DeviceMesh | None) -> None:

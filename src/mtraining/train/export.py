@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -16,7 +18,7 @@ from mtraining.train.identity import check_shapes, model_changes, model_identity
 from mtraining.train.loop import data_tokenizer, parallel_model
 from mtraining.train.mesh import runtime
 from mtraining.train.reader import SafeReader, load
-from mtraining.train.store import CheckpointStore, refuse, require_complete
+from mtraining.train.store import CheckpointStore, Manifest, refuse, require_complete
 
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,19 +45,36 @@ def export_run(run: Path, out: Path, checkpoint: str | None = None, dtype: str |
             raise UserError(f"{run} has no complete checkpoint to export; train it further first.")
     else:
         source = store.folder / checkpoint if (store.folder / checkpoint).is_dir() else Path(checkpoint)
-    manifest = require_complete(source)
-    reason = damage(source, manifest.files, list(manifest.files))
-    if reason is not None:
-        refuse(source, f"damaged ({reason})")
+    manifest = require_sound(source)
     with runtime(config.model_copy(update={"parallel": ParallelSection()})) as place:
         model, tokenizer = parallel_model(config, place)
         shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        check_shapes(shapes, manifest, source)
-        if not manifest.older:
-            changes = model_changes(manifest.model, model_identity(model.hf_model.config), manifest.step)
-            require_allowed(changes, source, ())
+        require_model(shapes, model.hf_model.config, manifest, source)
         state = {"model": get_model_state_dict(model)}
         load(state, SafeReader(str(source)))
         set_model_state_dict(model, state["model"])
         export_model(model, out, tokenizer=tokenizer or data_tokenizer(config), dtype=DTYPES[dtype])
     return source
+
+
+def require_sound(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint that is complete, and whose files are what was written.
+
+    Raises:
+        UserError: naming the file at fault.
+    """
+    manifest = require_complete(checkpoint)
+    reason = damage(checkpoint, manifest.files, list(manifest.files))
+    if reason is not None:
+        refuse(checkpoint, f"damaged ({reason})")
+    return manifest
+
+
+def require_model(
+    shapes: Mapping[str, list[int]], hf_config: Any, manifest: Manifest, checkpoint: Path
+) -> None:
+    """Refuse a checkpoint of another model than the one with these parameters and this transformers config."""
+    check_shapes(shapes, manifest, checkpoint)
+    if not manifest.older:
+        changes = model_changes(manifest.model, model_identity(hf_config), manifest.step)
+        require_allowed(changes, checkpoint, ())

@@ -75,6 +75,8 @@ def train(config: Config) -> RunResult:
         console = Console(file=sys.stdout) if place.is_main else None
         tell = Display(steps=0, done=0, title="", log_every=1, console=console).tell
         stops.prepare(place, tell)
+        if place.allocator:
+            tell(place.allocator)
         checkpointer = Checkpointer(config, place, model, optimizer, dataset.shards, tiles, tell=tell)
         done = checkpointer.resume()
         rounding = rounding_warning(config, place, model)

@@ -7,24 +7,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mtraining.errors import UserError
+from mtraining.model import use_expandable_segments
 from mtraining.ring import Ring, prioritise_transfers
 
 if TYPE_CHECKING:
-    from mtraining.train.config import Config, ParallelSection
+    from mtraining.train.config import DistributedSection, ParallelSection
 
 T = TypeVar("T")
 
 
+class Grid(Protocol):
+    """The part of a configuration that says where it runs."""
+
+    @property
+    def parallel(self) -> ParallelSection: ...
+
+    @property
+    def distributed(self) -> DistributedSection: ...
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands: its device, its ranks, and the mesh over all processes (of one process too)."""
+    """Where this process stands: its device, its ranks, and the mesh over all processes (of one process too).
+
+    Attributes:
+        allocator: a sentence for the log about how the GPU's memory is taken; empty on a CPU.
+    """
 
     device: torch.device
     mesh: DeviceMesh
@@ -32,6 +47,7 @@ class Runtime:
     world: int
     dp_rank: int
     cp_rank: int
+    allocator: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -81,7 +97,7 @@ def check_world(parallel: ParallelSection, world: int) -> None:
     )
 
 
-def choose_device(config: Config, local_rank: int, local_world: int) -> torch.device:
+def choose_device(config: Grid, local_rank: int, local_world: int) -> torch.device:
     """The device of one local rank; CUDA only when each local process can have a GPU of its own."""
     wanted = config.distributed.device
     gpus = torch.cuda.device_count()
@@ -103,7 +119,7 @@ def backend_for(device: torch.device) -> str:
 
 
 @contextmanager
-def runtime(config: Config) -> Iterator[Runtime]:
+def runtime(config: Grid) -> Iterator[Runtime]:
     """Join the process groups, build the mesh, and leave the groups at the end. Collective.
 
     A run of one process has a group of one, so that one path serves every size; a group that already exists is used
@@ -115,7 +131,9 @@ def runtime(config: Config) -> Iterator[Runtime]:
     check_world(config.parallel, world)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     device = choose_device(config, int(os.environ.get("LOCAL_RANK", "0")), local_world)
+    allocator = ""
     if device.type == "cuda":
+        allocator = use_expandable_segments()  # before CUDA starts in this process
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
@@ -139,6 +157,7 @@ def runtime(config: Config) -> Iterator[Runtime]:
             world=world,
             dp_rank=rank // config.parallel.cp,
             cp_rank=Ring.over(mesh[cp_dims]).rank,
+            allocator=allocator,
         )
     except BaseException as error:
         # Other ranks may be amid a collective, for whose end NCCL would wait here; bad input is every rank's.

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line
 
 METADATA = ".metadata"
 # Names as they stand in the file. Python 3.13 says where pathlib keeps its classes in other words.
@@ -120,13 +120,8 @@ def load(state: dict[str, Any], reader: SafeReader, group: Any = None) -> None:
             named = re.search(r"GLOBAL (\S+)", str(cause))
             what = named[1] if named else "something that torch.load refuses"
             raise _foreign_code(Path(reader.path), "a tensor file", what) from None
-        raise UserError(
-            f"checkpoint {reader.path} cannot be read ({type(cause).__name__}: {_line(cause)}); use another one."
-        ) from None
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        said = f"{type(cause).__name__}: {first_line(cause)}".rstrip(".")
+        raise UserError(f"checkpoint {reader.path} cannot be read ({said}); use another one.") from None
 
 
 def _foreign_code(checkpoint: Path, where: str, what: str) -> UserError:

@@ -6,7 +6,6 @@ packages are missing.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
@@ -16,21 +15,19 @@ from pathlib import Path
 import torch
 
 from mtraining.bench.attention import gate
-from mtraining.bench.attention.cases import PRESETS, Case, preset
+from mtraining.bench.attention.cases import Case, preset
 from mtraining.bench.attention.competitors import COMPETITORS, Competitor, available
 from mtraining.bench.attention.problem import Layer, Problem, build
-from mtraining.bench.record import Provenance, Row, provenance, table, write_csv
+from mtraining.bench.options import AttentionOptions, parse
+from mtraining.bench.record import Provenance, Row, plain_table, provenance, table, write_csv
 from mtraining.bench.timing import Timing, measure
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line
 from mtraining.kernel import Backend, select_backend
 from mtraining.kernel.measured_tiles import tiles_in_use
 from mtraining.pattern import SequenceShard, VerticalSlash
 
 SMALL = 2048  # tokens of the whole comparison with the fp64 reference
 DENSE_LONGEST = 128 * 1024  # dense rates hardly change beyond, and seconds a launch add up
-DENSE_HELP = f"dense kernel to time ({', '.join(COMPETITORS)}, or none); default: all that can run"
-WARM_UP = 2.0
-CSV_FOLDER = Path("benchmarks/results")
 Say = Callable[[str], None]
 
 
@@ -57,7 +54,7 @@ def run_attention_bench(
     *,
     competitors: Sequence[str] = COMPETITORS,
     seconds: float = 0.5,
-    warm_up: float = WARM_UP,
+    warm_up: float = AttentionOptions.warm_up,
     keep: Callable[[list[Row]], object] = lambda rows: None,
     backend_of: Callable[[str, torch.device, torch.dtype, int], Backend] = select_backend,
     say: Say = print,
@@ -120,7 +117,7 @@ class _Bench:
         try:
             self._sparse(case, backend, dense)
         except Exception as crash:
-            self.fail(f"{backend.name}, {case.describe()}: {type(crash).__name__}: {_first_line(crash)}")
+            self.fail(f"{backend.name}, {case.describe()}: {type(crash).__name__}: {first_line(crash)}")
         self._free()
 
     def _sparse(self, case: Case, backend: Backend, dense: _Dense) -> None:
@@ -201,7 +198,7 @@ class _Bench:
         except gate.GateError as wrong:
             self.fail(f"{name}, {case.describe()}: {wrong}")
         except Exception as error:  # another's kernel that cannot run here is no failure of ours
-            self.note(f"{name}: not run on {case.describe()}: {type(error).__name__}: {_first_line(error)}")
+            self.note(f"{name}: not run on {case.describe()}: {type(error).__name__}: {first_line(error)}")
         self._free()
         return rates
 
@@ -268,41 +265,24 @@ def growth(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
-
-
 def default_backends(device: torch.device) -> tuple[str, ...]:
     return ("triton", "flash4") if device.type == "cuda" else ("reference",)
 
 
-def bench(
-    name: str,
-    backends: Sequence[str],
-    device: str,
-    max_seq_len: int | None,
-    competitors: Sequence[str],
-    out: Path,
-    warm_up: float = WARM_UP,
-    say: Say = print,
-) -> tuple[BenchResult, Path | None]:
-    """Run a preset, adding to its CSV case by case; the path is None where there is no row to write.
-
-    Empty ``name``, ``backends``, ``device`` and ``competitors`` stand for what suits the machine; ("none",) for no
-    competitor.
-    """
-    if warm_up < 0:
-        raise UserError(f"warm-up: {warm_up} seconds cannot be; use 0 or more.")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cases = preset(name or ("targets" if where.type == "cuda" else "tiny"), max_seq_len)
+def bench(options: AttentionOptions, say: Say = print) -> tuple[BenchResult, Path | None]:
+    """Run a preset, adding to its CSV case by case; the path is None where there is no row to write."""
+    if options.warm_up < 0:
+        raise UserError(f"warm-up: {options.warm_up} seconds cannot be; use 0 or more.")
+    where = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cases = preset(options.preset or ("targets" if where.type == "cuda" else "tiny"), options.max_seq_len)
     paths: list[Path] = []
     result = run_attention_bench(
         cases,
-        backends or default_backends(where),
+        options.backend or default_backends(where),
         where,
-        competitors=() if tuple(competitors) == ("none",) else tuple(competitors) or COMPETITORS,
-        warm_up=warm_up,
-        keep=lambda rows: paths.append(write_csv(rows, out, "attention")) if rows else None,
+        competitors=() if options.dense == ("none",) else options.dense or COMPETITORS,
+        warm_up=options.warm_up,
+        keep=lambda rows: paths.append(write_csv(rows, options.out, "attention")) if rows else None,
         say=say,
     )
     for line in growth(result.rows):
@@ -312,33 +292,12 @@ def bench(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command without the command line's packages: a plain table; 1 where a kernel was wrong, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m mtraining.bench.attention", description=__doc__)
-    parser.add_argument(
-        "--preset", default="", help=f"one of {', '.join(PRESETS)}; default: targets, on a CPU tiny"
-    )
-    parser.add_argument("--backend", action="append", default=[], help="kernel to time; may be repeated")
-    parser.add_argument("--device", default="", help="cuda or cpu; default: cuda where there is one")
-    parser.add_argument("--max-seq-len", type=int, help="leave longer sequences out")
-    parser.add_argument("--dense", action="append", default=[], help=f"{DENSE_HELP}; may be repeated")
-    parser.add_argument(
-        "--warm-up",
-        type=float,
-        default=WARM_UP,
-        help=f"seconds of the same work before each timing; under 0.1 for the clocks of a GPU that comes from idling; "
-        f"default: {WARM_UP:g}",
-    )
-    parser.add_argument("--out", type=Path, default=CSV_FOLDER, help="folder of the CSV")
-    args = parser.parse_args(argv)
     try:
-        result, path = bench(
-            args.preset, args.backend, args.device, args.max_seq_len, args.dense, args.out, args.warm_up
-        )
+        options, _ = parse(AttentionOptions, "python -m mtraining.bench.attention", __doc__, argv)
+        result, path = bench(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    heads, cells = table(result.rows)
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    for line in (heads, *cells):
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(plain_table(*table(result.rows)))
     print(f"wrote {path}" if path else "no number to write")
     return 1 if result.failures else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from mtraining.kernel.measured_tiles import Tiles, misfit
+from mtraining.kernel.measured_tiles import TileSizes, misfit
 from mtraining.kernel.triton.tile_sizes import cut_tiles, default_tiles, padded
 
 Shapes = tuple[tuple[int, int, int, int], ...]  # block_m, block_n, warps, stages
@@ -49,20 +49,20 @@ _INTERPRETER: Shapes = ((16, 32, 4, 1),)
 
 def candidates(
     kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
-) -> list[Tiles]:
+) -> list[TileSizes]:
     """What to try for a kernel, cut to the block size, each once; the tables' entry is the first."""
     engine = False
     if device.type != "cuda":
-        tried = [Tiles(*shape) for shape in _INTERPRETER]
+        tried = [TileSizes(*shape) for shape in _INTERPRETER]
     elif dtype.itemsize == 4:
-        tried = [Tiles(*shape) for shape in _FP32]
+        tried = [TileSizes(*shape) for shape in _FP32]
     else:
         lanes = max(64, padded(head_dim))
-        tried = [Tiles(*shape) for shape in _FAMILIES[kernel.rpartition("_")[2]][lanes]]
+        tried = [TileSizes(*shape) for shape in _FAMILIES[kernel.rpartition("_")[2]][lanes]]
         # The copy engine fetches whole lanes only.
         engine = torch.cuda.get_device_capability(device) >= (9, 0) and head_dim == padded(head_dim)
         if kernel == "tiles_forward" and engine:
-            tried += [Tiles(*shape, tma=True) for shape in _TMA[lanes]]
+            tried += [TileSizes(*shape, tma=True) for shape in _TMA[lanes]]
     first = default_tiles(kernel, device, dtype, head_dim)
     cut = [
         cut_tiles(kernel, tiles._replace(tma=tiles.tma and engine), block_size) for tiles in (first, *tried)

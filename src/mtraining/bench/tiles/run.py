@@ -6,7 +6,6 @@ torch and Triton only, so ``python -m mtraining.bench.tiles`` runs where the com
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -22,17 +21,18 @@ from triton.runtime.errors import InterpreterError
 from mtraining.bench.attention import gate
 from mtraining.bench.attention.cases import Case
 from mtraining.bench.attention.problem import Layer, Problem, build
-from mtraining.bench.record import provenance
+from mtraining.bench.options import TilesOptions, parse
+from mtraining.bench.record import plain_table, provenance
 from mtraining.bench.tiles.candidates import candidates
 from mtraining.bench.timing import measure
 from mtraining.errors import UserError
 from mtraining.kernel import select_backend
 from mtraining.kernel.measured_tiles import (
     DTYPES,
-    KERNELS,
-    Call,
-    Tiles,
-    entry_call,
+    TILED_KERNELS,
+    KernelCase,
+    TileSizes,
+    entry_case,
     measured_tiles,
     read_tiles,
     tiles_path,
@@ -44,7 +44,7 @@ from mtraining.kernel.triton.tile_sizes import check_block_size, forced_tiles, i
 MARGIN = 0.02  # what a candidate must gain on the tables' entry; less is noise
 GATE_TOKENS = 1024
 # What every kernel but the one on trial takes: it fits any GPU, so a failure is the candidate's.
-_SAFE = dict.fromkeys(KERNELS, Tiles(32, 32, 4, 1))
+_SAFE = dict.fromkeys(TILED_KERNELS, TileSizes(32, 32, 4, 1))
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Say = Callable[[str], None]
 
@@ -53,26 +53,26 @@ Say = Callable[[str], None]
 class Choice:
     """What the search for one call came to: ms by tiles, and why other candidates have none."""
 
-    chosen: Tiles
-    table: Tiles
-    ms: dict[Tiles, float]
-    left_out: dict[Tiles, str]
+    chosen: TileSizes
+    table: TileSizes
+    ms: dict[TileSizes, float]
+    left_out: dict[TileSizes, str]
 
 
 @dataclass
 class TilesResult:
     """Choices by call; ``failures`` were wrong or crashed, ``notes`` say what was not searched."""
 
-    choices: dict[Call, Choice] = field(default_factory=dict)
+    choices: dict[KernelCase, Choice] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def choose(
     name: str,
-    tried: Sequence[Tiles],
-    passes: Callable[[Tiles], None],
-    time: Callable[[Tiles], float],
+    tried: Sequence[TileSizes],
+    passes: Callable[[TileSizes], None],
+    time: Callable[[TileSizes], float],
     result: TilesResult,
     say: Say,
 ) -> Choice | None:
@@ -87,8 +87,8 @@ def choose(
     Returns:
         None where no candidate is left.
     """
-    ms: dict[Tiles, float] = {}
-    left_out: dict[Tiles, str] = {}
+    ms: dict[TileSizes, float] = {}
+    left_out: dict[TileSizes, str] = {}
     for tiles in tried:
         try:
             passes(tiles)
@@ -132,8 +132,8 @@ def _last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[-1][:200]
 
 
-def shown(tiles: Tiles) -> str:
-    """Tiles in a few words."""
+def shown(tiles: TileSizes) -> str:
+    """Tile sizes in a few words."""
     copied = ", TMA" if tiles.tma else ""
     return f"{tiles.block_m}x{tiles.block_n}, {tiles.warps} warps, {tiles.stages} stages{copied}"
 
@@ -179,17 +179,17 @@ def search(case: Case, device: torch.device, seconds: float, result: TilesResult
         )
     with forced_tiles(_SAFE):
         runs = kernel_runs(backend, build(case, device, seed=1))
-    for kernel in KERNELS:
+    for kernel in TILED_KERNELS:
 
-        def passes(tiles: Tiles, kernel: str = kernel) -> None:
+        def passes(tiles: TileSizes, kernel: str = kernel) -> None:
             with forced_tiles({**_SAFE, kernel: tiles}):
                 gate.check_whole(Layer(backend, short))
 
-        def time(tiles: Tiles, kernel: str = kernel) -> float:
+        def time(tiles: TileSizes, kernel: str = kernel) -> float:
             with forced_tiles({kernel: tiles}):
                 return measure(runs[kernel], device, seconds).ms
 
-        call = Call(kernel, case.dtype, case.head_dim, size)
+        call = KernelCase(kernel, case.dtype, case.head_dim, size)
         tried = candidates(kernel, device, case.dtype, case.head_dim, size)
         choice = choose(f"{kernel}, head_dim {case.head_dim}", tried, passes, time, result, say)
         if choice is not None:
@@ -209,7 +209,7 @@ def served_elsewhere(device: torch.device, dtype: torch.dtype, head_dim: int, bl
     return block_size == BLOCK
 
 
-def save(choices: dict[Call, Choice], device: torch.device, say: Say) -> Path:
+def save(choices: dict[KernelCase, Choice], device: torch.device, say: Say) -> Path:
     """Write choices to the file of this GPU, beside those that it has for other calls; returns its path."""
     path, origin = tiles_path(device), provenance(device)
     try:
@@ -220,7 +220,7 @@ def save(choices: dict[Call, Choice], device: torch.device, say: Say) -> Path:
     if document is None or (document["gpu"], document["triton"]) != (origin.gpu, origin.triton):
         capability = list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
         document = {"gpu": origin.gpu, "capability": capability, "triton": origin.triton, "entries": []}
-    kept = [entry for entry in document["entries"] if entry_call(entry) not in choices]
+    kept = [entry for entry in document["entries"] if entry_case(entry) not in choices]
     made = {"date": origin.date, "commit": origin.commit, "torch": origin.torch}
     document["entries"] = kept + [_entry(*item) | made for item in choices.items()]
     partial = path.with_suffix(f".{os.getpid()}")
@@ -236,7 +236,7 @@ def save(choices: dict[Call, Choice], device: torch.device, say: Say) -> Path:
     return path
 
 
-def _entry(call: Call, choice: Choice) -> dict[str, Any]:
+def _entry(call: KernelCase, choice: Choice) -> dict[str, Any]:
     readings = [{"tiles": tiles._asdict(), "ms": ms} for tiles, ms in choice.ms.items()]
     left_out = [{"tiles": tiles._asdict(), "left_out": why} for tiles, why in choice.left_out.items()]
     return call._asdict() | {
@@ -322,22 +322,12 @@ def table(result: TilesResult) -> tuple[list[str], list[list[str]]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command without the command line's packages: a plain table; 1 where a candidate failed, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m mtraining.bench.tiles", description=__doc__)
-    parser.add_argument("--head-dim", type=int, action="append", default=[], help="may be repeated")
-    parser.add_argument(
-        "--dtype", action="append", default=[], help=f"{', '.join(DTYPES)}; may be repeated; default: bf16"
-    )
-    parser.add_argument("--block-size", type=int, help="of the pattern, in tokens; default: 128")
-    parser.add_argument("--seq-len", type=int, help="tokens of what is timed; default: 32768")
-    args = parser.parse_args(argv)
     try:
-        result, path = bench(args.head_dim, args.dtype, args.block_size, args.seq_len)
+        options, _ = parse(TilesOptions, "python -m mtraining.bench.tiles", __doc__, argv)
+        result, path = bench(options.head_dim, options.dtype, options.block_size, options.seq_len)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    heads, cells = table(result)
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    for line in (heads, *cells):
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(plain_table(*table(result)))
     print(*result.failures, f"wrote {path}" if path else "nothing to write", sep="\n")
     return 1 if result.failures else 0

@@ -195,11 +195,8 @@ class Group:
             yield from (replace(base, ring=ring) for ring in self.ring[1:])
 
 
-_FIXED_BUDGET = (
-    (128 * _K, 0.2),
-    (256 * _K, 0.1),
-    (1024 * _K, 0.025),
-)  # what 5 % of 512K computes for a token
+# What 5 % of 512K computes for a token.
+_FIXED_BUDGET = ((128 * _K, 0.2), (256 * _K, 0.1), (1024 * _K, 0.025))
 PRESETS: dict[str, tuple[str, tuple[Group, ...]]] = {
     "table": (
         "qwen2.5-3b",

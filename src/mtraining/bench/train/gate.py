@@ -1,7 +1,7 @@
 """The gate before a training step is timed: its loss and gradients equal those of one process that holds all tokens.
 
-A small model (two layers, the real heads, a short sequence) under the very settings that are to be timed, against
-the eager reference kernel in fp32, without recompute, fusion, ring or sharding.
+A small model (two layers, the real heads, a short sequence) runs under the very settings that are to be timed. It is
+compared with the eager reference kernel in fp32, without recompute, fusion, ring or sharding.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much to measure, and how far a measurement has come: a file of one JSON object a line.
 
-Should a case end the processes (out of memory on one GPU leaves the other ranks inside a collective), the launcher
+A case may end the processes: out of memory on one GPU leaves the other ranks inside a collective. The launcher then
 starts all of them again, and they go on after that case.
 """
 

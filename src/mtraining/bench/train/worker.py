@@ -27,7 +27,7 @@ from mtraining.bench.train.model import (
 )
 from mtraining.bench.train.progress import Effort, Progress
 from mtraining.bench.train.record import TrainRow, comparable, dense_seconds
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line
 from mtraining.kernel import Backend, select_backend
 from mtraining.kernel.measured_tiles import tiles_in_use
 from mtraining.layout import build_layout
@@ -90,7 +90,7 @@ def run_cases(
         except Exception as error:
             full = isinstance(error, torch.OutOfMemoryError)
             reason = (
-                f"{'out of memory' if full else type(error).__name__} on rank {rank}: {_first_line(error)}"
+                f"{'out of memory' if full else type(error).__name__} on rank {rank}: {first_line(error)}"
             )
             progress.tell(note=f"{case.describe()}: {reason}", end=number)
             if world > 1 or not full:
@@ -237,10 +237,6 @@ def _estimate(case: TrainCase, place: Runtime) -> float:
     pattern, scale = VerticalSlash(block_size=shape.block_size), shape.head_dim**-0.5
     taken = [_slowest(place, lambda: pattern.estimate(q, k, shard, scale)) for _ in range(4)]
     return case.layers * statistics.median(taken[1:])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
 
 
 def _wait(device: torch.device) -> None:

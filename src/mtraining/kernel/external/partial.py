@@ -5,7 +5,7 @@ Both run on the device without a host synchronisation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,16 +14,22 @@ from torch import Tensor
 
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
-from mtraining.kernel.triton.common import load_tile_rows, store_tile_rows, tile_offsets
-from mtraining.kernel.triton.lists import selected_tiles
+from mtraining.kernel.triton.common import (
+    Strided,
+    load_tile_rows,
+    start_of_row,
+    store_tile_rows,
+    strided,
+    tile_offsets,
+)
+from mtraining.kernel.triton.lists import Bitmaps, Row, bitmaps, selected_tiles
 from mtraining.kernel.triton.tile_sizes import padded
 
 _CHUNK = 1024
 _BLOCK_M = 32
 
 
-@dataclass(frozen=True)
-class BlockLists:
+class BlockLists(NamedTuple):
     """Selected tiles of each row of blocks, those on the causal diagonal apart; local block numbers, all int32.
 
     Attributes:
@@ -47,17 +53,17 @@ def block_lists(index: SparseIndex, placement: Placement, key_major: bool) -> Bl
     rows, cols = placement.q_blocks.int(), placement.k_blocks.int()
     if key_major:
         rows, cols = cols, rows
-    diagonals, blocks = index.diagonals.contiguous(), index.local_blocks(placement.q_blocks)
-    shape, device = (*diagonals.shape[:2], rows.numel()), diagonals.device
+    shape, device = (*index.diagonals.shape[:2], rows.numel()), index.diagonals.device
     full = torch.empty(*shape, cols.numel(), dtype=torch.int32, device=device)
     own = torch.empty(*shape, 1, dtype=torch.int32, device=device)
     full_counts, own_counts = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
+    lists = BlockLists(full_counts, full, own_counts, own)
+    selected, row_bytes = bitmaps(index, placement.q_blocks)
     _block_lists_kernel[(full_counts.numel(),)](
-        diagonals.view(torch.int8), diagonals if blocks is None else blocks, rows, cols, full, full_counts, own,
-        own_counts, index.num_blocks, rows.numel(), cols.numel(), 0 if blocks is None else blocks.shape[-1],
-        HAS_BLOCKS=blocks is not None, KEY_MAJOR=key_major, CHUNK=min(_CHUNK, triton.next_power_of_2(cols.numel())),
+        selected, rows, cols, lists, index.num_blocks, rows.numel(), cols.numel(), row_bytes,
+        HAS_BLOCKS=row_bytes > 0, KEY_MAJOR=key_major, CHUNK=min(_CHUNK, triton.next_power_of_2(cols.numel())),
     )  # fmt: skip
-    return BlockLists(full_counts, full, own_counts, own)
+    return lists
 
 
 def merge_partial(
@@ -81,57 +87,45 @@ def merge_partial(
     result = part if final else out
     batch, rows, heads, dim = part.shape
     _merge_kernel[(triton.cdiv(rows, _BLOCK_M) * batch * heads,)](
-        part, part_lse, out, lse, result, *part.stride()[:3], *out.stride()[:3], *result.stride()[:3], rows, heads,
-        HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=_BLOCK_M,
+        strided(part, fixed_row=False), part_lse, strided(out, fixed_row=False), lse,
+        strided(result, fixed_row=False), rows, heads, HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=_BLOCK_M,
     )  # fmt: skip
     return result, lse
 
 
 @triton.jit(do_not_specialize=["num_blocks", "rows", "cols", "row_bytes"])
 def _block_lists_kernel(
-    diagonals, blocks, row_blocks, col_blocks, full, full_counts, own, own_counts, num_blocks, rows, cols, row_bytes,
+    selected: Bitmaps, row_blocks, col_blocks, lists: BlockLists, num_blocks, rows, cols, row_bytes,
     HAS_BLOCKS: tl.constexpr, KEY_MAJOR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program a row of a head."""
     pid = tl.program_id(0).to(tl.int64)
-    head = pid // rows
-    mine = tl.load(row_blocks + pid % rows)
+    row = Row(pid, pid // rows, tl.load(row_blocks + pid % rows))
     count = 0
     own_count = 0
     own_slot = 0
     for start in range(0, cols, CHUNK):
         slot = start + tl.arange(0, CHUNK)
         there = slot < cols
-        bit, other = selected_tiles(
-            diagonals,
-            blocks,
-            col_blocks,
-            mine,
-            slot,
-            there,
-            pid,
-            head,
-            cols,
-            num_blocks,
-            row_bytes,
-            HAS_BLOCKS,
-            KEY_MAJOR,
+        other = tl.load(col_blocks + slot, mask=there, other=0)
+        bit = selected_tiles(
+            selected, num_blocks, row_bytes, row, slot, other, there, cols, HAS_BLOCKS, KEY_MAJOR
         )
-        own_bit = tl.where(other == mine, bit, 0)
+        own_bit = tl.where(other == row.block, bit, 0)
         own_count += tl.sum(own_bit, 0)
         own_slot += tl.sum(own_bit * slot, 0)
         bit -= own_bit
         upto = count + tl.cumsum(bit, 0)
-        tl.store(full + pid * cols + upto - 1, slot, mask=bit != 0)
+        tl.store(lists.full + pid * cols + upto - 1, slot, mask=bit != 0)
         count += tl.sum(bit, 0)
-    tl.store(full_counts + pid, count)
-    tl.store(own_counts + pid, own_count)
-    tl.store(own + pid, own_slot)
+    tl.store(lists.full_counts + pid, count)
+    tl.store(lists.own_counts + pid, own_count)
+    tl.store(lists.own + pid, own_slot)
 
 
 @triton.jit(do_not_specialize=["rows", "heads"])
 def _merge_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, to_ptr, p_b, p_r, p_h, o_b, o_r, o_h, t_b, t_r, t_h, rows, heads,
+    part: Strided, part_lse_ptr, out: Strided, lse_ptr, to: Strided, rows, heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program for a few rows of a head; heads side by side read whole lines."""
@@ -143,24 +137,26 @@ def _merge_kernel(
     first, left = tile.to(tl.int64) * BLOCK_M, rows - tile * BLOCK_M
     lane = tl.arange(0, BLOCK_M)
     at_lse = (batch * heads + head) * rows + first + lane
-    at_out = out_ptr + batch * o_b + head * o_h + first * o_r
-    at_part = part_ptr + batch * p_b + head * p_h + first * p_r
+    at_out = start_of_row(out, batch, head, first)
+    at_part = start_of_row(part, batch, head, first)
     new_lse = tl.load(part_lse_ptr + at_lse, mask=lane < left, other=float("-inf"))
     old_lse = tl.load(lse_ptr + at_lse, mask=lane < left, other=float("-inf"))
-    new = load_tile_rows(at_part, tile_offsets(p_r, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D).to(tl.float32)
-    old = load_tile_rows(at_out, tile_offsets(o_r, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D)
+    part_offsets = tile_offsets(part.row, BLOCK_M, BLOCK_D)
+    # [BLOCK_M, BLOCK_D]
+    new = load_tile_rows(at_part, part_offsets, left, HEAD_DIM, BLOCK_D).to(tl.float32)
+    out_offsets = tile_offsets(out.row, BLOCK_M, BLOCK_D)
+    old = load_tile_rows(at_out, out_offsets, left, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     top = tl.maximum(new_lse, old_lse)
     safe = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp(new_lse - safe)
     old_weight = tl.exp(old_lse - safe)
     total = weight + old_weight
     divisor = tl.where(total == 0.0, 1.0, total)
-    out = new * (weight / divisor)[:, None] + old * (old_weight / divisor)[:, None]
+    merged = new * (weight / divisor)[:, None] + old * (old_weight / divisor)[:, None]
     lse = tl.where(total == 0.0, float("-inf"), safe + tl.log(divisor))
     # What is written stands where other warps read: each loads the lse of its own rows, one stores them all.
     tl.debug_barrier()
-    to = to_ptr + batch * t_b + head * t_h + first * t_r
-    store_tile_rows(
-        to, tile_offsets(t_r, BLOCK_M, BLOCK_D), out.to(to_ptr.dtype.element_ty), left, HEAD_DIM, BLOCK_D
-    )
+    at_to = start_of_row(to, batch, head, first)
+    to_offsets = tile_offsets(to.row, BLOCK_M, BLOCK_D)
+    store_tile_rows(at_to, to_offsets, merged.to(to.ptr.dtype.element_ty), left, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + at_lse, lse, mask=lane < left)

@@ -7,7 +7,6 @@ the same results more slowly.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -19,6 +18,8 @@ from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.hopper import forward as hopper_forward
 from mtraining.kernel.hopper import keys as hopper_keys
 from mtraining.kernel.hopper import queries as hopper_queries
+from mtraining.kernel.hopper.items import ColumnLists, Options, Target
+from mtraining.kernel.hopper.keys import KeyOptions
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton.backend import (
@@ -29,6 +30,7 @@ from mtraining.kernel.triton.backend import (
     summed,
     ways_to_split,
 )
+from mtraining.kernel.triton.common import RowLists, key_gradients
 from mtraining.kernel.triton.hidden import ColumnTables, column_tables, tables_of_backward
 from mtraining.kernel.triton.lists import TileLists, lists_both_ways, tile_lists
 
@@ -69,17 +71,14 @@ class HopperBackend(TritonBackend):
                 q, k, v, index, placement, scale, out, lse, columns=columns, final=final
             )
         check_call(index, scale)
-        heads, dim = q.shape[2:]
         tables = None if columns is None else column_tables(index, placement.q_blocks)
         lists = tile_lists(index, placement, key_major=False)
         work = _QueryWork(q, k, v, lists, index, columns, tables)
         target = _Target(q, out, final)
         lse = partial_lse(q, lse)
         hopper_forward.forward_kernel[work.grid](
-            _tiles(q, _HALF), *work.keys, *target.arguments(), lse, work.counter, *work.lists,
-            *target.previous.stride()[:3], scale, *work.counts,
-            HAS_PREV=target.merging, FINAL=final, TOEPLITZ=lists.toeplitz, COLUMNS=columns is not None,
-            GROUP=heads // k.shape[2], SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
+            _boxes(q, _HALF), *work.keys, target.boxes, target.for_kernel(), lse, work.counter, *work.lists, scale,
+            *work.counts, work.options(target.merging, final), num_warps=_WARPS,
         )  # fmt: skip
         return target.result, lse
 
@@ -99,12 +98,11 @@ class HopperBackend(TritonBackend):
         while group % splits:
             splits -= 1
         dkv = torch.empty(2, splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device)
+        by_key = RowLists(lists.entries, lists.bounds, placement.k_blocks.int(), placement.q_blocks.int())
         hopper_keys.key_tiles_kernel[(batch * kv_heads * cols * splits,)](
-            _tiles(q, _QUERIES), _tiles(dout, _QUERIES), _tiles(k, _HALF), _tiles(v, _HALF), _rows(lse2), _rows(delta),
-            *dkv, lists.entries, lists.bounds, placement.k_blocks.int(), placement.q_blocks.int(), *dkv.stride()[1:4],
-            scale, batch, kv_heads, cols, rows, lists.diagonal,
-            TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES,
-            STAGES=_KEY_STAGES, num_warps=_WARPS,
+            _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(k, _HALF), _boxes(v, _HALF), _rows(lse2), _rows(delta),
+            key_gradients(dkv), by_key, scale, batch, kv_heads, cols, rows, lists.diagonal,
+            KeyOptions(lists.toeplitz, False, group, splits, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
         )  # fmt: skip
 
         def query_gradient(
@@ -114,10 +112,9 @@ class HopperBackend(TritonBackend):
             work = _QueryWork(q, k, v, by_query, index, columns, tables)
             target = _Target(q, dq, final)
             hopper_queries.query_gradient_kernel[work.grid](
-                _tiles(q, _HALF), _tiles(dout, _HALF), *work.keys, *target.arguments(), lse2, delta,
-                work.counter, *work.lists, *target.previous.stride()[:3], scale, *work.counts,
-                HAS_PREV=target.merging, FINAL=final, TOEPLITZ=by_query.toeplitz, COLUMNS=columns is not None,
-                GROUP=group, SIZE=BLOCK, HEAD_DIM=dim, STAGES=_STAGES, num_warps=_WARPS,
+                _boxes(q, _HALF), _boxes(dout, _HALF), *work.keys, target.boxes, target.for_kernel(), lse2, delta,
+                work.counter, *work.lists, scale, *work.counts, work.options(target.merging, final),
+                num_warps=_WARPS,
             )  # fmt: skip
             return target.result
 
@@ -138,43 +135,47 @@ class HopperBackend(TritonBackend):
         splits = ways_to_split(batch * heads * tiles, rows, q.device)
         grads = torch.empty(2, splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device)
         hopper_keys.key_columns_kernel[(batch * heads * tiles * splits,)](
-            _tiles(q, _QUERIES), _tiles(dout, _QUERIES), _tiles(ck, _HALF), _tiles(cv, _HALF), _rows(lse2),
-            _rows(delta), *grads, tables.columns, tables.words, tables.q_blocks, tables.first_slot, tables.first_seen,
-            *grads.stride()[1:4], scale, batch, heads, rows, capacity, index.num_blocks, tables.words.shape[-1], splits,
-            SIZE=BLOCK, HEAD_DIM=dim, BLOCK_M=_QUERIES, STAGES=_KEY_STAGES, num_warps=_WARPS,
+            _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(ck, _HALF), _boxes(cv, _HALF), _rows(lse2),
+            _rows(delta), key_gradients(grads), tables.for_keys(), scale, batch, heads, rows, capacity,
+            index.num_blocks, tables.words.shape[-1], splits,
+            KeyOptions(False, True, 1, 1, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
         )  # fmt: skip
         return summed(grads, splits)
 
 
 class _QueryWork:
-    """What both query-major kernels are given, in their order: tiles of keys, lists, and counts."""
+    """What both query-major kernels are given, in their order: descriptors of keys, lists, counts and constants."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, lists: TileLists, index: SparseIndex, columns: Columns | None,
         tables: ColumnTables | None,
     ) -> None:  # fmt: skip
-        batch, _, heads, _ = q.shape
+        batch, _, heads, dim = q.shape
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         items = batch * heads * rows
         self.grid = (_programs(items, q.device),)
         self.counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-        tiles = (lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks)
         if columns is None or tables is None:
-            self.keys = (_tiles(k, BLOCK), _tiles(v, BLOCK)) * 2
-            self.lists = (*tiles, *(lists.bounds,) * 4)
-            self.counts = (items, rows, heads, cols, lists.diagonal, 0, 0)
+            # Without columns nothing of theirs is read; any table of int32 will do.
+            self.keys = (_boxes(k, BLOCK), _boxes(v, BLOCK)) * 2
+            of_columns, sizes = ColumnLists(*(lists.bounds,) * 4), (0, 0)
         else:
-            self.keys = tuple(_tiles(x, BLOCK) for x in (k, v, *columns))
-            self.lists = (*tiles, tables.columns, tables.words, tables.before, tables.upto)
+            self.keys = tuple(_boxes(x, BLOCK) for x in (k, v, *columns))
+            of_columns = ColumnLists(tables.columns, tables.words, tables.before, tables.upto)
             sizes = (index.columns.shape[2], tables.words.shape[-1])
-            self.counts = (items, rows, heads, cols, lists.diagonal, *sizes)
+        self.lists = (lists.for_kernel(), of_columns)
+        self.counts = (items, rows, heads, cols, lists.diagonal, *sizes)
+        self._constants = (lists.toeplitz, columns is not None, heads // k.shape[2], BLOCK, dim, _STAGES)
+
+    def options(self, merging: bool, final: bool) -> Options:
+        return Options(merging, final, *self._constants)
 
 
 class _Target:
     """Where a query-major kernel writes: fp32 in the memory of what it adds to or merges with, or final in q's dtype.
 
-    ``previous`` is fp32 with unit stride along head_dim, and only its strides count where there is none;
-    ``tiles`` addresses ``result`` for the copy engine where that is final, else any tensor.
+    ``previous`` is fp32 with unit stride along head_dim; where there is none, only its strides count.
+    ``boxes`` addresses ``result`` for the copy engine where that is final, else any tensor.
     """
 
     def __init__(self, q: Tensor, previous: Tensor | None, final: bool) -> None:
@@ -184,11 +185,11 @@ class _Target:
         else:
             self.previous, self.merging = partial(q, previous)
             self.result = self.previous
-        self.tiles = _tiles(self.result if final else q, _HALF)
+        self.boxes = _boxes(self.result if final else q, _HALF)
 
-    def arguments(self) -> tuple[Any, ...]:
-        """As the kernels take them, one after the other."""
-        return self.tiles, self.previous, self.result
+    def for_kernel(self) -> Target:
+        batch, row, head, _ = self.previous.stride()
+        return Target(self.previous, self.result, batch, gl.constexpr(row), head)
 
 
 def _programs(items: int, device: torch.device) -> int:
@@ -196,8 +197,8 @@ def _programs(items: int, device: torch.device) -> int:
     return min(items, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
-    """Tiles of ``rows`` tokens of one head of ``x`` (batch, tokens, heads, head_dim), for the copy engine."""
+def _boxes(x: Tensor, rows: int) -> TensorDescriptor:
+    """Boxes of ``rows`` tokens of one head of ``x`` (batch, tokens, heads, head_dim), for the copy engine."""
     step = _COPY_BYTES // x.element_size()
     strides = [s if n > 1 else step for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
     if x.stride(-1) != 1 or x.data_ptr() % _COPY_BYTES or any(s % step or s == 0 for s in strides):

@@ -1,10 +1,12 @@
 """Forward on Hopper: slash tiles and columns of a block of queries, one after the other (hopper/common.py).
 
-Within a group, the scores of the next tile are multiplied beside the values of this one, so that the exponentials of
-one tile run under the products of another.
+Within a group, the scores of the next tile are multiplied beside the values of this one. The exponentials of one tile
+then run under the products of another.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mtraining.kernel.hopper.common import (
     LN2,
     LOG2E,
+    ColumnVisit,
+    Keys,
     barriers,
     column_bias,
     hidden_word,
@@ -28,191 +32,210 @@ from mtraining.kernel.hopper.common import (
     product_layout,
     softmax_weights,
 )
-from mtraining.kernel.hopper.items import desk, producer, taken, visits_of
+from mtraining.kernel.hopper.items import (
+    ColumnLists,
+    Queries,
+    Queue,
+    Sources,
+    Target,
+    Work,
+    job_queue,
+    producer,
+    taken,
+    visit_of,
+)
+from mtraining.kernel.triton.common import RowLists
+
+
+class Running(NamedTuple):
+    """A running softmax over 64 queries: ``acc`` lacks the values of the last tile, whose weights are ``p``.
+
+    Attributes:
+        acc: fp32 [64, HEAD_DIM], weighted values so far.
+        p: [64, SIZE], the last tile's weights, as the left operand of its product with the values.
+        top: fp32 [64], the largest score so far, in units of log2.
+        total: fp32 [64], the sum of the weights so far, those of the last tile included.
+    """
+
+    acc: Any
+    p: Any
+    top: Any
+    total: Any
 
 
 @gluon.jit
 def _step(
-    acc, p, top, total, done, word, columns, whole, position, t, capacity, scale_log2,
-    q, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-    W: gl.constexpr, COLUMN: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr, O_ROW: gl.constexpr, WEIGHTS: gl.constexpr,
+    running: Running, done, t, word, columns: ColumnVisit, scale_log2, q, zero, keys: Keys,
+    W: gl.constexpr, COLUMN: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile beside the values of the one before: a COLUMN tile, number ``t`` with the bits
-    ``word``, or a slash tile that is not on the causal diagonal."""
-    before = done % STAGES
-    before_phase = (done // STAGES) & 1
+    """Scores of tile number ``done + 1`` beside the values of number ``done``.
+
+    COLUMN: it is tile ``t`` of the columns, with the hidden bits ``word``. Else it is a slash tile that is not on the
+    causal diagonal.
+    """
+    SIZE: gl.constexpr = options.SIZE
+    HEAD_DIM: gl.constexpr = options.HEAD_DIM
+    O_MMA: gl.constexpr = product_layout(HEAD_DIM)
+    before = done % options.STAGES
+    before_phase = (done // options.STAGES) & 1
     done += 1
-    stage = done % STAGES
-    k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
-    v = v_smem.index(before).reshape([SIZE, HEAD_DIM])
-    mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
+    stage = done % options.STAGES
+    k = keys.k.index(stage).reshape([SIZE, HEAD_DIM])
+    v = keys.v.index(before).reshape([SIZE, HEAD_DIM])
+    # Both products under way: q k^T of this tile, then p v of the one before.
+    mbarrier.wait(keys.k_full.index(stage), (done // options.STAGES) & 1)
     s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(before), before_phase)
-    acc_token = warpgroup_mma(p, v, acc, is_async=True)
+    mbarrier.wait(keys.v_full.index(before), before_phase)
+    acc_token = warpgroup_mma(running.p, v, running.acc, is_async=True)
     if COLUMN:
-        bias = column_bias(word, SIZE)
-    s = warpgroup_mma_wait(1, deps=[s_token])
-    mbarrier.arrive(k_empty.index(stage), count=1)
+        bias = column_bias(word, SIZE)  # [SIZE]
+    # The scores are there; the exponentials run under p v.
+    s = warpgroup_mma_wait(1, deps=[s_token])  # [64, SIZE]
+    mbarrier.arrive(keys.k_empty.index(stage), count=1)
     if COLUMN:
-        s = hide_columns(s, bias, t, columns, whole, position, capacity, W, SIZE)
-    weights, alpha, top, total = softmax_weights(s, top, total, scale_log2, COLUMN)
-    acc, p = warpgroup_mma_wait(0, deps=[acc_token, p])
-    mbarrier.arrive(v_empty.index(before), count=1)
-    acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
-    p = gl.convert_layout(weights.to(q.dtype), WEIGHTS)
-    return acc, p, top, total, done
+        s = hide_columns(s, bias, t, columns, W, SIZE)
+    weights, alpha, top, total = softmax_weights(s, running.top, running.total, scale_log2, COLUMN)
+    # p v is there: scale it to the new maximum.
+    acc, p = warpgroup_mma_wait(0, deps=[acc_token, running.p])
+    mbarrier.arrive(keys.v_empty.index(before), count=1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_MMA))[:, None]
+    p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, O_MMA, 2))
+    return Running(acc, p, top, total), done
 
 
 @gluon.jit
 def _consumer(
-    q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty,
-    out_desc, prev_ptr, out_ptr, lse_ptr, items, n_rows, heads,
-    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity, words_row,
-    o_b, o_h, scale_log2,
-    o_r: gl.constexpr, W: gl.constexpr, HAS_PREV: gl.constexpr, FINAL: gl.constexpr, TOEPLITZ: gl.constexpr,
-    COLUMNS: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    queries: Queries, keys: Keys, queue: Queue, out_desc, out: Target, lse_ptr, work: Work, scale_log2,
+    W: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
     """(out, lse) of 64 queries of each block, going on from the previous partial result if HAS_PREV."""
+    SIZE: gl.constexpr = options.SIZE
+    HEAD_DIM: gl.constexpr = options.HEAD_DIM
+    HAS_PREV: gl.constexpr = options.HAS_PREV
+    FINAL: gl.constexpr = options.FINAL
+    COLUMNS: gl.constexpr = options.COLUMNS
     HALF: gl.constexpr = SIZE // 2
     S_MMA: gl.constexpr = product_layout(SIZE)
     O_MMA: gl.constexpr = product_layout(HEAD_DIM)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, O_MMA, 2)
     S_ROW: gl.constexpr = gl.SliceLayout(1, S_MMA)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_MMA)
-    q = q_smem.index(W).reshape([HALF, HEAD_DIM])
+    q = queries.q.index(W).reshape([HALF, HEAD_DIM])
     done = 0
     number = 0
     turn = 0
-    item = taken(turn, numbers, number_full, number_empty)
-    while item < items:
-        batch, head, bh, i, tile_steps, _, _, own, column_steps, column_row, bits, whole, position = visits_of(
-            item, n_rows, heads, entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before,
-            upto, capacity, words_row, TOEPLITZ, COLUMNS, SIZE,
-        )  # fmt: skip
-        steps = column_steps + tile_steps
+    item = taken(turn, queue)
+    while item < work.items:
+        visit = visit_of(item, work, options.TOEPLITZ, COLUMNS, SIZE)
+        steps = visit.columns.steps + visit.tile_steps
         if steps > 0 or FINAL or not HAS_PREV:
-            first_row = i * SIZE + W * HALF
-            at = batch.to(gl.int64) * o_b + head.to(gl.int64) * o_h + first_row.to(gl.int64) * o_r
+            first_row = visit.block * SIZE + W * HALF
+            at = (
+                visit.batch.to(gl.int64) * out.batch
+                + visit.head.to(gl.int64) * out.head
+                + first_row.to(gl.int64) * out.row
+            )
             lane = gl.arange(0, HALF, layout=O_ROW)
-            offsets = lane[:, None] * o_r + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_MMA))[None, :]
-            lse_ptrs = lse_ptr + bh * n_rows * SIZE + first_row + gl.arange(0, HALF, layout=S_ROW)
+            # [64, HEAD_DIM]
+            offsets = (
+                lane[:, None] * out.row + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_MMA))[None, :]
+            )
+            lse_ptrs = lse_ptr + visit.bh * work.n_rows * SIZE + first_row + gl.arange(0, HALF, layout=S_ROW)
             if HAS_PREV:
-                acc = gl.load(prev_ptr + at + offsets)
-                top = gl.load(lse_ptrs) * LOG2E
-                total = gl.where(top == float("-inf"), 0.0, 1.0)
+                acc = gl.load(out.previous + at + offsets)  # [64, HEAD_DIM]
+                top = gl.load(lse_ptrs) * LOG2E  # [64]
+                total = gl.where(top == float("-inf"), 0.0, 1.0)  # [64]
             else:
                 acc = gl.zeros([HALF, HEAD_DIM], gl.float32, O_MMA)
                 top = gl.full([HALF], float("-inf"), gl.float32, S_ROW)
                 total = gl.zeros([HALF], gl.float32, S_ROW)
             zero = gl.zeros([HALF, SIZE], gl.float32, S_MMA)
-            mbarrier.wait(q_full.index(0), number & 1)
+            mbarrier.wait(queries.full.index(0), number & 1)
             if steps > 0:
-                stage = done % STAGES
-                mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-                k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
-                s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)
-                mbarrier.arrive(k_empty.index(stage), count=1)
+                # Prologue: scores and weights of the first tile. No values yet.
+                stage = done % options.STAGES
+                mbarrier.wait(keys.k_full.index(stage), (done // options.STAGES) & 1)
+                k = keys.k.index(stage).reshape([SIZE, HEAD_DIM])
+                s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)  # [64, SIZE]
+                mbarrier.arrive(keys.k_empty.index(stage), count=1)
                 if COLUMNS:
-                    word = hidden_word(bits, 0, column_steps, SIZE)
+                    word = hidden_word(visit.columns, 0, SIZE)
                 else:
                     word = 0
-                s = hide_first(
-                    s, tile_steps, own, word, column_row, whole, position, capacity, W, COLUMNS, SIZE
-                )
+                s = hide_first(s, visit.tile_steps, visit.own, word, visit.columns, W, COLUMNS, SIZE)
                 weights, alpha, top, total = softmax_weights(s, top, total, scale_log2, COLUMNS)
                 acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
-                p = gl.convert_layout(weights.to(q_smem.dtype), WEIGHTS)
-                for t in range(1, tile_steps):
-                    acc, p, top, total, done = _step(
-                        acc, p, top, total, done, word, column_row, whole, position, t, capacity, scale_log2,
-                        q, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                        W, False, SIZE, HEAD_DIM, STAGES, O_ROW, WEIGHTS,
-                    )  # fmt: skip
+                p = gl.convert_layout(weights.to(queries.q.dtype), WEIGHTS)  # [64, SIZE]
+
+                # Steady state: the other slash tiles, then the columns.
+                running = Running(acc, p, top, total)
+                for t in range(1, visit.tile_steps):
+                    running, done = _step(
+                        running, done, t, word, visit.columns, scale_log2, q, zero, keys, W, False, options
+                    )
                 if COLUMNS:
-                    first = gl.where(tile_steps > 0, 0, 1)
-                    word = hidden_word(bits, first, column_steps, SIZE)
-                    for t in range(first, column_steps):
-                        this, word = (
-                            word,
-                            hidden_word(bits, t + 1, column_steps, SIZE),
-                        )  # a step ahead of its use
-                        acc, p, top, total, done = _step(
-                            acc, p, top, total, done, this, column_row, whole, position, t, capacity, scale_log2,
-                            q, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                            W, True, SIZE, HEAD_DIM, STAGES, O_ROW, WEIGHTS,
-                        )  # fmt: skip
-                last = done % STAGES
-                mbarrier.wait(v_full.index(last), (done // STAGES) & 1)
-                acc = warpgroup_mma(p, v_smem.index(last).reshape([SIZE, HEAD_DIM]), acc)
-                mbarrier.arrive(v_empty.index(last), count=1)
+                    first = gl.where(visit.tile_steps > 0, 0, 1)
+                    word = hidden_word(visit.columns, first, SIZE)
+                    for t in range(first, visit.columns.steps):
+                        # Words are loaded a step ahead of their use.
+                        this, word = word, hidden_word(visit.columns, t + 1, SIZE)
+                        running, done = _step(
+                            running, done, t, this, visit.columns, scale_log2, q, zero, keys, W, True, options
+                        )
+
+                # Drain: the values of the last tile.
+                last = done % options.STAGES
+                mbarrier.wait(keys.v_full.index(last), (done // options.STAGES) & 1)
+                acc = warpgroup_mma(running.p, keys.v.index(last).reshape([SIZE, HEAD_DIM]), running.acc)
+                mbarrier.arrive(keys.v_empty.index(last), count=1)
+                top, total = running.top, running.total
                 done += 1
 
+            # Epilogue: normalise and write.
             empty = total == 0.0
             total = gl.where(empty, 1.0, total)
             acc = acc * gl.convert_layout(1.0 / total, O_ROW)[:, None]
             gl.store(lse_ptrs, gl.where(empty, float("-inf"), (top + gl.log2(total)) * LN2))
-            if FINAL:  # 2-byte elements leave in whole lines, through the room of the queries
-                q.store(acc.to(q_smem.dtype))
+            # Elements of 2 bytes leave in whole lines, through the room of the queries.
+            if FINAL:
+                q.store(acc.to(queries.q.dtype))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(out_desc, [batch, first_row, head, 0], q_smem.index(W))
+                tma.async_copy_shared_to_global(
+                    out_desc, [visit.batch, first_row, visit.head, 0], queries.q.index(W)
+                )
                 tma.store_wait(0)
-                mbarrier.arrive(q_empty.index(0), count=1)
+                mbarrier.arrive(queries.empty.index(0), count=1)
             else:
-                mbarrier.arrive(q_empty.index(0), count=1)
-                gl.store(out_ptr + at + offsets, acc)
+                mbarrier.arrive(queries.empty.index(0), count=1)
+                gl.store(out.result + at + offsets, acc)
             number += 1
         turn += 1
-        item = taken(turn, numbers, number_full, number_empty)
+        item = taken(turn, queue)
 
 
 @gluon.jit(do_not_specialize=["items", "n_rows", "heads", "n_cols", "diagonal", "capacity", "words_row"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, ck_desc, cv_desc, out_desc, prev_ptr, out_ptr, lse_ptr, counter,
-    entries, bounds, row_blocks, col_blocks, columns, words, before, upto, o_b, o_r: gl.constexpr, o_h,
-    scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row,
-    HAS_PREV: gl.constexpr, FINAL: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr,
-    GROUP: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, ck_desc, cv_desc, out_desc, out: Target, lse_ptr, counter, tiles: RowLists,
+    columns: ColumnLists, scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row, options: gl.constexpr,
 ):  # fmt: skip
-    """Every block of queries over its columns, if there are any (COLUMNS), and its slash tiles.
+    """Every block of queries over its slash tiles and, if there are any (COLUMNS), its columns.
 
-    counter: int32 (1,), 0; lists as in ``tile_part`` and ``column_part``.
+    counter: int32 (1,), 0.
     """
-    q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, HEAD_DIM], q_desc.layout)
-    q_full, q_empty = barriers(1, 1), barriers(1, 2)
-    k, v, k_full, k_empty, v_full, v_empty = key_buffers(k_desc, v_desc, SIZE, HEAD_DIM, STAGES)
-    numbers, number_full, number_empty = desk()
+    SIZE: gl.constexpr = options.SIZE
+    q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, options.HEAD_DIM], q_desc.layout)
+    queries = Queries(q, q, barriers(1, 1), barriers(1, 2))
+    keys = key_buffers(k_desc, v_desc, SIZE, options.HEAD_DIM, options.STAGES)
+    queue = job_queue()
+    sources = Sources(q_desc, q_desc, k_desc, v_desc, ck_desc, cv_desc)
+    work = Work(items, n_rows, heads, tiles, n_cols, diagonal, columns, capacity, words_row)
     fence_async_shared()
     scale_log2 = scale * LOG2E
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    q, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty,
-                    out_desc, prev_ptr, out_ptr, lse_ptr, items, n_rows, heads, entries, bounds, row_blocks, col_blocks,
-                    n_cols, diagonal, columns, words, before, upto, capacity, words_row, o_b, o_h, scale_log2,
-                    o_r, 0, HAS_PREV, FINAL, TOEPLITZ, COLUMNS, SIZE, HEAD_DIM, STAGES,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    q, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty,
-                    out_desc, prev_ptr, out_ptr, lse_ptr, items, n_rows, heads, entries, bounds, row_blocks, col_blocks,
-                    n_cols, diagonal, columns, words, before, upto, capacity, words_row, o_b, o_h, scale_log2,
-                    o_r, 1, HAS_PREV, FINAL, TOEPLITZ, COLUMNS, SIZE, HEAD_DIM, STAGES,
-                ),
-            ),
-            (
-                producer,
-                (
-                    q_desc, q_desc, k_desc, v_desc, ck_desc, cv_desc, q, q, q_full, q_empty, k, v,
-                    k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty, counter, items, n_rows, heads,
-                    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity,
-                    words_row, False, HAS_PREV and not FINAL, TOEPLITZ, COLUMNS, GROUP, SIZE, STAGES,
-                ),
-            ),
+            (_consumer, (queries, keys, queue, out_desc, out, lse_ptr, work, scale_log2, 0, options)),
+            (_consumer, (queries, keys, queue, out_desc, out, lse_ptr, work, scale_log2, 1, options)),
+            (producer, (sources, queries, keys, queue, counter, work, False, options)),
         ],
         [4, 1],
         [240, 24],

@@ -1,43 +1,155 @@
 """Who works on which block of queries on Hopper, and the fetching of what it visits (hopper/common.py).
 
-Query-major kernels start as many programs as there are multiprocessors, and each takes the next block of rows when it
-is done with one (:func:`claim`): while a group writes its result, the next block's tiles are on their way. Who computes
+Query-major kernels start as many programs as there are multiprocessors. Each takes the next block of rows when it is
+done with one (:func:`claim`). So the next block's tiles are on their way while a group writes its result. Who computes
 a block changes nothing in it, so results repeat bit for bit.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from mtraining.kernel.hopper.common import barriers
-from mtraining.kernel.triton.common import tile_row, tile_slot
+from mtraining.kernel.hopper.common import ColumnVisit, Keys, barriers
+from mtraining.kernel.triton.common import RowLists, tile_row, tile_slot
+
+
+class Options(NamedTuple):
+    """Constants of a query-major kernel, whose argument ``options`` it is.
+
+    Attributes:
+        HAS_PREV: there is an earlier partial result to go on from.
+        FINAL: the result is the last one, in the dtype of q.
+        TOEPLITZ: the kind of the tile lists (triton/lists.py).
+        COLUMNS: there are columns to visit too.
+        GROUP: query heads that share a kv head.
+        SIZE: tokens of a block.
+        STAGES: tiles in shared memory, being fetched or in use.
+    """
+
+    HAS_PREV: bool
+    FINAL: bool
+    TOEPLITZ: bool
+    COLUMNS: bool
+    GROUP: int
+    SIZE: int
+    HEAD_DIM: int
+    STAGES: int
+
+
+class ColumnLists(NamedTuple):
+    """Pointers of ``ColumnTables`` (triton/hidden.py) that query-major kernels read here."""
+
+    columns: Any
+    words: Any
+    before: Any
+    upto: Any
+
+
+class Target(NamedTuple):
+    """Where a query-major kernel writes, and the fp32 result that it adds to or merges with; strides are of both."""
+
+    previous: Any
+    result: Any
+    batch: Any
+    row: Any
+    head: Any
+
+
+class Work(NamedTuple):
+    """All blocks of queries of a launch, ``items`` of them, and the lists of what they visit."""
+
+    items: Any
+    n_rows: Any
+    heads: Any
+    tiles: RowLists
+    n_cols: Any
+    diagonal: Any
+    columns: ColumnLists
+    capacity: Any
+    words_row: Any
+
+
+class Sources(NamedTuple):
+    """Descriptors of what the copy engine fetches; without a gradient ``do`` is q once more."""
+
+    q: Any
+    do: Any
+    k: Any
+    v: Any
+    ck: Any
+    cv: Any
+
+
+class Queries(NamedTuple):
+    """Room for the block's queries and dout [2, 1, SIZE // 2, 1, HEAD_DIM], one half a group, and its barriers.
+
+    Without a gradient ``do`` is q once more.
+    """
+
+    q: Any
+    do: Any
+    full: Any
+    empty: Any
+
+
+class Queue(NamedTuple):
+    """Where the producer tells both groups which block of queries comes next: two numbers, and their barriers."""
+
+    numbers: Any
+    full: Any
+    empty: Any
+
+
+class Visit(NamedTuple):
+    """What one block of queries visits: first its slash tiles (:func:`tile_row` of triton/common.py), then its columns.
+
+    Attributes:
+        bh: batch and head in one number.
+        block: local number of the block.
+        tile_steps: how many slash tiles.
+        entries: pointer to their list.
+        origin: for ``tile_slot`` of triton/common.py.
+        own: 1 if the first tile is the one on the causal diagonal.
+    """
+
+    batch: Any
+    head: Any
+    bh: Any
+    block: Any
+    tile_steps: Any
+    entries: Any
+    origin: Any
+    own: Any
+    columns: ColumnVisit
 
 
 @gluon.jit
-def desk():
-    """Where the producer hands blocks of queries to both groups: (numbers, full, empty)."""
+def job_queue():
+    """:class:`Queue`, empty."""
     numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return numbers, barriers(2, 1), barriers(2, 2)
+    return Queue(numbers, barriers(2, 1), barriers(2, 2))
 
 
 @gluon.jit
-def hand_over(item, turn, numbers, full, empty):
+def hand_over(item, turn, queue: Queue):
     """Tell both groups the ``turn``-th block of queries of this program."""
     place = turn % 2
-    mbarrier.wait(empty.index(place), ((turn // 2) & 1) ^ 1)
-    numbers.index(place).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-    mbarrier.arrive(full.index(place), count=1)
+    mbarrier.wait(queue.empty.index(place), ((turn // 2) & 1) ^ 1)
+    queue.numbers.index(place).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(queue.full.index(place), count=1)
 
 
 @gluon.jit
-def taken(turn, numbers, full, empty):
+def taken(turn, queue: Queue):
     """The ``turn``-th block of queries of this program; past the last one when there is none left."""
     place = turn % 2
-    mbarrier.wait(full.index(place), (turn // 2) & 1)
-    item = gl.max(numbers.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    mbarrier.arrive(empty.index(place), count=1)
+    mbarrier.wait(queue.full.index(place), (turn // 2) & 1)
+    item = gl.max(queue.numbers.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(queue.empty.index(place), count=1)
     return item
 
 
@@ -48,35 +160,25 @@ def claim(counter):
 
 
 @gluon.jit
-def visits_of(
-    item, n_rows, heads, entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto,
-    capacity, words_row, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, SIZE: gl.constexpr,
-):  # fmt: skip
-    """What block of queries ``item`` visits; a head's last blocks, the longest rows, come first.
-
-    Returns:
-        batch, head, both in one, local block;
-        of its slash tiles (triton/lists.py) how many, their list, its origin (``tile_slot`` of triton/common.py), and
-        1 if the first is the one on the causal diagonal;
-        of its columns (triton/hidden.py) how many tiles, their positions, their hidden bits, the first tile that may
-        reach into the block, and the block's first position.
-    """
+def visit_of(item, work: Work, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, SIZE: gl.constexpr):
+    """What block of queries ``item`` visits, a :class:`Visit`; a head's last blocks, the longest rows, come first."""
+    n_rows = work.n_rows
     i = n_rows - 1 - item % n_rows
-    head = (item // n_rows) % heads
-    batch = item // n_rows // heads
-    bh = (batch * heads + head).to(gl.int64)
+    head = (item // n_rows) % work.heads
+    batch = item // n_rows // work.heads
+    bh = (batch * work.heads + head).to(gl.int64)
+    lists = work.columns
     if COLUMNS:
-        column_steps = gl.cdiv(gl.load(upto + bh * n_rows + i), SIZE)
-        column_row = columns + bh * capacity
-        bits = words + (bh * n_rows + i) * words_row
-        whole = gl.load(before + bh * n_rows + i) // SIZE
-        position = gl.load(row_blocks + i) * SIZE
+        steps = gl.cdiv(gl.load(lists.upto + bh * n_rows + i), SIZE)
+        positions = lists.columns + bh * work.capacity
+        words = lists.words + (bh * n_rows + i) * work.words_row
+        whole = gl.load(lists.before + bh * n_rows + i) // SIZE
+        start = gl.load(work.tiles.row_blocks + i) * SIZE
     else:
-        column_steps, column_row, bits, whole, position = 0, columns, words, 0, 0
-    row, lo, hi, origin, own = tile_row(
-        entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ, False
-    )
-    return batch, head, bh, i, hi - lo, row + lo, origin, own, column_steps, column_row, bits, whole, position
+        steps, positions, words, whole, start = 0, lists.columns, lists.words, 0, 0
+    row = tile_row(work.tiles, n_rows, work.n_cols, work.diagonal, bh, i, TOEPLITZ, False)
+    columns = ColumnVisit(steps, positions, words, whole, start, work.capacity)
+    return Visit(batch, head, bh, i, row.hi - row.lo, row.entries + row.lo, row.origin, row.own, columns)
 
 
 @gluon.jit
@@ -87,95 +189,81 @@ def fetch_halves(desc, batch, first_row, head, full, smem, HALF: gl.constexpr):
 
 
 @gluon.jit
-def fetch_keys(
-    t, start, batch, head, k_desc, v_desc, k, v, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr
-):
+def fetch_keys(t, start, batch, head, k_desc, v_desc, keys: Keys, STAGES: gl.constexpr):
     """Copy the keys and values from local row ``start`` when their stage is free."""
     stage = t % STAGES
     phase = ((t // STAGES) & 1) ^ 1
-    mbarrier.wait(k_empty.index(stage), phase)
-    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [batch, start, head, 0], k_full.index(stage), k.index(stage))
-    mbarrier.wait(v_empty.index(stage), phase)
-    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(v_desc, [batch, start, head, 0], v_full.index(stage), v.index(stage))
+    mbarrier.wait(keys.k_empty.index(stage), phase)
+    mbarrier.expect(keys.k_full.index(stage), k_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        k_desc, [batch, start, head, 0], keys.k_full.index(stage), keys.k.index(stage)
+    )
+    mbarrier.wait(keys.v_empty.index(stage), phase)
+    mbarrier.expect(keys.v_full.index(stage), v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        v_desc, [batch, start, head, 0], keys.v_full.index(stage), keys.v.index(stage)
+    )
 
 
 @gluon.jit
-def fetch_step(
-    t, done, batch, head, tile_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
-    k, v, k_full, k_empty, v_full, v_empty,
-    COLUMNS: gl.constexpr, TOEPLITZ: gl.constexpr, GROUP: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def fetch_step(t, done, visit: Visit, sources: Sources, keys: Keys, options: gl.constexpr):
     """Copy what step ``t`` of a block of queries visits: its slash tiles first, then its columns."""
-    if t < tile_steps:
-        start = tile_slot(gl.load(row + t), origin, TOEPLITZ, False).to(gl.int32) * SIZE
-        fetch_keys(
-            done + t,
-            start,
-            batch,
-            head // GROUP,
-            k_desc,
-            v_desc,
-            k,
-            v,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
-            STAGES,
-        )
+    if t < visit.tile_steps:
+        slot = tile_slot(gl.load(visit.entries + t), visit.origin, options.TOEPLITZ, False)
+        start = slot.to(gl.int32) * options.SIZE
+        kv_head = visit.head // options.GROUP
+        fetch_keys(done + t, start, visit.batch, kv_head, sources.k, sources.v, keys, options.STAGES)
     else:
-        if COLUMNS:
-            start = (t - tile_steps) * SIZE
-            fetch_keys(
-                done + t, start, batch, head, ck_desc, cv_desc, k, v, k_full, k_empty, v_full, v_empty, STAGES
-            )
+        if options.COLUMNS:
+            start = (t - visit.tile_steps) * options.SIZE
+            fetch_keys(done + t, start, visit.batch, visit.head, sources.ck, sources.cv, keys, options.STAGES)
 
 
 @gluon.jit
 def producer(
-    q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc, q, do, q_full, q_empty,
-    k, v, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty, counter, items, n_rows, heads,
-    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity, words_row,
-    GRADIENT: gl.constexpr, IN_PLACE: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr,
-    GROUP: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
+    sources: Sources, queries: Queries, keys: Keys, queue: Queue, counter, work: Work,
+    GRADIENT: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
-    """Take block of queries after block of queries, and fetch it (GRADIENT: and dout's) with what it visits.
-
-    IN_PLACE: a block that visits nothing keeps what it has, and the groups pass over it too.
-    """
+    """Take block of queries after block of queries, and fetch it (GRADIENT: and dout's) with what it visits."""
+    SIZE: gl.constexpr = options.SIZE
+    HAS_PREV: gl.constexpr = options.HAS_PREV
+    FINAL: gl.constexpr = options.FINAL
+    # A block that visits nothing keeps an earlier result where it stands; the groups pass over it too.
+    IN_PLACE: gl.constexpr = HAS_PREV and not FINAL
     done = 0
     number = 0
     turn = 0
     item = gl.program_id(0)
-    hand_over(item, turn, numbers, number_full, number_empty)
-    while item < items:
-        batch, head, _, i, tile_steps, row, origin, _, column_steps, _, _, _, _ = visits_of(
-            item, n_rows, heads, entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before,
-            upto, capacity, words_row, TOEPLITZ, COLUMNS, SIZE,
-        )  # fmt: skip
-        steps = column_steps + tile_steps
+    hand_over(item, turn, queue)
+    while item < work.items:
+        visit = visit_of(item, work, options.TOEPLITZ, options.COLUMNS, options.SIZE)
+        steps = visit.columns.steps + visit.tile_steps
         following = item
         if steps > 0 or not IN_PLACE:
+            full = queries.full.index(0)
             if GRADIENT:
-                mbarrier.wait(q_empty.index(0), (number & 1) ^ 1)
-                mbarrier.expect(q_full.index(0), 4 * q_desc.block_type.nbytes)
-                fetch_halves(q_desc, batch, i * SIZE, head, q_full.index(0), q, SIZE // 2)
-                fetch_halves(do_desc, batch, i * SIZE, head, q_full.index(0), do, SIZE // 2)
+                mbarrier.wait(queries.empty.index(0), (number & 1) ^ 1)
+                mbarrier.expect(full, 4 * sources.q.block_type.nbytes)
+                fetch_halves(
+                    sources.q, visit.batch, visit.block * SIZE, visit.head, full, queries.q, SIZE // 2
+                )
+                fetch_halves(
+                    sources.do, visit.batch, visit.block * SIZE, visit.head, full, queries.do, SIZE // 2
+                )
             rounds = steps if GRADIENT else gl.maximum(steps, 1)
             for t in range(0, rounds):
                 if t < steps:
-                    fetch_step(
-                        t, done, batch, head, tile_steps, row, origin, k_desc, v_desc, ck_desc, cv_desc,
-                        k, v, k_full, k_empty, v_full, v_empty, COLUMNS, TOEPLITZ, GROUP, SIZE, STAGES,
-                    )  # fmt: skip
+                    fetch_step(t, done, visit, sources, keys, options)
                 if not GRADIENT:  # noqa: SIM102 -- the one is decided when compiling, the other when running
-                    if t == 0:  # the keys first: the room of the queries is free last
-                        mbarrier.wait(q_empty.index(0), (number & 1) ^ 1)
-                        mbarrier.expect(q_full.index(0), 2 * q_desc.block_type.nbytes)
-                        fetch_halves(q_desc, batch, i * SIZE, head, q_full.index(0), q, SIZE // 2)
-                if t == 1:  # while the groups have something to do
+                    # The keys first: the room of the queries is free last.
+                    if t == 0:
+                        mbarrier.wait(queries.empty.index(0), (number & 1) ^ 1)
+                        mbarrier.expect(full, 2 * sources.q.block_type.nbytes)
+                        fetch_halves(
+                            sources.q, visit.batch, visit.block * SIZE, visit.head, full, queries.q, SIZE // 2
+                        )
+                # Claim the next block while the groups have something to do.
+                if t == 1:
                     following = claim(counter)
             done += steps
             number += 1
@@ -183,4 +271,4 @@ def producer(
             following = claim(counter)
         item = following
         turn += 1
-        hand_over(item, turn, numbers, number_full, number_empty)
+        hand_over(item, turn, queue)

@@ -1,10 +1,12 @@
 """Key-major gradients on Hopper: dK and dV of slash tiles and of columns (hopper/queries.py has dQ).
 
-One program owns 128 keys (or columns), 64 a warp group, and walks the queries that see them, 64 at a time; their
+One program owns 128 keys (or columns), 64 a warp group, and walks the queries that see them, 64 at a time. Their
 log-sum-exp and delta come with them through the copy engine.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,118 +20,221 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mtraining.kernel.hopper.common import LOG2E, barriers, product_layout
 from mtraining.kernel.hopper.items import fetch_halves
-from mtraining.kernel.triton.common import tile_row, tile_slot
+from mtraining.kernel.triton.common import KeyGradients, RowLists, tile_row, tile_slot
+from mtraining.kernel.triton.hidden import KeyTables
+
+
+class KeyOptions(NamedTuple):
+    """Constants of a key-major kernel, whose argument ``options`` it is.
+
+    Attributes:
+        TOEPLITZ: the kind of the tile lists (triton/lists.py).
+        COLUMNS: keys are columns, else whole blocks.
+        GROUP: query heads that share the keys; a program walks GROUP // SPLITS of them, one after the other.
+        SIZE: keys of a program.
+        BLOCK_M: queries of a step.
+        STAGES: steps in shared memory, being fetched or in use.
+    """
+
+    TOEPLITZ: bool
+    COLUMNS: bool
+    GROUP: int
+    SPLITS: int
+    SIZE: int
+    HEAD_DIM: int
+    BLOCK_M: int
+    STAGES: int
+
+
+class KeySources(NamedTuple):
+    """Descriptors of what the copy engine fetches."""
+
+    q: Any
+    do: Any
+    k: Any
+    v: Any
+    lse: Any
+    delta: Any
+
+
+class Rooms(NamedTuple):
+    """Shared memory of a program and its barriers (the table is in hopper/common.py).
+
+    q and do [STAGES, 1, BLOCK_M, 1, HEAD_DIM], lse and delta [STAGES, 1, BLOCK_M],
+    k and v [2, 1, SIZE // 2, 1, HEAD_DIM], one half a group.
+    """
+
+    q: Any
+    do: Any
+    lse: Any
+    delta: Any
+    k: Any
+    v: Any
+    kv_full: Any
+    full: Any
+    empty: Any
+
+
+class OwnKeys(NamedTuple):
+    """Whose keys a program owns: batch, kv head, first query head (``bh0``: with the batch), number of the tile."""
+
+    batch: Any
+    kv_head: Any
+    head0: Any
+    bh0: Any
+    j: Any
+
+
+class SlashRows(NamedTuple):
+    """The lists of query blocks that see each key block."""
+
+    tiles: RowLists
+    n_rows: Any
+    n_cols: Any
+    diagonal: Any
+
+
+class ColumnRows(NamedTuple):
+    """The query blocks that see a tile of columns, and what hides some columns from them.
+
+    Attributes:
+        begin, end: local blocks of queries.
+        positions: pointer to the tile's columns.
+        words, words_row: pointer to their hidden bits (triton/hidden.py), and the step to the next block's.
+        q_blocks: pointer to the global numbers of the query blocks.
+        masked_to: the first block of queries that lies after all of the tile's columns.
+        present: columns of the tile that exist; more than a tile's where it is not the last.
+    """
+
+    begin: Any
+    end: Any
+    positions: Any
+    words: Any
+    words_row: Any
+    q_blocks: Any
+    masked_to: Any
+    present: Any
+
+
+class KeyVisit(NamedTuple):
+    """The query blocks of one head that see the keys: their list and how many; origin and ``own`` as in ``TileRow``."""
+
+    entries: Any
+    count: Any
+    origin: Any
+    own: Any
 
 
 @gluon.jit
-def _fetch_queries(
-    done, at, batch, head, bh, q_desc, do_desc, lse_desc, delta_desc, q, do, lse, delta, full, empty,
-    STAGES: gl.constexpr,
-):  # fmt: skip
+def _fetch_queries(done, at, batch, head, bh, sources: KeySources, rooms: Rooms, STAGES: gl.constexpr):
     """Copy the queries from local row ``at`` when their stage is free."""
     stage = done % STAGES
-    here = full.index(stage)
-    mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
-    mbarrier.expect(here, 2 * q_desc.block_type.nbytes + 2 * lse_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(q_desc, [batch, at, head, 0], here, q.index(stage))
-    tma.async_copy_global_to_shared(do_desc, [batch, at, head, 0], here, do.index(stage))
-    tma.async_copy_global_to_shared(lse_desc, [bh, at], here, lse.index(stage))
-    tma.async_copy_global_to_shared(delta_desc, [bh, at], here, delta.index(stage))
+    here = rooms.full.index(stage)
+    mbarrier.wait(rooms.empty.index(stage), ((done // STAGES) & 1) ^ 1)
+    mbarrier.expect(here, 2 * sources.q.block_type.nbytes + 2 * sources.lse.block_type.nbytes)
+    tma.async_copy_global_to_shared(sources.q, [batch, at, head, 0], here, rooms.q.index(stage))
+    tma.async_copy_global_to_shared(sources.do, [batch, at, head, 0], here, rooms.do.index(stage))
+    tma.async_copy_global_to_shared(sources.lse, [bh, at], here, rooms.lse.index(stage))
+    tma.async_copy_global_to_shared(sources.delta, [bh, at], here, rooms.delta.index(stage))
 
 
 @gluon.jit
-def _row_of(
-    entries, bounds, row_blocks, col_blocks, bh, j, n_rows, n_cols, diagonal, begin, end, TOEPLITZ: gl.constexpr,
-    COLUMNS: gl.constexpr,
-):  # fmt: skip
-    """First entry, number of blocks of queries, origin, 1 if the diagonal tile comes first. Columns: [begin, end)."""
+def _visit_of(bh, j, slashes: SlashRows, columns: ColumnRows, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr):
+    """The :class:`KeyVisit` of one head."""
     if COLUMNS:
-        row, count, origin, own = entries, end - begin, 0, 0
+        entries, count, origin, own = slashes.tiles.entries, columns.end - columns.begin, 0, 0
     else:
-        row, lo, hi, origin, own = tile_row(
-            entries, bounds, row_blocks, col_blocks, bh.to(gl.int64), j, n_rows, n_cols, diagonal, TOEPLITZ,
+        row = tile_row(
+            slashes.tiles,
+            slashes.n_rows,
+            slashes.n_cols,
+            slashes.diagonal,
+            bh.to(gl.int64),
+            j,
+            TOEPLITZ,
             True,
-        )  # fmt: skip
-        row += lo
-        count = hi - lo
-    return row, count, origin, own
+        )
+        entries, count, origin, own = row.entries + row.lo, row.hi - row.lo, row.origin, row.own
+    return KeyVisit(entries, count, origin, own)
 
 
 @gluon.jit
 def _producer(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, q, do, lse, delta, k, v, kv_full, full, empty,
-    entries, bounds, row_blocks, col_blocks, batch, kv_head, head0, bh0, j, n_rows, n_cols, diagonal, begin, end,
-    TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, HEADS: gl.constexpr, SIZE: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
+    sources: KeySources,
+    rooms: Rooms,
+    own: OwnKeys,
+    slashes: SlashRows,
+    columns: ColumnRows,
+    options: gl.constexpr,
+):
+    """Fetch the keys and values once, then the queries that see them, step after step."""
+    SIZE: gl.constexpr = options.SIZE
+    BLOCK_M: gl.constexpr = options.BLOCK_M
     SUB: gl.constexpr = SIZE // BLOCK_M
-    mbarrier.expect(kv_full.index(0), 4 * k_desc.block_type.nbytes)
-    fetch_halves(k_desc, batch, j * SIZE, kv_head, kv_full.index(0), k, SIZE // 2)
-    fetch_halves(v_desc, batch, j * SIZE, kv_head, kv_full.index(0), v, SIZE // 2)
+    HEADS: gl.constexpr = options.GROUP // options.SPLITS
+    here = rooms.kv_full.index(0)
+    mbarrier.expect(here, 4 * sources.k.block_type.nbytes)
+    fetch_halves(sources.k, own.batch, own.j * SIZE, own.kv_head, here, rooms.k, SIZE // 2)
+    fetch_halves(sources.v, own.batch, own.j * SIZE, own.kv_head, here, rooms.v, SIZE // 2)
     done = 0
     for g in range(0, HEADS):
-        row, count, origin, _ = _row_of(
-            entries, bounds, row_blocks, col_blocks, bh0 + g, j, n_rows, n_cols, diagonal, begin, end,
-            TOEPLITZ, COLUMNS,
-        )  # fmt: skip
-        for t in range(0, count * SUB):
-            if COLUMNS:
-                at = begin * SIZE + t * BLOCK_M
+        visit = _visit_of(own.bh0 + g, own.j, slashes, columns, options.TOEPLITZ, options.COLUMNS)
+        for t in range(0, visit.count * SUB):
+            if options.COLUMNS:
+                at = columns.begin * SIZE + t * BLOCK_M
             else:
-                slot = tile_slot(gl.load(row + t // SUB), origin, TOEPLITZ, True).to(gl.int32)
-                at = slot * SIZE + (t % SUB) * BLOCK_M
-            _fetch_queries(
-                done, at, batch, head0 + g, bh0 + g, q_desc, do_desc, lse_desc, delta_desc, q, do, lse, delta, full,
-                empty, STAGES,
-            )  # fmt: skip
+                slot = tile_slot(gl.load(visit.entries + t // SUB), visit.origin, options.TOEPLITZ, True)
+                at = slot.to(gl.int32) * SIZE + (t % SUB) * BLOCK_M
+            _fetch_queries(done, at, own.batch, own.head0 + g, own.bh0 + g, sources, rooms, options.STAGES)
             done += 1
 
 
 @gluon.jit
-def _hidden_bits(words, words_row, i, key, W: gl.constexpr, SIZE: gl.constexpr):
-    """The words (triton/hidden.py) that hold the bits of 64 columns for local block of queries ``i``."""
-    return gl.load(words + i.to(gl.int64) * words_row + W * (SIZE // 64) + (key % (SIZE // 2)) // 32)
+def _hidden_bits(columns: ColumnRows, i, key, W: gl.constexpr, SIZE: gl.constexpr):
+    """The words [64] (triton/hidden.py) that hold the bits of 64 columns for local block of queries ``i``."""
+    row = columns.words + i.to(gl.int64) * columns.words_row
+    return gl.load(row + W * (SIZE // 64) + (key % (SIZE // 2)) // 32)
 
 
 @gluon.jit
-def _hide(
-    s, t, own, key, at, bits, q_blocks, begin, masked_to,
-    W: gl.constexpr, COLUMNS: gl.constexpr, SIZE: gl.constexpr, BLOCK_M: gl.constexpr,
-):  # fmt: skip
-    """Scores (64 keys, BLOCK_M queries) of a head's step ``t`` with -inf where a query must not see a key.
+def _hide(s, t, diagonal_first, key, at, bits, columns: ColumnRows, options: gl.constexpr):
+    """Scores [64, BLOCK_M] of a head's step ``t`` with -inf where a query must not see a key.
 
     Args:
-        own: 1 if the first block of queries is on the causal diagonal. Slash tiles only; for columns only:
-        key, at: int32 (64,), number within the tile, and position.
-        bits: :func:`_hidden_bits` of the step's block of queries.
-        masked_to: the first block of queries, from ``begin`` on, that lies after all keys.
+        diagonal_first: 1 if the first block of queries is on the causal diagonal. Slash tiles only.
+        key, at: int32 [64], number within the tile, and position.
+        bits: [64], :func:`_hidden_bits` of the step's block of queries. Columns only.
     """
+    BLOCK_M: gl.constexpr = options.BLOCK_M
     S_MMA: gl.constexpr = product_layout(BLOCK_M)
-    SUB: gl.constexpr = SIZE // BLOCK_M
-    if COLUMNS:
+    SUB: gl.constexpr = options.SIZE // BLOCK_M
+    if options.COLUMNS:
         s = gl.where((((bits >> (key % 32)) & 1) != 0)[:, None], float("-inf"), s)
-        i = begin + t // SUB
-        if i < masked_to:
+        i = columns.begin + t // SUB
+        if i < columns.masked_to:
             lane = (t % SUB) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_MMA))
-            position = gl.load(q_blocks + i) * SIZE + lane
+            position = gl.load(columns.q_blocks + i) * options.SIZE + lane
             s = gl.where(at[:, None] > position[None, :], float("-inf"), s)
     else:
-        if t < own * SUB:
+        if t < diagonal_first * SUB:
             lane = (t % SUB) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_MMA))
             s = gl.where(key[:, None] > lane[None, :], float("-inf"), s)
     return s
 
 
 @gluon.jit
-def _weights_and_gradient(
-    s, v, do, lse, delta, zero, scale_log2, dtype: gl.constexpr, BLOCK_M: gl.constexpr, OPERAND: gl.constexpr
-):
-    """Weights and gradient of (64 keys, BLOCK_M queries) scores, as left operands of dV and dK."""
+def _weights_and_gradient(s, stage, v, zero, scale_log2, rooms: Rooms, options: gl.constexpr):
+    """Weights and gradient of scores [64, BLOCK_M] of the queries in ``stage``, as left operands of dV and dK."""
+    BLOCK_M: gl.constexpr = options.BLOCK_M
     COLUMN: gl.constexpr = gl.SliceLayout(0, product_layout(BLOCK_M))
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, product_layout(options.HEAD_DIM), 2)
+    dtype: gl.constexpr = rooms.q.dtype
+    do = rooms.do.index(stage).reshape([BLOCK_M, options.HEAD_DIM])
+    lse, delta = rooms.lse.index(stage), rooms.delta.index(stage)
     token = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-    lse2 = lse.reshape([BLOCK_M]).load(COLUMN)
-    weights = gl.exp2(s * scale_log2 - lse2[None, :])
-    delta = delta.reshape([BLOCK_M]).load(COLUMN)
+    lse2 = lse.reshape([BLOCK_M]).load(COLUMN)  # [BLOCK_M]
+    weights = gl.exp2(s * scale_log2 - lse2[None, :])  # [64, BLOCK_M]
+    delta = delta.reshape([BLOCK_M]).load(COLUMN)  # [BLOCK_M]
     dweights = warpgroup_mma_wait(0, deps=[token])
     gradient = weights * (dweights - delta[None, :])
     return gl.convert_layout(weights.to(dtype), OPERAND), gl.convert_layout(gradient.to(dtype), OPERAND)
@@ -137,209 +242,196 @@ def _weights_and_gradient(
 
 @gluon.jit
 def _consumer(
-    q_smem, do_smem, lse, delta, k_smem, v_smem, kv_full, full, empty, dk_base, dv_base,
-    entries, bounds, row_blocks, col_blocks, bh0, j, n_rows, n_cols, diagonal, begin, end,
-    columns, words, words_row, q_blocks, masked_to, present, scale,
-    dk_r: gl.constexpr, W: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, HEADS: gl.constexpr,
-    SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    rooms: Rooms, dkv: KeyGradients, own: OwnKeys, slashes: SlashRows, columns: ColumnRows, scale,
+    W: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of 64 keys over every query that sees them, of HEADS heads one after the other."""
+    """dk and dv of 64 keys over every query that sees them, head after head."""
+    SIZE: gl.constexpr = options.SIZE
+    HEAD_DIM: gl.constexpr = options.HEAD_DIM
+    BLOCK_M: gl.constexpr = options.BLOCK_M
     HALF: gl.constexpr = SIZE // 2
     SUB: gl.constexpr = SIZE // BLOCK_M
+    HEADS: gl.constexpr = options.GROUP // options.SPLITS
     S_MMA: gl.constexpr = product_layout(BLOCK_M)
     O_MMA: gl.constexpr = product_layout(HEAD_DIM)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, O_MMA, 2)
-    dtype: gl.constexpr = q_smem.dtype
-    key = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, S_MMA))
+    key = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, S_MMA))  # [64]
     at = key
-    if COLUMNS:
-        at = gl.load(columns + key, mask=key < present, other=2147483647)
+    if options.COLUMNS:
+        at = gl.load(columns.positions + key, mask=key < columns.present, other=2147483647)
     scale_log2 = scale * LOG2E
     zero = gl.zeros([HALF, BLOCK_M], gl.float32, S_MMA)
     dk = gl.zeros([HALF, HEAD_DIM], gl.float32, O_MMA)
     dv = gl.zeros([HALF, HEAD_DIM], gl.float32, O_MMA)
-    mbarrier.wait(kv_full.index(0), 0)
-    k = k_smem.index(W).reshape([HALF, HEAD_DIM])
-    v = v_smem.index(W).reshape([HALF, HEAD_DIM])
+    mbarrier.wait(rooms.kv_full.index(0), 0)
+    k = rooms.k.index(W).reshape([HALF, HEAD_DIM])
+    v = rooms.v.index(W).reshape([HALF, HEAD_DIM])
     done = 0
     for g in range(0, HEADS):
-        _, count, _, own = _row_of(
-            entries, bounds, row_blocks, col_blocks, bh0 + g, j, n_rows, n_cols, diagonal, begin, end,
-            TOEPLITZ, COLUMNS,
-        )  # fmt: skip
-        if count > 0:
-            stage = done % STAGES
-            mbarrier.wait(full.index(stage), (done // STAGES) & 1)
-            q = q_smem.index(stage).reshape([BLOCK_M, HEAD_DIM])
-            s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)
-            if COLUMNS:
-                bits = _hidden_bits(words, words_row, begin, key, W, SIZE)
+        visit = _visit_of(own.bh0 + g, own.j, slashes, columns, options.TOEPLITZ, options.COLUMNS)
+        if visit.count > 0:
+            # Prologue: scores of the first queries.
+            stage = done % options.STAGES
+            mbarrier.wait(rooms.full.index(stage), (done // options.STAGES) & 1)
+            q = rooms.q.index(stage).reshape([BLOCK_M, HEAD_DIM])
+            s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)  # [64, BLOCK_M]
+            if options.COLUMNS:
+                bits = _hidden_bits(columns, columns.begin, key, W, SIZE)
             else:
                 bits = key
-            s = _hide(s, 0, own, key, at, bits, q_blocks, begin, masked_to, W, COLUMNS, SIZE, BLOCK_M)
-            for t in range(1, count * SUB):
-                stage = done % STAGES
-                do = do_smem.index(stage).reshape([BLOCK_M, HEAD_DIM])
-                p, ds = _weights_and_gradient(
-                    s, v, do, lse.index(stage), delta.index(stage), zero, scale_log2, dtype, BLOCK_M, OPERAND
-                )
+            s = _hide(s, 0, visit.own, key, at, bits, columns, options)
+
+            # Steady state: gradients of these queries beside scores of the next.
+            for t in range(1, visit.count * SUB):
+                stage = done % options.STAGES
+                do = rooms.do.index(stage).reshape([BLOCK_M, HEAD_DIM])
+                p, ds = _weights_and_gradient(s, stage, v, zero, scale_log2, rooms, options)
                 done += 1
-                after = done % STAGES
-                mbarrier.wait(full.index(after), (done // STAGES) & 1)
-                q = q_smem.index(after).reshape([BLOCK_M, HEAD_DIM])
+                after = done % options.STAGES
+                # Three products under way: k q^T of the next queries, p dout and ds q of these.
+                mbarrier.wait(rooms.full.index(after), (done // options.STAGES) & 1)
+                q = rooms.q.index(after).reshape([BLOCK_M, HEAD_DIM])
                 s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 dv_token = warpgroup_mma(p, do, dv, is_async=True)
-                q = q_smem.index(stage).reshape([BLOCK_M, HEAD_DIM])
+                q = rooms.q.index(stage).reshape([BLOCK_M, HEAD_DIM])
                 dk_token = warpgroup_mma(ds, q, dk, is_async=True)
-                if COLUMNS:
-                    bits = _hidden_bits(words, words_row, begin + t // SUB, key, W, SIZE)
+                if options.COLUMNS:
+                    bits = _hidden_bits(columns, columns.begin + t // SUB, key, W, SIZE)
                 s, dv, dk, p, ds = warpgroup_mma_wait(0, deps=[s_token, dv_token, dk_token, p, ds])
-                mbarrier.arrive(empty.index(stage), count=1)
-                s = _hide(s, t, own, key, at, bits, q_blocks, begin, masked_to, W, COLUMNS, SIZE, BLOCK_M)
-            stage = done % STAGES
-            do = do_smem.index(stage).reshape([BLOCK_M, HEAD_DIM])
-            p, ds = _weights_and_gradient(
-                s, v, do, lse.index(stage), delta.index(stage), zero, scale_log2, dtype, BLOCK_M, OPERAND
-            )
+                mbarrier.arrive(rooms.empty.index(stage), count=1)
+                s = _hide(s, t, visit.own, key, at, bits, columns, options)
+
+            # Drain: gradients of the last queries.
+            stage = done % options.STAGES
+            do = rooms.do.index(stage).reshape([BLOCK_M, HEAD_DIM])
+            p, ds = _weights_and_gradient(s, stage, v, zero, scale_log2, rooms, options)
             dv_token = warpgroup_mma(p, do, dv, is_async=True)
-            dk_token = warpgroup_mma(ds, q_smem.index(stage).reshape([BLOCK_M, HEAD_DIM]), dk, is_async=True)
+            dk_token = warpgroup_mma(ds, rooms.q.index(stage).reshape([BLOCK_M, HEAD_DIM]), dk, is_async=True)
             dv, dk, p, ds = warpgroup_mma_wait(0, deps=[dv_token, dk_token, p, ds])
-            mbarrier.arrive(empty.index(stage), count=1)
+            mbarrier.arrive(rooms.empty.index(stage), count=1)
             done += 1
-    lane = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, O_MMA))
-    offsets = lane[:, None] * dk_r + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_MMA))[None, :]
-    if COLUMNS:
-        gl.store(dk_base + offsets, dk * scale, mask=(lane < present)[:, None])
-        gl.store(dv_base + offsets, dv, mask=(lane < present)[:, None])
+
+    # Epilogue: write; of the last tile of columns only those that exist.
+    lane = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, O_MMA))  # [64]
+    # [64, HEAD_DIM]
+    offsets = lane[:, None] * dkv.row + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_MMA))[None, :]
+    if options.COLUMNS:
+        gl.store(dkv.dk + offsets, dk * scale, mask=(lane < columns.present)[:, None])
+        gl.store(dkv.dv + offsets, dv, mask=(lane < columns.present)[:, None])
     else:
-        gl.store(dk_base + offsets, dk * scale)
-        gl.store(dv_base + offsets, dv)
+        gl.store(dkv.dk + offsets, dk * scale)
+        gl.store(dkv.dv + offsets, dv)
 
 
 @gluon.jit
 def _key_gradient(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dk_base, dv_base, entries, bounds, row_blocks, col_blocks,
-    batch, kv_head, head0, bh0, j, n_rows, n_cols, diagonal, begin, end,
-    columns, words, words_row, q_blocks, masked_to, present, scale,
-    dk_r: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, HEADS: gl.constexpr, SIZE: gl.constexpr,
-    HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    sources: KeySources, dkv: KeyGradients, own: OwnKeys, slashes: SlashRows, columns: ColumnRows, scale,
+    options: gl.constexpr,
 ):  # fmt: skip
-    k = gl.allocate_shared_memory(k_desc.dtype, [2, 1, SIZE // 2, 1, HEAD_DIM], k_desc.layout)
-    v = gl.allocate_shared_memory(v_desc.dtype, [2, 1, SIZE // 2, 1, HEAD_DIM], k_desc.layout)
-    q = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, BLOCK_M, 1, HEAD_DIM], q_desc.layout)
-    do = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, BLOCK_M, 1, HEAD_DIM], q_desc.layout)
-    lse = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_desc.layout)
-    delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_desc.layout)
-    kv_full, full, empty = barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 2)
+    """Run the two groups and the producer of one program; ``dkv`` points at its first key."""
+    HEAD_DIM: gl.constexpr = options.HEAD_DIM
+    HALF: gl.constexpr = options.SIZE // 2
+    STAGES: gl.constexpr = options.STAGES
+    BLOCK_M: gl.constexpr = options.BLOCK_M
+    dtype: gl.constexpr = sources.q.dtype
+    k = gl.allocate_shared_memory(dtype, [2, 1, HALF, 1, HEAD_DIM], sources.k.layout)
+    v = gl.allocate_shared_memory(dtype, [2, 1, HALF, 1, HEAD_DIM], sources.k.layout)
+    q = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_M, 1, HEAD_DIM], sources.q.layout)
+    do = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_M, 1, HEAD_DIM], sources.q.layout)
+    lse = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], sources.lse.layout)
+    delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], sources.lse.layout)
+    rooms = Rooms(q, do, lse, delta, k, v, barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 2))
     fence_async_shared()
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    q, do, lse, delta, k, v, kv_full, full, empty, dk_base, dv_base,
-                    entries, bounds, row_blocks, col_blocks, bh0, j, n_rows, n_cols, diagonal, begin, end,
-                    columns, words, words_row, q_blocks, masked_to, present, scale,
-                    dk_r, 0, TOEPLITZ, COLUMNS, HEADS, SIZE, HEAD_DIM, BLOCK_M, STAGES,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    q, do, lse, delta, k, v, kv_full, full, empty, dk_base, dv_base,
-                    entries, bounds, row_blocks, col_blocks, bh0, j, n_rows, n_cols, diagonal, begin, end,
-                    columns, words, words_row, q_blocks, masked_to, present, scale,
-                    dk_r, 1, TOEPLITZ, COLUMNS, HEADS, SIZE, HEAD_DIM, BLOCK_M, STAGES,
-                ),
-            ),
-            (
-                _producer,
-                (
-                    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, q, do, lse, delta, k, v,
-                    kv_full, full, empty,
-                    entries, bounds, row_blocks, col_blocks, batch, kv_head, head0, bh0, j, n_rows, n_cols, diagonal,
-                    begin, end, TOEPLITZ, COLUMNS, HEADS, SIZE, BLOCK_M, STAGES,
-                ),
-            ),
+            (_consumer, (rooms, dkv, own, slashes, columns, scale, 0, options)),
+            (_consumer, (rooms, dkv, own, slashes, columns, scale, 1, options)),
+            (_producer, (sources, rooms, own, slashes, columns, options)),
         ],
         [4, 1],
         [240, 24],
-    )  # fmt: skip
+    )
 
 
 @gluon.jit(do_not_specialize=["batches", "kv_heads", "n_rows", "n_cols", "diagonal"])
 def key_tiles_kernel(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dk_ptr, dv_ptr, entries, bounds, row_blocks, col_blocks,
-    dk_b, dk_r: gl.constexpr, dk_h, scale, batches, kv_heads, n_rows, n_cols, diagonal,
-    TOEPLITZ: gl.constexpr, GROUP: gl.constexpr, SPLITS: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dkv: KeyGradients, tiles: RowLists,
+    scale, batches, kv_heads, n_rows, n_cols, diagonal, options: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys from GROUP / SPLITS query heads of its group; rows are key blocks here.
 
     dk and dv are (SPLITS, batch, keys, kv_heads, head_dim): a caller with SPLITS > 1 sums over the first axis.
     """
+    SIZE: gl.constexpr = options.SIZE
+    GROUP: gl.constexpr = options.GROUP
+    SPLITS: gl.constexpr = options.SPLITS
     HEADS: gl.constexpr = GROUP // SPLITS
     pid = gl.program_id(0)
     split = pid % SPLITS
-    j = (pid // SPLITS) % n_rows  # the first keys have the longest rows
+    # The first keys have the longest rows.
+    j = (pid // SPLITS) % n_rows
     rest = pid // SPLITS // n_rows
     kv_head = rest % kv_heads
     batch = rest // kv_heads
     head0 = kv_head * GROUP + split * HEADS
     at = (
-        (split * batches + batch).to(gl.int64) * dk_b
-        + kv_head.to(gl.int64) * dk_h
-        + j.to(gl.int64) * SIZE * dk_r
+        (split * batches + batch).to(gl.int64) * dkv.batch
+        + kv_head.to(gl.int64) * dkv.head
+        + j.to(gl.int64) * SIZE * dkv.row
     )
     _key_gradient(
-        q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dk_ptr + at, dv_ptr + at,
-        entries, bounds, row_blocks, col_blocks, batch, kv_head, head0, batch * kv_heads * GROUP + head0, j,
-        n_rows, n_cols, diagonal, 0, 0, entries, entries, 0, row_blocks, 0, SIZE, scale,
-        dk_r, TOEPLITZ, False, HEADS, SIZE, HEAD_DIM, BLOCK_M, STAGES,
-    )  # fmt: skip
+        KeySources(q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc),
+        KeyGradients(dkv.dk + at, dkv.dv + at, 0, dkv.row, 0),
+        OwnKeys(batch, kv_head, head0, batch * kv_heads * GROUP + head0, j),
+        SlashRows(tiles, n_rows, n_cols, diagonal),
+        # There are no columns; any pointer will do.
+        ColumnRows(0, 0, tiles.entries, tiles.entries, 0, tiles.row_blocks, 0, SIZE),
+        scale,
+        options,
+    )
 
 
 @gluon.jit(do_not_specialize=["batches", "heads", "n_rows", "capacity", "num_blocks", "words_row", "splits"])
 def key_columns_kernel(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dk_ptr, dv_ptr, columns_ptr, words_ptr, q_blocks, first_slot,
-    first_seen, dk_b, dk_r: gl.constexpr, dk_h, scale, batches, heads, n_rows, capacity, num_blocks, words_row, splits,
-    SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dkv: KeyGradients, tables: KeyTables,
+    scale, batches, heads, n_rows, capacity, num_blocks, words_row, splits, options: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of columns over one of ``splits`` equal shares of the queries that see it.
 
-    ``first_slot``, ``first_seen``: see ``ColumnTables`` of triton/hidden.py.
     dk and dv are (splits, batch, capacity, heads, head_dim): the caller sums over the first axis.
     """
+    SIZE: gl.constexpr = options.SIZE
     pid = gl.program_id(0)
     split = pid % splits
     head = (pid // splits) % heads
     batch = (pid // splits // heads) % batches
-    tile = (
-        pid // splits // heads // batches
-    )  # the longest first, of all heads: few, and the last must be short
+    # The longest tiles first, of all heads: they are few, and what runs last must be short.
+    tile = pid // splits // heads // batches
     bh = batch * heads + head
-    columns = columns_ptr + bh.to(gl.int64) * capacity + tile * SIZE
+    positions = tables.columns + bh.to(gl.int64) * capacity + tile * SIZE
     present = capacity - tile * SIZE
     # Columns are sorted, and the padding (num_blocks * SIZE) comes last.
-    latest = gl.minimum(gl.load(columns + gl.minimum(present, SIZE) - 1), num_blocks * SIZE - 1)
-    seen = first_seen + bh.to(gl.int64) * words_row + tile * (SIZE // 32)
+    latest = gl.minimum(gl.load(positions + gl.minimum(present, SIZE) - 1), num_blocks * SIZE - 1)
+    seen = tables.first_seen + bh.to(gl.int64) * words_row + tile * (SIZE // 32)
     lo = gl.load(seen)
     for w in gl.static_range(1, SIZE // 32):
         lo = gl.minimum(lo, gl.load(seen + w))
-    masked_to = gl.load(first_slot + latest // SIZE + 1)
+    masked_to = gl.load(tables.first_slot + latest // SIZE + 1)
     share = gl.cdiv(n_rows - lo, splits)
     begin = lo + split * share
     end = gl.maximum(begin, gl.minimum(begin + share, n_rows))
-    words = words_ptr + bh.to(gl.int64) * n_rows * words_row + tile * (SIZE // 32)
+    words = tables.words + bh.to(gl.int64) * n_rows * words_row + tile * (SIZE // 32)
     at = (
-        (split * batches + batch).to(gl.int64) * dk_b
-        + head.to(gl.int64) * dk_h
-        + tile.to(gl.int64) * SIZE * dk_r
+        (split * batches + batch).to(gl.int64) * dkv.batch
+        + head.to(gl.int64) * dkv.head
+        + tile.to(gl.int64) * SIZE * dkv.row
     )
+    unused = tables.columns
     _key_gradient(
-        q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dk_ptr + at, dv_ptr + at,
-        columns_ptr, columns_ptr, columns_ptr, columns_ptr, batch, head, head, bh, tile, n_rows, n_rows, 0,
-        begin, end,
-        columns, words, words_row, q_blocks, masked_to, present, scale,
-        dk_r, False, True, 1, SIZE, HEAD_DIM, BLOCK_M, STAGES,
-    )  # fmt: skip
+        KeySources(q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc),
+        KeyGradients(dkv.dk + at, dkv.dv + at, 0, dkv.row, 0),
+        OwnKeys(batch, head, head, bh, tile),
+        SlashRows(RowLists(unused, unused, unused, unused), n_rows, n_rows, 0),
+        ColumnRows(begin, end, positions, words, words_row, tables.q_blocks, masked_to, present),
+        scale,
+        options,
+    )

@@ -1,8 +1,9 @@
 """Query-major gradients on Hopper: dQ of slash tiles and columns (hopper/common.py; hopper/keys.py has dK and dV).
 
-No atomics, every sum in a fixed order. Within a step nothing but dP runs under the exponentials; the next tile's
-scores are multiplied beside this tile's gradients, and all products end before the step does: products in
-flight across the end of a loop would have to be copied, and the assembler then waits for each one.
+There are no atomics, and every sum runs in a fixed order. Within a step only the product of dout and the values runs
+under the exponentials. The next tile's scores are multiplied beside this tile's gradients, and all products end before
+the step does. Products in flight across the end of a loop would have to be copied, and the assembler then waits for
+each one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mtraining.kernel.hopper.common import (
     LOG2E,
+    ColumnVisit,
+    Keys,
     barriers,
     column_bias,
     hidden_word,
@@ -27,216 +30,200 @@ from mtraining.kernel.hopper.common import (
     key_buffers,
     product_layout,
 )
-from mtraining.kernel.hopper.items import desk, producer, taken, visits_of
+from mtraining.kernel.hopper.items import (
+    ColumnLists,
+    Queries,
+    Queue,
+    Sources,
+    Target,
+    Work,
+    job_queue,
+    producer,
+    taken,
+    visit_of,
+)
+from mtraining.kernel.triton.common import RowLists
 
 
 @gluon.jit
-def _score_gradient(
-    s,
-    do,
-    v,
-    v_full,
-    v_empty,
-    phase,
-    zero,
-    lse2,
-    delta,
-    scale_log2,
-    dtype: gl.constexpr,
-    OPERAND: gl.constexpr,
-):
-    """Gradient of (64 queries, keys) scores, as the left operand of dQ."""
-    mbarrier.wait(v_full, phase)
+def _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys: Keys, options: gl.constexpr):
+    """Gradient of scores ``s`` [64, SIZE] of tile number ``done``, as the left operand of dQ [64, SIZE].
+
+    do [64, HEAD_DIM] in shared memory, lse2 and delta [64].
+    """
+    stage = done % options.STAGES
+    v = keys.v.index(stage).reshape([options.SIZE, options.HEAD_DIM])
+    full, empty = keys.v_full.index(stage), keys.v_empty.index(stage)
+    mbarrier.wait(full, (done // options.STAGES) & 1)
     token = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
     weights = gl.exp2(s * scale_log2 - lse2[:, None])
     dweights = warpgroup_mma_wait(0, deps=[token])
-    mbarrier.arrive(v_empty, count=1)
-    return gl.convert_layout((weights * (dweights - delta[:, None])).to(dtype), OPERAND)
+    mbarrier.arrive(empty, count=1)
+    operand: gl.constexpr = gl.DotOperandLayout(0, product_layout(options.HEAD_DIM), 2)
+    return gl.convert_layout((weights * (dweights - delta[:, None])).to(do.dtype), operand)
 
 
 @gluon.jit
 def _step(
-    s, dq, done, word, columns, whole, position, t, capacity, lse2, delta, scale_log2,
-    q, do, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-    W: gl.constexpr, COLUMN: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr, OPERAND: gl.constexpr,
+    s, dq, done, t, word, columns: ColumnVisit, lse2, delta, scale_log2, q, do, zero, keys: Keys,
+    W: gl.constexpr, COLUMN: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile, and the scores of the next: a COLUMN tile, number ``t`` with the bits ``word``, or a slash
-    tile that is not on the causal diagonal."""
-    stage = done % STAGES
-    v = v_smem.index(stage).reshape([SIZE, HEAD_DIM])
-    ds = _score_gradient(
-        s, do, v, v_full.index(stage), v_empty.index(stage), (done // STAGES) & 1, zero, lse2, delta,
-        scale_log2, q.dtype, OPERAND,
-    )  # fmt: skip
+    """dQ of tile number ``done``, whose scores are ``s``, and the scores of the next one.
+
+    COLUMN: the next one is tile ``t`` of the columns, with the hidden bits ``word``. Else it is a slash tile that is
+    not on the causal diagonal.
+    """
+    SIZE: gl.constexpr = options.SIZE
+    HEAD_DIM: gl.constexpr = options.HEAD_DIM
+    ds = _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys, options)
+    stage = done % options.STAGES
     done += 1
-    after = done % STAGES
-    mbarrier.wait(k_full.index(after), (done // STAGES) & 1)
-    k = k_smem.index(after).reshape([SIZE, HEAD_DIM])
+    after = done % options.STAGES
+    # Both products under way: q k^T of the next tile, ds k of this one.
+    mbarrier.wait(keys.k_full.index(after), (done // options.STAGES) & 1)
+    k = keys.k.index(after).reshape([SIZE, HEAD_DIM])
     s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
+    k = keys.k.index(stage).reshape([SIZE, HEAD_DIM])
     dq_token = warpgroup_mma(ds, k, dq, is_async=True)
     if COLUMN:
-        bias = column_bias(word, SIZE)
+        bias = column_bias(word, SIZE)  # [SIZE]
     s, dq, ds = warpgroup_mma_wait(0, deps=[s_token, dq_token, ds])
-    mbarrier.arrive(k_empty.index(stage), count=1)
+    mbarrier.arrive(keys.k_empty.index(stage), count=1)
     if COLUMN:
-        s = hide_columns(s, bias, t, columns, whole, position, capacity, W, SIZE)
+        s = hide_columns(s, bias, t, columns, W, SIZE)
     return s, dq, done
 
 
 @gluon.jit
 def _consumer(
-    q_smem, do_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-    numbers, number_full, number_empty, dq_desc, prev_ptr, dq_ptr, lse_ptr, delta_ptr, items, n_rows, heads,
-    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity, words_row,
-    dq_b, dq_h, scale,
-    dq_r: gl.constexpr, W: gl.constexpr, HAS_PREV: gl.constexpr, FINAL: gl.constexpr, TOEPLITZ: gl.constexpr,
-    COLUMNS: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    queries: Queries, keys: Keys, queue: Queue, dq_desc, out: Target, lse_ptr, delta_ptr, work: Work, scale,
+    W: gl.constexpr, options: gl.constexpr,
 ):  # fmt: skip
     """dq of 64 queries of each block, added to the previous one if HAS_PREV."""
+    SIZE: gl.constexpr = options.SIZE
+    HEAD_DIM: gl.constexpr = options.HEAD_DIM
+    HAS_PREV: gl.constexpr = options.HAS_PREV
+    FINAL: gl.constexpr = options.FINAL
+    COLUMNS: gl.constexpr = options.COLUMNS
     HALF: gl.constexpr = SIZE // 2
     S_MMA: gl.constexpr = product_layout(SIZE)
     O_MMA: gl.constexpr = product_layout(HEAD_DIM)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, O_MMA, 2)
-    q = q_smem.index(W).reshape([HALF, HEAD_DIM])
-    do = do_smem.index(W).reshape([HALF, HEAD_DIM])
+    q = queries.q.index(W).reshape([HALF, HEAD_DIM])
+    do = queries.do.index(W).reshape([HALF, HEAD_DIM])
     scale_log2 = scale * LOG2E
     done = 0
     number = 0
     turn = 0
-    item = taken(turn, numbers, number_full, number_empty)
-    while item < items:
-        batch, head, bh, i, tile_steps, _, _, own, column_steps, column_row, bits, whole, position = visits_of(
-            item, n_rows, heads, entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before,
-            upto, capacity, words_row, TOEPLITZ, COLUMNS, SIZE,
-        )  # fmt: skip
-        steps = column_steps + tile_steps
+    item = taken(turn, queue)
+    while item < work.items:
+        visit = visit_of(item, work, options.TOEPLITZ, COLUMNS, SIZE)
+        steps = visit.columns.steps + visit.tile_steps
         if steps > 0 or FINAL or not HAS_PREV:
-            first_row = i * SIZE + W * HALF
-            stat = bh * n_rows * SIZE + first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, S_MMA))
-            lse2 = gl.load(lse_ptr + stat)
-            delta = gl.load(delta_ptr + stat)
+            first_row = visit.block * SIZE + W * HALF
+            stat = (
+                visit.bh * work.n_rows * SIZE
+                + first_row
+                + gl.arange(0, HALF, layout=gl.SliceLayout(1, S_MMA))
+            )
+            lse2 = gl.load(lse_ptr + stat)  # [64]
+            delta = gl.load(delta_ptr + stat)  # [64]
             zero = gl.zeros([HALF, SIZE], gl.float32, S_MMA)
             dq = gl.zeros([HALF, HEAD_DIM], gl.float32, O_MMA)
-            mbarrier.wait(q_full.index(0), number & 1)
+            mbarrier.wait(queries.full.index(0), number & 1)
             if steps > 0:
-                stage = done % STAGES
-                mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-                k = k_smem.index(stage).reshape([SIZE, HEAD_DIM])
-                s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)
+                # Prologue: scores of the first tile.
+                stage = done % options.STAGES
+                mbarrier.wait(keys.k_full.index(stage), (done // options.STAGES) & 1)
+                k = keys.k.index(stage).reshape([SIZE, HEAD_DIM])
+                s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)  # [64, SIZE]
                 if COLUMNS:
-                    word = hidden_word(bits, 0, column_steps, SIZE)
+                    word = hidden_word(visit.columns, 0, SIZE)
                 else:
                     word = 0
-                s = hide_first(
-                    s, tile_steps, own, word, column_row, whole, position, capacity, W, COLUMNS, SIZE
-                )
-                for t in range(1, tile_steps):
+                s = hide_first(s, visit.tile_steps, visit.own, word, visit.columns, W, COLUMNS, SIZE)
+
+                # Steady state: gradients of a tile beside scores of the next, slash tiles first, then columns.
+                for t in range(1, visit.tile_steps):
                     s, dq, done = _step(
-                        s, dq, done, word, column_row, whole, position, t, capacity, lse2, delta, scale_log2,
-                        q, do, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                        W, False, SIZE, HEAD_DIM, STAGES, OPERAND,
+                        s, dq, done, t, word, visit.columns, lse2, delta, scale_log2, q, do, zero, keys,
+                        W, False, options,
                     )  # fmt: skip
                 if COLUMNS:
-                    first = gl.where(tile_steps > 0, 0, 1)
-                    word = hidden_word(bits, first, column_steps, SIZE)
-                    for t in range(first, column_steps):
-                        this, word = (
-                            word,
-                            hidden_word(bits, t + 1, column_steps, SIZE),
-                        )  # a step ahead of its use
+                    first = gl.where(visit.tile_steps > 0, 0, 1)
+                    word = hidden_word(visit.columns, first, SIZE)
+                    for t in range(first, visit.columns.steps):
+                        # Words are loaded a step ahead of their use.
+                        this, word = word, hidden_word(visit.columns, t + 1, SIZE)
                         s, dq, done = _step(
-                            s, dq, done, this, column_row, whole, position, t, capacity, lse2, delta, scale_log2,
-                            q, do, zero, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                            W, True, SIZE, HEAD_DIM, STAGES, OPERAND,
+                            s, dq, done, t, this, visit.columns, lse2, delta, scale_log2, q, do, zero, keys,
+                            W, True, options,
                         )  # fmt: skip
-                stage = done % STAGES
-                v = v_smem.index(stage).reshape([SIZE, HEAD_DIM])
-                ds = _score_gradient(
-                    s, do, v, v_full.index(stage), v_empty.index(stage), (done // STAGES) & 1, zero, lse2, delta,
-                    scale_log2, q_smem.dtype, OPERAND,
-                )  # fmt: skip
+
+                # Drain: gradients of the last tile.
+                ds = _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys, options)
+                # The next block's queries may come while this block ends.
                 if not FINAL:
-                    mbarrier.arrive(
-                        q_empty.index(0), count=1
-                    )  # the next block's may come while this one ends
-                dq = warpgroup_mma(ds, k_smem.index(stage).reshape([SIZE, HEAD_DIM]), dq)
-                mbarrier.arrive(k_empty.index(stage), count=1)
+                    mbarrier.arrive(queries.empty.index(0), count=1)
+                stage = done % options.STAGES
+                dq = warpgroup_mma(ds, keys.k.index(stage).reshape([SIZE, HEAD_DIM]), dq)
+                mbarrier.arrive(keys.k_empty.index(stage), count=1)
                 done += 1
             else:
                 if not FINAL:
-                    mbarrier.arrive(q_empty.index(0), count=1)
-            at = batch.to(gl.int64) * dq_b + head.to(gl.int64) * dq_h + first_row.to(gl.int64) * dq_r
+                    mbarrier.arrive(queries.empty.index(0), count=1)
+
+            # Epilogue: scale, add and write.
+            at = (
+                visit.batch.to(gl.int64) * out.batch
+                + visit.head.to(gl.int64) * out.head
+                + first_row.to(gl.int64) * out.row
+            )
             lane = gl.arange(0, HALF, layout=gl.SliceLayout(1, O_MMA))
             lanes = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_MMA))
-            offsets = lane[:, None] * dq_r + lanes[None, :]
+            offsets = lane[:, None] * out.row + lanes[None, :]  # [64, HEAD_DIM]
             dq = dq * scale
             if HAS_PREV:
-                dq += gl.load(prev_ptr + at + offsets)
-            if FINAL:  # 2-byte elements leave in whole lines, through the room of the queries
-                q.store(dq.to(q_smem.dtype))
+                dq += gl.load(out.previous + at + offsets)
+            # Elements of 2 bytes leave in whole lines, through the room of the queries.
+            if FINAL:
+                q.store(dq.to(queries.q.dtype))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(dq_desc, [batch, first_row, head, 0], q_smem.index(W))
+                tma.async_copy_shared_to_global(
+                    dq_desc, [visit.batch, first_row, visit.head, 0], queries.q.index(W)
+                )
                 tma.store_wait(0)
-                mbarrier.arrive(q_empty.index(0), count=1)
+                mbarrier.arrive(queries.empty.index(0), count=1)
             else:
-                gl.store(dq_ptr + at + offsets, dq)
+                gl.store(out.result + at + offsets, dq)
             number += 1
         turn += 1
-        item = taken(turn, numbers, number_full, number_empty)
+        item = taken(turn, queue)
 
 
 @gluon.jit(do_not_specialize=["items", "n_rows", "heads", "n_cols", "diagonal", "capacity", "words_row"])
 def query_gradient_kernel(
-    q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc, dq_desc, prev_ptr, dq_ptr, lse_ptr, delta_ptr, counter,
-    entries, bounds, row_blocks, col_blocks, columns, words, before, upto, dq_b, dq_r: gl.constexpr, dq_h,
-    scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row,
-    HAS_PREV: gl.constexpr, FINAL: gl.constexpr, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr,
-    GROUP: gl.constexpr, SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc, dq_desc, out: Target, lse_ptr, delta_ptr, counter,
+    tiles: RowLists, columns: ColumnLists, scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row,
+    options: gl.constexpr,
 ):  # fmt: skip
-    """dq of every block of queries over its columns, if there are any (COLUMNS), and its slash tiles.
+    """dq of every block of queries over its slash tiles and, if there are any (COLUMNS), its columns.
 
-    counter: int32 (1,), 0; lists as in ``tile_part`` and ``column_part``; lse in units of log2, 0 for rows that see
-    nothing.
+    counter: int32 (1,), 0; lse in units of log2, 0 for rows that see nothing.
     """
-    q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, HEAD_DIM], q_desc.layout)
-    do = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, HEAD_DIM], q_desc.layout)
-    q_full, q_empty = barriers(1, 1), barriers(1, 2)
-    k, v, k_full, k_empty, v_full, v_empty = key_buffers(k_desc, v_desc, SIZE, HEAD_DIM, STAGES)
-    numbers, number_full, number_empty = desk()
+    SIZE: gl.constexpr = options.SIZE
+    q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, options.HEAD_DIM], q_desc.layout)
+    do = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, options.HEAD_DIM], q_desc.layout)
+    queries = Queries(q, do, barriers(1, 1), barriers(1, 2))
+    keys = key_buffers(k_desc, v_desc, SIZE, options.HEAD_DIM, options.STAGES)
+    queue = job_queue()
+    sources = Sources(q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc)
+    work = Work(items, n_rows, heads, tiles, n_cols, diagonal, columns, capacity, words_row)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    q, do, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty,
-                    dq_desc, prev_ptr, dq_ptr, lse_ptr, delta_ptr, items, n_rows, heads,
-                    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity,
-                    words_row, dq_b, dq_h, scale,
-                    dq_r, 0, HAS_PREV, FINAL, TOEPLITZ, COLUMNS, SIZE, HEAD_DIM, STAGES,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    q, do, q_full, q_empty, k, v, k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty,
-                    dq_desc, prev_ptr, dq_ptr, lse_ptr, delta_ptr, items, n_rows, heads,
-                    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity,
-                    words_row, dq_b, dq_h, scale,
-                    dq_r, 1, HAS_PREV, FINAL, TOEPLITZ, COLUMNS, SIZE, HEAD_DIM, STAGES,
-                ),
-            ),
-            (
-                producer,
-                (
-                    q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc, q, do, q_full, q_empty, k, v,
-                    k_full, k_empty, v_full, v_empty, numbers, number_full, number_empty, counter, items, n_rows, heads,
-                    entries, bounds, row_blocks, col_blocks, n_cols, diagonal, columns, words, before, upto, capacity,
-                    words_row, True, HAS_PREV and not FINAL, TOEPLITZ, COLUMNS, GROUP, SIZE, STAGES,
-                ),
-            ),
+            (_consumer, (queries, keys, queue, dq_desc, out, lse_ptr, delta_ptr, work, scale, 0, options)),
+            (_consumer, (queries, keys, queue, dq_desc, out, lse_ptr, delta_ptr, work, scale, 1, options)),
+            (producer, (sources, queries, keys, queue, counter, work, True, options)),
         ],
         [4, 1],
         [240, 24],

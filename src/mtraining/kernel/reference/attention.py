@@ -14,6 +14,7 @@ from torch import Tensor
 from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
+from mtraining.kernel.reference import columns as compact
 from mtraining.kernel.reference.estimate import ReferenceEstimation
 
 
@@ -144,6 +145,12 @@ class ReferenceBackend(ReferenceEstimation):
             dkh.flat[b, h, :prefix] += dscore.T @ rows
             dvh.flat[b, h, :prefix] += prob.T @ grad
         return torch.stack((dkh.to_rows(), dvh.to_rows()))
+
+    def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
+        return compact.gather_columns(k, v, columns, slots)
+
+    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
+        compact.scatter_columns(grads, columns, slots, dkv)
 
 
 def _columns_forward(

@@ -1,4 +1,4 @@
-"""Eager versions of what a pattern's estimation and the column pass need around attention itself."""
+"""Eager kernels of the estimation: the specification of the fused ones."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def _probe_scores(
 def diagonal_mass(slashes: Tensor, block_size: int) -> Tensor:
     """Mass of each block diagonal, from that of each token distance.
 
-    A pair at distance 128 a + b lies on block diagonal a + 1 if its query is among the first b of its block, else on a.
-    A slash has such pairs at every place of a block alike, so a share b / 128 of its mass goes to a + 1: where in
-    their blocks the probe's few queries happen to stand does not matter.
+    A pair at distance 128 a + b lies on block diagonal a + 1 if its query is among the first b of its block. Else it
+    lies on a.
+    A slash has such pairs at every place of a block alike. So a share b / 128 of its mass goes to a + 1, wherever in
+    their blocks the probe's few queries happen to stand.
 
     Args:
         slashes: (rows, seq_len), mass of each distance.
@@ -37,7 +38,7 @@ def diagonal_mass(slashes: Tensor, block_size: int) -> Tensor:
 
 
 class ReferenceEstimation:
-    """The estimation half of :class:`mtraining.kernel.backend.Backend`, eager."""
+    """Implements :class:`mtraining.kernel.backend.EstimationKernels` in eager PyTorch."""
 
     def probe_lse(
         self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float
@@ -49,9 +50,8 @@ class ReferenceEstimation:
         seq_len: int, block_size: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         prob = _probe_scores(probe, k, probe_positions, key_positions, scale).sub_(lse[..., None]).exp_()
-        distance = (probe_positions[:, None] - key_positions[None, :]).clamp(
-            min=0
-        )  # the future carries no mass
+        # The future carries no mass.
+        distance = (probe_positions[:, None] - key_positions[None, :]).clamp(min=0)
         rows = prob.flatten(0, 1)
         slashes = prob.new_zeros(rows.shape[0], seq_len)
         slashes.scatter_add_(1, distance.flatten().expand(rows.shape[0], -1), rows.flatten(1))
@@ -59,42 +59,11 @@ class ReferenceEstimation:
 
     def heaviest(self, mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Tensor:
         n = mass.shape[1]
-        order = (
-            torch.where(forced, torch.inf, mass)
-            .sort(dim=1, descending=True, stable=True)
-            .indices[:, : min(keep, n)]
-        )
+        weight = torch.where(forced, torch.inf, mass)
+        order = weight.sort(dim=1, descending=True, stable=True).indices[:, : min(keep, n)]
         if top_p is not None:
             ranked = mass.gather(1, order)
             before = ranked.cumsum(1) - ranked
             wanted = (before < top_p * mass.sum(1, keepdim=True)) | forced[order]
             order = torch.where(wanted, order, n)
         return order.sort(dim=1).values
-
-    def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
-        batch, q_heads, _ = columns.shape
-        where, held = _column_slots(columns, slots)
-        row = torch.arange(batch, device=k.device)[:, None, None]
-        head = torch.arange(q_heads, device=k.device)[:, None] // (q_heads // k.shape[2])
-        packed = torch.stack([x[row, where, head].transpose(1, 2) for x in (k, v)])
-        return torch.where(
-            held.transpose(1, 2)[..., None], packed, torch.zeros((), dtype=k.dtype, device=k.device)
-        ).contiguous()  # collectives ask for it
-
-    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
-        q_heads, kv_heads = columns.shape[1], dkv.shape[3]
-        where, held = _column_slots(columns, slots)
-        for grad, total in zip(grads, dkv, strict=True):
-            kept = torch.where(
-                held.transpose(1, 2)[..., None], grad, torch.zeros((), dtype=grad.dtype, device=grad.device)
-            )
-            for h in range(q_heads):
-                into = where[:, h, :, None].expand(-1, -1, grad.shape[-1])
-                total[:, :, h // (q_heads // kv_heads)].scatter_add_(1, into, kept[:, :, h])
-
-
-def _column_slots(columns: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Local place of each column (0 where absent) and whether this rank holds it: (batch, q_heads, capacity) both."""
-    seq_len = slots.numel()
-    where = torch.where(columns < seq_len, slots[columns.clamp(max=seq_len - 1).long()], -1)
-    return where.clamp(min=0), where >= 0

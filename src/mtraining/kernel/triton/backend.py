@@ -15,9 +15,11 @@ from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton import columns as column_kernels
+from mtraining.kernel.triton import compact
 from mtraining.kernel.triton import slashes as slash_kernels
+from mtraining.kernel.triton.common import RowLists, key_gradients, strided
 from mtraining.kernel.triton.delta import row_delta_kernel
-from mtraining.kernel.triton.estimate import TritonEstimation
+from mtraining.kernel.triton.estimate import TritonEstimation, unit_head_dim
 from mtraining.kernel.triton.hidden import column_tables, tables_of_backward
 from mtraining.kernel.triton.lists import TileLists, lists_both_ways, tile_lists
 from mtraining.kernel.triton.tile_sizes import check_block_size, choose_tiles, interpreted, padded
@@ -52,12 +54,12 @@ class TritonBackend(TritonEstimation):
     name = "triton"
 
     def row_delta(self, out: Tensor, dout: Tensor) -> Tensor:
-        out, dout = _lined_up(out), _lined_up(dout)
+        out, dout = unit_head_dim(out), unit_head_dim(dout)
         batch, rows, heads, dim = out.shape
         delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
         block_m = 32
         row_delta_kernel[(triton.cdiv(rows, block_m) * batch * heads,)](
-            out, dout, delta, *out.stride()[:3], *dout.stride()[:3], rows, heads,
+            strided(out, fixed_row=False), strided(dout, fixed_row=False), delta, rows, heads,
             HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=block_m,
         )  # fmt: skip
         return delta
@@ -66,7 +68,7 @@ class TritonBackend(TritonEstimation):
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
         out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        q, k, v = _lined_up(q), _lined_up(k), _lined_up(v)
+        q, k, v = unit_head_dim(q), unit_head_dim(k), unit_head_dim(v)
         check_call(index, scale)
         if columns is not None:
             out, lse = self.columns_forward(q, *columns, index, placement.q_blocks, scale, out, lse)
@@ -78,10 +80,9 @@ class TritonBackend(TritonEstimation):
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         tma = tiles.tma and dim == padded(dim) and _fits_copy_engine(k) and _fits_copy_engine(v)
         block = [1, tiles.block_n, 1, dim]
-        sources = [TensorDescriptor.from_tensor(x, block) for x in (k, v)] if tma else [k, v]
+        descriptors = [TensorDescriptor.from_tensor(x, block) for x in (k, v)] if tma else [k, v]
         slash_kernels.forward_kernel[(batch * heads * rows * (index.block_size // tiles.block_m),)](
-            q, k, v, *sources, new_out, new_lse, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *new_out.stride()[:3],
+            strided(q), strided(k), strided(v), *descriptors, strided(new_out), new_lse, lists.for_kernel(),
             scale, kv_heads, rows, cols, lists.diagonal,
             HAS_PREV=merging, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=index.block_size, HEAD_DIM=dim,
             BLOCK_D=padded(dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q), TMA=tma,
@@ -93,7 +94,7 @@ class TritonBackend(TritonEstimation):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Placement, scale: float,
     ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
-        dout, q, k, v = _lined_up(dout), _lined_up(q), _lined_up(k), _lined_up(v)
+        dout, q, k, v = unit_head_dim(dout), unit_head_dim(q), unit_head_dim(k), unit_head_dim(v)
         lse, delta = lse.contiguous(), delta.contiguous()
         check_call(index, scale)
         dout = dout.to(q.dtype)
@@ -126,8 +127,7 @@ class TritonBackend(TritonEstimation):
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         total, adding = partial(q, dq)
         slash_kernels.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
-            dout, q, k, v, lse, delta, total, lists.entries, lists.bounds, lists.row_blocks, lists.col_blocks,
-            *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *total.stride()[:3],
+            strided(dout), strided(q), strided(k), strided(v), lse, delta, strided(total), lists.for_kernel(),
             scale, kv_heads, rows, cols, lists.diagonal,
             ADD=adding, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
@@ -152,11 +152,10 @@ class TritonBackend(TritonEstimation):
         while group % splits:
             splits -= 1
         dkv = torch.empty(2, splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device)
-        key_blocks, query_blocks = placement.k_blocks.int(), placement.q_blocks.int()
+        by_key = RowLists(lists.entries, lists.bounds, placement.k_blocks.int(), placement.q_blocks.int())
         slash_kernels.key_gradient_kernel[(programs * splits,)](
-            dout, q, k, v, lse, delta, *dkv, lists.entries, lists.bounds, key_blocks, query_blocks,
-            *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dkv.stride()[1:4],
-            scale, batch, kv_heads, cols, query_blocks.numel(), lists.diagonal,
+            strided(dout), strided(q), strided(k), strided(v), lse, delta, key_gradients(dkv), by_key,
+            scale, batch, kv_heads, cols, placement.q_blocks.numel(), lists.diagonal,
             TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
             num_warps=tiles.warps, num_stages=tiles.stages,
@@ -168,15 +167,14 @@ class TritonBackend(TritonEstimation):
         out: Tensor | None, lse: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(out, lse) of the columns alone, merged with what is there, if anything."""
-        q, ck, cv = _lined_up(q), _lined_up(ck), _lined_up(cv)
+        q, ck, cv = unit_head_dim(q), unit_head_dim(ck), unit_head_dim(cv)
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
         tiles = choose_tiles("columns_forward", q, size)
         (new_out, merging), new_lse = partial(q, out), partial_lse(q, lse)
         tables = column_tables(index, q_blocks)
         column_kernels.forward_kernel[(batch * heads * rows * (size // tiles.block_m),)](
-            q, ck, cv, new_out, new_lse, tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto,
-            *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *new_out.stride()[:3],
+            strided(q), strided(ck), strided(cv), strided(new_out), new_lse, tables.for_queries(),
             scale, heads, rows, capacity, index.num_blocks, tables.words.shape[-1],
             HAS_PREV=merging, EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
@@ -190,14 +188,13 @@ class TritonBackend(TritonEstimation):
     ) -> None:  # fmt: skip
         """Add the columns' share to ``dq`` (fp32), in place."""
         tables = tables_of_backward(index, q_blocks, ck)
-        dout, q, ck, cv = _lined_up(dout), _lined_up(q), _lined_up(ck), _lined_up(cv)
+        dout, q, ck, cv = unit_head_dim(dout), unit_head_dim(q), unit_head_dim(ck), unit_head_dim(cv)
         lse, delta = lse.contiguous(), delta.contiguous()
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
         tiles = choose_tiles("columns_dq", q, size)
         column_kernels.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
-            dout, q, ck, cv, lse, delta, dq, tables.columns, tables.words, tables.q_blocks, tables.before, tables.upto,
-            *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *dq.stride()[:3],
+            strided(dout), strided(q), strided(ck), strided(cv), lse, delta, strided(dq), tables.for_queries(),
             scale, heads, rows, capacity, index.num_blocks, tables.words.shape[-1],
             ADD=True, EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
@@ -210,7 +207,7 @@ class TritonBackend(TritonEstimation):
     ) -> Tensor:  # fmt: skip
         check_call(index, scale)
         tables = tables_of_backward(index, q_blocks, ck)
-        dout, q, ck, cv = _lined_up(dout), _lined_up(q), _lined_up(ck), _lined_up(cv)
+        dout, q, ck, cv = unit_head_dim(dout), unit_head_dim(q), unit_head_dim(ck), unit_head_dim(cv)
         lse, delta = lse.contiguous(), delta.contiguous()
         dout = dout.to(q.dtype)
         batch, _, heads, dim = q.shape
@@ -220,9 +217,7 @@ class TritonBackend(TritonEstimation):
         splits = ways_to_split(programs, rows, q.device)
         grads = torch.empty(2, splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device)
         column_kernels.key_gradient_kernel[(programs * splits,)](
-            dout, q, ck, cv, lse, delta, *grads, tables.columns, tables.words, tables.q_blocks,
-            tables.first_slot, tables.first_seen,
-            *dout.stride()[:3], *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *grads.stride()[1:4],
+            strided(dout), strided(q), strided(ck), strided(cv), lse, delta, key_gradients(grads), tables.for_keys(),
             scale, batch, heads, rows, capacity, index.num_blocks, tables.words.shape[-1], splits,
             EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
@@ -230,10 +225,13 @@ class TritonBackend(TritonEstimation):
         )  # fmt: skip
         return summed(grads, splits)
 
+    def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
+        return compact.gather_columns(
+            unit_head_dim(k), unit_head_dim(v), columns.contiguous(), slots.contiguous()
+        )
 
-def _lined_up(x: Tensor) -> Tensor:
-    """The kernels step through head_dim by one; every other stride is free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
+        compact.scatter_columns(unit_head_dim(grads), columns.contiguous(), slots.contiguous(), dkv)
 
 
 def check_call(index: SparseIndex, scale: float) -> None:
@@ -252,7 +250,7 @@ def partial(q: Tensor, previous: Tensor | None) -> tuple[Tensor, bool]:
     from."""
     if previous is None:
         return torch.empty(q.shape, dtype=torch.float32, device=q.device), False
-    return _lined_up(previous), True
+    return unit_head_dim(previous), True
 
 
 def partial_lse(q: Tensor, lse: Tensor | None) -> Tensor:

@@ -1,16 +1,91 @@
-"""Device functions that every attention kernel shares: tile loads, the rows of the index, softmax steps.
+"""What every attention kernel shares: how tensors are passed, tile loads, the rows of the index, softmax steps.
 
-Scores are kept in units of log2 inside the kernels (``exp2`` is the hardware's exponential) and converted where the
-natural-log lse is read or written. ``scale`` multiplies after the dot, in fp32.
+A kernel takes each tensor and its strides as one :class:`Strided`, and each group of lists as one named tuple. Triton
+passes a tuple's members one by one, so a bundle costs nothing when the kernel runs.
+
+Scores are kept in units of log2 inside the kernels, because ``exp2`` is the hardware's exponential. They are converted
+where the natural-log lse is read or written. ``scale`` multiplies after the dot product, in fp32.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Strided(NamedTuple):
+    """A tensor (batch, rows, heads, head_dim) with unit stride along head_dim, and its other strides in elements."""
+
+    ptr: Any
+    batch: Any
+    row: Any
+    head: Any
+
+
+class KeyGradients(NamedTuple):
+    """dk and dv (splits * batch, keys, heads, head_dim), which have the same strides."""
+
+    dk: Any
+    dv: Any
+    batch: Any
+    row: Any
+    head: Any
+
+
+class RowLists(NamedTuple):
+    """The lists of slash tiles that a kernel reads, one a row of blocks: pointers of ``TileLists`` (triton/lists.py).
+
+    Rows are query blocks in query-major kernels, and key blocks in key-major ones.
+    """
+
+    entries: Any
+    bounds: Any
+    row_blocks: Any
+    col_blocks: Any
+
+
+class TileRow(NamedTuple):
+    """The slash tiles of one row of blocks, as :func:`tile_row` finds them.
+
+    ``entries[lo]`` to ``entries[hi - 1]`` are its tiles; :func:`tile_slot` reads an entry with ``origin``. ``own`` is 1
+    if the first entry is the tile on the causal diagonal, else 0.
+    """
+
+    entries: Any
+    lo: Any
+    hi: Any
+    origin: Any
+    own: Any
+
+
+def strided(x: Tensor, *, fixed_row: bool = True) -> Strided:
+    """``x`` as kernels take it; ``fixed_row``: the compiler knows the stride from one row to the next."""
+    batch, row, head, unit = x.stride()
+    assert unit == 1, "head_dim must be the innermost dimension"
+    return Strided(x, batch, tl.constexpr(row) if fixed_row else row, head)
+
+
+def key_gradients(dkv: Tensor) -> KeyGradients:
+    """dk and dv, stacked (2, batch, keys, heads, head_dim), as kernels take them."""
+    return KeyGradients(dkv[0], dkv[1], dkv.stride(1), tl.constexpr(dkv.stride(2)), dkv.stride(3))
+
+
+@triton.jit
+def start_of_head(x: Strided, batch, head):
+    """Address of a head's first row."""
+    return x.ptr + batch * x.batch + head * x.head
+
+
+@triton.jit
+def start_of_row(x: Strided, batch, head, row):
+    """Address of a head's given row."""
+    return x.ptr + batch * x.batch + head * x.head + row * x.row
 
 
 @triton.jit
@@ -59,33 +134,27 @@ def load_lse2(ptr):
 
 @triton.jit
 def tile_row(
-    entries, bounds, row_blocks, col_blocks, bh, i, n_rows, n_cols, diagonal, TOEPLITZ: tl.constexpr,
-    KEY_MAJOR: tl.constexpr,
-):  # fmt: skip
-    """Where row ``i`` of head ``bh`` finds its tiles; see triton/lists.py for the two kinds of lists.
-
-    Returns:
-        list pointer, first and last + 1 place in it, origin (for :func:`tile_slot`), and 1 if the first entry is the
-        tile on the causal diagonal, else 0.
-    """
+    lists: RowLists, n_rows, n_cols, diagonal, bh, i, TOEPLITZ: tl.constexpr, KEY_MAJOR: tl.constexpr
+):
+    """The :class:`TileRow` of row ``i`` of head ``bh``; triton/lists.py has the two kinds of lists."""
     if TOEPLITZ:
         pitch = n_rows + n_cols
         low = n_rows - 1 - i if KEY_MAJOR else i
-        row = entries + bh * pitch
-        lo = tl.load(bounds + bh * pitch + low)
-        hi = tl.load(bounds + bh * pitch + low + n_cols)
+        row = lists.entries + bh * pitch
+        lo = tl.load(lists.bounds + bh * pitch + low)
+        hi = tl.load(lists.bounds + bh * pitch + low + n_cols)
         origin = i - (n_rows - 1) if KEY_MAJOR else i + n_cols - 1
         first = tl.load(row + lo, mask=hi > lo, other=-2)
         own = (first == diagonal).to(tl.int32)
     else:
-        row = entries + (bh * n_rows + i) * n_cols
+        row = lists.entries + (bh * n_rows + i) * n_cols
         lo = 0
-        hi = tl.load(bounds + bh * n_rows + i)
+        hi = tl.load(lists.bounds + bh * n_rows + i)
         origin = 0
         first = tl.load(row, mask=hi > 0, other=0)
-        same = tl.load(row_blocks + i) == tl.load(col_blocks + first)
+        same = tl.load(lists.row_blocks + i) == tl.load(lists.col_blocks + first)
         own = (same & (hi > 0)).to(tl.int32)
-    return row, lo, hi, origin, own
+    return TileRow(row, lo, hi, origin, own)
 
 
 @triton.jit
@@ -99,16 +168,20 @@ def tile_slot(entry, origin, TOEPLITZ: tl.constexpr, KEY_MAJOR: tl.constexpr):
 
 
 @triton.jit
-def tile_place(t, lo, hi, own, SUB: tl.constexpr):
-    """Place in its list of the tile that step ``t`` of a row visits, SUB steps a tile: from the second nearest on, and
-    the one on the diagonal, which the list has first, last. Safe to read for one step past the end too."""
-    place = lo + own + t // SUB
-    return tl.where(place < hi, place, lo)
+def tile_place(t, row: TileRow, SUB: tl.constexpr):
+    """Place in its list of the tile that step ``t`` of a row visits, SUB steps a tile.
+
+    The tile on the diagonal is first in the list and is visited last. One step past the end is safe to read too.
+    """
+    place = row.lo + row.own + t // SUB
+    return tl.where(place < row.hi, place, row.lo)
 
 
 @triton.jit
 def softmax_step(acc, top, total, scores, v, scale_log2, GUARD: tl.constexpr, PRECISION: tl.constexpr):
     """Fold one tile of raw scores and its values into the running (acc, top, total).
+
+    acc [BLOCK_M, BLOCK_D], top and total [BLOCK_M], scores [BLOCK_M, BLOCK_N], v [BLOCK_N, BLOCK_D].
 
     GUARD: the tile may be masked (-inf) throughout a row, so that ``top`` may still be -inf afterwards.
     """
@@ -152,7 +225,10 @@ def store_partial(
 
 @triton.jit
 def query_gradient_step(dq, scores, dout, k, v, lse2, delta, scale_log2, PRECISION: tl.constexpr):
-    """Query-major: add one tile's share (without the factor ``scale``) to dq; hidden scores are -inf."""
+    """Query-major: add one tile's share (without the factor ``scale``) to dq; hidden scores are -inf.
+
+    dq and dout [BLOCK_M, BLOCK_D], scores [BLOCK_M, BLOCK_N], k and v [BLOCK_N, BLOCK_D], lse2 and delta [BLOCK_M].
+    """
     prob = tl.exp2(scores * scale_log2 - lse2[:, None])
     dprob = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dscore = prob * (dprob - delta[:, None])
@@ -161,7 +237,10 @@ def query_gradient_step(dq, scores, dout, k, v, lse2, delta, scale_log2, PRECISI
 
 @triton.jit
 def key_gradient_step(dk, dv, scores, v, q, dout, lse2, delta, scale_log2, PRECISION: tl.constexpr):
-    """Key-major, transposed (scores are keys by queries): add one tile's share to dk (without ``scale``) and dv."""
+    """Key-major: add one tile's share to dk (without the factor ``scale``) and dv. Scores are transposed.
+
+    dk, dv and v [BLOCK_N, BLOCK_D], scores [BLOCK_N, BLOCK_M], q and dout [BLOCK_M, BLOCK_D], lse2 and delta [BLOCK_M].
+    """
     prob = tl.exp2(scores * scale_log2 - lse2[None, :])
     dv = tl.dot(prob.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dprob = tl.dot(v, tl.trans(dout), input_precision=PRECISION)

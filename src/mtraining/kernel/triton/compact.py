@@ -78,7 +78,7 @@ def scatter_kernel(
 
 
 def gather_columns(k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
-    """See :meth:`mtraining.kernel.backend.Backend.gather_columns`; k and v with unit stride along head_dim."""
+    """See :meth:`mtraining.kernel.backend.AttentionKernels.gather_columns`; unit stride along head_dim."""
     batch, q_heads, capacity = columns.shape
     dim = k.shape[3]
     out = torch.empty(2, batch, capacity, q_heads, dim, dtype=k.dtype, device=k.device)
@@ -91,7 +91,7 @@ def gather_columns(k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tens
 
 
 def scatter_columns(grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
-    """See :meth:`mtraining.kernel.backend.Backend.scatter_columns`; all gradients with unit stride along head_dim."""
+    """See :meth:`mtraining.kernel.backend.AttentionKernels.scatter_columns`; unit stride along head_dim."""
     batch, q_heads, capacity = columns.shape
     keys, kv_heads, dim = dkv.shape[2:]
     if dkv.stride(-1) != 1:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mtraining.kernel.triton.common import load_tile_rows, tile_offsets
+from mtraining.kernel.triton.common import Strided, load_tile_rows, start_of_row, tile_offsets
 
 
 @triton.jit(do_not_specialize=["rows", "heads"])
 def row_delta_kernel(
-    out_ptr, do_ptr, delta_ptr, o_b, o_r, o_h, do_b, do_r, do_h, rows, heads,
+    out: Strided, dout: Strided, delta_ptr, rows, heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """(batch, heads, rows) from (batch, rows, heads, head_dim) tensors; heads side by side read whole lines."""
@@ -20,11 +20,12 @@ def row_delta_kernel(
     tile = (pid // heads) % tiles
     batch = (pid // heads // tiles).to(tl.int64)
     first = tile.to(tl.int64) * BLOCK_M
-    out_base = out_ptr + batch * o_b + head * o_h + first * o_r
-    do_base = do_ptr + batch * do_b + head * do_h + first * do_r
+    out_base = start_of_row(out, batch, head, first)
+    do_base = start_of_row(dout, batch, head, first)
     left = rows - tile * BLOCK_M
-    out = load_tile_rows(out_base, tile_offsets(o_r, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D)
-    dout = load_tile_rows(do_base, tile_offsets(do_r, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D)
+    # [BLOCK_M, BLOCK_D]
+    values = load_tile_rows(out_base, tile_offsets(out.row, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D)
+    grads = load_tile_rows(do_base, tile_offsets(dout.row, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D)
     lane = tl.arange(0, BLOCK_M)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    delta = tl.sum(values.to(tl.float32) * grads.to(tl.float32), 1)  # [BLOCK_M]
     tl.store(delta_ptr + (batch * heads + head) * rows + first + lane, delta, mask=lane < left)

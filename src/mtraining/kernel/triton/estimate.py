@@ -1,6 +1,6 @@
-"""The estimation half of the Triton backend: probe scores, selection, compact columns.
+"""Estimation kernels in Triton: probe scores, and the heaviest entries.
 
-Nothing here waits for the device or depends on its data for a shape, and every result repeats bit for bit: sums whose
+Nothing here waits for the device or depends on its data for a shape. Every result repeats bit for bit: sums whose
 order is free are sums of integers, all others run in a fixed order.
 """
 
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mtraining.kernel.triton import compact as triton_compact
 from mtraining.kernel.triton import heaviest as triton_heaviest
 from mtraining.kernel.triton import probe as triton_probe
 
 
 class TritonEstimation:
-    """Same methods as :class:`mtraining.kernel.reference.estimate.ReferenceEstimation`, fused."""
+    """Implements :class:`mtraining.kernel.backend.EstimationKernels`."""
 
     def probe_lse(
         self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float
     ) -> Tensor:
-        probe, k = _lined_up(probe), _lined_up(k)
+        probe, k = unit_head_dim(probe), unit_head_dim(k)
         return triton_probe.probe_lse(
             probe, k, probe_positions.contiguous(), key_positions.contiguous(), scale
         )
@@ -28,30 +27,14 @@ class TritonEstimation:
         self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float, lse: Tensor,
         seq_len: int, block_size: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        probe, k = _lined_up(probe), _lined_up(k)
-        return triton_probe.probe_mass(
-            probe,
-            k,
-            probe_positions.contiguous(),
-            key_positions.contiguous(),
-            scale,
-            lse.contiguous(),
-            seq_len,
-            block_size,
-        )
+        probe, k = unit_head_dim(probe), unit_head_dim(k)
+        at, key_at = probe_positions.contiguous(), key_positions.contiguous()
+        return triton_probe.probe_mass(probe, k, at, key_at, scale, lse.contiguous(), seq_len, block_size)
 
     def heaviest(self, mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Tensor:
         return triton_heaviest.heaviest(mass.contiguous(), forced.contiguous(), top_p, keep)
 
-    def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
-        return triton_compact.gather_columns(
-            _lined_up(k), _lined_up(v), columns.contiguous(), slots.contiguous()
-        )
 
-    def scatter_columns(self, grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) -> None:
-        triton_compact.scatter_columns(_lined_up(grads), columns.contiguous(), slots.contiguous(), dkv)
-
-
-def _lined_up(x: Tensor) -> Tensor:
-    """The kernels step through head_dim by one; every other stride is free."""
+def unit_head_dim(x: Tensor) -> Tensor:
+    """``x`` with unit stride along head_dim, which the kernels need; every other stride is free."""
     return x if x.stride(-1) == 1 else x.contiguous()

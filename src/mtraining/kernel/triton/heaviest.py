@@ -1,8 +1,8 @@
 """The heaviest entries of each row without sorting: a radix search for the weight at which the budget runs out.
 
 Masses are non-negative, so their fp32 bit patterns order like their values. Three passes over 11 + 10 + 10 bits count
-the entries of each bucket and sum their mass; after each, the bucket in which count or mass reaches the budget is the
-one to look into. What remains is a threshold, and how many of the entries equal to it are kept.
+the entries of each bucket and sum their mass. After each pass, the bucket in which count or mass reaches the budget is
+the one to look into. What remains is a threshold, and how many of the entries equal to it are kept.
 
 Count and mass of a bucket share one int64: the count in the low bits, the mass as a fixed-point number above it. Their
 sums are exact, so they do not depend on the order in which atomic additions arrive, and a top_p of 1 keeps exactly the
@@ -132,17 +132,8 @@ def count_kernel(mass_ptr, forced_ptr, state_ptr, count_ptr, n, chunks, CHUNK: t
 
 @triton.jit
 def select_kernel(
-    mass_ptr,
-    forced_ptr,
-    state_ptr,
-    count_ptr,
-    out_ptr,
-    n,
-    chunks,
-    width,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    mass_ptr, forced_ptr, state_ptr, count_ptr, out_ptr, n, chunks, width, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
     """Write the kept places in ascending order, then n: int64 (rows, width)."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     place, above, equal = _classify(mass_ptr, forced_ptr, state_ptr, row, chunk, n, CHUNK)
@@ -166,7 +157,7 @@ def select_kernel(
 
 
 def heaviest(mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Tensor:
-    """See :meth:`mtraining.kernel.backend.Backend.heaviest`.
+    """See :meth:`mtraining.kernel.backend.EstimationKernels.heaviest`.
 
     Args:
         mass: fp32 (rows, n), contiguous.
@@ -188,18 +179,8 @@ def heaviest(mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Te
     ):
         shared = {"LEVEL": level, "BUCKETS": buckets, "COUNT_BITS": count_bits}
         histogram_kernel[grid](
-            mass,
-            flags,
-            total,
-            state,
-            hist,
-            n,
-            SHIFT=shift,
-            MASS_BITS=mass_bits,
-            CHUNK=_CHUNK,
-            num_warps=8,
-            **shared,
-        )
+            mass, flags, total, state, hist, n, SHIFT=shift, MASS_BITS=mass_bits, CHUNK=_CHUNK, num_warps=8, **shared
+        )  # fmt: skip
         narrow_kernel[(rows,)](
             state, hist, 1.0 if top_p is None else float(top_p), width, LAST=level == len(_LEVELS) - 1,
             HAS_TOP_P=top_p is not None, num_warps=8, **shared,

@@ -1,12 +1,14 @@
 """Which columns a block of queries must not see, as bits: one for each (query block, column).
 
-Set where a slash tile of the block holds the column (it belongs to that tile), where the column lies after the block,
-and in the padding. A bit costs one look-up in the head's bitmap, made once a call instead of in each kernel and tile.
+A bit is set where a slash tile of the block holds the column, which then belongs to that tile. It is also set where the
+column lies after the block, and in the padding. A bit costs one look-up in the head's bitmap. Making the bits once a
+call saves that look-up in each kernel and tile.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,10 +17,33 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mtraining.kernel.index import SparseIndex
+from mtraining.kernel.triton.lists import Bitmaps, bitmaps
 
-_WORDS = 32  # of 32 columns each, for one program
+# A program packs 32 words of 32 columns each, for 16 blocks of queries.
+_WORDS = 32
 _ROWS = 16
-_MULTIPLE = 128  # columns, the widest tile: words past the capacity are there, with every bit set
+# The widest tile of columns. Words are made for whole tiles; past the capacity every bit is set.
+_MULTIPLE = 128
+
+
+class QueryTables(NamedTuple):
+    """What query-major kernels read of :class:`ColumnTables`."""
+
+    columns: Any
+    words: Any
+    q_blocks: Any
+    before: Any
+    upto: Any
+
+
+class KeyTables(NamedTuple):
+    """What key-major kernels read of :class:`ColumnTables`."""
+
+    columns: Any
+    words: Any
+    q_blocks: Any
+    first_slot: Any
+    first_seen: Any
 
 
 @dataclass(frozen=True)
@@ -44,12 +69,21 @@ class ColumnTables:
     first_seen: Tensor
     first_slot: Tensor
 
+    def for_queries(self) -> QueryTables:
+        return QueryTables(self.columns, self.words, self.q_blocks, self.before, self.upto)
+
+    def for_keys(self) -> KeyTables:
+        return KeyTables(self.columns, self.words, self.q_blocks, self.first_slot, self.first_seen)
+
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def tables_of_backward(index: SparseIndex, q_blocks: Tensor, ck: Tensor) -> ColumnTables:
-    """The tables of a backward pass over the columns ``ck``: two kernels ask, the second is given the first one's."""
+    """The tables of a backward pass over the columns ``ck``.
+
+    Two kernels of the pass ask for them. The first makes and keeps them, the second takes them away.
+    """
     made = _kept.pop(ck, None)
     if made is not None and made[0] is index and made[1] is q_blocks:
         return made[2]
@@ -60,20 +94,17 @@ def tables_of_backward(index: SparseIndex, q_blocks: Tensor, ck: Tensor) -> Colu
 
 def column_tables(index: SparseIndex, q_blocks: Tensor) -> ColumnTables:
     """The tables of one pass, built on the device."""
-    columns, diagonals = index.columns.contiguous(), index.diagonals.contiguous()
+    columns = index.columns.contiguous()
     batch, heads, capacity = columns.shape
     rows, numbers = q_blocks.numel(), q_blocks.int()
     words = triton.cdiv(capacity, _MULTIPLE) * _MULTIPLE // 32
     bits = torch.empty(batch, heads, rows, words, dtype=torch.int32, device=columns.device)
     upto = torch.zeros(batch, heads, rows, dtype=torch.int32, device=columns.device)
     first_seen = torch.full((batch, heads, words), rows, dtype=torch.int32, device=columns.device)
-    blocks = index.local_blocks(q_blocks)
+    selected, row_bytes = bitmaps(index, q_blocks)
     _hidden_kernel[(batch * heads, triton.cdiv(words, _WORDS), triton.cdiv(rows, _ROWS))](
-        diagonals.view(torch.int8),
-        diagonals if blocks is None else blocks,
-        columns, numbers, bits, upto, first_seen, index.num_blocks, capacity, rows, words,
-        0 if blocks is None else blocks.shape[-1],
-        HAS_BLOCKS=blocks is not None, SIZE=index.block_size, WORDS=_WORDS, ROWS=_ROWS,
+        selected, columns, numbers, bits, upto, first_seen, index.num_blocks, capacity, rows, words, row_bytes,
+        HAS_BLOCKS=row_bytes > 0, SIZE=index.block_size, WORDS=_WORDS, ROWS=_ROWS,
     )  # fmt: skip
     starts = (numbers * index.block_size).expand(batch, heads, -1).contiguous()
     before = torch.searchsorted(columns, starts, out_int32=True)
@@ -84,26 +115,32 @@ def column_tables(index: SparseIndex, q_blocks: Tensor) -> ColumnTables:
 
 @triton.jit(do_not_specialize=["num_blocks", "capacity", "rows", "words", "row_bytes"])
 def _hidden_kernel(
-    diagonals, blocks, columns, q_blocks, bits, upto, first_seen, num_blocks, capacity, rows, words, row_bytes,
+    selected: Bitmaps, columns, q_blocks, bits, upto, first_seen, num_blocks, capacity, rows, words, row_bytes,
     HAS_BLOCKS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The largest and the least of many programs' values: in whatever order they come, the result is one."""
+    """Pack, for every (query block, column), the bit that hides the column.
+
+    Also record the last column that each block sees (``upto``, by atomic max), and the first block that sees each word
+    (``first_seen``, by atomic min). Max and min do not depend on order, so results are deterministic.
+    """
     head = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     lane = tl.arange(0, 32)
     at = word[:, None] * 32 + lane[None, :]
     column = tl.load(columns + head * capacity + at, mask=at < capacity, other=num_blocks * SIZE)
-    key = column // SIZE
+    key = column // SIZE  # [WORDS, 32]
     first = tl.program_id(2) * ROWS
     earliest = tl.zeros([WORDS], tl.int32) + rows
     for i in range(first, tl.minimum(first + ROWS, rows)):
         query = tl.load(q_blocks + i)
         seen = query >= key
-        hide = tl.load(diagonals + head * num_blocks + (query - key), mask=seen, other=1).to(tl.int32)
+        hide = tl.load(selected.diagonals + head * num_blocks + (query - key), mask=seen, other=1).to(
+            tl.int32
+        )
         if HAS_BLOCKS:
-            row = blocks + (head * rows + i) * row_bytes
+            row = selected.blocks + (head * rows + i) * row_bytes
             hide |= (tl.load(row + key // 8, mask=seen, other=0).to(tl.int32) >> (key % 8)) & 1
-        packed = tl.sum((hide != 0).to(tl.int32) << lane[None, :], 1)
+        packed = tl.sum((hide != 0).to(tl.int32) << lane[None, :], 1)  # [WORDS]
         tl.store(bits + (head * rows + i) * words + word, packed, mask=word < words)
         some = packed != -1
         last = tl.max(tl.where(some, word + 1, 0), 0) * 32

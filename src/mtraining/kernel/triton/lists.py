@@ -1,12 +1,13 @@
 """Row lists of slash tiles for the kernels, built on the device without a host synchronisation.
 
-Two kinds, told apart by ``TileLists.toeplitz``:
+There are two kinds, and ``TileLists.toeplitz`` says which:
 
-* *Toeplitz*: local query and key blocks are arithmetic progressions of one step (any whole sequence, the striped
-  and the contiguous layout), so a selected diagonal is the same shift ``i - j`` between local blocks in every row.
-  One ascending list per head serves all rows in both directions; entry u stands for the shift u - (key blocks - 1).
-  ``bounds`` counts the entries below each u, which gives every row its slice. O(blocks) memory a head.
-* *explicit*: one list of local blocks per row (other layouts, indices with block masks), nearest block first.
+* *Toeplitz*: local query and key blocks are arithmetic progressions of one step. This holds for any whole sequence, and
+  in the striped and the contiguous layout. A selected diagonal is then the same shift ``i - j`` between local blocks in
+  every row, so one ascending list per head serves all rows in both directions. Entry u stands for the shift
+  u - (key blocks - 1). ``bounds`` counts the entries below each u, which gives every row its slice. O(blocks) memory a
+  head.
+* *explicit*: one list of local blocks per row, nearest block first, for other layouts and for block masks.
 
 In both kinds the tile on the causal diagonal, if selected, is the first of its row.
 """
@@ -14,6 +15,7 @@ In both kinds the tile on the causal diagonal, if selected, is the first of its 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,8 +24,33 @@ from torch import Tensor
 
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
+from mtraining.kernel.triton.common import RowLists
 
 _CHUNK = 1024
+
+
+class Bitmaps(NamedTuple):
+    """What selects tiles: ``diagonals`` int8 (batch, heads, num_blocks), and ``blocks`` as ``SparseIndex`` has them for
+    the local query blocks. Without blocks the diagonals stand in their place and are not read."""
+
+    diagonals: Any
+    blocks: Any
+
+
+class Row(NamedTuple):
+    """A row of blocks: its number among all heads' rows, its head, and the global number of its block."""
+
+    number: Any
+    head: Any
+    block: Any
+
+
+def bitmaps(index: SparseIndex, q_blocks: Tensor) -> tuple[Bitmaps, int]:
+    """The index as kernels read it, and the bytes of a row of its blocks (0: it has none)."""
+    diagonals, blocks = index.diagonals.contiguous(), index.local_blocks(q_blocks)
+    if blocks is None:
+        return Bitmaps(diagonals.view(torch.int8), diagonals), 0
+    return Bitmaps(diagonals.view(torch.int8), blocks), blocks.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -31,9 +58,9 @@ class TileLists:
     """Lists of one direction.
 
     Attributes:
-        entries: int32, with at least one spare element at the end (the kernels read one entry ahead).
-        bounds: int32; Toeplitz: (batch * heads, rows + columns), entries below each shift; explicit: (batch * heads,
-            rows), list lengths.
+        entries: int32, with at least one spare element at the end, because the kernels read one entry ahead.
+        bounds: int32. Toeplitz: (batch * heads, rows + columns), entries below each shift. Explicit:
+            (batch * heads, rows), list lengths.
         row_blocks, col_blocks: int32, global block numbers.
         diagonal: Toeplitz: the entry of the causal diagonal, -1 where this call has none.
         toeplitz: which kind.
@@ -45,6 +72,9 @@ class TileLists:
     col_blocks: Tensor
     diagonal: int
     toeplitz: bool
+
+    def for_kernel(self) -> RowLists:
+        return RowLists(self.entries, self.bounds, self.row_blocks, self.col_blocks)
 
 
 def tile_lists(index: SparseIndex, placement: Placement, key_major: bool) -> TileLists:
@@ -90,17 +120,17 @@ def _toeplitz(index: SparseIndex, placement: Placement, row_blocks: Tensor, col_
 def _explicit(
     index: SparseIndex, placement: Placement, row_blocks: Tensor, col_blocks: Tensor, key_major: bool
 ) -> TileLists:
-    diagonals = index.diagonals.contiguous()
-    heads, rows, cols = diagonals.shape[0] * diagonals.shape[1], row_blocks.numel(), col_blocks.numel()
-    entries = torch.empty(heads * rows * cols + 1, dtype=torch.int32, device=diagonals.device)
-    bounds = torch.empty(heads, rows, dtype=torch.int32, device=diagonals.device)
-    blocks = index.local_blocks(placement.q_blocks)
+    heads, device = index.diagonals.shape[0] * index.diagonals.shape[1], index.diagonals.device
+    rows, cols = row_blocks.numel(), col_blocks.numel()
+    entries = torch.empty(heads * rows * cols + 1, dtype=torch.int32, device=device)
+    bounds = torch.empty(heads, rows, dtype=torch.int32, device=device)
+    lists = TileLists(entries, bounds, row_blocks, col_blocks, -1, False)
+    selected, row_bytes = bitmaps(index, placement.q_blocks)
     _explicit_kernel[(heads * rows,)](
-        diagonals.view(torch.int8), diagonals if blocks is None else blocks, row_blocks, col_blocks, entries, bounds,
-        index.num_blocks, rows, cols, 0 if blocks is None else blocks.shape[-1],
-        HAS_BLOCKS=blocks is not None, KEY_MAJOR=key_major, CHUNK=min(_CHUNK, triton.next_power_of_2(cols)),
+        selected, lists.for_kernel(), index.num_blocks, rows, cols, row_bytes,
+        HAS_BLOCKS=row_bytes > 0, KEY_MAJOR=key_major, CHUNK=min(_CHUNK, triton.next_power_of_2(cols)),
     )  # fmt: skip
-    return TileLists(entries, bounds, row_blocks, col_blocks, -1, False)
+    return lists
 
 
 @triton.jit(do_not_specialize=["num_blocks", "pitch", "keys", "stride", "offset"])
@@ -124,52 +154,44 @@ def _toeplitz_kernel(
 
 @triton.jit
 def selected_tiles(
-    diagonals, blocks, col_blocks, mine, slot, there, pid, head, cols, num_blocks, row_bytes, HAS_BLOCKS: tl.constexpr,
+    selected: Bitmaps, num_blocks, row_bytes, row: Row, slot, other, there, cols, HAS_BLOCKS: tl.constexpr,
     KEY_MAJOR: tl.constexpr,
 ):  # fmt: skip
-    """For row ``pid`` (global block ``mine`` of ``head``) and the local blocks ``slot``, where ``there``: 1 where the
-    tile is selected, and the global numbers of those blocks."""
-    other = tl.load(col_blocks + slot, mask=there, other=0)
-    query, key = (other, mine) if KEY_MAJOR else (mine, other)
+    """1 for each selected tile of a row of blocks, else 0: int32 like ``slot``.
+
+    Args:
+        slot, other: local and global numbers of the blocks to look at, of keys or, KEY_MAJOR, of queries.
+        there: which of them exist.
+    """
+    query, key = (other, row.block) if KEY_MAJOR else (row.block, other)
     causal = there & (query >= key)
-    bit = tl.load(diagonals + head * num_blocks + (query - key), mask=causal, other=0).to(tl.int32)
+    diagonal = selected.diagonals + row.head * num_blocks + (query - key)
+    bit = tl.load(diagonal, mask=causal, other=0).to(tl.int32)
     if HAS_BLOCKS:
-        row = head * cols + slot if KEY_MAJOR else pid
-        byte = tl.load(blocks + row * row_bytes + key // 8, mask=causal, other=0).to(tl.int32)
+        query_row = row.head * cols + slot if KEY_MAJOR else row.number
+        byte = tl.load(selected.blocks + query_row * row_bytes + key // 8, mask=causal, other=0).to(tl.int32)
         bit |= (byte >> (key % 8)) & 1
-    return bit, other
+    return bit
 
 
 @triton.jit(do_not_specialize=["num_blocks", "rows", "cols", "row_bytes"])
 def _explicit_kernel(
-    diagonals, blocks, row_blocks, col_blocks, entries, bounds, num_blocks, rows, cols, row_bytes,
+    selected: Bitmaps, lists: RowLists, num_blocks, rows, cols, row_bytes,
     HAS_BLOCKS: tl.constexpr, KEY_MAJOR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program a row of a head: compact its selected tiles, nearest first."""
     pid = tl.program_id(0).to(tl.int64)
-    head = pid // rows
-    mine = tl.load(row_blocks + pid % rows)
+    row = Row(pid, pid // rows, tl.load(lists.row_blocks + pid % rows))
     count = 0
     for start in range(0, cols, CHUNK):
         lane = start + tl.arange(0, CHUNK)
         there = lane < cols
         slot = lane if KEY_MAJOR else cols - 1 - lane
-        bit, _ = selected_tiles(
-            diagonals,
-            blocks,
-            col_blocks,
-            mine,
-            slot,
-            there,
-            pid,
-            head,
-            cols,
-            num_blocks,
-            row_bytes,
-            HAS_BLOCKS,
-            KEY_MAJOR,
+        other = tl.load(lists.col_blocks + slot, mask=there, other=0)
+        bit = selected_tiles(
+            selected, num_blocks, row_bytes, row, slot, other, there, cols, HAS_BLOCKS, KEY_MAJOR
         )
         upto = count + tl.cumsum(bit, 0)
-        tl.store(entries + pid * cols + upto - 1, slot, mask=bit != 0)
+        tl.store(lists.entries + pid * cols + upto - 1, slot, mask=bit != 0)
         count += tl.sum(bit, 0)
-    tl.store(bounds + pid, count)
+    tl.store(lists.bounds + pid, count)

@@ -1,23 +1,100 @@
 """Scores of a few probe queries against all local keys, in two passes that store no probabilities.
 
-One program takes one tile of keys of one kv head and every query head that reads it, so keys come from memory once a
-pass; the probe's queries, a few KiB a head, come from the cache. Probe queries that stand before all keys of a tile are
-left out: half of all pairs where the probe is spread over the sequence. Sums over distances (taken along the diagonals
-of the score tile) or block diagonals (three a query and tile) are added to int64 fixed-point totals: integer additions
-commute, so the result repeats bit for bit whatever the order of programs.
+One program takes one tile of keys of one kv head and every query head that reads it. Keys therefore come from memory
+once a pass; the probe's queries, a few KiB a head, come from the cache. Probe queries that stand before all keys of a
+tile are left out. This is half of all pairs where the probe is spread over the sequence.
+
+Sums over distances are taken along the diagonals of the score tile, sums over block diagonals as three numbers a query
+and tile. Both are added to int64 fixed-point totals. Integer additions commute, so the result repeats bit for bit
+whatever the order of programs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtraining.kernel.triton.common import LN2, LOG2E, load_tile_rows, tile_offsets
+from mtraining.kernel.triton.common import (
+    LN2,
+    LOG2E,
+    Strided,
+    load_tile_rows,
+    start_of_row,
+    strided,
+    tile_offsets,
+)
 from mtraining.kernel.triton.tile_sizes import check_block_size, interpreted, padded
+
+
+class Shape(NamedTuple):
+    """Constants of the probe's kernels, whose argument ``shape`` it is.
+
+    Attributes:
+        SIZE: tokens that a block diagonal spans; 1: slashes are token distances.
+        KV_HEADS: kv heads, each read by GROUP query heads.
+        BLOCK_D: HEAD_DIM, padded to a power of two.
+        BLOCK_M, BLOCK_N: probe queries and keys of a tile of scores.
+        PRECISION: of products, as ``tl.dot`` names it.
+    """
+
+    SIZE: int
+    KV_HEADS: int
+    GROUP: int
+    HEAD_DIM: int
+    BLOCK_D: int
+    BLOCK_M: int
+    BLOCK_N: int
+    PRECISION: str
+
+
+class ProbeQueries(NamedTuple):
+    """The probe: queries (batch, count, q_heads, head_dim), and pointers to positions int64 (count,) and lse.
+
+    lse is fp32 (batch, q_heads, count), global; the first pass has none yet and does not read it.
+    """
+
+    x: Strided
+    positions: Any
+    lse: Any
+    count: Any
+
+
+class KeyTile(NamedTuple):
+    """One tile of local keys.
+
+    Attributes:
+        k: the keys [BLOCK_N, BLOCK_D].
+        positions: pointer to the first one's position; ``at`` [BLOCK_N] has them all.
+        left: keys from the first one to the last local one, of ``keys``.
+        astray: how many do not stand where consecutive keys would.
+        blind: tiles of probe queries that stand before all keys.
+    """
+
+    k: Any
+    positions: Any
+    at: Any
+    left: Any
+    keys: Any
+    astray: Any
+    blind: Any
+    batch: Any
+    kv_head: Any
+
+
+class Sums(NamedTuple):
+    """Where mass is added up: pointers to ``columns``, of the tile's first key, and ``totals`` of slashes.
+
+    Totals are int64 (batch * q_heads, slashes), in units of 1 / ``unit``.
+    """
+
+    columns: Any
+    totals: Any
+    unit: Any
+    slashes: Any
 
 
 @triton.jit
@@ -43,49 +120,51 @@ def _key_positions(key_pos_ptr, left, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _raw_scores(
-    probe_ptr, q_b, q_p, q_h, k_tile, probe_pos_ptr, batch, head, probe_tile, probes, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Products (BLOCK_M, BLOCK_N) of a tile of probe queries with one of keys, and the queries' positions."""
-    first, row = (probe_tile * BLOCK_M).to(tl.int64), tl.arange(0, BLOCK_M)
-    left = probes - probe_tile * BLOCK_M
-    probe_at = tl.load(probe_pos_ptr + first + row, mask=row < left, other=-1).to(tl.int32)
-    base = probe_ptr + batch * q_b + head * q_h + first * q_p
-    q = load_tile_rows(base, tile_offsets(q_p, BLOCK_M, BLOCK_D), left, HEAD_DIM, BLOCK_D)
-    return tl.dot(q, tl.trans(k_tile), input_precision=PRECISION), probe_at
+def _raw_scores(probe: ProbeQueries, k, batch, head, probe_tile, shape: tl.constexpr):
+    """Products [BLOCK_M, BLOCK_N] of a tile of probe queries with keys ``k``, and the queries' positions [BLOCK_M]."""
+    first, row = (probe_tile * shape.BLOCK_M).to(tl.int64), tl.arange(0, shape.BLOCK_M)
+    left = probe.count - probe_tile * shape.BLOCK_M
+    probe_at = tl.load(probe.positions + first + row, mask=row < left, other=-1).to(tl.int32)
+    base = start_of_row(probe.x, batch, head, first)
+    offsets = tile_offsets(probe.x.row, shape.BLOCK_M, shape.BLOCK_D)
+    q = load_tile_rows(base, offsets, left, shape.HEAD_DIM, shape.BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    return tl.dot(q, tl.trans(k), input_precision=shape.PRECISION), probe_at
 
 
 @triton.jit
 def probe_lse_kernel(
-    probe_ptr, k_ptr, probe_pos_ptr, key_pos_ptr, part_ptr, q_b, q_p, q_h, k_b, k_s, k_h,
-    scale_log2, probes, keys, tiles, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    probe: Strided, k: Strided, probe_pos_ptr, key_pos_ptr, part_ptr, scale_log2, probes, keys, tiles,
+    shape: tl.constexpr,
 ):  # fmt: skip
     """Log2-sum-exp2 of every probe query over one tile of keys: part (batch, q_heads, tiles, probes)."""
+    BLOCK_M: tl.constexpr = shape.BLOCK_M
+    BLOCK_N: tl.constexpr = shape.BLOCK_N
+    BLOCK_D: tl.constexpr = shape.BLOCK_D
+    KV_HEADS: tl.constexpr = shape.KV_HEADS
+    GROUP: tl.constexpr = shape.GROUP
     tile, bh = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (bh // KV_HEADS).to(tl.int64), (bh % KV_HEADS).to(tl.int64)
     first = tile.to(tl.int64) * BLOCK_N
     left = keys - tile * BLOCK_N
-    key_at = _key_positions(key_pos_ptr + first, left, BLOCK_N)
+    key_at = _key_positions(key_pos_ptr + first, left, BLOCK_N)  # [BLOCK_N]
     lane = tl.arange(0, BLOCK_M)
     probe_tiles = tl.cdiv(probes, BLOCK_M)
     blind = _first_reached(probe_pos_ptr, probes, tl.min(key_at, 0), BLOCK_N) // BLOCK_M
     for member in range(GROUP):
         place = (((batch * KV_HEADS + kv_head) * GROUP + member) * tiles + tile) * probes
-        for probe_tile in range(blind):  # all of its queries stand before all keys
+        # Tiles of queries that all stand before all keys.
+        for probe_tile in range(blind):
             row = probe_tile * BLOCK_M + lane
             tl.store(part_ptr + place + row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=row < probes)
-    k_base = k_ptr + batch * k_b + kv_head * k_h + first * k_s
-    k_tile = load_tile_rows(k_base, tile_offsets(k_s, BLOCK_N, BLOCK_D), left, HEAD_DIM, BLOCK_D)
+    k_base = start_of_row(k, batch, kv_head, first)
+    k_tile = load_tile_rows(k_base, tile_offsets(k.row, BLOCK_N, BLOCK_D), left, shape.HEAD_DIM, BLOCK_D)
     seeing = tl.maximum(probe_tiles - blind, 1)  # a divisor
     for step in range(GROUP * (probe_tiles - blind)):
         head = kv_head * GROUP + step // seeing
         probe_tile = blind + step % seeing
-        scores, probe_at = _raw_scores(
-            probe_ptr, q_b, q_p, q_h, k_tile, probe_pos_ptr, batch, head, probe_tile, probes,
-            HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
-        )  # fmt: skip
+        # There is no lse yet; any pointer will do.
+        queries = ProbeQueries(probe, probe_pos_ptr, part_ptr, probes)
+        scores, probe_at = _raw_scores(queries, k_tile, batch, head, probe_tile, shape)
         scores = tl.where(key_at[None, :] <= probe_at[:, None], scores * scale_log2, float("-inf"))
         top = tl.max(scores, 1)
         empty = top == float("-inf")
@@ -142,7 +221,8 @@ def _add_entries(
 ):
     """Add each entry of ``prob`` to the totals by distance: for queries or keys at scattered positions."""
     lane = tl.arange(0, 16)
-    for first in range(0, BLOCK_M, 16):  # a slice of rows at a time: a whole tile of addresses would not fit
+    # A slice of rows at a time: a whole tile of addresses would not fit.
+    for first in range(0, BLOCK_M, 16):
         index = tl.broadcast_to((first + lane)[:, None], [16, BLOCK_N])
         part = tl.gather(prob, index, 0)
         probe_at = tl.load(probe_pos_ptr + first + lane, mask=first + lane < rows, other=0).to(tl.int32)
@@ -189,121 +269,119 @@ def _add_diagonals(
 
 
 @triton.jit
-def _add_runs(
-    total_ptr, prob, probe_at, key_at, key_pos_ptr, left, unit, slashes, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def _add_runs(total_ptr, prob, probe_at, tile: KeyTile, sums: Sums, shape: tl.constexpr):
     """:func:`_add_diagonals` for keys anywhere: each run of consecutive positions by itself."""
-    lane = tl.arange(0, BLOCK_N)
-    later = (lane > 0) & (lane < left)
-    previous = tl.load(key_pos_ptr + lane - 1, mask=later, other=0).to(tl.int32)
-    run_of = tl.cumsum((later & (key_at != previous + 1)).to(tl.int32), 0)
+    lane = tl.arange(0, shape.BLOCK_N)
+    later = (lane > 0) & (lane < tile.left)
+    previous = tl.load(tile.positions + lane - 1, mask=later, other=0).to(tl.int32)
+    run_of = tl.cumsum((later & (tile.at != previous + 1)).to(tl.int32), 0)
     for run in range(tl.max(run_of, 0) + 1):
         inside = run_of == run
         # Where the tile's first key would stand if all of it were this run.
-        origin = tl.min(tl.where(inside, key_at - lane, 2**31 - 1), 0)
+        origin = tl.min(tl.where(inside, tile.at - lane, 2**31 - 1), 0)
         part = tl.where(inside[None, :], prob, 0.0)
-        _add_diagonals(total_ptr, part, probe_at - origin, unit, slashes, SIZE, BLOCK_M, BLOCK_N)
+        _add_diagonals(
+            total_ptr, part, probe_at - origin, sums.unit, sums.slashes, shape.SIZE, shape.BLOCK_M, shape.BLOCK_N
+        )  # fmt: skip
 
 
 @triton.jit
 def _mass_of_tile(
-    probe_ptr, k_tile, probe_pos_ptr, key_pos_ptr, lse_ptr, column_ptr, total_ptr, q_b, q_p, q_h, scale_log2, unit,
-    probes, keys, slashes, left, key_at, keys_astray, blind, batch, kv_head, CONSECUTIVE: tl.constexpr,
-    SIZE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The mass of one tile of keys, pointers at its first; CONSECUTIVE: all are there and follow one another."""
+    probe: ProbeQueries, tile: KeyTile, sums: Sums, scale_log2, CONSECUTIVE: tl.constexpr, shape: tl.constexpr
+):
+    """The mass of one tile of keys; CONSECUTIVE: all are there and follow one another."""
+    SIZE: tl.constexpr = shape.SIZE
+    GROUP: tl.constexpr = shape.GROUP
+    BLOCK_M: tl.constexpr = shape.BLOCK_M
+    BLOCK_N: tl.constexpr = shape.BLOCK_N
+    probes, blind = probe.count, tile.blind
     probe_tiles = tl.cdiv(probes, BLOCK_M)
     seeing = tl.maximum(probe_tiles - blind, 1)  # a divisor
-    key_start = tl.load(key_pos_ptr).to(tl.int32)
+    key_start = tl.load(tile.positions).to(tl.int32)
     lane, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     # Rows a thread of the tensor cores holds, 8 apart, are added as they come; the others once a head.
     columns = tl.zeros([BLOCK_M // 16, 8, BLOCK_N], tl.float32)
     for step in range(GROUP * (probe_tiles - blind)):
-        head, probe_tile = kv_head * GROUP + step // seeing, blind + step % seeing
-        head_row = batch * KV_HEADS * GROUP + head
-        scores, probe_at = _raw_scores(
-            probe_ptr, q_b, q_p, q_h, k_tile, probe_pos_ptr, batch, head, probe_tile, probes,
-            HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
-        )  # fmt: skip
+        head, probe_tile = tile.kv_head * GROUP + step // seeing, blind + step % seeing
+        head_row = tile.batch * shape.KV_HEADS * GROUP + head
+        scores, probe_at = _raw_scores(probe, tile.k, tile.batch, head, probe_tile, shape)
         row = probe_tile * BLOCK_M + lane
-        lse2 = tl.load(lse_ptr + head_row * probes + row, mask=row < probes, other=0.0)
+        lse2 = tl.load(probe.lse + head_row * probes + row, mask=row < probes, other=0.0)  # [BLOCK_M]
         lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2 * LOG2E)
         if CONSECUTIVE:
             farthest = tl.minimum(probe_at - key_start, BLOCK_N)
             seen = _less_column(farthest.to(tl.float32), 1, BLOCK_M, BLOCK_N) >= 0.0
         else:
-            seen = key_at[None, :] <= probe_at[:, None]
+            seen = tile.at[None, :] <= probe_at[:, None]
+        # [BLOCK_M, BLOCK_N]
         prob = tl.exp2(tl.where(seen, scores * scale_log2 - lse2[:, None], float("-inf")))
+
+        # Mass by key.
         pairs = tl.sum(tl.reshape(prob, [BLOCK_M // 16, 2, 8, BLOCK_N]), 1)
         columns = tl.where(probe_tile == blind, 0.0, columns) + pairs
         if probe_tile == probe_tiles - 1:
             total = tl.sum(tl.reshape(columns, [BLOCK_M // 2, BLOCK_N]), 0)
-            tl.store(column_ptr + head_row * keys + column, total, mask=column < left)
-        totals = total_ptr + head_row * slashes
+            tl.store(sums.columns + head_row * tile.keys + column, total, mask=column < tile.left)
+
+        # Mass by slash.
+        totals = sums.totals + head_row * sums.slashes
         if CONSECUTIVE:
-            _add_diagonals(totals, prob, probe_at - key_start, unit, slashes, SIZE, BLOCK_M, BLOCK_N)
-        elif SIZE > 1:
-            _add_runs(
-                totals, prob, probe_at, key_at, key_pos_ptr, left, unit, slashes, SIZE, BLOCK_M, BLOCK_N
+            _add_diagonals(
+                totals, prob, probe_at - key_start, sums.unit, sums.slashes, SIZE, BLOCK_M, BLOCK_N
             )
+        elif SIZE > 1:
+            _add_runs(totals, prob, probe_at, tile, sums, shape)
         else:
-            starts = probe_pos_ptr + probe_tile * BLOCK_M
+            starts = probe.positions + probe_tile * BLOCK_M
             probe_start = tl.load(starts).to(tl.int32)
             probes_astray = tl.sum(((probe_at != probe_start + lane) & (row < probes)).to(tl.int32), 0)
-            if keys_astray + probes_astray == 0:
+            if tile.astray + probes_astray == 0:
                 # The row numbers, but loaded: indices known before the loop would be kept in registers throughout it.
                 shift = probe_at - probe_start
-                _add_distances(totals, prob, shift, probe_start - key_start, unit, BLOCK_M, BLOCK_N)
+                _add_distances(totals, prob, shift, probe_start - key_start, sums.unit, BLOCK_M, BLOCK_N)
             else:
                 rows = probes - probe_tile * BLOCK_M
-                _add_entries(totals, prob, starts, key_at, rows, unit, BLOCK_M, BLOCK_N)
+                _add_entries(totals, prob, starts, tile.at, rows, sums.unit, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def probe_mass_kernel(
-    probe_ptr, k_ptr, probe_pos_ptr, key_pos_ptr, lse_ptr, column_ptr, total_ptr, q_b, q_p, q_h, k_b, k_s, k_h,
-    scale_log2, unit, probes, keys, slashes, SIZE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    probe: Strided, k: Strided, probe_pos_ptr, key_pos_ptr, lse_ptr, column_ptr, total_ptr,
+    scale_log2, unit, probes, keys, slashes, shape: tl.constexpr,
 ):  # fmt: skip
-    """Probability by key: column (batch * q_heads, keys) fp32; by slash: total (batch * q_heads, slashes) int64.
-
-    SIZE: tokens a block diagonal spans; 1: slashes are token distances.
-    """
+    """Probability by key: column (batch * q_heads, keys) fp32; by slash: total (batch * q_heads, slashes) int64."""
+    SIZE: tl.constexpr = shape.SIZE
+    BLOCK_M: tl.constexpr = shape.BLOCK_M
+    BLOCK_N: tl.constexpr = shape.BLOCK_N
+    BLOCK_D: tl.constexpr = shape.BLOCK_D
     tile, bh = tl.program_id(0), tl.program_id(1)
-    batch, kv_head = (bh // KV_HEADS).to(tl.int64), (bh % KV_HEADS).to(tl.int64)
+    batch, kv_head = (bh // shape.KV_HEADS).to(tl.int64), (bh % shape.KV_HEADS).to(tl.int64)
     first = tile.to(tl.int64) * BLOCK_N
     left = keys - tile * BLOCK_N
     lane = tl.arange(0, BLOCK_N)
     key_pos_ptr += first
     column_ptr += first
-    key_at = _key_positions(key_pos_ptr, left, BLOCK_N)
+    key_at = _key_positions(key_pos_ptr, left, BLOCK_N)  # [BLOCK_N]
     astray = key_at != tl.load(key_pos_ptr).to(tl.int32) + lane
     if SIZE == 1:
         astray &= lane < left
     keys_astray = tl.sum(astray.to(tl.int32), 0)
     blind = _first_reached(probe_pos_ptr, probes, tl.min(key_at, 0), BLOCK_N) // BLOCK_M
     if blind * BLOCK_M >= probes:
-        for head in range(GROUP):
-            row = bh.to(tl.int64) * GROUP + head
+        for head in range(shape.GROUP):
+            row = bh.to(tl.int64) * shape.GROUP + head
             tl.store(column_ptr + row * keys + lane, tl.zeros([BLOCK_N], tl.float32), mask=lane < left)
-    k_base = k_ptr + batch * k_b + kv_head * k_h + first * k_s
-    k_tile = load_tile_rows(k_base, tile_offsets(k_s, BLOCK_N, BLOCK_D), left, HEAD_DIM, BLOCK_D)
+    k_base = start_of_row(k, batch, kv_head, first)
+    # [BLOCK_N, BLOCK_D]
+    k_tile = load_tile_rows(k_base, tile_offsets(k.row, BLOCK_N, BLOCK_D), left, shape.HEAD_DIM, BLOCK_D)
+    queries = ProbeQueries(probe, probe_pos_ptr, lse_ptr, probes)
+    own = KeyTile(k_tile, key_pos_ptr, key_at, left, keys, keys_astray, blind, batch, kv_head)
+    sums = Sums(column_ptr, total_ptr, unit, slashes)
     if SIZE > 1:  # noqa: SIM102  known when compiled, and the next is not
         if keys_astray == 0:
-            _mass_of_tile(
-                probe_ptr, k_tile, probe_pos_ptr, key_pos_ptr, lse_ptr, column_ptr, total_ptr, q_b, q_p, q_h,
-                scale_log2, unit, probes, keys, slashes, left, key_at, keys_astray, blind, batch, kv_head, True, SIZE,
-                KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
-            )  # fmt: skip
+            _mass_of_tile(queries, own, sums, scale_log2, True, shape)
             return
-    _mass_of_tile(
-        probe_ptr, k_tile, probe_pos_ptr, key_pos_ptr, lse_ptr, column_ptr, total_ptr, q_b, q_p, q_h, scale_log2, unit,
-        probes, keys, slashes, left, key_at, keys_astray, blind, batch, kv_head, False, SIZE, KV_HEADS, GROUP,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
-    )  # fmt: skip
+    _mass_of_tile(queries, own, sums, scale_log2, False, shape)
 
 
 class ProbeTiles(NamedTuple):
@@ -335,28 +413,36 @@ def probe_tiles(
     return ProbeTiles(queries, min(widest, fits), options)
 
 
-def _launch(probe: Tensor, k: Tensor, block_size: int = 1) -> tuple[tuple[int, int], dict[str, object]]:
+def _launch(probe: Tensor, k: Tensor, block_size: int = 1) -> tuple[tuple[int, int], Shape, dict[str, int]]:
+    """Grid, constants and options of a launch."""
     batch, probes, heads, dim = probe.shape
     capability = torch.cuda.get_device_capability(k.device) if k.is_cuda else (0, 0)
     tiles = probe_tiles(probes, dim, k.element_size(), capability, block_size)
-    constants: dict[str, object] = {
-        "KV_HEADS": k.shape[2], "GROUP": heads // k.shape[2], "HEAD_DIM": dim, "BLOCK_D": padded(dim),
-        "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32",
-        **tiles.options,
-    }  # fmt: skip
-    return (triton.cdiv(k.shape[1], tiles.keys), batch * k.shape[2]), constants
+    kv_heads, precision = k.shape[2], "ieee" if k.dtype == torch.float32 else "tf32"
+    constants = (
+        block_size,
+        kv_heads,
+        heads // kv_heads,
+        dim,
+        padded(dim),
+        tiles.queries,
+        tiles.keys,
+        precision,
+    )
+    grid = (triton.cdiv(k.shape[1], tiles.keys), batch * kv_heads)
+    return grid, Shape(*constants), tiles.options
 
 
 def probe_lse(
     probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float
 ) -> Tensor:
-    """See :meth:`mtraining.kernel.backend.Backend.probe_lse`; probe and k with unit stride along head_dim."""
+    """See :meth:`mtraining.kernel.backend.EstimationKernels.probe_lse`; unit stride along head_dim."""
     batch, probes, heads, _ = probe.shape
-    grid, constants = _launch(probe, k)
+    grid, shape, options = _launch(probe, k)
     part = torch.empty(batch, heads, grid[0], probes, dtype=torch.float32, device=k.device)
     probe_lse_kernel[grid](
-        probe, k, probe_positions, key_positions, part, *probe.stride()[:3], *k.stride()[:3],
-        scale * LOG2E.value, probes, k.shape[1], grid[0], **constants,
+        strided(probe, fixed_row=False), strided(k, fixed_row=False), probe_positions, key_positions, part,
+        scale * LOG2E.value, probes, k.shape[1], grid[0], shape, **options,
     )  # fmt: skip
     lse = torch.empty(batch, heads, probes, dtype=torch.float32, device=k.device)
     join_lse_kernel[(triton.cdiv(probes, 16), batch * heads)](
@@ -366,16 +452,10 @@ def probe_lse(
 
 
 def probe_mass(
-    probe: Tensor,
-    k: Tensor,
-    probe_positions: Tensor,
-    key_positions: Tensor,
-    scale: float,
-    lse: Tensor,
-    seq_len: int,
-    block_size: int,
-) -> tuple[Tensor, Tensor]:
-    """See :meth:`mtraining.kernel.backend.Backend.probe_mass`; probe and k with unit stride along head_dim.
+    probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float, lse: Tensor,
+    seq_len: int, block_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See :meth:`mtraining.kernel.backend.EstimationKernels.probe_mass`; unit stride along head_dim.
 
     Raises:
         UserError: a block size that no tile of keys divides.
@@ -383,13 +463,13 @@ def probe_mass(
     if block_size > 1:
         check_block_size(block_size)
     batch, probes, heads, _ = probe.shape
-    grid, constants = _launch(probe, k, block_size)
+    grid, shape, options = _launch(probe, k, block_size)
     columns = torch.empty(batch * heads, k.shape[1], dtype=torch.float32, device=k.device)
     totals = torch.zeros(batch * heads, seq_len // block_size, dtype=torch.int64, device=k.device)
     # A probe query adds a probability of at most one to any slash: their sum stays below 2^62.
     unit = 2.0 ** (61 - probes.bit_length())
     probe_mass_kernel[grid](
-        probe, k, probe_positions, key_positions, lse, columns, totals, *probe.stride()[:3], *k.stride()[:3],
-        scale * LOG2E.value, unit, probes, k.shape[1], totals.shape[1], SIZE=block_size, **constants,
+        strided(probe, fixed_row=False), strided(k, fixed_row=False), probe_positions, key_positions, lse, columns,
+        totals, scale * LOG2E.value, unit, probes, k.shape[1], totals.shape[1], shape, **options,
     )  # fmt: skip
     return columns, totals.to(torch.float32).mul_(1.0 / unit)

@@ -1,9 +1,14 @@
 """Tile sizes of the attention kernels.
 
-Fixed tables, and before them what `mtraining bench tiles` measured on this very GPU and keeps in a file
-(measured_tiles.py). Never a search at run time: it may choose differently on the next run, and then neither two ranks
-nor a resumed run would repeat the same sums. The tables were chosen by measurement on Hopper and, for other GPUs,
-so that nothing spills and shared memory suffices (``docs/experiments/kernels.md``).
+A *tile* is a block of queries by a block of keys that the index selects. A kernel works on it in pieces, and the shape
+of a piece, with the warps and pipeline stages for it, is the kernel's tile sizes. (What the copy engine moves at a time
+is a *box*.)
+
+Measured sizes come first: `mtraining bench tiles` keeps what it measured on this very GPU in a file
+(measured_tiles.py). Then come the fixed tables here. Nothing is searched at run time: a search may choose differently
+on the next run. Then neither two ranks nor a resumed run would repeat the same sums. The tables were
+chosen by measurement on Hopper. For other GPUs they were chosen so that nothing spills and shared memory suffices
+(``docs/experiments/kernels.md``).
 """
 
 from __future__ import annotations
@@ -16,23 +21,36 @@ import torch
 import triton
 
 from mtraining.errors import UserError
-from mtraining.kernel.measured_tiles import Call, Tiles, measured_tiles
+from mtraining.kernel.measured_tiles import KernelCase, TileSizes, measured_tiles
 
-Table = dict[str, dict[int, Tiles]]  # kernel -> largest padded head_dim served -> tiles, for 2-byte inputs
+# kernel -> largest padded head_dim served -> tile sizes, for 2-byte inputs
+Table = dict[str, dict[int, TileSizes]]
 
 # Data-centre Hopper and Blackwell: 227 KiB of shared memory, accumulators of a whole warp group.
 LARGE: Table = {
-    "tiles_forward": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3, tma=True), 256: Tiles(128, 64, 8, 2)},
-    "tiles_dq": {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
-    "tiles_dkdv": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 64, 8, 2)},
-    "columns_forward": {64: Tiles(64, 128, 4, 2), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
-    "columns_dq": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
-    "columns_dkdv": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 128, 8, 3), 256: Tiles(32, 64, 8, 2)},
+    "tiles_forward": {
+        64: TileSizes(64, 64, 4, 3),
+        128: TileSizes(64, 64, 4, 3, tma=True),
+        256: TileSizes(128, 64, 8, 2),
+    },
+    "tiles_dq": {64: TileSizes(64, 64, 4, 2), 128: TileSizes(128, 64, 8, 3), 256: TileSizes(64, 64, 8, 2)},
+    "tiles_dkdv": {64: TileSizes(64, 64, 4, 3), 128: TileSizes(64, 64, 4, 2), 256: TileSizes(32, 64, 8, 2)},
+    "columns_forward": {
+        64: TileSizes(64, 128, 4, 2),
+        128: TileSizes(64, 64, 4, 3),
+        256: TileSizes(128, 64, 8, 2),
+    },
+    "columns_dq": {64: TileSizes(64, 64, 4, 3), 128: TileSizes(128, 64, 8, 3), 256: TileSizes(64, 64, 8, 2)},
+    "columns_dkdv": {
+        64: TileSizes(64, 64, 4, 3),
+        128: TileSizes(64, 128, 8, 3),
+        256: TileSizes(32, 64, 8, 2),
+    },
 }
 # Ampere, Ada and small Blackwell: from 99 KiB of shared memory, accumulators of a warp.
-_SMALL_FORWARD = {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)}
-_SMALL_DQ = {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 2)}
-_SMALL_DKDV = {64: Tiles(64, 64, 8, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 2)}
+_SMALL_FORWARD = {64: TileSizes(128, 64, 4, 3), 128: TileSizes(128, 64, 8, 2), 256: TileSizes(64, 32, 8, 2)}
+_SMALL_DQ = {64: TileSizes(64, 64, 4, 3), 128: TileSizes(64, 64, 8, 2), 256: TileSizes(32, 32, 8, 2)}
+_SMALL_DKDV = {64: TileSizes(64, 64, 8, 2), 128: TileSizes(64, 64, 8, 2), 256: TileSizes(32, 32, 8, 2)}
 SMALL: Table = {
     "tiles_forward": _SMALL_FORWARD,
     "tiles_dq": _SMALL_DQ,
@@ -41,10 +59,10 @@ SMALL: Table = {
     "columns_dq": _SMALL_DQ,
     "columns_dkdv": _SMALL_DKDV,
 }
-_FP32 = Tiles(32, 32, 4, 1)  # exact products of fp32 inputs: no tensor cores, so small tiles
-_INTERPRETER = Tiles(64, 64, 4, 1)
+_FP32 = TileSizes(32, 32, 4, 1)  # exact products of fp32 inputs: no tensor cores, so small tiles
+_INTERPRETER = TileSizes(64, 64, 4, 1)
 
-_forced: dict[str, Tiles] = {}
+_forced: dict[str, TileSizes] = {}
 
 
 def interpreted() -> bool:
@@ -52,8 +70,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 
 
-def choose_tiles(kernel: str, q: torch.Tensor, block_size: int) -> Tiles:
-    """Tiles for a kernel: measured ones, else those of the tables.
+def choose_tiles(kernel: str, q: torch.Tensor, block_size: int) -> TileSizes:
+    """What a kernel takes: measured tile sizes, else those of the tables.
 
     Args:
         kernel: a key of the tables.
@@ -65,14 +83,14 @@ def choose_tiles(kernel: str, q: torch.Tensor, block_size: int) -> Tiles:
     """
     tiles = _forced.get(kernel)
     if tiles is None:
-        tiles = measured_tiles(q.device).get(Call(kernel, q.dtype, q.shape[-1], block_size))
+        tiles = measured_tiles(q.device).get(KernelCase(kernel, q.dtype, q.shape[-1], block_size))
     if tiles is None:
         tiles = default_tiles(kernel, q.device, q.dtype, q.shape[-1])
     return cut_tiles(kernel, tiles, block_size)
 
 
 @contextmanager
-def forced_tiles(tiles: Mapping[str, Tiles]) -> Iterator[None]:
+def forced_tiles(tiles: Mapping[str, TileSizes]) -> Iterator[None]:
     """While active these kernels take these tiles, for a measurement; not from several threads at once."""
     before = dict(_forced)
     _forced.update(tiles)
@@ -83,7 +101,7 @@ def forced_tiles(tiles: Mapping[str, Tiles]) -> Iterator[None]:
         _forced.update(before)
 
 
-def default_tiles(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
+def default_tiles(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> TileSizes:
     """What a kernel takes where nothing was measured, before it is cut to the block size."""
     if device.type != "cuda":
         return _INTERPRETER
@@ -92,14 +110,14 @@ def default_tiles(kernel: str, device: torch.device, dtype: torch.dtype, head_di
     return table_tiles(kernel, head_dim, torch.cuda.get_device_capability(device))
 
 
-def cut_tiles(kernel: str, tiles: Tiles, block_size: int) -> Tiles:
-    """Tiles of queries, and of the keys of slash tiles, made to divide ``block_size``."""
+def cut_tiles(kernel: str, tiles: TileSizes, block_size: int) -> TileSizes:
+    """Tile sizes that divide ``block_size``: the queries always, the keys in kernels of slash tiles."""
     block_m = _divisor(tiles.block_m, block_size)
     block_n = tiles.block_n if kernel.startswith("columns") else _divisor(tiles.block_n, block_size)
     return tiles._replace(block_m=block_m, block_n=block_n)
 
 
-def table_tiles(kernel: str, head_dim: int, capability: tuple[int, int]) -> Tiles:
+def table_tiles(kernel: str, head_dim: int, capability: tuple[int, int]) -> TileSizes:
     """The table's entry for a head_dim (unpadded) on a GPU of this compute capability."""
     rows = (LARGE if capability[0] in (9, 10) else SMALL)[kernel]
     return rows[min(limit for limit in rows if limit >= head_dim)]

@@ -17,7 +17,7 @@ from mtraining.layout import build_layout
 from mtraining.model import parallelize
 from mtraining.pattern import Pattern, build_pattern
 from mtraining.predict.memory import Prediction, Workload, predict
-from mtraining.predict.trace import META, ShapeBackend
+from mtraining.predict.trace import META, ShapeKernels
 from mtraining.ring import attention
 from mtraining.train.mesh import Runtime, build_mesh
 from mtraining.train.optim import build_optimizer
@@ -96,7 +96,7 @@ def measured(worker: Worker, case: MemoryCase) -> int:
     layout = build_layout(case.layout, 16)
     with pytest.MonkeyPatch.context() as patch:
         # The eager reference works in masks and copies that no GPU kernel has.
-        patch.setattr(attention, "select_backend", lambda *args: ShapeBackend())
+        patch.setattr(attention, "select_backend", lambda *args: ShapeKernels())
         model = parallelize(
             case.model("cpu"), mesh, pattern=case.build(), layout=layout, recompute=case.recompute,
             param_dtype=case.dtype, loss_chunk=case.loss_chunk,

@@ -51,7 +51,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Where the layers, the parameters and the loss are the largest; the others are told from these by the slow tests.
+FAST = ("full", "parameters", "loss")
+
+
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in FAST)]
+)
 def test_prediction_is_within_a_tenth_of_what_is_measured(pool: ProcessPool, name: str) -> None:
     case = CASES[name]
     # Ranks have equal shares; gloo's threads, which no GPU has, keep copies of what they sum a moment longer on some.
@@ -139,13 +145,13 @@ def test_capacity_of_the_columns_of_every_kind_of_pattern() -> None:
 
 
 def test_a_large_model_is_predicted_in_seconds_and_fits_the_target() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for recompute in ("full", "keep_attention"):
         config = load_config(RECIPE, [*FOUR, f"train.recompute={recompute}"])
         found = predict_config(config)
         assert 40 * GIB < found.peak < 100 * GIB  # 512K tokens on four GPUs
         assert found.components["parameters (shard)"] == pytest.approx(3.0859e9 * 4 / 4, rel=0.01)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def dry_run(*options: str) -> Any:
@@ -179,6 +185,25 @@ def test_dry_run_refuses_what_cannot_fit() -> None:
     for remedy in ("train.recompute=full", "train.offload=true", "parallel.cp", "train.seq_len"):
         assert remedy in sentence
     assert "40.0 GiB" in sentence and sentence.count(". ") == 0
+
+
+def test_a_fit_leaves_room_for_memory_that_breaks_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5-3B's shape on two H200s, dense: ran with expandable segments, ran out of memory without them."""
+    options = [
+        "parallel.cp=2", "parallel.cp_outer=1", "pattern=dense", "layout.name=zigzag", "train.fused=liger",
+        "train.recompute=keep_attention", "train.batch_size=1",
+    ]  # fmt: skip
+    found, memory = predict_config(load_config(RECIPE, options)), 139.8 * GIB
+    assert found.peak == pytest.approx(118 * GIB, rel=0.01)
+    found.check(memory)
+    assert found.needed > 118.4 * GIB
+    assert dict(found.table())["needed"] == found.needed
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    with pytest.raises(
+        UserError, match="use PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, train.recompute"
+    ):
+        found.check(memory)
+    assert found.reserve > 20 * GIB
 
 
 def test_dry_run_without_a_gpu_says_how_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:

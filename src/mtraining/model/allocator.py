@@ -1,0 +1,69 @@
+"""How PyTorch's allocator takes memory from an NVIDIA GPU, and what that costs beside the tensors themselves.
+
+By default the allocator takes segments of fixed size. The tensors of a long step differ in size, so freed segments fit
+few later tensors. Two H200s, Qwen2.5-3B's shape, 36 layers, 512K tokens, dense: the step ran out of memory with
+113 GiB allocated and 20 GiB taken but unused. With expandable segments, which grow instead, the step ran at 118.4 GiB.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Names of the allocator's options, in the order in which PyTorch 2.11 to 2.13 look for them: the first one counts."""
+EXPANDABLE = "expandable_segments:True"
+_EXPANDABLE_RESERVE = 0.03
+"""Most seen: 40.9 GiB where the tensors take 40.0."""
+_FIXED_RESERVE = 0.20
+"""Seen: 20 GiB beside 113, which is 18 %, when the memory was at its end."""
+
+
+def allocator_options() -> tuple[str, str] | None:
+    """(variable, value) of the environment that the allocator reads; None where neither variable is set."""
+    return next(((name, os.environ[name]) for name in VARIABLES if name in os.environ), None)
+
+
+def segments_expand() -> bool:
+    """True where a run's segments grow: as the environment says, or as `use_expandable_segments` is going to say."""
+    options = allocator_options()
+    return options is None or EXPANDABLE in options[1].replace(" ", "").split(",")
+
+
+def reserve_share() -> float:
+    """The share of a step's tensors that a GPU must have free beside them, since the allocator's memory breaks into
+    pieces."""
+    return _EXPANDABLE_RESERVE if segments_expand() else _FIXED_RESERVE
+
+
+def use_expandable_segments() -> str:
+    """Let the CUDA allocator of this process, and of those that it starts, grow its segments.
+
+    Call it before the first tensor is on a GPU; `mtraining.parallelize` and all commands do. The user's own
+    PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF stays as it is. Without an NVIDIA GPU nothing is set.
+
+    Returns:
+        One sentence for a log, about what holds now; empty without an NVIDIA GPU.
+    """
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return ""
+    options = allocator_options()
+    if options is None and torch.cuda.is_initialized():
+        return (
+            "GPU memory: CUDA had started before the allocator could be set, so memory may break into pieces; call "
+            f"mtraining.use_expandable_segments() first, or set {VARIABLES[-1]}={EXPANDABLE}."
+        )
+    if options is None:
+        os.environ[VARIABLES[-1]] = EXPANDABLE
+        return (
+            f"GPU memory: set {VARIABLES[-1]}={EXPANDABLE}, so that freed memory does not break into pieces; "
+            "a value of your own is kept."
+        )
+    name, value = options
+    if segments_expand():
+        return f"GPU memory: {name}={value}, as the environment says."
+    return (
+        f"GPU memory: {name}={value}, as the environment says; without {EXPANDABLE} up to {_FIXED_RESERVE:.0%} more "
+        "than the tensors may be taken."
+    )

@@ -1,0 +1,30 @@
+"""What is set for PyTorch's allocator is what PyTorch then does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mtraining.model.allocator import VARIABLES
+
+pytestmark = pytest.mark.gpu
+
+PROGRAM = """
+import torch, mtraining
+print(mtraining.use_expandable_segments())
+kept = torch.empty(64 << 20, device="cuda")
+print("expandable", {bool(segment["is_expandable"]) for segment in torch.cuda.memory_snapshot()})
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {VARIABLES[0]: "expandable_segments:False"}])
+def test_segments_are_as_told(options: dict[str, str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | options
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"expandable {{{not options}}}" in done.stdout, done.stdout

@@ -1,0 +1,37 @@
+"""`make test` shows the core of every room: each folder of the package has tests of its own that are not slow."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+ROOMS = sorted(path.parent.name for path in (ROOT / "src" / "mtraining").glob("*/__init__.py"))
+
+
+def chosen_by(target: str) -> Counter[str]:
+    """How many tests a target of the Makefile runs, by the folder of tests that they lie in."""
+    chosen = re.search(rf'^{target}:.*\n\t\$\(PYTEST\) -m "([^"]+)"', MAKEFILE, flags=re.MULTILINE)
+    assert chosen, f"the Makefile has no target {target} with a choice of tests"
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", chosen[1]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert listed.returncode == 0, listed.stdout[-4000:] + listed.stderr[-2000:]
+    return Counter(re.findall(r"^tests/(\w+)/.*::", listed.stdout, flags=re.MULTILINE))
+
+
+@pytest.mark.slow
+def test_every_room_has_tests_that_are_not_slow() -> None:
+    fast = chosen_by("test")
+    assert len(ROOMS) > 10
+    assert [room for room in ROOMS if fast[room] < 3] == []
