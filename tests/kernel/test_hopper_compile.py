@@ -20,8 +20,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from mtraining.kernel.hopper import forward as hopper_forward
 from mtraining.kernel.hopper import keys as hopper_keys
 from mtraining.kernel.hopper import queries as hopper_queries
-from mtraining.kernel.hopper.items import ColumnLists, Options, Target
-from mtraining.kernel.hopper.keys import KeyOptions
+from mtraining.kernel.hopper.items import ColumnLists, Constants, Target
+from mtraining.kernel.hopper.keys import KeyConstants
 from mtraining.kernel.triton.common import KeyGradients, RowLists
 from mtraining.kernel.triton.hidden import KeyTables
 
@@ -65,10 +65,10 @@ def compiled(name: str, dim: int, **more: object) -> Any:
     }  # fmt: skip
     bundles = kernel.fn.__annotations__
     kinds = {
-        arg: "constexpr" if arg == "options" else kind_of(arg, bundles.get(arg, ""), rows, dim)
+        arg: "constexpr" if arg == "constants" else kind_of(arg, bundles.get(arg, ""), rows, dim)
         for arg in kernel.arg_names
     }
-    bundle: Any = KeyOptions if "dk and dv" in name else Options
+    bundle: Any = KeyConstants if "dk and dv" in name else Constants
     constants: dict[tuple[int, ...], object] = {}
     aligned: list[tuple[int, ...]] = []
     for i, kind in enumerate(kinds.values()):

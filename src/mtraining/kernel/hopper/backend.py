@@ -18,8 +18,8 @@ from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.hopper import forward as hopper_forward
 from mtraining.kernel.hopper import keys as hopper_keys
 from mtraining.kernel.hopper import queries as hopper_queries
-from mtraining.kernel.hopper.items import ColumnLists, Options, Target
-from mtraining.kernel.hopper.keys import KeyOptions
+from mtraining.kernel.hopper.items import ColumnLists, Constants, Target
+from mtraining.kernel.hopper.keys import KeyConstants
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton.backend import (
@@ -78,7 +78,7 @@ class HopperBackend(TritonBackend):
         lse = partial_lse(q, lse)
         hopper_forward.forward_kernel[work.grid](
             _boxes(q, _HALF), *work.keys, target.boxes, target.for_kernel(), lse, work.counter, *work.lists, scale,
-            *work.counts, work.options(target.merging, final), num_warps=_WARPS,
+            *work.counts, work.constants(target.merging, final), num_warps=_WARPS,
         )  # fmt: skip
         return target.result, lse
 
@@ -102,7 +102,7 @@ class HopperBackend(TritonBackend):
         hopper_keys.key_tiles_kernel[(batch * kv_heads * cols * splits,)](
             _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(k, _HALF), _boxes(v, _HALF), _rows(lse2), _rows(delta),
             key_gradients(dkv), by_key, scale, batch, kv_heads, cols, rows, lists.diagonal,
-            KeyOptions(lists.toeplitz, False, group, splits, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
+            KeyConstants(lists.toeplitz, False, group, splits, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
         )  # fmt: skip
 
         def query_gradient(
@@ -113,7 +113,7 @@ class HopperBackend(TritonBackend):
             target = _Target(q, dq, final)
             hopper_queries.query_gradient_kernel[work.grid](
                 _boxes(q, _HALF), _boxes(dout, _HALF), *work.keys, target.boxes, target.for_kernel(), lse2, delta,
-                work.counter, *work.lists, scale, *work.counts, work.options(target.merging, final),
+                work.counter, *work.lists, scale, *work.counts, work.constants(target.merging, final),
                 num_warps=_WARPS,
             )  # fmt: skip
             return target.result
@@ -138,7 +138,7 @@ class HopperBackend(TritonBackend):
             _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(ck, _HALF), _boxes(cv, _HALF), _rows(lse2),
             _rows(delta), key_gradients(grads), tables.for_keys(), scale, batch, heads, rows, capacity,
             index.num_blocks, tables.words.shape[-1], splits,
-            KeyOptions(False, True, 1, 1, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
+            KeyConstants(False, True, 1, 1, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
         )  # fmt: skip
         return summed(grads, splits)
 
@@ -165,10 +165,10 @@ class _QueryWork:
             sizes = (index.columns.shape[2], tables.words.shape[-1])
         self.lists = (lists.for_kernel(), of_columns)
         self.counts = (items, rows, heads, cols, lists.diagonal, *sizes)
-        self._constants = (lists.toeplitz, columns is not None, heads // k.shape[2], BLOCK, dim, _STAGES)
+        self._fixed = (lists.toeplitz, columns is not None, heads // k.shape[2], BLOCK, dim, _STAGES)
 
-    def options(self, merging: bool, final: bool) -> Options:
-        return Options(merging, final, *self._constants)
+    def constants(self, merging: bool, final: bool) -> Constants:
+        return Constants(merging, final, *self._fixed)
 
 
 class _Target:

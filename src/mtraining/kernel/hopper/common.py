@@ -38,7 +38,7 @@ rooms.empty        STAGES  each group: queries used         producer            
 =================  ======  ===============================  ==========================  ===========================
 
 ``docs/figures/pipeline.svg`` draws one block of the forward kernel. Bundles of arguments are named tuples, as in
-triton/common.py; ``options`` is a bundle of constants.
+triton/common.py; ``constants`` is a bundle of constants.
 """
 
 from __future__ import annotations

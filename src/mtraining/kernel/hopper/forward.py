@@ -66,24 +66,24 @@ class Running(NamedTuple):
 @gluon.jit
 def _step(
     running: Running, done, t, word, columns: ColumnVisit, scale_log2, q, zero, keys: Keys,
-    W: gl.constexpr, COLUMN: gl.constexpr, options: gl.constexpr,
+    W: gl.constexpr, COLUMN: gl.constexpr, constants: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile number ``done + 1`` beside the values of number ``done``.
 
     COLUMN: it is tile ``t`` of the columns, with the hidden bits ``word``. Else it is a slash tile that is not on the
     causal diagonal.
     """
-    SIZE: gl.constexpr = options.SIZE
-    HEAD_DIM: gl.constexpr = options.HEAD_DIM
+    SIZE: gl.constexpr = constants.SIZE
+    HEAD_DIM: gl.constexpr = constants.HEAD_DIM
     O_MMA: gl.constexpr = product_layout(HEAD_DIM)
-    before = done % options.STAGES
-    before_phase = (done // options.STAGES) & 1
+    before = done % constants.STAGES
+    before_phase = (done // constants.STAGES) & 1
     done += 1
-    stage = done % options.STAGES
+    stage = done % constants.STAGES
     k = keys.k.index(stage).reshape([SIZE, HEAD_DIM])
     v = keys.v.index(before).reshape([SIZE, HEAD_DIM])
     # Both products under way: q k^T of this tile, then p v of the one before.
-    mbarrier.wait(keys.k_full.index(stage), (done // options.STAGES) & 1)
+    mbarrier.wait(keys.k_full.index(stage), (done // constants.STAGES) & 1)
     s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(keys.v_full.index(before), before_phase)
     acc_token = warpgroup_mma(running.p, v, running.acc, is_async=True)
@@ -106,14 +106,14 @@ def _step(
 @gluon.jit
 def _consumer(
     queries: Queries, keys: Keys, queue: Queue, out_desc, out: Target, lse_ptr, work: Work, scale_log2,
-    W: gl.constexpr, options: gl.constexpr,
+    W: gl.constexpr, constants: gl.constexpr,
 ):  # fmt: skip
     """(out, lse) of 64 queries of each block, going on from the previous partial result if HAS_PREV."""
-    SIZE: gl.constexpr = options.SIZE
-    HEAD_DIM: gl.constexpr = options.HEAD_DIM
-    HAS_PREV: gl.constexpr = options.HAS_PREV
-    FINAL: gl.constexpr = options.FINAL
-    COLUMNS: gl.constexpr = options.COLUMNS
+    SIZE: gl.constexpr = constants.SIZE
+    HEAD_DIM: gl.constexpr = constants.HEAD_DIM
+    HAS_PREV: gl.constexpr = constants.HAS_PREV
+    FINAL: gl.constexpr = constants.FINAL
+    COLUMNS: gl.constexpr = constants.COLUMNS
     HALF: gl.constexpr = SIZE // 2
     S_MMA: gl.constexpr = product_layout(SIZE)
     O_MMA: gl.constexpr = product_layout(HEAD_DIM)
@@ -126,7 +126,7 @@ def _consumer(
     turn = 0
     item = taken(turn, queue)
     while item < work.items:
-        visit = visit_of(item, work, options.TOEPLITZ, COLUMNS, SIZE)
+        visit = visit_of(item, work, constants.TOEPLITZ, COLUMNS, SIZE)
         steps = visit.columns.steps + visit.tile_steps
         if steps > 0 or FINAL or not HAS_PREV:
             first_row = visit.block * SIZE + W * HALF
@@ -153,8 +153,8 @@ def _consumer(
             mbarrier.wait(queries.full.index(0), number & 1)
             if steps > 0:
                 # Prologue: scores and weights of the first tile. No values yet.
-                stage = done % options.STAGES
-                mbarrier.wait(keys.k_full.index(stage), (done // options.STAGES) & 1)
+                stage = done % constants.STAGES
+                mbarrier.wait(keys.k_full.index(stage), (done // constants.STAGES) & 1)
                 k = keys.k.index(stage).reshape([SIZE, HEAD_DIM])
                 s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)  # [64, SIZE]
                 mbarrier.arrive(keys.k_empty.index(stage), count=1)
@@ -171,7 +171,7 @@ def _consumer(
                 running = Running(acc, p, top, total)
                 for t in range(1, visit.tile_steps):
                     running, done = _step(
-                        running, done, t, word, visit.columns, scale_log2, q, zero, keys, W, False, options
+                        running, done, t, word, visit.columns, scale_log2, q, zero, keys, W, False, constants
                     )
                 if COLUMNS:
                     first = gl.where(visit.tile_steps > 0, 0, 1)
@@ -180,12 +180,23 @@ def _consumer(
                         # Words are loaded a step ahead of their use.
                         this, word = word, hidden_word(visit.columns, t + 1, SIZE)
                         running, done = _step(
-                            running, done, t, this, visit.columns, scale_log2, q, zero, keys, W, True, options
+                            running,
+                            done,
+                            t,
+                            this,
+                            visit.columns,
+                            scale_log2,
+                            q,
+                            zero,
+                            keys,
+                            W,
+                            True,
+                            constants,
                         )
 
                 # Drain: the values of the last tile.
-                last = done % options.STAGES
-                mbarrier.wait(keys.v_full.index(last), (done // options.STAGES) & 1)
+                last = done % constants.STAGES
+                mbarrier.wait(keys.v_full.index(last), (done // constants.STAGES) & 1)
                 acc = warpgroup_mma(running.p, keys.v.index(last).reshape([SIZE, HEAD_DIM]), running.acc)
                 mbarrier.arrive(keys.v_empty.index(last), count=1)
                 top, total = running.top, running.total
@@ -216,16 +227,16 @@ def _consumer(
 @gluon.jit(do_not_specialize=["items", "n_rows", "heads", "n_cols", "diagonal", "capacity", "words_row"])
 def forward_kernel(
     q_desc, k_desc, v_desc, ck_desc, cv_desc, out_desc, out: Target, lse_ptr, counter, tiles: RowLists,
-    columns: ColumnLists, scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row, options: gl.constexpr,
+    columns: ColumnLists, scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row, constants: gl.constexpr,
 ):  # fmt: skip
     """Every block of queries over its slash tiles and, if there are any (COLUMNS), its columns.
 
     counter: int32 (1,), 0.
     """
-    SIZE: gl.constexpr = options.SIZE
-    q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, options.HEAD_DIM], q_desc.layout)
+    SIZE: gl.constexpr = constants.SIZE
+    q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, constants.HEAD_DIM], q_desc.layout)
     queries = Queries(q, q, barriers(1, 1), barriers(1, 2))
-    keys = key_buffers(k_desc, v_desc, SIZE, options.HEAD_DIM, options.STAGES)
+    keys = key_buffers(k_desc, v_desc, SIZE, constants.HEAD_DIM, constants.STAGES)
     queue = job_queue()
     sources = Sources(q_desc, q_desc, k_desc, v_desc, ck_desc, cv_desc)
     work = Work(items, n_rows, heads, tiles, n_cols, diagonal, columns, capacity, words_row)
@@ -233,9 +244,9 @@ def forward_kernel(
     scale_log2 = scale * LOG2E
     gl.warp_specialize(
         [
-            (_consumer, (queries, keys, queue, out_desc, out, lse_ptr, work, scale_log2, 0, options)),
-            (_consumer, (queries, keys, queue, out_desc, out, lse_ptr, work, scale_log2, 1, options)),
-            (producer, (sources, queries, keys, queue, counter, work, False, options)),
+            (_consumer, (queries, keys, queue, out_desc, out, lse_ptr, work, scale_log2, 0, constants)),
+            (_consumer, (queries, keys, queue, out_desc, out, lse_ptr, work, scale_log2, 1, constants)),
+            (producer, (sources, queries, keys, queue, counter, work, False, constants)),
         ],
         [4, 1],
         [240, 24],

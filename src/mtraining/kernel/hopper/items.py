@@ -17,8 +17,8 @@ from mtraining.kernel.hopper.common import ColumnVisit, Keys, barriers
 from mtraining.kernel.triton.common import RowLists, tile_row, tile_slot
 
 
-class Options(NamedTuple):
-    """Constants of a query-major kernel, whose argument ``options`` it is.
+class Constants(NamedTuple):
+    """Constants of a query-major kernel, whose argument ``constants`` it is.
 
     Attributes:
         HAS_PREV: there is an earlier partial result to go on from.
@@ -206,28 +206,30 @@ def fetch_keys(t, start, batch, head, k_desc, v_desc, keys: Keys, STAGES: gl.con
 
 
 @gluon.jit
-def fetch_step(t, done, visit: Visit, sources: Sources, keys: Keys, options: gl.constexpr):
+def fetch_step(t, done, visit: Visit, sources: Sources, keys: Keys, constants: gl.constexpr):
     """Copy what step ``t`` of a block of queries visits: its slash tiles first, then its columns."""
     if t < visit.tile_steps:
-        slot = tile_slot(gl.load(visit.entries + t), visit.origin, options.TOEPLITZ, False)
-        start = slot.to(gl.int32) * options.SIZE
-        kv_head = visit.head // options.GROUP
-        fetch_keys(done + t, start, visit.batch, kv_head, sources.k, sources.v, keys, options.STAGES)
+        slot = tile_slot(gl.load(visit.entries + t), visit.origin, constants.TOEPLITZ, False)
+        start = slot.to(gl.int32) * constants.SIZE
+        kv_head = visit.head // constants.GROUP
+        fetch_keys(done + t, start, visit.batch, kv_head, sources.k, sources.v, keys, constants.STAGES)
     else:
-        if options.COLUMNS:
-            start = (t - visit.tile_steps) * options.SIZE
-            fetch_keys(done + t, start, visit.batch, visit.head, sources.ck, sources.cv, keys, options.STAGES)
+        if constants.COLUMNS:
+            start = (t - visit.tile_steps) * constants.SIZE
+            fetch_keys(
+                done + t, start, visit.batch, visit.head, sources.ck, sources.cv, keys, constants.STAGES
+            )
 
 
 @gluon.jit
 def producer(
     sources: Sources, queries: Queries, keys: Keys, queue: Queue, counter, work: Work,
-    GRADIENT: gl.constexpr, options: gl.constexpr,
+    GRADIENT: gl.constexpr, constants: gl.constexpr,
 ):  # fmt: skip
     """Take block of queries after block of queries, and fetch it (GRADIENT: and dout's) with what it visits."""
-    SIZE: gl.constexpr = options.SIZE
-    HAS_PREV: gl.constexpr = options.HAS_PREV
-    FINAL: gl.constexpr = options.FINAL
+    SIZE: gl.constexpr = constants.SIZE
+    HAS_PREV: gl.constexpr = constants.HAS_PREV
+    FINAL: gl.constexpr = constants.FINAL
     # A block that visits nothing keeps an earlier result where it stands; the groups pass over it too.
     IN_PLACE: gl.constexpr = HAS_PREV and not FINAL
     done = 0
@@ -236,7 +238,7 @@ def producer(
     item = gl.program_id(0)
     hand_over(item, turn, queue)
     while item < work.items:
-        visit = visit_of(item, work, options.TOEPLITZ, options.COLUMNS, options.SIZE)
+        visit = visit_of(item, work, constants.TOEPLITZ, constants.COLUMNS, constants.SIZE)
         steps = visit.columns.steps + visit.tile_steps
         following = item
         if steps > 0 or not IN_PLACE:
@@ -253,7 +255,7 @@ def producer(
             rounds = steps if GRADIENT else gl.maximum(steps, 1)
             for t in range(0, rounds):
                 if t < steps:
-                    fetch_step(t, done, visit, sources, keys, options)
+                    fetch_step(t, done, visit, sources, keys, constants)
                 if not GRADIENT:  # noqa: SIM102 -- the one is decided when compiling, the other when running
                     # The keys first: the room of the queries is free last.
                     if t == 0:

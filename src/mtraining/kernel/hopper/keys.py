@@ -24,8 +24,8 @@ from mtraining.kernel.triton.common import KeyGradients, RowLists, tile_row, til
 from mtraining.kernel.triton.hidden import KeyTables
 
 
-class KeyOptions(NamedTuple):
-    """Constants of a key-major kernel, whose argument ``options`` it is.
+class KeyConstants(NamedTuple):
+    """Constants of a key-major kernel, whose argument ``constants`` it is.
 
     Attributes:
         TOEPLITZ: the kind of the tile lists (triton/lists.py).
@@ -165,27 +165,27 @@ def _producer(
     own: OwnKeys,
     slashes: SlashRows,
     columns: ColumnRows,
-    options: gl.constexpr,
+    constants: gl.constexpr,
 ):
     """Fetch the keys and values once, then the queries that see them, step after step."""
-    SIZE: gl.constexpr = options.SIZE
-    BLOCK_M: gl.constexpr = options.BLOCK_M
+    SIZE: gl.constexpr = constants.SIZE
+    BLOCK_M: gl.constexpr = constants.BLOCK_M
     SUB: gl.constexpr = SIZE // BLOCK_M
-    HEADS: gl.constexpr = options.GROUP // options.SPLITS
+    HEADS: gl.constexpr = constants.GROUP // constants.SPLITS
     here = rooms.kv_full.index(0)
     mbarrier.expect(here, 4 * sources.k.block_type.nbytes)
     fetch_halves(sources.k, own.batch, own.j * SIZE, own.kv_head, here, rooms.k, SIZE // 2)
     fetch_halves(sources.v, own.batch, own.j * SIZE, own.kv_head, here, rooms.v, SIZE // 2)
     done = 0
     for g in range(0, HEADS):
-        visit = _visit_of(own.bh0 + g, own.j, slashes, columns, options.TOEPLITZ, options.COLUMNS)
+        visit = _visit_of(own.bh0 + g, own.j, slashes, columns, constants.TOEPLITZ, constants.COLUMNS)
         for t in range(0, visit.count * SUB):
-            if options.COLUMNS:
+            if constants.COLUMNS:
                 at = columns.begin * SIZE + t * BLOCK_M
             else:
-                slot = tile_slot(gl.load(visit.entries + t // SUB), visit.origin, options.TOEPLITZ, True)
+                slot = tile_slot(gl.load(visit.entries + t // SUB), visit.origin, constants.TOEPLITZ, True)
                 at = slot.to(gl.int32) * SIZE + (t % SUB) * BLOCK_M
-            _fetch_queries(done, at, own.batch, own.head0 + g, own.bh0 + g, sources, rooms, options.STAGES)
+            _fetch_queries(done, at, own.batch, own.head0 + g, own.bh0 + g, sources, rooms, constants.STAGES)
             done += 1
 
 
@@ -197,7 +197,7 @@ def _hidden_bits(columns: ColumnRows, i, key, W: gl.constexpr, SIZE: gl.constexp
 
 
 @gluon.jit
-def _hide(s, t, diagonal_first, key, at, bits, columns: ColumnRows, options: gl.constexpr):
+def _hide(s, t, diagonal_first, key, at, bits, columns: ColumnRows, constants: gl.constexpr):
     """Scores [64, BLOCK_M] of a head's step ``t`` with -inf where a query must not see a key.
 
     Args:
@@ -205,15 +205,15 @@ def _hide(s, t, diagonal_first, key, at, bits, columns: ColumnRows, options: gl.
         key, at: int32 [64], number within the tile, and position.
         bits: [64], :func:`_hidden_bits` of the step's block of queries. Columns only.
     """
-    BLOCK_M: gl.constexpr = options.BLOCK_M
+    BLOCK_M: gl.constexpr = constants.BLOCK_M
     S_MMA: gl.constexpr = product_layout(BLOCK_M)
-    SUB: gl.constexpr = options.SIZE // BLOCK_M
-    if options.COLUMNS:
+    SUB: gl.constexpr = constants.SIZE // BLOCK_M
+    if constants.COLUMNS:
         s = gl.where((((bits >> (key % 32)) & 1) != 0)[:, None], float("-inf"), s)
         i = columns.begin + t // SUB
         if i < columns.masked_to:
             lane = (t % SUB) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_MMA))
-            position = gl.load(columns.q_blocks + i) * options.SIZE + lane
+            position = gl.load(columns.q_blocks + i) * constants.SIZE + lane
             s = gl.where(at[:, None] > position[None, :], float("-inf"), s)
     else:
         if t < diagonal_first * SUB:
@@ -223,13 +223,13 @@ def _hide(s, t, diagonal_first, key, at, bits, columns: ColumnRows, options: gl.
 
 
 @gluon.jit
-def _weights_and_gradient(s, stage, v, zero, scale_log2, rooms: Rooms, options: gl.constexpr):
+def _weights_and_gradient(s, stage, v, zero, scale_log2, rooms: Rooms, constants: gl.constexpr):
     """Weights and gradient of scores [64, BLOCK_M] of the queries in ``stage``, as left operands of dV and dK."""
-    BLOCK_M: gl.constexpr = options.BLOCK_M
+    BLOCK_M: gl.constexpr = constants.BLOCK_M
     COLUMN: gl.constexpr = gl.SliceLayout(0, product_layout(BLOCK_M))
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, product_layout(options.HEAD_DIM), 2)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, product_layout(constants.HEAD_DIM), 2)
     dtype: gl.constexpr = rooms.q.dtype
-    do = rooms.do.index(stage).reshape([BLOCK_M, options.HEAD_DIM])
+    do = rooms.do.index(stage).reshape([BLOCK_M, constants.HEAD_DIM])
     lse, delta = rooms.lse.index(stage), rooms.delta.index(stage)
     token = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
     lse2 = lse.reshape([BLOCK_M]).load(COLUMN)  # [BLOCK_M]
@@ -243,20 +243,20 @@ def _weights_and_gradient(s, stage, v, zero, scale_log2, rooms: Rooms, options: 
 @gluon.jit
 def _consumer(
     rooms: Rooms, dkv: KeyGradients, own: OwnKeys, slashes: SlashRows, columns: ColumnRows, scale,
-    W: gl.constexpr, options: gl.constexpr,
+    W: gl.constexpr, constants: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of 64 keys over every query that sees them, head after head."""
-    SIZE: gl.constexpr = options.SIZE
-    HEAD_DIM: gl.constexpr = options.HEAD_DIM
-    BLOCK_M: gl.constexpr = options.BLOCK_M
+    SIZE: gl.constexpr = constants.SIZE
+    HEAD_DIM: gl.constexpr = constants.HEAD_DIM
+    BLOCK_M: gl.constexpr = constants.BLOCK_M
     HALF: gl.constexpr = SIZE // 2
     SUB: gl.constexpr = SIZE // BLOCK_M
-    HEADS: gl.constexpr = options.GROUP // options.SPLITS
+    HEADS: gl.constexpr = constants.GROUP // constants.SPLITS
     S_MMA: gl.constexpr = product_layout(BLOCK_M)
     O_MMA: gl.constexpr = product_layout(HEAD_DIM)
     key = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, S_MMA))  # [64]
     at = key
-    if options.COLUMNS:
+    if constants.COLUMNS:
         at = gl.load(columns.positions + key, mask=key < columns.present, other=2147483647)
     scale_log2 = scale * LOG2E
     zero = gl.zeros([HALF, BLOCK_M], gl.float32, S_MMA)
@@ -267,43 +267,43 @@ def _consumer(
     v = rooms.v.index(W).reshape([HALF, HEAD_DIM])
     done = 0
     for g in range(0, HEADS):
-        visit = _visit_of(own.bh0 + g, own.j, slashes, columns, options.TOEPLITZ, options.COLUMNS)
+        visit = _visit_of(own.bh0 + g, own.j, slashes, columns, constants.TOEPLITZ, constants.COLUMNS)
         if visit.count > 0:
             # Prologue: scores of the first queries.
-            stage = done % options.STAGES
-            mbarrier.wait(rooms.full.index(stage), (done // options.STAGES) & 1)
+            stage = done % constants.STAGES
+            mbarrier.wait(rooms.full.index(stage), (done // constants.STAGES) & 1)
             q = rooms.q.index(stage).reshape([BLOCK_M, HEAD_DIM])
             s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)  # [64, BLOCK_M]
-            if options.COLUMNS:
+            if constants.COLUMNS:
                 bits = _hidden_bits(columns, columns.begin, key, W, SIZE)
             else:
                 bits = key
-            s = _hide(s, 0, visit.own, key, at, bits, columns, options)
+            s = _hide(s, 0, visit.own, key, at, bits, columns, constants)
 
             # Steady state: gradients of these queries beside scores of the next.
             for t in range(1, visit.count * SUB):
-                stage = done % options.STAGES
+                stage = done % constants.STAGES
                 do = rooms.do.index(stage).reshape([BLOCK_M, HEAD_DIM])
-                p, ds = _weights_and_gradient(s, stage, v, zero, scale_log2, rooms, options)
+                p, ds = _weights_and_gradient(s, stage, v, zero, scale_log2, rooms, constants)
                 done += 1
-                after = done % options.STAGES
+                after = done % constants.STAGES
                 # Three products under way: k q^T of the next queries, p dout and ds q of these.
-                mbarrier.wait(rooms.full.index(after), (done // options.STAGES) & 1)
+                mbarrier.wait(rooms.full.index(after), (done // constants.STAGES) & 1)
                 q = rooms.q.index(after).reshape([BLOCK_M, HEAD_DIM])
                 s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                 dv_token = warpgroup_mma(p, do, dv, is_async=True)
                 q = rooms.q.index(stage).reshape([BLOCK_M, HEAD_DIM])
                 dk_token = warpgroup_mma(ds, q, dk, is_async=True)
-                if options.COLUMNS:
+                if constants.COLUMNS:
                     bits = _hidden_bits(columns, columns.begin + t // SUB, key, W, SIZE)
                 s, dv, dk, p, ds = warpgroup_mma_wait(0, deps=[s_token, dv_token, dk_token, p, ds])
                 mbarrier.arrive(rooms.empty.index(stage), count=1)
-                s = _hide(s, t, visit.own, key, at, bits, columns, options)
+                s = _hide(s, t, visit.own, key, at, bits, columns, constants)
 
             # Drain: gradients of the last queries.
-            stage = done % options.STAGES
+            stage = done % constants.STAGES
             do = rooms.do.index(stage).reshape([BLOCK_M, HEAD_DIM])
-            p, ds = _weights_and_gradient(s, stage, v, zero, scale_log2, rooms, options)
+            p, ds = _weights_and_gradient(s, stage, v, zero, scale_log2, rooms, constants)
             dv_token = warpgroup_mma(p, do, dv, is_async=True)
             dk_token = warpgroup_mma(ds, rooms.q.index(stage).reshape([BLOCK_M, HEAD_DIM]), dk, is_async=True)
             dv, dk, p, ds = warpgroup_mma_wait(0, deps=[dv_token, dk_token, p, ds])
@@ -314,7 +314,7 @@ def _consumer(
     lane = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, O_MMA))  # [64]
     # [64, HEAD_DIM]
     offsets = lane[:, None] * dkv.row + gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_MMA))[None, :]
-    if options.COLUMNS:
+    if constants.COLUMNS:
         gl.store(dkv.dk + offsets, dk * scale, mask=(lane < columns.present)[:, None])
         gl.store(dkv.dv + offsets, dv, mask=(lane < columns.present)[:, None])
     else:
@@ -325,13 +325,13 @@ def _consumer(
 @gluon.jit
 def _key_gradient(
     sources: KeySources, dkv: KeyGradients, own: OwnKeys, slashes: SlashRows, columns: ColumnRows, scale,
-    options: gl.constexpr,
+    constants: gl.constexpr,
 ):  # fmt: skip
     """Run the two groups and the producer of one program; ``dkv`` points at its first key."""
-    HEAD_DIM: gl.constexpr = options.HEAD_DIM
-    HALF: gl.constexpr = options.SIZE // 2
-    STAGES: gl.constexpr = options.STAGES
-    BLOCK_M: gl.constexpr = options.BLOCK_M
+    HEAD_DIM: gl.constexpr = constants.HEAD_DIM
+    HALF: gl.constexpr = constants.SIZE // 2
+    STAGES: gl.constexpr = constants.STAGES
+    BLOCK_M: gl.constexpr = constants.BLOCK_M
     dtype: gl.constexpr = sources.q.dtype
     k = gl.allocate_shared_memory(dtype, [2, 1, HALF, 1, HEAD_DIM], sources.k.layout)
     v = gl.allocate_shared_memory(dtype, [2, 1, HALF, 1, HEAD_DIM], sources.k.layout)
@@ -343,9 +343,9 @@ def _key_gradient(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (rooms, dkv, own, slashes, columns, scale, 0, options)),
-            (_consumer, (rooms, dkv, own, slashes, columns, scale, 1, options)),
-            (_producer, (sources, rooms, own, slashes, columns, options)),
+            (_consumer, (rooms, dkv, own, slashes, columns, scale, 0, constants)),
+            (_consumer, (rooms, dkv, own, slashes, columns, scale, 1, constants)),
+            (_producer, (sources, rooms, own, slashes, columns, constants)),
         ],
         [4, 1],
         [240, 24],
@@ -355,15 +355,15 @@ def _key_gradient(
 @gluon.jit(do_not_specialize=["batches", "kv_heads", "n_rows", "n_cols", "diagonal"])
 def key_tiles_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dkv: KeyGradients, tiles: RowLists,
-    scale, batches, kv_heads, n_rows, n_cols, diagonal, options: gl.constexpr,
+    scale, batches, kv_heads, n_rows, n_cols, diagonal, constants: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys from GROUP / SPLITS query heads of its group; rows are key blocks here.
 
     dk and dv are (SPLITS, batch, keys, kv_heads, head_dim): a caller with SPLITS > 1 sums over the first axis.
     """
-    SIZE: gl.constexpr = options.SIZE
-    GROUP: gl.constexpr = options.GROUP
-    SPLITS: gl.constexpr = options.SPLITS
+    SIZE: gl.constexpr = constants.SIZE
+    GROUP: gl.constexpr = constants.GROUP
+    SPLITS: gl.constexpr = constants.SPLITS
     HEADS: gl.constexpr = GROUP // SPLITS
     pid = gl.program_id(0)
     split = pid % SPLITS
@@ -386,20 +386,20 @@ def key_tiles_kernel(
         # There are no columns; any pointer will do.
         ColumnRows(0, 0, tiles.entries, tiles.entries, 0, tiles.row_blocks, 0, SIZE),
         scale,
-        options,
+        constants,
     )
 
 
 @gluon.jit(do_not_specialize=["batches", "heads", "n_rows", "capacity", "num_blocks", "words_row", "splits"])
 def key_columns_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dkv: KeyGradients, tables: KeyTables,
-    scale, batches, heads, n_rows, capacity, num_blocks, words_row, splits, options: gl.constexpr,
+    scale, batches, heads, n_rows, capacity, num_blocks, words_row, splits, constants: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of columns over one of ``splits`` equal shares of the queries that see it.
 
     dk and dv are (splits, batch, capacity, heads, head_dim): the caller sums over the first axis.
     """
-    SIZE: gl.constexpr = options.SIZE
+    SIZE: gl.constexpr = constants.SIZE
     pid = gl.program_id(0)
     split = pid % splits
     head = (pid // splits) % heads
@@ -433,5 +433,5 @@ def key_columns_kernel(
         SlashRows(RowLists(unused, unused, unused, unused), n_rows, n_rows, 0),
         ColumnRows(begin, end, positions, words, words_row, tables.q_blocks, masked_to, present),
         scale,
-        options,
+        constants,
     )

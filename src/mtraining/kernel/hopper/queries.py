@@ -46,41 +46,41 @@ from mtraining.kernel.triton.common import RowLists
 
 
 @gluon.jit
-def _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys: Keys, options: gl.constexpr):
+def _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys: Keys, constants: gl.constexpr):
     """Gradient of scores ``s`` [64, SIZE] of tile number ``done``, as the left operand of dQ [64, SIZE].
 
     do [64, HEAD_DIM] in shared memory, lse2 and delta [64].
     """
-    stage = done % options.STAGES
-    v = keys.v.index(stage).reshape([options.SIZE, options.HEAD_DIM])
+    stage = done % constants.STAGES
+    v = keys.v.index(stage).reshape([constants.SIZE, constants.HEAD_DIM])
     full, empty = keys.v_full.index(stage), keys.v_empty.index(stage)
-    mbarrier.wait(full, (done // options.STAGES) & 1)
+    mbarrier.wait(full, (done // constants.STAGES) & 1)
     token = warpgroup_mma(do, v.permute((1, 0)), zero, use_acc=False, is_async=True)
     weights = gl.exp2(s * scale_log2 - lse2[:, None])
     dweights = warpgroup_mma_wait(0, deps=[token])
     mbarrier.arrive(empty, count=1)
-    operand: gl.constexpr = gl.DotOperandLayout(0, product_layout(options.HEAD_DIM), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, product_layout(constants.HEAD_DIM), 2)
     return gl.convert_layout((weights * (dweights - delta[:, None])).to(do.dtype), operand)
 
 
 @gluon.jit
 def _step(
     s, dq, done, t, word, columns: ColumnVisit, lse2, delta, scale_log2, q, do, zero, keys: Keys,
-    W: gl.constexpr, COLUMN: gl.constexpr, options: gl.constexpr,
+    W: gl.constexpr, COLUMN: gl.constexpr, constants: gl.constexpr,
 ):  # fmt: skip
     """dQ of tile number ``done``, whose scores are ``s``, and the scores of the next one.
 
     COLUMN: the next one is tile ``t`` of the columns, with the hidden bits ``word``. Else it is a slash tile that is
     not on the causal diagonal.
     """
-    SIZE: gl.constexpr = options.SIZE
-    HEAD_DIM: gl.constexpr = options.HEAD_DIM
-    ds = _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys, options)
-    stage = done % options.STAGES
+    SIZE: gl.constexpr = constants.SIZE
+    HEAD_DIM: gl.constexpr = constants.HEAD_DIM
+    ds = _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys, constants)
+    stage = done % constants.STAGES
     done += 1
-    after = done % options.STAGES
+    after = done % constants.STAGES
     # Both products under way: q k^T of the next tile, ds k of this one.
-    mbarrier.wait(keys.k_full.index(after), (done // options.STAGES) & 1)
+    mbarrier.wait(keys.k_full.index(after), (done // constants.STAGES) & 1)
     k = keys.k.index(after).reshape([SIZE, HEAD_DIM])
     s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     k = keys.k.index(stage).reshape([SIZE, HEAD_DIM])
@@ -97,14 +97,14 @@ def _step(
 @gluon.jit
 def _consumer(
     queries: Queries, keys: Keys, queue: Queue, dq_desc, out: Target, lse_ptr, delta_ptr, work: Work, scale,
-    W: gl.constexpr, options: gl.constexpr,
+    W: gl.constexpr, constants: gl.constexpr,
 ):  # fmt: skip
     """dq of 64 queries of each block, added to the previous one if HAS_PREV."""
-    SIZE: gl.constexpr = options.SIZE
-    HEAD_DIM: gl.constexpr = options.HEAD_DIM
-    HAS_PREV: gl.constexpr = options.HAS_PREV
-    FINAL: gl.constexpr = options.FINAL
-    COLUMNS: gl.constexpr = options.COLUMNS
+    SIZE: gl.constexpr = constants.SIZE
+    HEAD_DIM: gl.constexpr = constants.HEAD_DIM
+    HAS_PREV: gl.constexpr = constants.HAS_PREV
+    FINAL: gl.constexpr = constants.FINAL
+    COLUMNS: gl.constexpr = constants.COLUMNS
     HALF: gl.constexpr = SIZE // 2
     S_MMA: gl.constexpr = product_layout(SIZE)
     O_MMA: gl.constexpr = product_layout(HEAD_DIM)
@@ -116,7 +116,7 @@ def _consumer(
     turn = 0
     item = taken(turn, queue)
     while item < work.items:
-        visit = visit_of(item, work, options.TOEPLITZ, COLUMNS, SIZE)
+        visit = visit_of(item, work, constants.TOEPLITZ, COLUMNS, SIZE)
         steps = visit.columns.steps + visit.tile_steps
         if steps > 0 or FINAL or not HAS_PREV:
             first_row = visit.block * SIZE + W * HALF
@@ -132,8 +132,8 @@ def _consumer(
             mbarrier.wait(queries.full.index(0), number & 1)
             if steps > 0:
                 # Prologue: scores of the first tile.
-                stage = done % options.STAGES
-                mbarrier.wait(keys.k_full.index(stage), (done // options.STAGES) & 1)
+                stage = done % constants.STAGES
+                mbarrier.wait(keys.k_full.index(stage), (done // constants.STAGES) & 1)
                 k = keys.k.index(stage).reshape([SIZE, HEAD_DIM])
                 s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False)  # [64, SIZE]
                 if COLUMNS:
@@ -146,7 +146,7 @@ def _consumer(
                 for t in range(1, visit.tile_steps):
                     s, dq, done = _step(
                         s, dq, done, t, word, visit.columns, lse2, delta, scale_log2, q, do, zero, keys,
-                        W, False, options,
+                        W, False, constants,
                     )  # fmt: skip
                 if COLUMNS:
                     first = gl.where(visit.tile_steps > 0, 0, 1)
@@ -156,15 +156,15 @@ def _consumer(
                         this, word = word, hidden_word(visit.columns, t + 1, SIZE)
                         s, dq, done = _step(
                             s, dq, done, t, this, visit.columns, lse2, delta, scale_log2, q, do, zero, keys,
-                            W, True, options,
+                            W, True, constants,
                         )  # fmt: skip
 
                 # Drain: gradients of the last tile.
-                ds = _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys, options)
+                ds = _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys, constants)
                 # The next block's queries may come while this block ends.
                 if not FINAL:
                     mbarrier.arrive(queries.empty.index(0), count=1)
-                stage = done % options.STAGES
+                stage = done % constants.STAGES
                 dq = warpgroup_mma(ds, keys.k.index(stage).reshape([SIZE, HEAD_DIM]), dq)
                 mbarrier.arrive(keys.k_empty.index(stage), count=1)
                 done += 1
@@ -204,26 +204,26 @@ def _consumer(
 def query_gradient_kernel(
     q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc, dq_desc, out: Target, lse_ptr, delta_ptr, counter,
     tiles: RowLists, columns: ColumnLists, scale, items, n_rows, heads, n_cols, diagonal, capacity, words_row,
-    options: gl.constexpr,
+    constants: gl.constexpr,
 ):  # fmt: skip
     """dq of every block of queries over its slash tiles and, if there are any (COLUMNS), its columns.
 
     counter: int32 (1,), 0; lse in units of log2, 0 for rows that see nothing.
     """
-    SIZE: gl.constexpr = options.SIZE
-    q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, options.HEAD_DIM], q_desc.layout)
-    do = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, options.HEAD_DIM], q_desc.layout)
+    SIZE: gl.constexpr = constants.SIZE
+    q = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, constants.HEAD_DIM], q_desc.layout)
+    do = gl.allocate_shared_memory(q_desc.dtype, [2, 1, SIZE // 2, 1, constants.HEAD_DIM], q_desc.layout)
     queries = Queries(q, do, barriers(1, 1), barriers(1, 2))
-    keys = key_buffers(k_desc, v_desc, SIZE, options.HEAD_DIM, options.STAGES)
+    keys = key_buffers(k_desc, v_desc, SIZE, constants.HEAD_DIM, constants.STAGES)
     queue = job_queue()
     sources = Sources(q_desc, do_desc, k_desc, v_desc, ck_desc, cv_desc)
     work = Work(items, n_rows, heads, tiles, n_cols, diagonal, columns, capacity, words_row)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (queries, keys, queue, dq_desc, out, lse_ptr, delta_ptr, work, scale, 0, options)),
-            (_consumer, (queries, keys, queue, dq_desc, out, lse_ptr, delta_ptr, work, scale, 1, options)),
-            (producer, (sources, queries, keys, queue, counter, work, True, options)),
+            (_consumer, (queries, keys, queue, dq_desc, out, lse_ptr, delta_ptr, work, scale, 0, constants)),
+            (_consumer, (queries, keys, queue, dq_desc, out, lse_ptr, delta_ptr, work, scale, 1, constants)),
+            (producer, (sources, queries, keys, queue, counter, work, True, constants)),
         ],
         [4, 1],
         [240, 24],
