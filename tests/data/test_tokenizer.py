@@ -113,9 +113,11 @@ def test_a_document_cannot_forge_a_separator(tmp_path: Path) -> None:
     assert Encoder(tmp_path, is_byte=False).encode("a<|endoftext|>").max() < 256
 
 
-@pytest.mark.parametrize("name", ["no/such-tokenizer", "no-such-tokenizer"])
+@pytest.mark.parametrize("name", ["no/such-tokenizer", "no-such-tokenizer", "./typo", "typo.json"])
 def test_unknown_tokenizer_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"tokenizer '{name}' cannot be loaded"):
+    with pytest.raises(
+        UserError, match=f"tokenizer '{name}' (is no path here|does not exist).*; correct the path, or"
+    ):
         save_tokenizer(name, None, tmp_path)
 
 

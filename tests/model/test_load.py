@@ -13,7 +13,8 @@ from tiny_models import SEQ_LEN, tiny_options
 from transformers import AutoModelForCausalLM
 
 from mtraining.errors import UserError
-from mtraining.model import ModelOptions, build_model, parallelize
+from mtraining.inputs.yaml_text import read_yaml
+from mtraining.model import ModelOptions, RopeOptions, build_model, parallelize
 
 QWEN25_3B: dict[str, Any] = {
     "model_type": "qwen2",
@@ -134,8 +135,8 @@ def changed(**fields: Any) -> dict[str, Any]:
             {"config": {"model_type": "gemma4_assistant"}},
             "'gemma4_assistant' has no default config in transformers|gemma4_assistant has no rotary embedding",
         ),
-        ({"init": "/no/such/folder", "config": {}}, "'/no/such/folder' is neither a Hugging Face model folder"),
-        ({"tokenizer": "/no/such/tokenizer"}, "model.tokenizer='/no/such/tokenizer' cannot be loaded"),
+        ({"init": "/no/such/folder", "config": {}}, "model.init='/no/such/folder' does not exist; correct the path"),
+        ({"tokenizer": "/no/such/tokenizer"}, "model.tokenizer='/no/such/tokenizer' does not exist; correct"),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(changes: Any, message: str) -> None:
@@ -178,6 +179,45 @@ def test_an_expected_field_may_have_its_other_name(tmp_path: Path) -> None:
     build_model(ModelOptions(init=str(tmp_path), config={"num_experts": 4}), SEQ_LEN)
     with pytest.raises(UserError, match=r"model.config.num_experts=8 but the loaded model has 4"):
         build_model(ModelOptions(init=str(tmp_path), config={"num_experts": 8}), SEQ_LEN)
+
+
+def test_the_rotated_part_of_a_head_is_known() -> None:
+    def of(family: str, **fields: Any) -> ModelOptions:
+        return ModelOptions.model_validate({"config": {**tiny_options(family).config, **fields}})
+
+    for family, name in [("glm4", "partial_rotary_factor"), ("gpt_neox", "rotary_pct")]:
+        model, _ = build_model(of(family, **{name: 0.75}), SEQ_LEN)
+        assert model.config.rope_parameters["partial_rotary_factor"] == 0.75
+        assert model.base_model.rotary_emb.inv_freq.shape == (6,)  # pairs of 12 of 16
+    for rope in ({}, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}):
+        options = of("llama", partial_rotary_factor=0.5).model_copy(update={"rope": RopeOptions(**rope)})
+        with pytest.raises(
+            UserError, match=r"llama does not take partial_rotary_factor=0.5, and rotates whole heads"
+        ):
+            build_model(options, SEQ_LEN)
+
+
+def test_expected_rotary_settings_may_be_written_as_before(tmp_path: Path) -> None:
+    build_model(tiny_options("gpt_neox", "float32"), SEQ_LEN)[0].save_pretrained(tmp_path / "neox")
+    build_model(
+        ModelOptions(init=str(tmp_path / "neox"), config={"rotary_pct": 0.25, "rotary_emb_base": 1e4}),
+        SEQ_LEN,
+    )
+    with pytest.raises(UserError, match=r"model.config.rotary_pct=1.0 but the loaded model has 0.25"):
+        build_model(ModelOptions(init=str(tmp_path / "neox"), config={"rotary_pct": 1.0}), SEQ_LEN)
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    build_model(tiny_options("llama", "float32", **yarn), SEQ_LEN)[0].save_pretrained(tmp_path / "llama")
+    build_model(ModelOptions(init=str(tmp_path / "llama"), config={"rope_scaling": yarn}), SEQ_LEN)
+    other = {"rope_scaling": {**yarn, "factor": 2.0}}
+    with pytest.raises(UserError, match=r"model.config.rope_scaling="):
+        build_model(ModelOptions(init=str(tmp_path / "llama"), config=other), SEQ_LEN)
+
+
+def test_numbers_with_exponents_in_yaml() -> None:
+    fields = read_yaml("{rope_theta: 1e6, rms_norm_eps: 1e-6}", "the text")
+    options = ModelOptions.model_validate({"config": {**tiny_options("qwen2").config, **fields}})
+    model, _ = build_model(options, SEQ_LEN)
+    assert model.config.rope_parameters["rope_theta"] == 1e6 and model.config.rms_norm_eps == 1e-6
 
 
 def test_unknown_keys_are_refused() -> None:

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mtraining.errors import UserError
 from mtraining.model import RopeOptions
-from mtraining.model.rope import apply_rope, check_rope
+from mtraining.model.rope import apply_rope, check_rope, stretched
 
 
 def config(**fields: Any) -> Any:
@@ -152,6 +152,85 @@ def test_an_extended_model_is_extended_again_only_from_a_named_length() -> None:
     assert "low_freq_factor" not in extended.rope_parameters
 
 
+OWN_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "attention_factor": 1.25,
+    "beta_fast": 24.0,
+    "beta_slow": 2.0,
+    "truncate": False,
+}
+
+
+def test_a_yarn_model_keeps_its_own_settings() -> None:
+    extended = config(rope_parameters=dict(OWN_YARN), max_position_embeddings=32768)
+    apply_rope(extended, RopeOptions(type="yarn"), seq_len=131072)
+    assert extended.rope_parameters == {**OWN_YARN, "factor": 16.0}
+    assert extended.max_position_embeddings == 131072
+    _, scaling = frequencies(extended)
+    assert scaling == 1.25
+
+
+def test_every_one_of_them_can_be_replaced() -> None:
+    asked: dict[str, Any] = {
+        "factor": 5.0,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 16.0,
+        "beta_slow": 1.5,
+        "truncate": True,
+    }
+    own = {"rope_type": "yarn", "rope_theta": 5e5}
+    for scaling in ({"attention_factor": 1.5}, {"mscale": 0.7, "mscale_all_dim": 0.9}):
+        extended = config(rope_parameters=dict(OWN_YARN), max_position_embeddings=32768)
+        apply_rope(extended, RopeOptions(type="yarn", theta=5e5, **asked, **scaling), seq_len=65536)
+        assert extended.rope_parameters == {**own, **asked, **scaling}  # no attention_factor to hide mscale
+
+
+def test_another_method_takes_nothing_over_from_yarn() -> None:
+    extended = config(rope_parameters=dict(OWN_YARN), max_position_embeddings=32768)
+    with pytest.raises(UserError, match=r"already has rope type 'yarn'; to replace it by linear set"):
+        apply_rope(extended, RopeOptions(type="linear"), seq_len=131072)
+    apply_rope(extended, RopeOptions(type="linear", original_max_position_embeddings=8192), seq_len=131072)
+    assert extended.rope_parameters == {"rope_type": "linear", "rope_theta": 1e6, "factor": 16.0}
+
+
+def test_truncation_and_mscale_reach_the_frequencies() -> None:
+    plain, other = config(), config()
+    apply_rope(plain, RopeOptions(type="yarn", factor=4), seq_len=131072)
+    asked = RopeOptions(type="yarn", factor=4, truncate=False, mscale=1.0, mscale_all_dim=0.5)
+    apply_rope(other, asked, seq_len=131072)
+    ramp = (frequencies(plain)[0] - frequencies(other)[0]).abs() > 0
+    assert ramp.any() and not ramp.all()  # the ends of the ramp only
+    expected = (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    assert frequencies(other)[1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("native", "factor", "positions"),
+    [
+        (7168, 7808 / 7168, 7808),  # the float's product is 7807.999...
+        (7000, 1.15, 8050),  # whose float is below 1.15
+        (32768, 2.3, 75366),  # 75366.4
+        (32768, 1.0, 32768),
+        (3, 1 / 3 * 4, 4),
+        (131072, 8.0, 1048576),
+    ],
+)
+def test_positions_are_counted_exactly(native: int, factor: float, positions: int) -> None:
+    assert stretched(native, factor) == positions
+
+
+@pytest.mark.parametrize("method", ["yarn", "linear"])
+def test_any_length_is_reached_without_a_factor(method: Any) -> None:
+    for native, seq_len in [(7168, 7808), (32768, 524288), (100, 333), (4096, 4096), (4096, 128)]:
+        extended = config(max_position_embeddings=native)
+        apply_rope(extended, RopeOptions(type=method), seq_len)
+        assert extended.max_position_embeddings == max(native, seq_len)
+        assert extended.rope_parameters["factor"] == max(native, seq_len) / native
+
+
 @pytest.mark.parametrize(
     ("options", "seq_len", "message"),
     [
@@ -159,6 +238,22 @@ def test_an_extended_model_is_extended_again_only_from_a_named_length() -> None:
         ({"type": "yarn", "factor": 4}, 262144, r"factor=4 stretches 32768 positions to 131072.*at least 8"),
         ({"type": "linear", "beta_fast": 16}, 65536, r"beta_fast has no effect with type=linear"),
         ({"factor": 2}, 32768, r"factor has no effect with type=none"),
+        (
+            {"type": "yarn", "mscale": 1.0},
+            65536,
+            "mscale has no effect alone; set both mscale and mscale_all_dim",
+        ),
+        (
+            {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0},
+            65536,
+            "mscale has no effect beside model.rope.attention_factor",
+        ),
+        ({"type": "dynamic", "truncate": False}, 65536, r"truncate has no effect with type=dynamic"),
+        (
+            {"type": "linear", "factor": 1.19},
+            39000,
+            r"factor=1.19 stretches 32768 positions to 38993.* at least 1.2\.$",
+        ),
     ],
 )
 def test_lengths_and_options_that_do_not_fit_are_refused(options: Any, seq_len: int, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from mtraining.errors import UserError
 from mtraining.model import check_supported, parallelize
-from mtraining.model.support import SUPPORTED_HEAD_DIMS
+from mtraining.model.support import SUPPORTED_HEAD_DIMS, fields_of
 from mtraining.pattern import Dense, build_pattern
 
 SMALL: dict[str, Any] = {
@@ -54,6 +55,58 @@ def build(model_type: str, **fields: Any) -> Any:
 def test_refused_by_name(model_type: str, fields: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_supported(build(model_type, **fields))
+
+
+MINICPM3: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "qk_nope_head_dim": 0,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "dim_model_base": 8,
+}
+
+
+def test_what_a_config_computes_is_read_too() -> None:
+    """MiniCPM3's factor is a property, absent from `to_dict()`: its loss was 4.905 where ours was 6.429."""
+    with pytest.raises(UserError, match=r"minicpm3 scales its logits \(logits_scaling=4.0\)"):
+        check_supported(build("minicpm3", **MINICPM3))
+    with pytest.raises(UserError, match=r"heads of qk_head_dim=32 beside head_dim=16"):
+        check_supported(build("minicpm3", **{**MINICPM3, "qk_nope_head_dim": 16, "dim_model_base": 32}))
+    model = build("minicpm3", **MINICPM3)
+    fields = fields_of(model.config)
+    assert fields["logits_scaling"] == 4.0 and fields["hidden_size"] == 32
+    assert fields_of(build("qwen3_moe", head_dim=16).config)["num_experts"] == 128  # by its other name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"), [("minicpm3", MINICPM3), ("granite", {"logits_scaling": 4.0}), ("cohere", {})]
+)
+def test_logits_are_asked_of_the_model_itself(model_type: str, fields: Any) -> None:
+    """Whatever the field is called that scales them."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **fields}))
+    with mock.patch("mtraining.model.support._LOGIT_FACTORS", ()):
+        with pytest.raises(
+            UserError, match=rf"the logits of {model_type} are not lm_head\(hidden\): its own code"
+        ):
+            check_supported(model)
+        check_supported(build(model_type, **fields))  # on the meta device there are no numbers
+
+
+def test_asking_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("llama")
+    tokens = tiny_batch().input_ids
+    before = model(tokens).logits
+    check_supported(model)
+    assert "forward" not in vars(model.model) and torch.equal(model(tokens).logits, before)
+
+
+def test_attention_dropout_is_asked_of_the_layers() -> None:
+    model = build("llama")
+    model.model.layers[1].self_attn.attention_dropout = 0.1
+    with pytest.raises(UserError, match=r"layer 1 of llama has attention dropout \(attention_dropout=0.1\)"):
+        check_supported(model)
 
 
 def test_kv_heads_that_do_not_divide_are_refused() -> None:

@@ -4,10 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import tiny_config
+from tiny_run import raw_config, tiny_config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
+from mtraining.data import save_byte_tokenizer
 from mtraining.errors import UserError
 from mtraining.train.checks import check_config
+from mtraining.train.config import parse_config
 from mtraining.train.identity import check_shapes
 from mtraining.train.loop import train
 from mtraining.train.mesh import check_world
@@ -52,6 +57,63 @@ def test_data_missing_or_empty(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
         check_config(tiny_config(tmp_path / "run", tmp_path / "empty"))
+
+
+def test_data_of_another_tokenizer_than_the_models(tmp_path: Path, shards: Path) -> None:
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "words")
+    named = {"config": {**NO_MODEL}, "tokenizer": str(tmp_path / "words")}
+    with pytest.raises(UserError) as raised:
+        check_config(tiny_config(tmp_path / "run", shards, model=named))
+    sentence = str(raised.value)
+    assert (
+        f"dataset '{shards}' was prepared with tokenizer 'byte', which is not the model's (token " in sentence
+    )
+    assert f"--tokenizer {tmp_path / 'words'}, or set data.allow_other_tokenizer=true" in sentence
+    meant = parse_config(
+        {
+            **raw_config(tmp_path / "run", shards, model=named),
+            "data": {"path": str(shards), "allow_other_tokenizer": True},
+        }
+    )
+    check_config(meant)
+    save_byte_tokenizer(
+        tmp_path / "bytes"
+    )  # the data's own is no other, and without a name there is none to compare
+    check_config(tiny_config(tmp_path / "run", shards, model={**named, "tokenizer": str(tmp_path / "bytes")}))
+    check_config(tiny_config(tmp_path / "run", shards, model={**named, "tokenizer": None}))
+
+
+@pytest.mark.parametrize("name", ["./typo", "typo", "owner/typo"])
+def test_a_mistyped_model_is_told_by_its_option(name: str, tmp_path: Path, shards: Path) -> None:
+    options = raw_config(tmp_path / "run", shards)
+    with pytest.raises(
+        UserError, match=rf"^model.init='{name}' (does not exist|is no path here).*; correct the path"
+    ):
+        check_config(parse_config({**options, "model": {"init": name}}))
+    options["model"]["tokenizer"] = name
+    with pytest.raises(UserError, match=rf"^model.tokenizer='{name}' (does not exist|is no path here)"):
+        check_config(parse_config(options))
+
+
+def test_a_damaged_tokenizer(tmp_path: Path, shards: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    options = {**raw_config(tmp_path / "run", shards), "model": {"init": str(tmp_path / "model")}}
+    with pytest.raises(
+        UserError, match=r"^model.init=.* has no tokenizer that can be loaded .*; set model.tokenizer"
+    ):
+        check_config(parse_config(options))
+
+
+def test_an_export_folder_that_is_somebodys_is_told_before_the_first_step(
+    tmp_path: Path, shards: Path
+) -> None:
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "export" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run/export is not empty and no export wrote it"):
+        check_config(tiny_config(tmp_path / "run", shards, checkpoint={"export": True}))
+    check_config(tiny_config(tmp_path / "run", shards, checkpoint={"export": False}))
 
 
 def test_vocabulary_smaller_than_the_token_ids(tmp_path: Path, shards: Path) -> None:

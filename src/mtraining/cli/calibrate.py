@@ -78,8 +78,10 @@ def calibrate(
     base = VerticalSlash(block_size=block_size, probe=probe, probe_at=probe_at)
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     place = torch.device("cuda" if cuda else "cpu")
-    hf_model, tokenizer = build_model(_options(model, "bfloat16" if cuda else "float32"), tokens, place)
-    sequences = _read(data, tokenizer, hf_model.config.vocab_size, tokens, samples, model).to(place)
+    options = _options(model, "bfloat16" if cuda else "float32")
+    hf_model, tokenizer = build_model(options, tokens, place)
+    named = options.tokenizer or options.init
+    sequences = _read(data, tokenizer, hf_model.config.vocab_size, tokens, samples, model, named).to(place)
     price = 1.0
     if cost == "kernel" or (cost == "auto" and cuda):
         price = column_price(_shape(hf_model.config), tokens, block_size, next(hf_model.parameters()))
@@ -115,16 +117,20 @@ def _options(model: str, dtype: str) -> ModelOptions:
 
 def _shape(config: Any) -> tuple[int, int, int]:
     """q_heads, kv_heads, head_dim."""
+    from mtraining.model.support import head_dim_of
+
     heads = config.num_attention_heads
-    return heads, config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim_of(config)
 
 
-def _read(data: Path, tokenizer: Any, vocab_size: int, tokens: int, samples: int, model: str) -> Tensor:
-    """int64 (samples, tokens) from the start of DATA."""
+def _read(
+    data: Path, tokenizer: Any, vocab_size: int, tokens: int, samples: int, model: str, named: str
+) -> Tensor:
+    """int64 (samples, tokens) from the start of DATA; ``named`` is what the model's tokenizer is called."""
     import numpy as np
     import torch
 
-    from mtraining.data import TokenShards
+    from mtraining.data import TokenShards, check_vocabulary
     from mtraining.data.shards import META
     from mtraining.errors import UserError
     from mtraining.evaluate.calibrate import read_sequences
@@ -142,6 +148,8 @@ def _read(data: Path, tokenizer: Any, vocab_size: int, tokens: int, samples: int
             f"DATA: {data} holds {shards.num_tokens} tokens, fewer than --samples {samples} x --tokens {tokens}; "
             "give more text or lower one of them."
         )
+    if tokenizer is not None:
+        check_vocabulary(shards, tokenizer, named, ".")
     if shards.max_token_id >= vocab_size:
         raise UserError(
             f"DATA: {data} has token {shards.max_token_id}, beyond the {vocab_size} of {model}; prepare it with "

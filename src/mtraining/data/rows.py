@@ -16,6 +16,7 @@ from mtraining.data.files import DAMAGED, damage, open_file, suffixes
 from mtraining.data.options import PrepareOptions
 from mtraining.data.sources import EMPTY, UNREADABLE, Item, Skipped, Source, files_signature
 from mtraining.errors import UserError, first_line
+from mtraining.inputs import hub
 
 BAD_JSON = "not valid JSON"
 NOT_OBJECT = "not a JSON object"
@@ -178,8 +179,15 @@ def hub_dataset_source(name: str, options: PrepareOptions) -> Source:
     """A Hugging Face dataset id, or a local folder in the layout `datasets.load_dataset` reads."""
     from datasets import load_dataset
 
+    hub.find(
+        name,
+        f"source '{name}'",
+        "dataset",
+        "give a file, a folder, a dataset's id, 'stdlib' or 'package:NAME'",
+    )
     try:
-        loaded = load_dataset(name, options.dataset_config, split=options.split)
+        with hub.quiet():
+            loaded = load_dataset(name, options.dataset_config, split=options.split)
     except Exception as error:  # the hub, the network and the dataset's own reader each raise their own kinds
         raise UserError(
             f"source '{name}' is neither an existing path nor a Hugging Face dataset that loads "

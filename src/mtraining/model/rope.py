@@ -9,6 +9,8 @@ at the training length, into a plain theta.
 from __future__ import annotations
 
 import logging
+import math
+from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import Field
@@ -20,6 +22,9 @@ from mtraining.model.support import check_rope
 logger = logging.getLogger(__name__)
 
 
+_YARN = ("beta_fast", "beta_slow", "attention_factor", "truncate", "mscale", "mscale_all_dim")
+
+
 class RopeOptions(Section):
     """How to stretch rotary positions to the training length.
 
@@ -29,7 +34,10 @@ class RopeOptions(Section):
         NTK factor of transformers' formula, and None is 1.
     original_max_position_embeddings: the context the weights were trained on; None reads it from the model.
     theta: replaces rope_theta. With ``none`` this alone is the extension (a raised base frequency).
-    beta_fast, beta_slow, attention_factor: YaRN's own options; None keeps the paper's 32, 1 and 0.1 ln(factor) + 1.
+    beta_fast, beta_slow, truncate: YaRN's ramp. None keeps those of a model that has YaRN already; else it is 32, 1
+        and true.
+    attention_factor: of YaRN. None keeps that of a model that has YaRN already; else it is 0.1 ln(factor) + 1.
+    mscale, mscale_all_dim: of YaRN: in place of attention_factor, the ratio of 0.1 m ln(factor) + 1 for these two.
     """
 
     type: Literal["none", "yarn", "linear", "dynamic"] = "none"
@@ -39,6 +47,9 @@ class RopeOptions(Section):
     beta_fast: float | None = Field(default=None, gt=0)
     beta_slow: float | None = Field(default=None, gt=0)
     attention_factor: float | None = Field(default=None, gt=0)
+    truncate: bool | None = None
+    mscale: float | None = Field(default=None, gt=0)
+    mscale_all_dim: float | None = Field(default=None, gt=0)
 
 
 def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:
@@ -78,10 +89,10 @@ def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:
 def _refuse_idle_options(options: RopeOptions) -> None:
     """An option that the chosen type does not read is a mistake, not a no-op."""
     idle = {
-        "none": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+        "none": ("factor", "original_max_position_embeddings", *_YARN),
         "yarn": (),
-        "linear": ("beta_fast", "beta_slow", "attention_factor"),
-        "dynamic": ("beta_fast", "beta_slow", "attention_factor"),
+        "linear": _YARN,
+        "dynamic": _YARN,
     }[options.type]
     for name in idle:
         if getattr(options, name) is not None:
@@ -105,41 +116,70 @@ def _keep(config: Any, options: RopeOptions, seq_len: int) -> None:
 
 def _extend(config: Any, options: RopeOptions, seq_len: int) -> None:
     present = config.rope_parameters
+    again = options.type == present.get("rope_type") == "yarn"
     native = options.original_max_position_embeddings
+    if native is None and again:
+        native = int(present["original_max_position_embeddings"])
     if native is None and present.get("rope_type") != "default":
         raise UserError(
             f"model.rope: the model already has rope type {present.get('rope_type')!r}; to replace it by "
-            f"{options.type} set "
-            f"model.rope.original_max_position_embeddings to the context that factor counts from."
+            f"{options.type} set model.rope.original_max_position_embeddings to the context that factor counts from."
         )
     native = native or config.max_position_embeddings
     theta = float(options.theta or present["rope_theta"])
     parameters: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
     if "partial_rotary_factor" in present:
         parameters["partial_rotary_factor"] = present["partial_rotary_factor"]
+    covered = max(seq_len, native)
     if options.type == "dynamic":
         parameters["rope_theta"] = ntk_theta(
-            theta, _rotary_dim(config, parameters), native, max(seq_len, native), options.factor or 1.0
+            theta, _rotary_dim(config, parameters), native, covered, options.factor or 1.0
         )
-        covered = max(seq_len, native)
     else:
-        factor = options.factor or max(1.0, seq_len / native)
-        covered = int(factor * native)
+        if options.factor is not None:
+            covered = stretched(native, options.factor)
         if seq_len > covered:
             raise UserError(
-                f"model.rope.factor={factor:g} stretches {native} positions to {covered}, less than the "
-                f"training length "
-                f"{seq_len}; set it to at least {_shortest_factor(seq_len, native)}."
+                f"model.rope.factor={options.factor:g} stretches {native} positions to {covered}, less than the "
+                f"training length {seq_len}; set it to at least {_shortest_factor(seq_len, native)}."
             )
-        parameters |= {"rope_type": options.type, "factor": float(factor)}
-        if options.type == "yarn":
-            parameters["original_max_position_embeddings"] = native
-            for name in ("beta_fast", "beta_slow", "attention_factor"):
-                if getattr(options, name) is not None:
-                    parameters[name] = float(getattr(options, name))
+        parameters |= {"rope_type": options.type, "factor": float(options.factor or covered / native)}
+    if options.type == "yarn":
+        parameters["original_max_position_embeddings"] = native
+        kept = {name: present[name] for name in _YARN if again and present.get(name) is not None}
+        parameters |= _yarn_options(options, kept)
     config.rope_parameters = parameters
     config.max_position_embeddings = covered
     logger.info("rope: %s from %d to %d positions: %s", options.type, native, covered, parameters)
+
+
+def _yarn_options(options: RopeOptions, kept: dict[str, Any]) -> dict[str, Any]:
+    """A model's own YaRN settings under those that are asked for; what transformers would pass over is refused."""
+    asked = {name: getattr(options, name) for name in _YARN if getattr(options, name) is not None}
+    scales = [name for name in ("mscale", "mscale_all_dim") if name in asked]
+    if scales and "attention_factor" in asked:
+        raise UserError(
+            f"model.rope.{scales[0]} has no effect beside model.rope.attention_factor; remove one of them."
+        )
+    if scales:
+        kept = {name: value for name, value in kept.items() if name != "attention_factor"}
+    merged = {**kept, **asked}
+    if scales and not {"mscale", "mscale_all_dim"} <= merged.keys():
+        raise UserError(
+            f"model.rope.{scales[0]} has no effect alone; set both mscale and mscale_all_dim, or attention_factor."
+        )
+    return merged
+
+
+def stretched(native: int, factor: float) -> int:
+    """``native`` positions times ``factor``, whole positions only.
+
+    Exact: 1.15 is taken as 115/100 and not as the float below it. A factor that is the float of a ratio of two lengths
+    gives the length again.
+    """
+    exact = Fraction(repr(float(factor))) * native
+    nearest = round(exact)
+    return nearest if abs(exact - nearest) <= Fraction(nearest, 2**50) else math.floor(exact)
 
 
 def ntk_theta(theta: float, dim: int, native: int, seq_len: int, factor: float = 1.0) -> float:
@@ -158,4 +198,5 @@ def _rotary_dim(config: Any, parameters: dict[str, Any]) -> int:
 
 def _shortest_factor(seq_len: int, native: int) -> str:
     """seq_len / native, rounded up to two decimals."""
-    return f"{-(-seq_len * 100 // native) / 100:g}"
+    hundredths = -(-seq_len * 100 // native)
+    return f"{hundredths // 100}.{hundredths % 100:02d}".rstrip("0").rstrip(".")

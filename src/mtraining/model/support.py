@@ -5,11 +5,15 @@ Everything here runs before the first step: what would be computed wrongly is re
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from mtraining.errors import UserError
 
@@ -17,6 +21,10 @@ SUPPORTED_HEAD_DIMS = range(16, 257, 8)
 """Head sizes of the reference kernel; the GPU kernels take a subset and say so themselves."""
 
 STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
+_NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+OLDER_NAMES = {"gpt_neox": _NEOX_NAMES, "gpt_neox_japanese": _NEOX_NAMES}
+"""By model type: what configs of before transformers 5 call ``rope_theta`` and ``partial_rotary_factor``, if not so."""
 
 _DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 _SOFTCAP = re.compile(r"soft_?cap|logit_cap")
@@ -51,7 +59,7 @@ def check_config(config: Any) -> None:
     if not getattr(config, "is_causal", True):
         raise UserError(f"model: {name} has is_causal=False; only causal attention is supported.")
     _check_windows(config, name)
-    fields = config.to_dict()
+    fields = fields_of(config)
     for field, value in fields.items():
         if value and _SOFTCAP.search(field):
             raise UserError(
@@ -75,13 +83,33 @@ def check_config(config: Any) -> None:
             "it to False."
         )
     _check_heads(config, name)
-    value_dim = fields.get("v_head_dim")
-    if value_dim is not None and value_dim != head_dim_of(config):
-        raise UserError(
-            f"model: {name} has values of size v_head_dim={value_dim} beside queries of size {head_dim_of(config)}; "
-            f"use a model whose queries, keys and values share one head_dim."
-        )
+    for field in ("v_head_dim", "qk_head_dim"):
+        size = fields.get(field)
+        if size is not None and size != head_dim_of(config):
+            raise UserError(
+                f"model: {name} has heads of {field}={size} beside head_dim={head_dim_of(config)}; use a model whose "
+                "queries, keys and values share one head_dim."
+            )
     check_rope(config)
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """Every value that a model can read from its config: fields, their other names, and properties.
+
+    ``to_dict()`` has the fields alone. Some configs compute what a model reads: MiniCPM3's ``logits_scaling`` is a
+    property, and a field that is renamed by ``attribute_map`` is found under the other name only.
+    """
+    names = [*config.to_dict(), *(getattr(config, "attribute_map", None) or ())]
+    for kind in type(config).__mro__:
+        if kind.__module__.startswith("transformers.models."):
+            names += [name for name, value in vars(kind).items() if isinstance(value, property)]
+    found = {}
+    for name in names:
+        try:
+            found[name] = getattr(config, name)
+        except Exception:  # a property that holds for other variants of the architecture only
+            continue
+    return found
 
 
 def check_rope(config: Any) -> None:
@@ -217,14 +245,77 @@ def check_supported(hf_model: Any) -> None:
         raise UserError(
             f"model: {name} does not use transformers' attention interface; use a model that does."
         )
+    _check_partial_rotary(hf_model)
+    _check_logits(hf_model)
     told = head_dim_of(hf_model.config)
     for index, attention in attention_modules(hf_model):
+        for field in _DROPOUT_FIELDS:
+            rate = getattr(attention, field, None)
+            if isinstance(rate, float) and rate > 0:
+                raise UserError(
+                    f"model: layer {index} of {name} has attention dropout ({field}={rate}), which is not supported; "
+                    "set it to 0."
+                )
         own = getattr(attention, "head_dim", None) or told
         if own != told:
             raise UserError(
                 f"model: layer {index} of {name} has heads of size {own} where its config says head_dim={told}; "
                 f"correct model.config."
             )
+
+
+def _check_partial_rotary(hf_model: Any) -> None:
+    """Refuse ``partial_rotary_factor`` where the model's own code does not read it: part of a head would be rotated by
+    frequencies of another size, or all of it in silence."""
+    config, rotary = hf_model.config, decoder_of(hf_model).rotary_emb
+    partial = config.rope_parameters.get("partial_rotary_factor")
+    if partial in (None, 1, 1.0) or not hasattr(rotary, "inv_freq"):
+        return
+    # Scaled types share one function, which reads it for all models; the plain type is each model's own code.
+    plain = copy.deepcopy(config)
+    theta = config.rope_parameters["rope_theta"]
+    plain.rope_parameters = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": partial}
+    pairs = type(rotary)(plain).inv_freq.shape[-1]
+    if pairs != (int(head_dim_of(config) * partial) + 1) // 2:
+        raise UserError(
+            f"model: {config.model_type} does not take partial_rotary_factor={partial}, and rotates whole heads; "
+            "remove it, or use a model that does."
+        )
+
+
+@torch.no_grad()
+def _check_logits(hf_model: Any) -> None:
+    """Refuse a model whose logits are not ``lm_head(hidden)``, whatever its config calls what it does with them.
+
+    Asked of the model itself, with two random hidden states in place of its decoder's. On the meta device there are no
+    numbers to compare, and the fields of the config must do.
+    """
+    decoder, head = decoder_of(hf_model), hf_model.get_output_embeddings()
+    weight = head.weight
+    if weight.is_meta or isinstance(weight, DTensor):
+        return
+    hidden = torch.linspace(-2, 2, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
+    hidden = hidden.roll(1, -1)
+
+    def decode(*_: Any, **__: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=hidden)
+
+    own = vars(decoder).get("forward")
+    decoder.forward = decode
+    try:
+        logits = hf_model(torch.zeros(1, 2, dtype=torch.long, device=weight.device), use_cache=False).logits
+    finally:
+        if own is None:
+            del decoder.forward
+        else:
+            decoder.forward = own
+    expected = head(hidden).float()
+    same = logits.shape == expected.shape and torch.allclose(logits.float(), expected, rtol=1e-3, atol=1e-6)
+    if not same:
+        raise UserError(
+            f"model: the logits of {hf_model.config.model_type} are not lm_head(hidden): its own code scales, caps or "
+            "shifts them, which the chunked loss does not compute; use a model without that."
+        )
 
 
 def attention_modules(hf_model: Any) -> Iterator[tuple[int, nn.Module]]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mtraining.data import SequenceDataset, TokenShards
+from mtraining.data import SequenceDataset, TokenShards, check_vocabulary
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import CACHE_VARIABLE, device_name, tiles_in_use, tiles_path
 from mtraining.layout import build_layout
 from mtraining.model import Refresh
+from mtraining.model.export_folder import check_target
+from mtraining.model.load import load_tokenizer
 from mtraining.pattern import load_table
 from mtraining.train.config import Config
 from mtraining.train.identity import check_options
@@ -45,13 +47,27 @@ def check_config(config: Config) -> None:
             "forbids; use train.kernel=auto or triton."
         )
     check_output(config)
+    shards = TokenShards(config.data.path)
+    check_tokenizer(config, shards)
     SequenceDataset(
-        TokenShards(config.data.path),
+        shards,
         config.train.seq_len,
         mode=config.data.mode,
         seed=config.train.seed,
         vocab_size=config.model.config.get("vocab_size"),
     )
+
+
+def check_tokenizer(config: Config, shards: TokenShards) -> None:
+    """Refuse data that another tokenizer than the model's has encoded. A random model takes the data's."""
+    if config.data.allow_other_tokenizer:
+        return
+    tokenizer = load_tokenizer(config.model)
+    if tokenizer is not None:
+        named = config.model.tokenizer or config.model.init
+        check_vocabulary(
+            shards, tokenizer, named, ", or set data.allow_other_tokenizer=true if that is meant."
+        )
 
 
 def check_table(config: Config, layers: int) -> None:
@@ -67,13 +83,16 @@ def check_table(config: Config, layers: int) -> None:
 
 
 def check_output(config: Config) -> None:
-    """Refuse a run folder that cannot be written, or that holds checkpoints which `resume: never` would mix with."""
+    """Refuse a run folder that cannot be written, whose export folder is not an export's, or that holds checkpoints
+    which `resume: never` would mix with."""
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"output={config.output} cannot be made: {error.strerror}; choose another folder."
         ) from None
+    if config.checkpoint.export:
+        check_target(config.output / "export")
     store = CheckpointStore(config.output)
     named, latest = store.named(), store.latest()
     if config.checkpoint.resume == "never":

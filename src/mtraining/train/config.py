@@ -38,11 +38,14 @@ class DataSection(Section):
         mode: `documents` leaves out documents shorter than the context, and no sequence crosses a document's end;
             `concat` fills sequences across ends.
         workers: processes that read batches ahead, for each rank; 0 reads in the rank itself.
+        allow_other_tokenizer: take data that another tokenizer than the model's has encoded, which is refused
+            otherwise.
     """
 
     path: Path
     mode: Literal["documents", "concat"] = "documents"
     workers: NonNegativeInt = 0
+    allow_other_tokenizer: bool = False
 
 
 class PatternChoice(Section):

