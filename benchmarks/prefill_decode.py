@@ -153,8 +153,8 @@ def main() -> int:
         )  # fmt: skip
         for row in rows:
             print(
-                f"{row.engine}, {row.attention}, {row.seq_len} tokens on {row.gpus}: {row.prefill_seconds:.2f} s to read, "
-                f"then {row.decode_tokens_per_second:.1f} tokens/s, {row.peak_gib:.1f} GiB, density {row.density}",
+                f"{row.engine}, {row.attention}, {row.seq_len} tokens on {row.gpus}: "
+                f"{row.prefill_seconds:.2f} s to read, then {row.decode_tokens_per_second:.1f} tokens/s, {row.peak_gib:.1f} GiB, density {row.density}",
                 flush=True,
             )
         print(f"wrote {write_csv(rows, args.out, 'prefill-decode')}", flush=True)

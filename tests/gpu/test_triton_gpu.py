@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, select_backend
+from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, choice, select_backend
 from mtraining.kernel.hopper import backend as hopper_backend
 from mtraining.kernel.hopper.backend import HopperBackend, unsupported
 from mtraining.kernel.triton.backend import TritonBackend
@@ -173,7 +173,7 @@ def test_nothing_waits_for_the_device(backend: TritonBackend) -> None:
 
 
 def test_auto_chooses_triton(caplog: pytest.LogCaptureFixture) -> None:
-    select_backend.cache_clear()
+    choice._chosen.cache_clear()
     with caplog.at_level("INFO"):
         backend = select_backend("auto", torch.device("cuda"), torch.bfloat16, 128)
     assert backend.name.startswith("triton, dense ")

@@ -87,7 +87,7 @@ def step(
 def test_the_check_changes_no_bit_and_poisons_every_gradient(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the last operation of a family's decoder is: the check works in place."""
+    """Whatever the last operation of a family's decoder is."""
     right = tiny_batch().position_ids
     loss, grads = step(made(family), right)
     for module in (loss_module, positions_module):
@@ -98,6 +98,31 @@ def test_the_check_changes_no_bit_and_poisons_every_gradient(
     assert all(torch.equal(grad, checked[name]) for name, grad in grads.items())
     loss, grads = step(model, RESTART)
     assert loss.isnan() and not any(grad.isfinite().all() for grad in grads.values())
+
+
+class Guarded(torch.autograd.Function):
+    """Returns a view, as liger-kernel's norm does: autograd forbids to change such a result in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone().view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_the_last_norm_may_be_a_custom_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made()
+    norm = model.hf_model.model.norm
+    plain = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda x: Guarded.apply(plain(x)))
+    loss, grads = step(model, tiny_batch().position_ids)
+    expected, wanted = step(made(), tiny_batch().position_ids)
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(grad, wanted[name]) for name, grad in grads.items())
+    assert step(model, RESTART)[0].isnan()
 
 
 @pytest.mark.usefixtures("unreadable")

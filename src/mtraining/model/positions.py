@@ -54,9 +54,8 @@ class PositionCheck:
             if self._on:
                 self._before(arguments(args, kwargs))
 
-        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._on:
-                self._after(arguments(args, kwargs), output)
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            return self._after(arguments(args, kwargs), output) if self._on else output
 
         decoder.register_forward_pre_hook(before, with_kwargs=True)
         decoder.register_forward_hook(after, with_kwargs=True)
@@ -124,19 +123,23 @@ class PositionCheck:
         if on_host(position_ids):
             self.refuse(position_ids)
 
-    def _after(self, arguments: dict[str, Any], output: Any) -> None:
-        """Make the hidden states NaN where only the device knows that positions are wrong."""
+    def _after(self, arguments: dict[str, Any], output: Any) -> Any:
+        """The output, with hidden states of NaN where only the device knows that positions are wrong."""
         position_ids = _positions(arguments)
         if position_ids is None or position_ids.device.type == "meta":
-            return
+            return output
         if torch.compiler.is_compiling():
             factor = _factor_op(position_ids, self._number)
         elif on_host(position_ids):
-            return  # compared before the model ran
+            return output  # compared before the model ran
         else:
             factor = self.factor(position_ids)
-        # In place, as it is as large as a layer's input. The norm before it saves its own input, not this.
-        output[0].mul_(factor)
+        # Not in place: the last norm may be a custom function (liger-kernel's), whose output autograd guards.
+        hidden = output[0] * factor
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output["last_hidden_state"] = hidden
+        return output
 
     def factor(self, position_ids: Tensor) -> Tensor:
         """fp32 scalar on the ids' device: 1 where they are right, else NaN."""
