@@ -94,8 +94,11 @@ def test_death_of_one_rank_is_told(pool: ProcessPool) -> None:
 
 
 def test_a_stuck_job_is_ended(pool: ProcessPool) -> None:
-    with pytest.raises(WorkerError, match=r"ranks \[0, 1\] gave no result in 1 s"):
+    pool.run(total, world=2, value=1.0)  # so that both have started
+    with pytest.raises(WorkerError, match=r"ranks \[0, 1\] gave no result in 1 s") as caught:
         pool.run(sleep, world=2, timeout=1.0, seconds=600)
+    stacks = str(caught.value).partition("rank 1 was in")
+    assert all("test_distributed_pool.py" in part and "in sleep" in part for part in stacks[::2])
 
 
 def test_seeds_are_reset_between_jobs(pool: ProcessPool) -> None:
