@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from distributed import ProcessPool, Worker, WorkerError
+from processes import started, wait_for
 
 
 def total(worker: Worker, value: float) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_idle_processes_take_no_time() -> None:
 
 
 PARENT = """
-import sys
+import sys, time
 sys.path[:0] = {path!r}
 from distributed import ProcessPool
 from test_distributed_pool import total
@@ -138,7 +138,7 @@ if __name__ == "__main__":
     pool = ProcessPool()
     pool.run(total, world=2, value=1.0)
     print(*(process.pid for process in pool._crews[2].processes), flush=True)
-    sys.stdin.read()
+    time.sleep(600)
 """
 
 
@@ -146,13 +146,11 @@ if __name__ == "__main__":
 def test_stopped_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     program = tmp_path / "parent.py"
     program.write_text(PARENT.format(path=sys.path), encoding="utf-8")
-    with subprocess.Popen(
-        [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as parent:
-        assert parent.stdout is not None
-        pids = parent.stdout.readline().split()
+    with started([sys.executable, program]) as parent:
+        wait_for(lambda: parent.so_far().stdout.endswith("\n"), alive=[parent])
+        pids = parent.so_far().stdout.split()
         assert len(pids) == 2
-        parent.kill()
+        os.kill(parent.pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, f"processes {pids} outlive their parent"

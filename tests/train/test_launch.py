@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from processes import Done, Started, run_command, started, wait_for
 from tiny_run import raw_config, run_job
 
 from distributed import ProcessPool
@@ -22,6 +21,7 @@ from mtraining.train.backstop import ranks_of
 from mtraining.train.metrics import read_metrics
 from mtraining.train.peers import Process
 from mtraining.train.store import CheckpointStore
+from processes import Done, Started, run_command, started, wait_for
 
 COMMAND = [sys.executable, "-m", "mtraining.cli", "train"]
 TORCHRUN = [

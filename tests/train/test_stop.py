@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import started, wait_for
 from test_launch import COMMAND, write_recipe
 from tiny_run import tiny_config
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, get_error_handler
@@ -17,6 +16,7 @@ from mtraining.train import launch, stop, watch
 from mtraining.train.metrics import read_metrics
 from mtraining.train.peers import Process, children
 from mtraining.train.store import CheckpointStore
+from processes import started, wait_for
 
 
 @pytest.fixture

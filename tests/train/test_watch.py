@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from processes import run_command, started, wait_for
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -31,6 +30,7 @@ from mtraining.train import backstop, launch, watch
 from mtraining.train.checkpoint import Checkpointer
 from mtraining.train.peers import Door, Identity, Line, Process, children, this_machine
 from mtraining.train.store import CheckpointStore
+from processes import run_command, started, wait_for
 
 # The others' identity is published by hand in these tests; "watch" keys of the first run of a process.
 PREFIX = "mtraining/watch/0/0"
