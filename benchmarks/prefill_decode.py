@@ -152,11 +152,9 @@ def main() -> int:
                 prefill_seconds=plain[0], decode_tokens_per_second=plain[1], density=None, peak_gib=plain_peak)
         )  # fmt: skip
         for row in rows:
-            print(
-                f"{row.engine}, {row.attention}, {row.seq_len} tokens on {row.gpus}: "
-                f"{row.prefill_seconds:.2f} s to read, then {row.decode_tokens_per_second:.1f} tokens/s, {row.peak_gib:.1f} GiB, density {row.density}",
-                flush=True,
-            )
+            case = f"{row.engine}, {row.attention}, {row.seq_len} tokens on {row.gpus}"
+            speed = f"{row.prefill_seconds:.2f} s to read, then {row.decode_tokens_per_second:.1f} tokens/s"
+            print(f"{case}: {speed}, {row.peak_gib:.1f} GiB, density {row.density}", flush=True)
         print(f"wrote {write_csv(rows, args.out, 'prefill-decode')}", flush=True)
     dist.barrier()
     dist.destroy_process_group()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -82,6 +83,10 @@ def _filters() -> list[tuple[str, str, type[Warning], str, int]]:
     return [(action, text(msg), kind, text(mod), line) for action, msg, kind, mod, line in warnings.filters]
 
 
+def _stacks(folder: str, rank: int) -> str:
+    return os.path.join(folder, f"stacks.{rank}")
+
+
 def _failure(rank: int, error: BaseException) -> bytes:
     trace = f"rank {rank}:\n{traceback.format_exc()}"
     try:
@@ -100,8 +105,10 @@ def _end_with_the_server() -> None:
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
-def _serve(conn: Connection, rank: int, world: int, store: str, on_gpu: bool) -> None:
+def _serve(conn: Connection, rank: int, world: int, folder: str, on_gpu: bool) -> None:
     """A process's whole life: join the group, then jobs until the other end of the pipe is gone."""
+    # Never closed: a signal may ask for the stacks at any time.
+    faulthandler.register(signal.SIGUSR2, file=open(_stacks(folder, rank), "w"))  # noqa: SIM115
     import numpy
     import torch
     import torch.distributed as dist
@@ -117,7 +124,7 @@ def _serve(conn: Connection, rank: int, world: int, store: str, on_gpu: bool) ->
     device = take_device(on_gpu)
     dist.init_process_group(
         backend_for(device),
-        init_method=f"file://{store}",
+        init_method=f"file://{os.path.join(folder, 'store')}",
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=60),
@@ -164,7 +171,7 @@ class _Crew:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(theirs, rank, world, os.path.join(self.folder.name, "store"), on_gpu),
+                args=(theirs, rank, world, self.folder.name, on_gpu),
                 daemon=True,
             )
             process.start()
@@ -197,7 +204,8 @@ class _Crew:
             if not ready:
                 if not failures:
                     stuck = sorted(pending.values())
-                    failures.append((None, f"ranks {stuck} gave no result in {timeout:.0f} s"))
+                    text = f"ranks {stuck} gave no result in {timeout:.0f} s"
+                    failures.append((None, "\n".join([text, *map(self._where, stuck)])))
                 break
             for connection in ready:
                 rank = pending.pop(connection)  # type: ignore[index]
@@ -219,6 +227,19 @@ class _Crew:
                 raise told
             raise error from told
         return [results[rank] for rank in range(self.world)]
+
+    def _where(self, rank: int) -> str:
+        """The stacks of a rank's threads."""
+        path = _stacks(self.folder.name, rank)
+        if not os.path.exists(path):
+            return f"rank {rank} had not started yet"
+        os.kill(self.processes[rank].pid, signal.SIGUSR2)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while not os.path.getsize(path) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.05)  # it is written line by line
+        with open(path, encoding="utf-8") as file:
+            return f"rank {rank} was in\n{file.read()}"
 
     def stop(self) -> None:
         for connection in self.connections:

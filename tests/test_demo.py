@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from mtraining.model.load import build_model
 from mtraining.train.config import load_config
+from processes import run_command
 
 ROOT = Path(__file__).parent.parent
 LAST = ROOT / "runs" / "quickstart" / "demo.json"
@@ -30,14 +30,7 @@ def test_small_demo_runs_end_to_end(tmp_path: Path) -> None:
         "log.every=1",
     ]
     command = [sys.executable, "-m", "mtraining.cli", "demo", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [*command, *(word for setting in small for word in ("--set", setting))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_command([*command, *(word for setting in small for word in ("--set", setting))], cwd=ROOT)
     numbers = json.loads((tmp_path / "demo.json").read_text())
     sparse = [json.loads(line) for line in (tmp_path / "sparse" / "metrics.jsonl").read_text().splitlines()]
     dense = [json.loads(line) for line in (tmp_path / "dense" / "metrics.jsonl").read_text().splitlines()]

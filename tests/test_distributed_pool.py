@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from distributed import ProcessPool, Worker, WorkerError
+from processes import started, wait_for
 
 
 def total(worker: Worker, value: float) -> torch.Tensor:
@@ -94,8 +94,11 @@ def test_death_of_one_rank_is_told(pool: ProcessPool) -> None:
 
 
 def test_a_stuck_job_is_ended(pool: ProcessPool) -> None:
-    with pytest.raises(WorkerError, match=r"ranks \[0, 1\] gave no result in 1 s"):
+    pool.run(total, world=2, value=1.0)  # so that both have started
+    with pytest.raises(WorkerError, match=r"ranks \[0, 1\] gave no result in 1 s") as caught:
         pool.run(sleep, world=2, timeout=1.0, seconds=600)
+    stacks = str(caught.value).partition("rank 1 was in")
+    assert all("test_distributed_pool.py" in part and "in sleep" in part for part in stacks[::2])
 
 
 def test_seeds_are_reset_between_jobs(pool: ProcessPool) -> None:
@@ -127,7 +130,7 @@ def test_idle_processes_take_no_time() -> None:
 
 
 PARENT = """
-import sys
+import sys, time
 sys.path[:0] = {path!r}
 from distributed import ProcessPool
 from test_distributed_pool import total
@@ -135,7 +138,7 @@ if __name__ == "__main__":
     pool = ProcessPool()
     pool.run(total, world=2, value=1.0)
     print(*(process.pid for process in pool._crews[2].processes), flush=True)
-    sys.stdin.read()
+    time.sleep(600)
 """
 
 
@@ -143,13 +146,11 @@ if __name__ == "__main__":
 def test_stopped_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     program = tmp_path / "parent.py"
     program.write_text(PARENT.format(path=sys.path), encoding="utf-8")
-    with subprocess.Popen(
-        [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as parent:
-        assert parent.stdout is not None
-        pids = parent.stdout.readline().split()
+    with started([sys.executable, program]) as parent:
+        wait_for(lambda: parent.so_far().stdout.endswith("\n"), alive=[parent])
+        pids = parent.so_far().stdout.split()
         assert len(pids) == 2
-        parent.kill()
+        os.kill(parent.pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, f"processes {pids} outlive their parent"

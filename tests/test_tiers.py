@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from processes import run_command
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -19,14 +20,10 @@ def chosen_by(target: str) -> Counter[str]:
     """How many tests a target of the Makefile runs, by the folder of tests that they lie in."""
     chosen = re.search(rf'^{target}:.*\n\t\$\(PYTEST\) -m "([^"]+)"', MAKEFILE, flags=re.MULTILINE)
     assert chosen, f"the Makefile has no target {target} with a choice of tests"
-    listed = subprocess.run(
+    listed = run_command(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", chosen[1]],
         cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
     )
-    assert listed.returncode == 0, listed.stdout[-4000:] + listed.stderr[-2000:]
     return Counter(re.findall(r"^tests/(\w+)/.*::", listed.stdout, flags=re.MULTILINE))
 
 

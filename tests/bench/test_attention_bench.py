@@ -26,6 +26,7 @@ from mtraining.errors import UserError
 from mtraining.kernel import ReferenceBackend, select_backend
 from mtraining.kernel.backend import QueryGradient
 from mtraining.pattern import SequenceShard
+from processes import run_command
 
 CPU = torch.device("cpu")
 CASE = Case(128, 4, 2, 16, 3, 12, estimate=True, block_size=16, dtype=torch.float32)
@@ -268,5 +269,4 @@ def test_it_runs_without_the_packages_of_the_command_line() -> None:
         "from mtraining.bench.attention.run import main\n"
         "sys.exit(main(['--preset', 'nothing']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "preset: 'nothing' is not known" in done.stderr, done.stderr
+    assert "preset: 'nothing' is not known" in run_command([sys.executable, "-c", code], code=2).stderr

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from processes import run_command
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step_profile.py"
 
@@ -19,10 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step_profile.py"
 def test_every_part_of_a_tiny_step_is_named(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--model", "tiny", "--layers", "1", "--seq-len", "256"]
     command += ["--density", "0.4", "--steps", "1", "--out", str(tmp_path)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_command(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     with next(tmp_path.glob("profile-cpu-*.csv")).open() as file:
         times = {row["component"]: float(row["ms"]) for row in csv.DictReader(file)}
     parts = {

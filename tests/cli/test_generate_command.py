@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mtraining.pattern import Dense, VerticalSlash, build_pattern
 from mtraining.train.config import parse_config
 from mtraining.train.loop import train
 from mtraining.train.named import find_model
+from processes import run_command
 
 pytestmark = pytest.mark.xdist_group("generate_run")
 
@@ -130,16 +130,8 @@ def test_processes_of_its_own_give_the_same_answer(run: Path, prompt: Path) -> N
     alone = told(invoke(run, *options))
     command = [sys.executable, "-m", "mtraining.cli", "generate", str(run), *options]
     for more in (["--nproc", "2"], ["--nproc", "2", "--outer", "2"]):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, check=False)
-        assert (done.returncode, done.stdout) == (0, alone), done.stderr
-    wrong = subprocess.run(
-        [*command, "--nproc", "2", "--max-new-tokens", "1000"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert wrong.returncode == 2
+        assert run_command([*command, *more]).stdout == alone
+    wrong = run_command([*command, "--nproc", "2", "--max-new-tokens", "1000"], code=2)
     assert wrong.stderr.count("error: ") == 1 and "beyond the 256 positions of the model" in wrong.stderr
 
 
@@ -147,8 +139,7 @@ def test_processes_of_its_own_give_the_same_answer(run: Path, prompt: Path) -> N
 def test_torchrun_gives_the_same_answer(run: Path, prompt: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += ["mtraining.cli", "generate", str(run), "--prompt", str(prompt), *TOKENS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, done.stdout) == (0, told(invoke(run, "--prompt", prompt, *TOKENS))), done.stderr
+    assert run_command(command).stdout == told(invoke(run, "--prompt", prompt, *TOKENS))
 
 
 def test_what_cannot_be_answered_is_one_sentence(run: Path, prompt: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from huggingface_hub import constants
 from mtraining.cli import main
 from mtraining.data import TokenShards
 from mtraining.inputs import hub
+from processes import run_command
 
 
 def mtraining(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -101,9 +101,9 @@ def test_code_folder_with_holdout_and_limit(tmp_path: Path, monkeypatch: pytest.
 def test_the_installed_command_and_a_second_run(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path)
     command = [sys.executable, "-m", "mtraining.cli", "prepare", str(source), str(tmp_path / "out")]
-    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    first = run_command(command)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    again = run_command(command)
     assert "2 documents" in first.stdout and "2 documents" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 

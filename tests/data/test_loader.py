@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mtraining.data import SequenceDataset, TokenShards, build_loader, step_windows
+from mtraining.data import ReaderDied, SequenceDataset, TokenShards, build_loader, read, step_windows
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
+from processes import started, wait_for
 
 
 @pytest.fixture
@@ -107,3 +111,67 @@ def test_step_windows_name_the_batch(dataset: SequenceDataset) -> None:
 def test_bad_batches_are_refused(dataset: SequenceDataset, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_loader(dataset, **options)
+
+
+CHILDREN = """
+import multiprocessing, os, sys, time
+from mtraining.data.loader import _apart
+
+
+def read(late):
+    print("started", flush=True)
+    while late and os.getppid() == int(sys.argv[1]):
+        time.sleep(0.01)
+    _apart(0)
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    sys.argv.append(str(os.getpid()))
+    context = multiprocessing.get_context("spawn")
+    for late in (False, True):
+        context.Process(target=read, args=(late,)).start()
+    time.sleep(600)
+"""
+
+
+def test_a_reading_process_ends_with_the_one_it_reads_for(tmp_path: Path) -> None:
+    """Also where that one died while the reading process was still starting."""
+    script = tmp_path / "children.py"
+    script.write_text(CHILDREN, encoding="utf-8")
+    with started([sys.executable, script]) as parent:
+        wait_for(lambda: parent.so_far().stdout.count("started") == 2, alive=[parent])
+        readers = parent.descendants()
+        assert len(readers) == 3  # and the helper that tracks semaphores
+        parent.signal(signal.SIGKILL)
+        try:
+            wait_for(lambda: all(reader.gone() for reader in readers), 60)
+        finally:
+            for reader in readers:
+                if not reader.gone():
+                    os.kill(reader.pid, signal.SIGKILL)
+
+
+def test_a_killed_reading_process_is_found_when_its_batch_is_waited_for(dataset: SequenceDataset) -> None:
+    """Not in the midst of whatever the main thread is doing, as by PyTorch's signal handler."""
+    batches = read(build_loader(dataset, global_batch=8, num_workers=1, prefetch=2))
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    worker = next(each for each in multiprocessing.active_children() if os.getpgid(each.pid) == each.pid)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with pytest.raises(
+        ReaderDied, match=rf"\(process {worker.pid}\) was killed by SIGKILL, as the system does"
+    ):
+        firsts(batches)
+
+
+def test_an_error_of_a_reading_process_stays_itself(dataset: SequenceDataset) -> None:
+    dataset.__class__ = BrokenDataset
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        next(read(build_loader(dataset, global_batch=8, num_workers=1)))
+
+
+class BrokenDataset(SequenceDataset):
+    def __getitem__(self, window: int) -> dict[str, torch.Tensor]:
+        raise RuntimeError("broken on purpose")

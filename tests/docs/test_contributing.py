@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from processes import run_command
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -70,10 +71,7 @@ def follow(text: str, root: Path) -> None:
 
 def run(root: Path, *words: str) -> None:
     env = os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=root, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_command([sys.executable, *words], cwd=root, env=env)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from docs_pages import ROOT
+from processes import run_command
 
 DOCS = ROOT / "docs"
 # Attributes from which a browser loads by itself; links that a reader clicks are not among them.
@@ -74,8 +74,7 @@ def test_the_site_builds_strictly_and_loads_nothing_from_outside(tmp_path: Path)
         "--site-dir",
         str(tmp_path),
     ]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_command([sys.executable, *words], cwd=ROOT)
     pages = sorted(tmp_path.rglob("*.html"))
     assert len(pages) > 50
     wrong = {

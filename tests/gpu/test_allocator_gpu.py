@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import pytest
 
 from mtraining.model.allocator import VARIABLES
+from processes import run_command
 
 pytestmark = pytest.mark.gpu
 
@@ -23,8 +23,5 @@ print("expandable", {bool(segment["is_expandable"]) for segment in torch.cuda.me
 @pytest.mark.parametrize("options", [{}, {VARIABLES[0]: "expandable_segments:False"}])
 def test_segments_are_as_told(options: dict[str, str]) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | options
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"expandable {{{not options}}}" in done.stdout, done.stdout
+    done = run_command([sys.executable, "-c", PROGRAM], env=environment)
+    assert f"expandable {{{not options}}}" in done.stdout

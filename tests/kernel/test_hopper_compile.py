@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from mtraining.kernel.hopper.items import ColumnLists, Constants, Target
 from mtraining.kernel.hopper.keys import KeyConstants
 from mtraining.kernel.triton.common import KeyGradients, RowLists
 from mtraining.kernel.triton.hidden import KeyTables
+from processes import run_command
 
 SHARED = 227 * 1024
 SWIZZLED = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
@@ -114,10 +114,7 @@ def test_assembles_well(name: str, dim: int, tmp_path: Path) -> None:
     source = tmp_path / "kernel.ptx"
     source.write_text(result.asm["ptx"])
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    told = subprocess.run(
-        [assembler, "-v", "-arch=sm_90a", source, "-o", tmp_path / "kernel.cubin"],
-        capture_output=True, text=True, check=True,
-    ).stderr  # fmt: skip
+    told = run_command([assembler, "-v", "-arch=sm_90a", source, "-o", tmp_path / "kernel.cubin"]).stderr
     assert "serialized" not in told  # what the assembler says when products would wait for each other
     spilled = re.search(r"(\d+) bytes spill stores", told)
     assert spilled is not None

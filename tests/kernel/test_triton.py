@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from mtraining.errors import UserError
 from mtraining.kernel import select_backend
+from processes import run_command
 
 pytest.importorskip("triton")
 
@@ -32,17 +32,13 @@ CORE = [
 
 def interpret(*arguments: str) -> None:
     """Run tests in a process of their own: Triton reads TRITON_INTERPRET when it is imported."""
-    result = subprocess.run(
+    done = run_command(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=FOLDER,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+        limit=550,
     )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout, result.stdout[-6000:]
+    assert " passed" in done.stdout
 
 
 def test_core_kernels_in_the_interpreter() -> None:

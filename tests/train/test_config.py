@@ -171,6 +171,8 @@ def test_options_made_in_python_get_one_sentence_too(
             "pattern.refresh={every: 2}",
             "^pattern.refresh: {'every': 2} is not known; use every_step, {every_n: k}",
         ),
+        ("distributed.silence_seconds=3", "silence_seconds=3 would end healthy runs .*; use 10 or more"),
+        ("distributed.silence_seconds=.inf", "distributed.silence_seconds=inf .* finite number"),
         ("pattern.refresh={every_n: 0}", "^pattern.refresh: {'every_n': 0} is not known; .* at least 1.$"),
     ],
 )

@@ -1,28 +1,27 @@
 """Real launches: our own --nproc, a killed rank, and torchrun."""
 
-import itertools
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from tiny_run import raw_config, run_job
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from distributed import ProcessPool
-from mtraining.train import launch, watch
+from mtraining.errors import SAVED
+from mtraining.train.backstop import ranks_of
 from mtraining.train.metrics import read_metrics
+from mtraining.train.peers import Process
 from mtraining.train.store import CheckpointStore
+from processes import Done, Started, run_command, started, wait_for
 
 COMMAND = [sys.executable, "-m", "mtraining.cli", "train"]
 TORCHRUN = [
@@ -43,21 +42,8 @@ def write_recipe(folder: Path, shards: Path, **sections: dict[str, Any]) -> Path
     return path
 
 
-def workers(launcher: int) -> list[int]:
-    """The rank processes of a launcher, in the order they were started."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            status = (process / "status").read_text(encoding="utf-8")
-            command = (process / "cmdline").read_bytes()
-        except OSError:  # it has ended meanwhile
-            continue
-        child = re.search(rf"^PPid:\s*{launcher}$", status, flags=re.MULTILINE) is not None
-        if child and b"spawn_main" in command and b"resource_tracker" not in command:
-            found.append(int(process.name))
-    return sorted(found)
-
-
+# Far longer than the few seconds that it takes, far shorter than any limit of a collective or of silence.
+ENDED_SECONDS = 90
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -75,14 +61,15 @@ def long_recipe(folder: Path, shards: Path, device: str, cp: int) -> Path:
     )
 
 
-def wait_for_steps(run: Path, processes: list[subprocess.Popen[str]]) -> None:
+def wait_for_steps(run: Path, processes: list[Started]) -> None:
     """Until there is a checkpoint and a step beyond it."""
-    deadline = time.monotonic() + 200
-    while CheckpointStore(run).latest() is None or len(read_metrics(run)) < 4:
-        for process in processes:
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(
+        lambda: CheckpointStore(run).latest() is not None and len(read_metrics(run)) >= 4, alive=processes
+    )
+
+
+def sentences(done: Done) -> list[str]:
+    return re.findall(r"^error: .*", done.stderr, flags=re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -92,29 +79,22 @@ def test_a_killed_rank_ends_the_run_in_seconds_and_it_resumes(
 ) -> None:
     recipe, run = long_recipe(tmp_path, shards, device, cp=2), tmp_path / "run"
     store = CheckpointStore(run)
-    with subprocess.Popen(
-        [*COMMAND, str(recipe), "--nproc", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            wait_for_steps(run, [process])
-            ranks = workers(process.pid)
-            assert len(ranks) == 2
-            os.kill(ranks[1], signal.SIGKILL)
-            killed = time.monotonic()
-            _, errors = process.communicate(timeout=60)
-        finally:
-            process.kill()  # does nothing to a launcher that has ended; its ranks end with it
-    assert time.monotonic() - killed < 30
-    assert process.returncode == 1
-    told = re.findall(r"^error: .*", errors, flags=re.MULTILINE)
+    with started([*COMMAND, recipe, "--nproc", "2"]) as process:
+        wait_for_steps(run, [process])
+        ranks = ranks_of(process.pid)
+        assert len(ranks) == 2
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        done = process.wait(ENDED_SECONDS)
+    assert done.returncode == 1
+    told = sentences(done)
     assert len(told) == 1
     assert told[0].startswith(
         "error: rank 1 was killed by SIGKILL, so the other ranks were ended; the last good checkpoint"
     )
     latest = store.latest()
     assert latest is not None and str(latest) in told[0]
-    assert "Traceback" not in errors
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert "Traceback" not in done.stderr
+    assert all(rank.gone() for rank in ranks)
 
     saved = int(latest.name.removeprefix("step_"))
     before = {record["step"]: record["loss"] for record in read_metrics(run)}
@@ -124,7 +104,7 @@ def test_a_killed_rank_ends_the_run_in_seconds_and_it_resumes(
         pool.run(run_job, world=2, raw=raw)
     else:
         recipe.write_text(yaml.safe_dump(raw), encoding="utf-8")
-        subprocess.run([*COMMAND, str(recipe), "--nproc", "2"], capture_output=True, timeout=200, check=True)
+        run_command([*COMMAND, recipe, "--nproc", "2"])
     records = read_metrics(run)
     assert [record["step"] for record in records] == list(range(1, saved + 3))
     assert [record["loss"] for record in records[:saved]] == [before[step] for step in range(1, saved + 1)]
@@ -143,127 +123,140 @@ def test_without_a_common_launcher_the_ranks_notice_who_died(
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     place = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [*COMMAND, str(recipe)],
-            env=os.environ | {k: str(v) for k, v in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                started(
+                    [*COMMAND, recipe],
+                    env=os.environ
+                    | {k: str(v) for k, v in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+                )
+            )
+            for rank in range(world)
+        ]
         wait_for_steps(tmp_path / "run", processes)
-        processes[-1].kill()
-        killed = time.monotonic()
-        errors = [process.communicate(timeout=60)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert time.monotonic() - killed < 30
-    assert [process.returncode for process in processes] == [1] * (world - 1) + [-signal.SIGKILL]
-    told = re.findall(r"^error: .*", errors[0], flags=re.MULTILINE)
+        processes[-1].signal(signal.SIGKILL)
+        done = [process.wait(ENDED_SECONDS) for process in processes]
+    assert [each.returncode for each in done] == [1] * (world - 1) + [-signal.SIGKILL]
+    told = sentences(done[0])
     assert len(told) == 1
-    assert told[0].startswith(f"error: rank {world - 1} stopped answering")
+    assert told[0].startswith(f"error: rank {world - 1} died: its process is gone, so rank 0 ends too")
     assert str(CheckpointStore(tmp_path / "run").latest()) in told[0]
 
 
-@pytest.mark.parametrize("error", [ValueError("out of luck"), dist.DistBackendError("NCCL error")])
-def test_a_rank_that_fails_names_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_for_20_seconds_goes_on(tmp_path: Path, shards: Path) -> None:
+    """With the least silence that the configuration takes set above those 20 s."""
+    recipe, run = long_recipe(tmp_path, shards, "cpu", cp=2), tmp_path / "run"
+    with started([*COMMAND, recipe, "--nproc", "2", "--set", "distributed.silence_seconds=60"]) as process:
+        wait_for_steps(run, [process])
+        rank = ranks_of(process.pid)[1]
+        os.kill(rank.pid, signal.SIGSTOP)
+        time.sleep(20)
+        before = len(read_metrics(run))
+        os.kill(rank.pid, signal.SIGCONT)
+        wait_for(lambda: len(read_metrics(run)) > before + 2, alive=[process])
+        process.signal(signal.SIGTERM)
+        done = process.wait()
+    assert done.returncode == SAVED
+    assert sentences(done) == []
+
+
+@pytest.mark.slow
+def test_busy_loops_beside_a_run_do_not_end_it(tmp_path: Path, shards: Path) -> None:
+    recipe = write_recipe(tmp_path, shards, parallel={"cp": 2}, distributed={"silence_seconds": 10})
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(started([sys.executable, "-c", "while True: pass"]))
+        run_command([*COMMAND, recipe, "--nproc", "2", "--set", "train.steps=3"], limit=550)
+    assert len(read_metrics(tmp_path / "run")) == 3
+
+
+@pytest.mark.slow
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path, shards: Path) -> None:
+    recipe, run = long_recipe(tmp_path, shards, "cpu", cp=2), tmp_path / "run"
+    with started([*COMMAND, recipe, "--nproc", "2"]) as process:
+        wait_for_steps(run, [process])
+        ranks = ranks_of(process.pid)
+        process.signal(signal.SIGKILL)
+        try:
+            wait_for(lambda: all(rank.gone() for rank in ranks), ENDED_SECONDS)
+        finally:
+            for rank in ranks:
+                if not rank.gone():
+                    os.kill(rank.pid, signal.SIGKILL)
+
+
+LOCKUPS = Path(__file__).parent / "lockups.py"
+
+
+@pytest.mark.parametrize(
+    ("victim", "harm", "sentence"),
+    [
+        (1, "kill", "error: rank 1 was killed by SIGKILL"),
+        (0, "kill", "error: rank 0 was killed by SIGKILL"),
+        (1, "raise", "error: rank 1 failed (on purpose)"),
+        (1, "raise base", "error: rank 1 failed (on purpose)"),
+    ],
+)
+@pytest.mark.slow
+def test_a_rank_lost_during_a_background_save_ends_the_run(
+    tmp_path: Path, shards: Path, victim: int, harm: str, sentence: str
 ) -> None:
-    """Two ranks as two watches on one store: the one that fails is named, also when it looked like a victim first; and
-    the launcher names it too, though it is the other rank that it sees end."""
-    store = dist.TCPStore("localhost", 0, is_master=True)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(watch, "launcher_store", lambda: dist.TCPStore("localhost", store.port))
-    for name in ("BEAT_SECONDS", "SUSPECT_SECONDS", "GRACE_SECONDS"):
-        monkeypatch.setattr(watch, name, getattr(watch, name) / 20)
-    monkeypatch.setattr(watch, "_numbers", itertools.repeat(0))
-    reason = tmp_path / "reason.json"
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(reason))
-    ended: list[int] = []
-
-    def fail() -> None:
-        time.sleep(0.2)
-        raise error
-
-    monkeypatch.setattr(watch, "exit_now", ended.append)
-    watch._Watch(tmp_path, 0, 2, 600)
-    with pytest.raises(type(error)), watch.watched(tmp_path, 1, 2, 600):
-        fail()
-    deadline = time.monotonic() + 10
-    while not ended and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert ended[:1] == [1]
-    told = capfd.readouterr().err.splitlines()[0]
-    assert told.startswith(
-        f"error: rank 1 failed ({type(error).__name__}: {error}), so rank 0 ends too; there is no"
+    """The victim's save never ends: the other rank's save waits for it in a collective, as would a normal exit."""
+    recipe = write_recipe(
+        tmp_path,
+        shards,
+        parallel={"cp": 2},
+        train={"steps": 100_000, "kernel": "reference"},
+        pattern={"refresh": {"every_n": 3}},
+        checkpoint={"every": 4, "async": True},
+        distributed={"timeout_seconds": 600},
     )
-    seen = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(reason))
-    assert str(launch._cause(0, seen, watch.way_on(tmp_path))).startswith(
-        f"rank 1 failed ({type(error).__name__}: {error}), so the other ranks were ended; there is no"
+    saving = tmp_path / "saving"
+    with started([sys.executable, LOCKUPS, recipe, str(victim), harm, saving]) as process:
+        wait_for(saving.exists, alive=[process])
+        if harm == "kill":
+            os.kill(ranks_of(process.pid)[victim].pid, signal.SIGKILL)
+        done = process.wait(ENDED_SECONDS)
+    assert done.returncode == 1
+    assert [line[: len(sentence)] for line in sentences(done)] == [sentence]
+
+
+def data_workers(command: Started) -> list[Process]:
+    """The processes that read data: each leads a process group of its own."""
+    return [each for each in command.descendants() if not each.gone() and os.getpgid(each.pid) == each.pid]
+
+
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_data_worker_is_told_in_one_sentence(tmp_path: Path, shards: Path, nproc: int) -> None:
+    recipe = long_recipe(tmp_path, shards, "cpu", cp=nproc)
+    with started([*COMMAND, recipe, "--nproc", str(nproc), "--set", "data.workers=1"]) as process:
+        wait_for_steps(tmp_path / "run", [process])
+        worker = data_workers(process)[0]
+        os.kill(worker.pid, signal.SIGKILL)
+        done = process.wait(ENDED_SECONDS)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"error: a process that reads data for rank \d \(process {worker.pid}\) was killed by SIGKILL, as the system "
+        r"does when memory runs out \(fewer data.workers need less\); the last good checkpoint is .*\n",
+        done.stderr,
     )
-
-
-def test_a_stall_says_where_each_rank_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Four ranks as four watches on one store; three wait for the one that hangs elsewhere. Told once."""
-    store = dist.TCPStore("localhost", 0, is_master=True)
-    monkeypatch.setattr(watch, "launcher_store", lambda: dist.TCPStore("localhost", store.port))
-    monkeypatch.setattr(watch, "_numbers", itertools.repeat(0))
-    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(watch, "PACKAGE", Path(__file__).parent)
-    watches: list[watch._Watch] = []
-    end = threading.Event()
-
-    def waits() -> None:
-        end.wait()
-
-    def reads_data() -> None:
-        end.wait()
-
-    def rank(number: int) -> None:
-        watches.append(watch._Watch(tmp_path, number, 4, 0.4))
-        (reads_data if number == 2 else waits)()
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    time.sleep(1.5)
-    end.set()
-    for thread in threads:
-        thread.join()
-    for each in watches:
-        each._leaving.set()
-    told = capfd.readouterr().err.splitlines()
-    assert len(told) == 1
-    hung, waiting = (rf"test_launch\.py:\d+ \({name}\)" for name in ("reads_data", "waits"))
-    pattern = rf"warning: rank 0 has not moved for 0 s; rank 2 in {hung}; ranks 0-1, 3 in {waiting}\. A collective .*"
-    assert re.fullmatch(pattern, told[0])
 
 
 @pytest.mark.slow
 def test_bad_input_found_by_the_ranks_is_told_once(tmp_path: Path, shards: Path) -> None:
     recipe = write_recipe(tmp_path, shards, parallel={"cp": 2})
-    done = subprocess.run(
-        [*COMMAND, str(recipe), "--nproc", "2", "--set", "model.config.attention_dropout=0.1"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
+    done = run_command(
+        [*COMMAND, recipe, "--nproc", "2", "--set", "model.config.attention_dropout=0.1"], code=2
     )
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
     assert "dropout" in done.stderr
 
 
 def test_torchrun(tmp_path: Path, shards: Path) -> None:
     recipe = write_recipe(tmp_path, shards, parallel={"dp": 2}, train={"steps": 2})
-    subprocess.run([*TORCHRUN, "train", str(recipe)], capture_output=True, text=True, timeout=200, check=True)
+    run_command([*TORCHRUN, "train", recipe])
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
     assert CheckpointStore(tmp_path / "run").latest() == CheckpointStore(tmp_path / "run").path(2)
 
@@ -271,11 +264,9 @@ def test_torchrun(tmp_path: Path, shards: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_tells_bad_input_once(tmp_path: Path, shards: Path) -> None:
     recipe = write_recipe(tmp_path, shards, parallel={"cp": 4})
-    done = subprocess.run(
-        [*TORCHRUN, "train", str(recipe)], capture_output=True, text=True, timeout=200, check=False
-    )
+    done = run_command([*TORCHRUN, "train", recipe], code=None)
     assert done.returncode != 0
-    told = re.findall(r"^error: .*", done.stderr, flags=re.MULTILINE)
+    told = sentences(done)
     assert len(told) == 1
     assert "needs 4 processes but 2 processes were started" in told[0]
 

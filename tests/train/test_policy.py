@@ -88,6 +88,7 @@ OTHER: dict[str, Any] = {
     "log.tensorboard": True,
     "log.recall_rows": 8,
     "distributed.timeout_seconds": 60.0,
+    "distributed.silence_seconds": 60.0,
     "distributed.device": "auto",
 }
 TOGETHER = {"parallel.cp_outer": {"parallel.cp": 2}, "parallel.dp": {"train.micro_batch_size": 2}}

@@ -2,11 +2,8 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,9 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, get
 from mtraining.errors import SAVED, RunStopped
 from mtraining.train import launch, stop, watch
 from mtraining.train.metrics import read_metrics
+from mtraining.train.peers import Process, children
 from mtraining.train.store import CheckpointStore
+from processes import started, wait_for
 
 
 @pytest.fixture
@@ -26,12 +25,6 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     codes: list[int] = []
     monkeypatch.setattr(stop, "exit_now", codes.append)
     return codes
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("number", stop.SIGNALS)
@@ -74,16 +67,21 @@ def test_before_the_first_step_a_signal_ends_the_process_with_a_sentence(
 
 
 def test_the_launchers_sigterm_after_a_ranks_death_asks_for_nothing(tmp_path: Path, ended: list[int]) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    request = stop.StopRequest(tmp_path)
-    request.defer()
-    request._siblings = [os.getpid()]
-    request.hear(signal.SIGTERM)
-    assert not ended
-    request._siblings.append(dead.pid)
-    request.hear(signal.SIGTERM)
-    assert ended == [143]
+    """Also where nobody has waited for the dead one yet."""
+    with started(["sleep", "600"]) as sibling:
+        request = stop.StopRequest(tmp_path)
+        request.defer()
+        request._siblings = [
+            Process.here(),
+            *(each for each in children(os.getpid()) if each.pid == sibling.pid),
+        ]
+        assert len(request._siblings) == 2
+        request.hear(signal.SIGTERM)
+        assert not ended
+        os.kill(sibling.pid, signal.SIGKILL)
+        wait_for(request._siblings[1].gone)
+        request.hear(signal.SIGTERM)
+        assert ended == [143]
 
 
 def test_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
@@ -117,7 +115,7 @@ def test_a_launcher_without_ranks_stops_at_once(
         return lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(launch, "elastic_launch", starting)
-    monkeypatch.setattr(launch.multiprocessing, "active_children", list)
+    monkeypatch.setattr(launch, "ranks_of", lambda launcher: [])
     with pytest.raises(RunStopped, match="stopped by SIGTERM; there is no checkpoint yet") as stopped:
         launch.launch(tiny_config(tmp_path, shards, parallel={"cp": 2}), 2)
     assert stopped.value.code == 143
@@ -128,26 +126,19 @@ def test_a_launched_run_that_is_told_to_stop_saves_and_says_so(tmp_path: Path, s
     train = {"steps": 100_000, "kernel": "reference", "batch_size": 1, "micro_batch_size": 1}
     recipe = write_recipe(tmp_path, shards, parallel={"cp": 2}, train=train, checkpoint={"every": 0})
     run = tmp_path / "run"
-    with subprocess.Popen(
-        [*COMMAND, str(recipe), "--nproc", "2"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            wait_for(lambda: process.poll() is not None or read_metrics(run), seconds=200)
-            time.sleep(0.2)  # rank 0 has done its first step, and rank 1 about
-            process.terminate()
-            _, errors = process.communicate(timeout=60)
-        finally:
-            process.kill()
+    with started([*COMMAND, recipe, "--nproc", "2"]) as process:
+        wait_for(
+            lambda: len(read_metrics(run)) > 1, alive=[process]
+        )  # so both ranks have done their first step
+        process.signal(signal.SIGTERM)
+        ended = process.wait()
     latest = CheckpointStore(run).latest()
     done = len(read_metrics(run))
     assert latest == CheckpointStore(run).path(done)
-    assert errors == (
+    assert ended.stderr == (
         f"stopped by a signal after step {done}, saved in {latest}: run the same command again to go on from it.\n"
     )
-    assert process.returncode == SAVED
+    assert ended.returncode == SAVED
 
 
 def test_a_rank_that_waited_in_vain_names_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from typing import Annotated, Any
@@ -55,9 +56,29 @@ def _options(
 _UsageError: Any = typer.BadParameter.__base__
 
 
+def entry() -> None:
+    """What the shell starts: `main`, and where processes were launched or joined, no more than its exit code after it.
+
+    The interpreter's own end takes seconds then, and can wait for threads of libraries that wait for ended processes.
+    """
+    code: str | int | None = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    if "mtraining.train.watch" not in sys.modules or not isinstance(code, int | None):
+        sys.exit(code)
+    from mtraining.train.watch import exit_now
+
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    exit_now(code or 0)
+
+
 def main() -> None:
-    """Entry point: bad input is one sentence on stderr and exit status 2, a stopped run one sentence and the status of
-    its `RunStopped`, neither a traceback nor a box."""
+    """The command, to be called from Python as well. Bad input is one sentence on stderr and exit status 2, a stopped
+    run one sentence and the status of its `RunStopped`, neither a traceback nor a box."""
     try:
         code = app(prog_name="mtraining", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -1,5 +1,5 @@
 """`python -m mtraining.cli` is the `mtraining` command."""
 
-from mtraining.cli import main
+from mtraining.cli import entry
 
-main()
+entry()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtraining.data.dataset import DatasetReport, SequenceDataset
-    from mtraining.data.loader import build_loader, step_windows
+    from mtraining.data.loader import ReaderDied, build_loader, read, step_windows
     from mtraining.data.options import PrepareOptions, PrepareSummary
     from mtraining.data.preparation import prepare
     from mtraining.data.shards import TokenShards
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 _HOME = {
     "DatasetReport": "dataset",
     "SequenceDataset": "dataset",
+    "ReaderDied": "loader",
     "build_loader": "loader",
+    "read": "loader",
     "step_windows": "loader",
     "PrepareOptions": "options",
     "PrepareSummary": "options",
@@ -37,12 +39,14 @@ __all__ = [
     "DatasetReport",
     "PrepareOptions",
     "PrepareSummary",
+    "ReaderDied",
     "SequenceDataset",
     "Skipped",
     "TokenShards",
     "build_loader",
     "check_vocabulary",
     "prepare",
+    "read",
     "save_byte_tokenizer",
     "step_windows",
 ]

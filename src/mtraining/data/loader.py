@@ -7,15 +7,23 @@ batches, and there is no loader state to save.
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils import signal_handling
 
 from mtraining.data.dataset import SequenceDataset
 from mtraining.errors import UserError
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class StepSampler(Sampler[list[int]]):
@@ -115,9 +123,65 @@ def build_loader(
 
 
 def _apart(worker: int) -> None:
-    """A reading process takes no part in signals to the run's process group: the run still needs it to reach its end,
-    and ends it then."""
+    """Tie a reading process to the process that it reads for, and to nothing else.
+
+    Signals to the run's process group pass it by: the run still needs it to reach its end, and ends it then.
+    """
     os.setpgid(0, 0)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the one that started it ends, at once where it has ended already.
+
+    Without it a reading process waits for ever when the run died while it was still importing: PyTorch checks only that
+    its parent does not change from then on. Such an orphan also keeps the command's output open.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)
+
+
+class ReaderDied(RuntimeError):
+    """A process that reads data has died; the text says which and how, as the end of a sentence."""
+
+
+def read(loader: DataLoader[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of a loader. Its processes start now.
+
+    PyTorch's signal handler, which raises an error wherever the main thread happens to be, is taken away again: amid a
+    checkpoint that error would be mistaken for a failed save. A dead process is found when its batch is waited for.
+
+    Raises:
+        ReaderDied: while iterating, some seconds after a reading process has died.
+    """
+    others = multiprocessing.active_children()
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    readers = [process for process in multiprocessing.active_children() if process not in others]
+    if readers and threading.current_thread() is threading.main_thread():
+        earlier_loader = getattr(handler, "__module__", None) == signal_handling.__name__
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if earlier_loader else handler)
+    return _told(batches, readers)
+
+
+def _told(
+    batches: Iterator[dict[str, torch.Tensor]], readers: list[multiprocessing.process.BaseProcess]
+) -> Iterator[dict[str, torch.Tensor]]:
+    try:
+        yield from batches
+    except RuntimeError:
+        dead = next((reader for reader in readers if reader.exitcode), None)
+        if dead is None or dead.exitcode is None:
+            raise
+        how = f"(process {dead.pid}) ended with exit code {dead.exitcode}"
+        if dead.exitcode < 0:
+            how = f"(process {dead.pid}) was killed by {signal.Signals(-dead.exitcode).name}"
+        if dead.exitcode == -signal.SIGKILL:
+            how += ", as the system does when memory runs out (fewer data.workers need less)"
+        raise ReaderDied(how) from None
 
 
 def step_windows(

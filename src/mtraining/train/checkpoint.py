@@ -35,6 +35,7 @@ from mtraining.train.reader import SafeReader, load
 from mtraining.train.resume import check_same_run, find, on_main
 from mtraining.train.rollback import record_changes, set_aside
 from mtraining.train.store import CheckpointStore, Manifest
+from mtraining.train.watch import failed_collective
 
 # What any rank's failure becomes on every rank derives from BaseException alone.
 SAVE_ERRORS = (Exception, CheckpointException)
@@ -175,6 +176,9 @@ class Checkpointer:
                 keep_last = self._config.checkpoint.keep_last
                 self.store.commit(pending.step, pending.manifest, pending.writer.files, keep_last)
         except SAVE_ERRORS as error:
+            # A rank is gone, or waited too long: no later save of this group of processes can succeed.
+            if failed_collective(error):
+                raise
             if self._place.is_main:
                 self.store.abandon(pending.step)
                 self._tell(self._failure(pending.step, error))

@@ -29,6 +29,9 @@ from mtraining.model import ModelOptions, Refresh
 from mtraining.pattern import Dense, Pattern, build_pattern, load_table, options_of
 from mtraining.train.policy import check_allow
 
+# Ranks give a sign of life every second, and a busy machine may hold them up for several.
+LEAST_SILENCE_SECONDS = 10
+
 
 class DataSection(Section):
     """Where the tokens come from.
@@ -249,11 +252,24 @@ class DistributedSection(Section):
 
     Attributes:
         timeout_seconds: a collective that waits longer ends the run.
+        silence_seconds: a rank that has given no sign of life for so long ends the run. It is for what cannot be told
+            from a slow rank, such as a machine without power: a process that has ended is noticed within seconds.
         device: `auto` takes GPUs where there are any.
     """
 
     timeout_seconds: PositiveFloat = 600.0
+    silence_seconds: float = Field(default=300.0, allow_inf_nan=False)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("silence_seconds")
+    @classmethod
+    def _silence_is_long(cls, value: float) -> float:
+        if value < LEAST_SILENCE_SECONDS:
+            raise ValueError(
+                f"silence_seconds={value:g} would end healthy runs on a busy machine; "
+                f"use {LEAST_SILENCE_SECONDS} or more"
+            )
+        return value
 
 
 class Config(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,18 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    quiet_tracker()
+
+
+def quiet_tracker() -> None:
+    """Let Python's helper for semaphores clean up in silence after a process that died or left at once.
+
+    The helper is a process of its own, started with the first other one, and reads its filters from the environment.
+    """
+    rule = "ignore:resource_tracker:UserWarning"
+    rules = os.environ.get("PYTHONWARNINGS", "")
+    if rule not in rules:
+        os.environ["PYTHONWARNINGS"] = f"{rules},{rule}".lstrip(",")
 
 
 class Display:

@@ -7,9 +7,9 @@ ranks, which take the time they need to save.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +18,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -29,11 +30,13 @@ from torch.distributed.elastic.multiprocessing.errors import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from mtraining.data.loader import end_with_parent
 from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.inputs.yaml_text import read_yaml
+from mtraining.train.backstop import backstop, mark_done, ranks_of
 from mtraining.train.checks import check_config
 from mtraining.train.config import Config, parse_config
-from mtraining.train.display import quiet_libraries
+from mtraining.train.display import quiet_libraries, quiet_tracker
 from mtraining.train.loop import train
 from mtraining.train.mesh import check_world
 from mtraining.train.stop import SIGNALS
@@ -71,9 +74,14 @@ def run_processes(
     Raises:
         UserError, RunStopped: as `launch` raises them.
     """
+    quiet_tracker()
     for library in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # their reports are made below
-    with tempfile.TemporaryDirectory(prefix="mtraining-") as logs, _passed_on() as came:
+    with (
+        tempfile.TemporaryDirectory(prefix="mtraining-") as logs,
+        _passed_on() as came,
+        backstop(remedy, Path(logs)),
+    ):
         options = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -89,7 +97,7 @@ def run_processes(
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            result: T = elastic_launch(options, _as_rank)(function, arguments)[0]
+            result: T = elastic_launch(options, _as_rank)(function, arguments, Path(logs))[0]
             return result
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -114,13 +122,17 @@ def as_launched(function: Callable[[], T], remedy: Callable[[], str]) -> T:
         return function()
     except UserError as error:
         if _first_to_tell():
-            raise
-        raise SystemExit(2) from error
+            print(f"error: {error}", file=sys.stderr)
+        exit_now(2)
     except RunStopped as error:
-        if os.environ.get("RANK") == "0":
-            raise
-        raise SystemExit(error.code) from error
-    except Exception as error:
+        if error.code == SAVED:
+            if os.environ.get("RANK") == "0":
+                raise
+            raise SystemExit(SAVED) from error
+        handler.record_exception(error)
+        print(f"error: {error}", file=sys.stderr)
+        exit_now(error.code)
+    except BaseException as error:  # what a failed checkpoint raises is no Exception
         handler.record_exception(error)
         traceback.print_exc()
         what = f"rank {os.environ.get('RANK')} failed: {reason(str(error))}"
@@ -128,19 +140,27 @@ def as_launched(function: Callable[[], T], remedy: Callable[[], str]) -> T:
         exit_now(1)
 
 
-def _as_rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    """One rank; what goes wrong is recorded for the launcher."""
+def _as_rank(function: Callable[..., T], arguments: tuple[Any, ...], folder: Path) -> T:
+    """One rank; what goes wrong is recorded for the launcher. A failure leaves at once: a normal exit would wait for a
+    save in the background, which may wait for ranks that are gone."""
     handler = get_error_handler()
     handler.initialize()
     quiet_libraries()
     try:
-        return function(*arguments)
+        result = function(*arguments)
     except UserError as error:
         handler.record_exception(error)
         exit_now(2)
-    except Exception as error:
+    except RunStopped as error:
+        handler.record_exception(error)
+        exit_now(error.code)
+    except BaseException as error:  # what a failed checkpoint raises is no Exception
         handler.record_exception(error)
         exit_now(1)
+    mark_done(folder)
+    end_with_parent()  # from here on the launcher is waited for, which may have been killed
+    atexit.register(exit_now, 0)  # before the interpreter's own end, which may wait for threads of libraries
+    return result
 
 
 def _train(text: str, before: Callable[[], None] | None) -> str | None:
@@ -150,6 +170,8 @@ def _train(text: str, before: Callable[[], None] | None) -> str | None:
             before()
         train(parse_config(read_yaml(text, "the configuration")))
     except RunStopped as error:
+        if error.code != SAVED:
+            raise
         return str(error)
     return None
 
@@ -161,12 +183,12 @@ def _passed_on() -> Iterator[list[int]]:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        ranks = [rank.pid for rank in multiprocessing.active_children() if rank.pid is not None]
+        ranks = ranks_of(os.getpid())
         if not ranks:
             raise SignalException("there is no rank", signal.Signals(number))
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, number)
+                os.kill(rank.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
@@ -187,7 +209,7 @@ def _cause(rank: int, failure: ProcessFailure, remedy: str) -> UserError | RunSt
     kind, _, sentence = str(record.get("message", "")).partition(": ")
     if kind == UserError.__name__:
         return UserError(sentence)
-    if kind == RunStopped.__name__:  # by a signal, at once
+    if kind == RunStopped.__name__:  # a signal came twice, or a process that reads data died
         return RunStopped(sentence, failure.exitcode)
     if kind == PeerLost.__name__:  # a frozen rank, which no launcher notices by itself
         return RunStopped(f"{sentence}, so the other ranks were ended; {remedy}")

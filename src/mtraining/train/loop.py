@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mtraining.data import SequenceDataset, TokenShards, build_loader, step_windows
+from mtraining.data import ReaderDied, SequenceDataset, TokenShards, build_loader, read, step_windows
 from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, build_model, export_model, parallelize
@@ -37,7 +37,7 @@ from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Batch, NonFinite, Stepper, StepResult
 from mtraining.train.stop import StopRequest, stoppable
 from mtraining.train.store import full_disk_told
-from mtraining.train.watch import watched
+from mtraining.train.watch import watched, way_on
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -57,14 +57,20 @@ def train(config: Config) -> RunResult:
     Raises:
         UserError: bad input, before the first step; a loss that is not finite, before the optimizer uses it; a last
             checkpoint that could not be written.
-        RunStopped: a signal asked for it; what was done is saved.
+        RunStopped: a signal asked for it, and what was done is saved; or a process that reads data died.
     """
     check_config(config)
     with (
         stoppable(config.output) as stops,
         runtime(config) as place,
         repeatable(config.train.deterministic),
-        watched(config.output, place.rank, place.world, config.distributed.timeout_seconds / 4),
+        watched(
+            config.output,
+            place.rank,
+            place.world,
+            stall_seconds=config.distributed.timeout_seconds / 4,
+            silence_seconds=config.distributed.silence_seconds,
+        ),
         full_disk_told(config.output),
     ):
         torch.manual_seed(config.train.seed)
@@ -217,7 +223,18 @@ def _batches(config: Config, place: Runtime, dataset: SequenceDataset, start_ste
     with torch.random.fork_rng(
         devices=[]
     ):  # an iterator draws a seed, and a resumed run makes one more of them
-        return iter(loader)
+        batches = read(loader)
+    return _or_stopped(batches, config, place)
+
+
+def _or_stopped(batches: Iterator[Batch], config: Config, place: Runtime) -> Iterator[Batch]:
+    """The same; a process of the loader that has died ends the run in one sentence."""
+    try:
+        yield from batches
+    except ReaderDied as error:
+        raise RunStopped(
+            f"a process that reads data for rank {place.rank} {error}; {way_on(config.output)}"
+        ) from None
 
 
 def _record(

@@ -109,6 +109,7 @@ POLICIES: dict[str, Policy] = {
     "log.tensorboard": Policy("free", _SAME),
     "log.recall_rows": Policy("free", _SAME),
     "distributed.timeout_seconds": Policy("free", _SAME),
+    "distributed.silence_seconds": Policy("free", _SAME),
     "distributed.device": Policy("told", _ROUNDING),
 }
 OPEN = ("pattern.*",)  # keys that are free in the configuration share a row

@@ -29,6 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mtraining.errors import RunStopped
 from mtraining.train.mesh import Runtime
+from mtraining.train.peers import Process, this_machine
 from mtraining.train.watch import exit_now, way_on
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -43,7 +44,7 @@ class StopRequest:
         self._why: str | None = "before its first step was done, so there is nothing to save"
         self._heard: dict[int, float] = {}
         self._tell: Callable[[str], None] = print
-        self._siblings: list[int] = []
+        self._siblings: list[Process] = []
         self.flag = torch.zeros((), dtype=torch.float64)
 
     def prepare(self, place: Runtime, tell: Callable[[str], None]) -> None:
@@ -51,8 +52,8 @@ class StopRequest:
         and learn who the other processes of this launcher are; `tell` prints a line. Collective."""
         self._tell = tell
         self.flag = torch.zeros((), dtype=torch.float64, pin_memory=place.device.type == "cuda")
-        launcher = (socket.gethostname(), os.getppid())
-        everyone = place.gather_objects((launcher, os.getpid()))
+        launcher = (this_machine(), os.getppid())
+        everyone = place.gather_objects((launcher, Process.here()))
         self._siblings = [process for parent, process in everyone if parent == launcher]
 
     def defer(self) -> None:
@@ -72,7 +73,7 @@ class StopRequest:
         name, now = signal.Signals(number).name, time.monotonic()
         if self._why is not None:
             self._end(number, f"stopped by {name} {self._why}")
-        elif number == signal.SIGTERM and not all(map(_exists, self._siblings)):
+        elif number == signal.SIGTERM and any(process.gone() for process in self._siblings):
             exit_now(128 + number)
         elif number not in self._heard:
             self._heard[number] = now
@@ -91,14 +92,6 @@ class StopRequest:
         if parent_process() is None and os.environ.get("LOCAL_RANK", "0") == "0":  # else our launcher tells
             Console(stderr=True).print(f"error: {what}", soft_wrap=True, highlight=False, markup=False)
         exit_now(code)
-
-
-def _exists(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @contextmanager
@@ -129,5 +122,5 @@ def stoppable(run: Path) -> Iterator[StopRequest]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
         theirs.close()
-        listener.join()
+        listener.join(SAME_SECONDS)  # it may be held up in printing
         ours.close()
