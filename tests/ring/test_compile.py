@@ -34,6 +34,8 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+# torch.compile's own, in PyTorch 2.14.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_operators_are_what_they_say(dtype: torch.dtype) -> None:
     """Schema, fake shapes, dtypes and strides, no aliasing, gradients registered, traceable with dynamic shapes."""
