@@ -81,12 +81,13 @@ try-install:
 # Left out are torch, Triton and the CUDA libraries: which build suits depends on the machine. torch 2.11 refuses a newer
 # setuptools, and the pins serve beside every torch. Triton 3.6's interpreter, which runs the kernels in tests, breaks on a
 # newer NumPy. Hashes would have to cover torch too, so there are none.
-COMPILE = $(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url --no-emit-find-links --only-binary :all: \
+COMPILE = $(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+	--only-binary :all: --no-binary rouge-score --no-binary sqlitedict --no-binary word2number \
 	--extra dev --extra liger --no-emit-package torch --no-emit-package triton pyproject.toml
 update: $(STAMP)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check uv
 	printf '%s\n' "$(firstword $(TORCH))" "setuptools<82" "numpy<2.4" > $(VENV)/limits.txt
-	$(COMPILE) --universal --python-version 3.11 --constraint $(VENV)/limits.txt > $(VENV)/pinned.txt
+	$(COMPILE) --extra lm-eval --universal --python-version 3.11 --constraint $(VENV)/limits.txt > $(VENV)/pinned.txt
 	$(COMPILE) --python-version 3.11 --resolution lowest-direct > $(VENV)/oldest.txt
 	for name in pinned oldest; do sed -E '/^(nvidia|cuda)-/d' $(VENV)/$$name.txt > requirements/$$name.txt; done
 

@@ -17,6 +17,7 @@ from mtraining.evaluate.harness import TASK_FOLDER, harness_model, run_harness
 from mtraining.evaluate.tasks import SUITES, build_tasks
 from mtraining.generate import Generator
 
+pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: make setup EXTRAS=dev,lm-eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and of what it imports
 
 POSITIONS = 1024
