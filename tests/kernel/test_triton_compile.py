@@ -15,6 +15,7 @@ from triton.compiler import compile as compile_kernel
 
 from mtraining.kernel.external import partial as triton_partial
 from mtraining.kernel.triton import columns as triton_columns
+from mtraining.kernel.triton import decode as triton_decode
 from mtraining.kernel.triton import probe as triton_probe
 from mtraining.kernel.triton import slashes as triton_tiles
 from mtraining.kernel.triton.tile_sizes import Tiles, padded, table_tiles
@@ -117,6 +118,40 @@ def test_probe_compiles(capability: int, dim: int, size: int) -> None:
 
 def test_probe_lse_compiles() -> None:
     assert 0 < compiled_probe(triton_probe.probe_lse_kernel, 90, 128, 1).metadata.shared <= 128 * 1024
+
+
+@pytest.mark.parametrize(
+    ("capability", "dim", "dtype"),
+    [(80, 128, "bf16"), (86, 64, "bf16"), (90, 96, "bf16"), (90, 256, "bf16"), (100, 128, "bf16"), (90, 128, "fp32"),
+     (90, 256, "fp32")],
+)
+def test_decode_compiles(capability: int, dim: int, dtype: str) -> None:
+    tiles = triton_decode.decode_tiles(dim, 4 if dtype == "fp32" else 2)
+    chosen: dict[str, object] = {
+        "KV_HEADS": 2, "GROUP": 8, "Q_HEADS": 16, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "BLOCK_G": 16,
+        "BLOCK_N": tiles.keys, "BLOCK_S": 16, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    }  # fmt: skip
+    kinds = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {"lengths_ptr": "*i32", "scale_log2": "fp32"}
+    for kernel, options in ((triton_decode.decode_kernel, tiles.options), (triton_decode.join_kernel, {})):
+        names = list(enumerate(kernel.arg_names))
+        types = {
+            name: "constexpr" if name in chosen else kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+            for _, name in names
+        }
+        source = ASTSource(
+            kernel, types, constexprs={(i,): chosen[name] for i, name in names if name in chosen},
+            attrs={
+                (i,): [["tt.divisibility", 16]]
+                for i, name in names if types[name].startswith("*") or re.fullmatch(r"[qkv]_[bsh]", name)
+            },
+        )  # fmt: skip
+        result = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert result.asm["cubin"]
+        assert result.metadata.shared <= min(96, SHARED_KIB[capability]) * 1024
+        if kernel is triton_decode.decode_kernel:
+            assert ".local" not in result.asm["ptx"]
+            # Keys and values come in pieces of 16 bytes a thread.
+            assert re.search(r"cp.async.cg.shared.global \[.*\], \[.*\], 0x10", result.asm["ptx"])
 
 
 @pytest.mark.parametrize("to", ["*bf16", "*fp32"], ids=["final", "going on"])

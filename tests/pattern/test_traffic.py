@@ -64,8 +64,8 @@ EXPECTED: dict[str, tuple[dict[str, Any], Any]] = {
     "flexprefill": (
         {"max_columns": COLUMNS},
         lambda world: 4 * KV * DIM * BLOCKS + probed(world, SIZE) + 15 * 24 * HEADS
-        # the last block's attention by key block, estimated and true
-        + 4 * BLOCKS * (HEADS + padded(world)),
+        # the last block's true attention by key block; each rank estimates it from the probe that it has
+        + 4 * BLOCKS * padded(world),
     ),
     "union": (
         {"patterns": ["xattention", {"name": "moba", "options": {"chunk": 128}}]},

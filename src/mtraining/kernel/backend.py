@@ -13,6 +13,29 @@ Columns = tuple[Tensor, Tensor]
 KERNELS = ("auto", "reference", "triton", "flash4", "cudnn", "flash")
 
 
+class Decode(Protocol):
+    """Attention of one new token a row over this process's part of a cache of keys and values."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Partial attention, to be merged with that over the other parts.
+
+        Args:
+            q: (batch, q_heads, head_dim).
+            k, v: (batch, capacity, kv_heads, head_dim), same dtype; kv_heads divides q_heads.
+            lengths: int32 (batch,), on the tensors' device: the keys of each row that are attended, all from the first
+                on; 0 is allowed. What lies beyond is not read, or not used.
+            longest: an upper bound of ``lengths``, known on the host; at most the capacity.
+            scale: factor on q.k before the softmax.
+
+        Returns:
+            out (batch, q_heads, head_dim) and lse (batch, q_heads), natural log, both in the accumulation dtype;
+            0 and -inf for rows without keys.
+        """
+        ...
+
+
 class QueryGradient(Protocol):
     """The rest of a backward pass over tiles; call it once."""
 

@@ -8,11 +8,12 @@ from functools import cache
 import torch
 
 from mtraining.errors import UserError
-from mtraining.kernel.backend import KERNELS, Backend
+from mtraining.kernel.backend import KERNELS, Backend, Decode
 from mtraining.kernel.external.dense import WithDense
 from mtraining.kernel.external.dense_kernels import CudnnDense, DenseKernel, Flash4Dense, FlashDense
 from mtraining.kernel.external.dense_kernels import unsupported as dense_unsupported
 from mtraining.kernel.reference.attention import ReferenceBackend
+from mtraining.kernel.reference.decode import decode_attention as reference_decode
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,28 @@ def select_backend(kernel: str, device: torch.device, dtype: torch.dtype, head_d
         UserError: unknown name, or a backend that cannot serve this device, dtype or head_dim.
     """
     return _chosen(kernel, device, dtype, head_dim, torch.are_deterministic_algorithms_enabled())
+
+
+def select_decode(kernel: str, device: torch.device, dtype: torch.dtype) -> Decode:
+    """The kernel that decodes, one new token a row over a cache.
+
+    Triton's on NVIDIA GPUs, in bf16, fp16 and fp32, whatever ``kernel`` serves longer queries; ``reference`` elsewhere
+    and where it is asked for.
+
+    Raises:
+        UserError: unknown name, or Triton is missing on a GPU.
+    """
+    if kernel not in KERNELS:
+        raise UserError(f"kernel: {kernel!r} is not known; choose one of {', '.join(KERNELS)}.")
+    if kernel == "reference" or device.type != "cuda" or dtype == torch.float64:
+        return reference_decode
+    try:
+        from mtraining.kernel.triton.decode import decode_attention
+    except ImportError as missing:
+        raise UserError(
+            f"kernel: decoding on a GPU needs the triton package ({missing}); kernel=reference does without, slowly."
+        ) from missing
+    return decode_attention
 
 
 @cache

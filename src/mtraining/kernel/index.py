@@ -110,6 +110,49 @@ class SparseIndex:
         blocks[:, :, rows] = shares
         return replace(self, blocks=blocks, block_rows=None)
 
+    def extended(self, seq_len: int) -> SparseIndex:
+        """The index of a longer sequence that selects the same entries among the present tokens.
+
+        The blocks added have no diagonals and no columns of their own.
+
+        Raises:
+            ValueError: the index lists blocks, or ``seq_len`` is not a longer multiple of the block size.
+        """
+        more = seq_len // self.block_size - self.num_blocks
+        if self.blocks is not None or more < 0 or seq_len % self.block_size:
+            raise ValueError(f"an index of {self.seq_len} tokens cannot be extended to {seq_len}")
+        if not more:
+            return self
+        return replace(
+            self,
+            seq_len=seq_len,
+            diagonals=torch.nn.functional.pad(self.diagonals, (0, more)),
+            columns=torch.where(self.columns < self.seq_len, self.columns, seq_len),
+        )
+
+    def upto(self, seq_len: int) -> SparseIndex:
+        """The part of a whole index that joins the first ``seq_len`` tokens, a multiple of the block size.
+
+        Raises:
+            ValueError: the index holds one rank's rows only, or ``seq_len`` does not fit.
+        """
+        if seq_len == self.seq_len:
+            return self
+        if self.block_rows is not None or seq_len % self.block_size or not 0 < seq_len < self.seq_len:
+            raise ValueError(f"an index of {self.seq_len} tokens has no part of {seq_len}")
+        kept = seq_len // self.block_size
+        blocks = self.blocks
+        if blocks is not None:
+            # Bits past the part stay in its last byte; blocks are read by number, so nobody sees them.
+            blocks = blocks[:, :, :kept, : -(-kept // 8)].contiguous()
+        return replace(
+            self,
+            seq_len=seq_len,
+            diagonals=self.diagonals[..., :kept].contiguous(),
+            columns=self.columns.clamp(max=seq_len),
+            blocks=blocks,
+        )
+
     def tiles_by_head(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (batch row, head, bool (num_blocks, num_blocks)): the selected tiles, one head at a time.
 

@@ -153,6 +153,23 @@ def chunked_cross_entropy(
 
 
 @torch.no_grad()
+def chunked_token_scores(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 8192) -> Tensor:
+    """The loss of each token, and whether its label is what greedy decoding would have taken. No gradient.
+
+    Returns:
+        (2, ...) with ``labels``' shape, fp32 (fp64 for fp64 inputs): losses, 0 where ignored; and 1 where the label has
+        the largest logit (the first of equals), else 0.
+    """
+    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    parts = []
+    for start in range(0, flat.shape[0], chunk):
+        logits, rows = flat[start : start + chunk] @ weight.T, flat_labels[start : start + chunk]
+        losses = _token_losses(logits, rows)
+        parts.append(torch.stack([losses, (logits.argmax(-1) == rows).to(losses.dtype)]))
+    return torch.cat(parts, 1).view(2, *labels.shape)
+
+
+@torch.no_grad()
 def chunked_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 8192) -> Tensor:
     """The loss of each token, shaped like ``labels``, fp32 (fp64 for fp64 inputs), 0 where ignored. No gradient."""
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)

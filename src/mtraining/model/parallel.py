@@ -7,7 +7,7 @@ Parameter names stay the model's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -105,6 +105,22 @@ class ParallelLM(nn.Module):
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """The decoder's output for the local tokens, (batch, local tokens, hidden size). Collective, no gradient."""
         return self._decode(input_ids, position_ids)
+
+    @torch.no_grad()
+    def read_out(
+        self, input_ids: Tensor, position_ids: Tensor, read: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """What ``read`` makes of the decoder's output and the head's weight. Collective, no gradient.
+
+        Both are whole inside ``read``, under FSDP too. Tokens are taken as they are given, at any positions: it is
+        the attention's runtime that knows which they are.
+
+        Args:
+            input_ids, position_ids: (batch, local tokens) int64.
+            read: from hidden states (batch, local tokens, hidden size) and weight (vocabulary, hidden size).
+        """
+        output = decoder_of(self.hf_model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return read(output.last_hidden_state, self._head_weight())
 
     @property
     def num_parameters(self) -> int:
@@ -294,3 +310,4 @@ def _shard(
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(wrapped, "token_losses")
     register_fsdp_forward_method(wrapped, "hidden_states")
+    register_fsdp_forward_method(wrapped, "read_out")

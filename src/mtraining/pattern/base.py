@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from types import NoneType
 from typing import Any, ClassVar, Protocol, get_args, get_type_hints
@@ -62,20 +62,53 @@ class SequenceShard:
         all_positions: int64 (world, local tokens), global position of every rank's tokens, on the tensors' device.
         comm: collectives over the context-parallel ranks.
         backend: kernels for the estimation.
+        padding: tokens at the end of the sequence that only fill it up to a length that the layout can deal. An
+            estimate must not depend on what they hold, nor on how many blocks of them there are.
     """
 
     all_positions: Tensor
     comm: Collective = field(default_factory=Alone)
     backend: Backend = field(default_factory=ReferenceBackend)
+    padding: int = 0
 
     @classmethod
-    def whole(cls, seq_len: int, device: torch.device | str = "cpu") -> SequenceShard:
-        """One process that holds all ``seq_len`` tokens."""
-        return cls(torch.arange(seq_len, device=device)[None])
+    def whole(cls, seq_len: int, device: torch.device | str = "cpu", padding: int = 0) -> SequenceShard:
+        """One process that holds all ``seq_len`` tokens, ``padding`` of them at the end without meaning."""
+        return cls(torch.arange(seq_len, device=device)[None], padding=padding)
 
     @property
     def seq_len(self) -> int:
+        """Tokens in the sequence, padding included."""
         return self.all_positions.numel()
+
+    @property
+    def length(self) -> int:
+        """Real tokens in the sequence; all of them stand before the padding."""
+        return self.seq_len - self.padding
+
+    def covered(self, block_size: int) -> int:
+        """Tokens in the blocks that hold a real one: ``length`` rounded up to whole blocks."""
+        return -(-self.length // block_size) * block_size
+
+    def padded(self, padding: int) -> SequenceShard:
+        """This shard with the last ``padding`` tokens of the sequence declared padding; its tables are shared."""
+        if padding == self.padding:
+            return self
+        other = replace(self, padding=padding)
+        vars(other).update(slots=self.slots, _host_positions=self._host_positions)
+        return other
+
+    def real(self, x: Tensor) -> Tensor:
+        """``x`` (batch, local tokens, ...) with zeros in place of padding; ``x`` itself where there is none."""
+        if not self.padding:
+            return x
+        there = (self.positions < self.length).view(-1, *(1,) * (x.ndim - 2))
+        return torch.where(there, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def real_in_block(self, block_size: int) -> Tensor:
+        """int64 (local blocks,): how many tokens of each of this rank's blocks are real."""
+        start = self.all_blocks(block_size)[self.comm.rank] * block_size
+        return (self.length - start).clamp(min=0, max=block_size)
 
     @property
     def positions(self) -> Tensor:

@@ -6,11 +6,18 @@ import torch
 from torch import Tensor
 
 from mtraining.kernel.reference.attention import accumulation_dtype
+from mtraining.pattern.base import SequenceShard
 
 
-def block_means(x: Tensor, block_size: int) -> Tensor:
-    """(batch, tokens, heads, head_dim) -> means (batch, blocks, heads, head_dim), in fp32 (fp64 for fp64 inputs)."""
-    return x.unflatten(1, (-1, block_size)).mean(2, dtype=accumulation_dtype(x.dtype))
+def block_means(x: Tensor, block_size: int, shard: SequenceShard) -> Tensor:
+    """(batch, tokens, heads, head_dim) -> means (batch, blocks, heads, head_dim), in fp32 (fp64 for fp64 inputs).
+
+    Means are over the real tokens of a block; a block of padding has 0.
+    """
+    means = shard.real(x).unflatten(1, (-1, block_size)).mean(2, dtype=accumulation_dtype(x.dtype))
+    if not shard.padding:
+        return means
+    return means * (block_size / shard.real_in_block(block_size).clamp(min=1))[:, None, None].to(means.dtype)
 
 
 def grouped_products(q: Tensor, k: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """FlexPrefill (arXiv 2502.20766): each head query-aware or vertical-slash, by how well pooling predicts it.
 
-The paper's sparse pattern search: the last block of queries attends to all keys. Its true attention, summed over
+The paper's sparse pattern search: the last block of queries (the last ``block_size`` real ones, where padding follows)
+attends to all keys. Its true attention, summed over
 each key block, is compared with the softmax of mean query times mean keys. Where the square root of their
 Jensen-Shannon divergence is below tau, pooling can be trusted and the head is *query-aware*; else it is
 *vertical-slash*.
@@ -23,7 +24,7 @@ from mtraining.kernel import SparseIndex
 from mtraining.pattern.base import Collective, Pattern, SequenceShard, require
 from mtraining.pattern.blocks import block_means, grouped_products
 from mtraining.pattern.diagonals import distances_to_diagonals
-from mtraining.pattern.probe import column_and_slash_mass, share_choice, share_rows
+from mtraining.pattern.probe import column_and_slash_mass, gather_queries, share_choice, share_rows
 
 _MAP = 2**24  # block pairs whose weights are in memory at a time
 
@@ -61,67 +62,74 @@ class FlexPrefill(Pattern):
     @torch.no_grad()
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
         size, seq_len, comm = self.block_size, shard.seq_len, shard.comm
+        # Budgets are those of the blocks that hold a real token, however much padding follows.
+        covered = shard.covered(size)
         batch, _, q_heads, _ = q.shape
         all_blocks = shard.all_blocks(size)
-        queries = block_means(q, size)
+        queries = block_means(q, size, shard)
         keys = queries.new_empty(batch, seq_len // size, *k.shape[2:])
-        keys[:, all_blocks.flatten()] = comm.all_gather(block_means(k, size)).transpose(0, 1).flatten(1, 2)
+        means = comm.all_gather(block_means(k, size, shard))
+        keys[:, all_blocks.flatten()] = means.transpose(0, 1).flatten(1, 2)
         own = all_blocks[comm.rank]
-        last = torch.arange(seq_len - size, seq_len, device=q.device)
-        verticals, slashes = column_and_slash_mass(q, k, last, shard, scale)
-        true = share_rows(verticals.unflatten(1, (-1, size)).sum(-1) / size, batch, q_heads, shard)
+        last = torch.arange(max(0, shard.length - size), shard.length, device=q.device)
+        probe = gather_queries(q, last, shard)
+        verticals, slashes = column_and_slash_mass(q, k, last, shard, scale, probe=probe)
+        verticals, slashes = verticals[:, :covered], slashes[:, :covered]
+        true = share_rows(verticals.unflatten(1, (-1, size)).sum(-1) / len(last), batch, q_heads, shard)
+        mean = probe.mean(1, keepdim=True, dtype=queries.dtype)
+        estimated = grouped_products(mean, keys[:, : covered // size]).mul_(scale).softmax(-1)[:, :, 0]
+        query_aware = jensen_shannon_distance(estimated, true) < self.tau
         chosen = torch.empty(batch, q_heads, own.numel(), seq_len // size, dtype=torch.bool, device=q.device)
-        query_aware = torch.empty(batch, q_heads, dtype=torch.bool, device=q.device)
         group = q_heads // k.shape[2]
         width = max(1, _MAP // (chosen[:, :group].numel()))  # kv heads at a time
         for first in range(0, k.shape[2], width):
             kv, heads = slice(first, first + width), slice(first * group, (first + width) * group)
-            chosen[:, heads], query_aware[:, heads] = self._query_aware(
-                queries[:, :, heads], keys[:, :, kv], true[:, heads], own, scale, comm
+            chosen[:, heads] = self._query_aware(
+                queries[:, :, heads], keys[:, :, kv], own, covered // size, scale, comm
             )
         columns, diagonals = self._vertical_slash(verticals, slashes, shard)
         columns, diagonals = share_choice(columns, diagonals, batch, q_heads, shard)
+        vertical_slash = SparseIndex(covered, size, diagonals, columns).extended(seq_len)
         return shard.block_index(
             size,
             chosen & query_aware[..., None, None],
-            diagonals & ~query_aware[..., None],
-            columns.masked_fill(query_aware[..., None], seq_len),
+            vertical_slash.diagonals & ~query_aware[..., None],
+            vertical_slash.columns.masked_fill(query_aware[..., None], seq_len),
         )
 
     def _query_aware(
-        self, queries: Tensor, keys: Tensor, true: Tensor, own: Tensor, scale: float, comm: Collective
-    ) -> tuple[Tensor, Tensor]:
-        """Blocks of some heads by pooled attention, and which of the heads are query-aware.
+        self, queries: Tensor, keys: Tensor, own: Tensor, real: int, scale: float, comm: Collective
+    ) -> Tensor:
+        """Blocks of some heads by pooled attention.
 
         Args:
             queries: means of this rank's query blocks ``own``, (batch, local blocks, q_heads, head_dim).
             keys: means of all key blocks, (batch, blocks, kv_heads, head_dim).
-            true: the last block's attention by key block, (batch, q_heads, blocks).
+            real: blocks of the sequence that hold a real token.
 
         Returns:
-            bool (batch, q_heads, local blocks, blocks), bool (batch, q_heads).
+            bool (batch, q_heads, local blocks, blocks).
         """
         block = torch.arange(keys.shape[1], device=keys.device)
         future = block > own[:, None]
         scores = grouped_products(queries, keys).mul_(scale).masked_fill_(future, -torch.inf)
         pooled = scores.softmax(-1)
         del scores
-        # the last block's row of the map, from the rank that holds it; the others add zeros
-        estimated = comm.all_sum(pooled[:, :, -1] * (own[-1] == block[-1]))
-        chosen = heaviest_pairs(pooled, self.gamma, keys.shape[1], comm) & ~future
-        chosen |= (block == 0) | (block == own[:, None])
-        return chosen, jensen_shannon_distance(estimated, true) < self.tau
+        pooled = pooled.masked_fill_((own >= real)[:, None], 0.0)  # rows of padding have no part in the map
+        chosen = heaviest_pairs(pooled, self.gamma, real, comm) & ~future
+        return chosen | (block == 0) | (block == own[:, None])
 
     def _vertical_slash(
         self, verticals: Tensor, slashes: Tensor, shard: SequenceShard
     ) -> tuple[Tensor, Tensor]:
         """Columns int32 (rows, capacity) and diagonals bool (rows, blocks) of the heads owned here."""
-        token = torch.arange(shard.seq_len, device=verticals.device)
+        seq_len = verticals.shape[1]
+        token = torch.arange(seq_len, device=verticals.device)
         top_p = self.gamma if self.gamma < 1 else None
         nearest = token < self.block_size
         columns = shard.backend.heaviest(verticals, nearest, top_p, self.max_columns)
-        distances = shard.backend.heaviest(slashes, nearest, top_p, shard.seq_len)
-        return columns.to(torch.int32), distances_to_diagonals(distances, shard.seq_len, self.block_size)
+        distances = shard.backend.heaviest(slashes, nearest, top_p, seq_len)
+        return columns.to(torch.int32), distances_to_diagonals(distances, seq_len, self.block_size)
 
 
 def jensen_shannon_distance(p: Tensor, q: Tensor) -> Tensor:

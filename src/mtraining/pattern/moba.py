@@ -53,7 +53,7 @@ class MoBA(Pattern):
         num_blocks = shard.seq_len // self.block_size
         chunk = torch.arange(-(-num_blocks // per_chunk), device=q.device)
         own = shard.all_blocks(self.block_size)[shard.comm.rank] // per_chunk
-        queries = block_means(q, self.block_size)
+        queries = block_means(q, self.block_size, shard)
         gate = grouped_products(queries, self._chunk_means(k, chunk, own, num_blocks, shard))
         future, present = chunk > own[:, None], chunk == own[:, None]
         gate = gate.masked_fill(future, -torch.inf).masked_fill(present, torch.inf)
@@ -68,7 +68,7 @@ class MoBA(Pattern):
         self, k: Tensor, chunk: Tensor, own: Tensor, num_blocks: int, shard: SequenceShard
     ) -> Tensor:
         """Mean key of every chunk, on every rank: (batch, chunks, kv_heads, head_dim)."""
-        means = block_means(k, self.block_size)
+        means = block_means(k, self.block_size, shard)
         belongs = (chunk[:, None] == own).to(means.dtype)
         # a product adds in a fixed order, a scatter would not
         sums = shard.comm.all_sum(torch.einsum("cn,bnhd->bchd", belongs, means))

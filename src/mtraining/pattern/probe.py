@@ -21,6 +21,8 @@ _GOLDEN = (
 def probe_positions(count: int, placement: str, seq_len: int, device: torch.device) -> Tensor:
     """Where the probe's queries stand: int64 (min(count, seq_len),), ascending, without a host synchronisation.
 
+    ``seq_len`` counts real tokens only: a probe in the padding would choose what no real query looks for.
+
     ``last``: the last ``count`` tokens (the paper). ``spread``: one in each of ``count`` equal parts of the sequence,
     at a place of its part that moves from part to part by the golden ratio. A fixed place would put every query of
     a long sequence at the same place of its block and, in a striped layout, on one rank. ``mixed``: the last
@@ -53,8 +55,9 @@ def global_lse(local: Tensor, shard: SequenceShard) -> Tensor:
 
 
 def column_and_slash_mass(
-    q: Tensor, k: Tensor, positions: Tensor, shard: SequenceShard, scale: float, block_size: int = 1
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, positions: Tensor, shard: SequenceShard, scale: float, block_size: int = 1,
+    probe: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Probability of each key (verticals) and of each slash under the probe, for the rows owned here.
 
     Rows are the flattened (batch, q_heads), padded to a multiple of the world and dealt to ranks in order. Every rank
@@ -68,13 +71,15 @@ def column_and_slash_mass(
     Args:
         positions: int64 (probe,), global positions of the probe queries.
         block_size: slashes are block diagonals of so many tokens, so many times fewer; 1: token distances.
+        probe: the queries at ``positions``, where the caller has gathered them (:func:`gather_queries`).
 
     Returns:
         verticals (owned rows, seq_len), slashes (owned rows, seq_len // block_size), fp32 (fp64 for fp64 inputs), each
         row summing to the probe's size, but for what falls beyond the last block diagonal.
     """
     world, seq_len, backend = shard.comm.world, shard.seq_len, shard.backend
-    probe = gather_queries(q, positions, shard)
+    if probe is None:
+        probe = gather_queries(q, positions, shard)
     lse = global_lse(backend.probe_lse(probe, k, positions, shard.positions, scale), shard)
     columns, slashes = backend.probe_mass(
         probe, k, positions, shard.positions, scale, lse, seq_len, block_size

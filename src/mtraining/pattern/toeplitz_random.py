@@ -50,7 +50,8 @@ class ToeplitzRandom(Pattern):
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
         if self.with_estimation:
             VerticalSlash(block_size=self.block_size).estimate(q, k, shard, scale)
-        return _prescribed(self, q.shape[0], q.shape[2], shard.seq_len, q.device)
+        length = shard.covered(self.block_size)
+        return _prescribed(self, q.shape[0], q.shape[2], length, q.device).extended(shard.seq_len)
 
 
 @lru_cache(maxsize=8)

@@ -140,11 +140,14 @@ def estimate_by_head(
         q, k, shard, scale: see :meth:`Pattern.estimate`.
         heads: one pattern per query head, alike in ``block_size``, ``probe`` and ``probe_at``.
     """
-    seq_len, (batch, _, q_heads, _) = shard.seq_len, q.shape
+    batch, _, q_heads, _ = q.shape
     one = heads[0]
-    probe = probe_positions(one.probe, one.probe_at, seq_len, q.device)
+    # Budgets and ties are those of the blocks that hold a real token, however much padding follows.
+    seq_len = shard.covered(one.block_size)
+    probe = probe_positions(one.probe, one.probe_at, shard.length, q.device)
     size = min(pattern.slash_size for pattern in heads)
     verticals, slashes = column_and_slash_mass(q, k, probe, shard, scale, size)
+    verticals, slashes = verticals[:, :seq_len], slashes[:, : seq_len // size]
     if heads.count(one) == len(heads):
         columns, diagonals = one.select(verticals, slashes, shard.backend)
     else:
@@ -158,7 +161,7 @@ def estimate_by_head(
             chosen, diagonals[mine] = pattern.select(verticals[mine], mass, shard.backend)
             columns[mine, : chosen.shape[1]] = chosen
     columns, diagonals = share_choice(columns, diagonals, batch, q_heads, shard)
-    return SparseIndex(seq_len, one.block_size, diagonals, columns)
+    return SparseIndex(seq_len, one.block_size, diagonals, columns).extended(shard.seq_len)
 
 
 @lru_cache(maxsize=256)

@@ -105,7 +105,7 @@ class _Scorer:
     def __init__(
         self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float, block_size: int, stride: int
     ) -> None:
-        self.q, self.k, self.shard = q, k, shard
+        self.q, self.k, self.shard = shard.real(q), shard.real(k), shard
         self.factor, self.stride, self.size = scale / stride, stride, block_size
         self.squares = block_size // stride  # in a block, along either side
         self.blocks = q.shape[1] // block_size
@@ -120,7 +120,7 @@ class _Scorer:
             rows = self._of_squares(chunk)
             scores = self._scores(chunk, keys[:, : rows.stop])
             self._hide_future(scores[..., rows], rows, self.rows[rows])  # all before these is past
-            share = scores.softmax(-1).unflatten(2, (-1, self.squares)).sum(3)
+            share = self._of_blocks(scores.softmax(-1), self.rows[rows])
             yield chunk, share.unflatten(-1, (-1, self.squares)).sum(-1)
 
     def with_others(self) -> Iterator[tuple[slice, Tensor]]:
@@ -151,8 +151,14 @@ class _Scorer:
         weight = (weight - weight.logsumexp(-1, keepdim=True)).exp_()
         for place, share in enumerate(of_piece):
             share.mul_(weight[..., place, None])
-        mass = shares.unflatten(2, (-1, self.squares)).sum(3)
+        mass = self._of_blocks(shares, self.rows)
         yield slice(0, self.blocks), mass.index_select(-1, torch.cat(numbers).argsort())
+
+    def _of_blocks(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Sums over the rows of squares ``rows`` of each block; a row without a real query has no part in them."""
+        if self.shard.padding:
+            x = x * (rows * self.stride < self.shard.length)[:, None]
+        return x.unflatten(2, (-1, self.squares)).sum(3)
 
     def _chunks(self, first: int, key_blocks: int) -> Iterator[slice]:
         """Local blocks from ``first`` on, as many at a time as :data:`_SCORES` allows."""

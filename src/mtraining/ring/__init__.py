@@ -2,6 +2,7 @@
 
 from mtraining.ring.attention import sparse_ring_attention
 from mtraining.ring.balance import Imbalance, imbalance, tile_work
+from mtraining.ring.merge import merge_over_ring
 from mtraining.ring.links import prioritise_transfers, slow_links
 from mtraining.ring.observe import AttentionStats, Observer
 from mtraining.ring.op import AttentionRuntime
@@ -19,6 +20,7 @@ __all__ = [
     "RingTimes",
     "Timeline",
     "imbalance",
+    "merge_over_ring",
     "prioritise_transfers",
     "slow_links",
     "sparse_ring_attention",

@@ -29,16 +29,16 @@ from mtraining.ring.topology import PendingSum, Ring
 @overload
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
-    scale: float | None = None, return_index: Literal[False] = False, kernel: str = "auto",
+    scale: float | None = None, return_index: Literal[False] = False, kernel: str = "auto", padding: int = 0,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
-    scale: float | None = None, return_index: Literal[True], kernel: str = "auto",
+    scale: float | None = None, return_index: Literal[True], kernel: str = "auto", padding: int = 0,
 ) -> tuple[Tensor, SparseIndex]: ...  # fmt: skip
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
-    scale: float | None = None, return_index: bool = False, kernel: str = "auto",
+    scale: float | None = None, return_index: bool = False, kernel: str = "auto", padding: int = 0,
 ) -> Tensor | tuple[Tensor, SparseIndex]:  # fmt: skip
     """Causal attention over the entries that ``pattern`` selects, on this rank's shard of the sequence.
 
@@ -55,6 +55,8 @@ def sparse_ring_attention(
         scale: factor on q.k; head_dim ** -0.5 by default.
         return_index: return the index as well, whole on every rank (a collective for patterns with block lists).
         kernel: backend, ``auto`` or one of ``mtraining.kernel.backend.KERNELS``.
+        padding: tokens at the end of the whole sequence that only fill it up. They do not take part in the estimate,
+            and no real token sees them; what comes out for them means nothing.
 
     Returns:
         out (batch, local tokens, q_heads, head_dim) in q's dtype; with ``return_index`` (out, index).
@@ -70,7 +72,7 @@ def sparse_ring_attention(
         )
     pattern = build_pattern(pattern) if isinstance(pattern, str) else pattern
     layout = build_layout(layout) if isinstance(layout, str) else layout
-    out, call = _SparseRingAttention.apply(q, k, v, pattern, layout, mesh, scale, kernel)
+    out, call = _SparseRingAttention.apply(q, k, v, pattern, layout, mesh, scale, kernel, padding)
     return (out, call.index.whole(call.plan.ring)) if return_index else out
 
 
@@ -99,16 +101,20 @@ class _SparseRingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *attend_backward(dout, q, k, v, out, lse, ctx.call), *(None,) * 5
+        return *attend_backward(dout, q, k, v, out, lse, ctx.call), *(None,) * 6
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, mesh: DeviceMesh | None,
-    scale: float | None, kernel: str,
+    scale: float | None, kernel: str, padding: int = 0,
 ) -> tuple[Tensor, Tensor, Call]:  # fmt: skip
     """The forward pass without autograd: out in q's dtype, lse (batch, heads, rows), and what backward must know."""
     _check(q, k, v)
     ring = Ring.over(mesh)
+    if not 0 <= padding < q.shape[1] * ring.world:
+        raise UserError(
+            f"padding: {padding} of {q.shape[1] * ring.world} tokens leaves no sequence; give fewer, and at least 0."
+        )
     plan = make_plan(ring, layout, q.shape[1] * ring.world, pattern.block_size, q.device)
     backend = select_backend(kernel, q.device, q.dtype, q.shape[-1])
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -117,13 +123,13 @@ def attend(
     if tape is not None and tape.replaying:
         recorded = tape.read()
     else:
-        recorded = Recorded(pattern.estimate(q.detach(), k.detach(), plan.shard(backend), scale))
+        recorded = Recorded(pattern.estimate(q.detach(), k.detach(), plan.shard(backend, padding), scale))
     call = Call(plan, backend, recorded.index, scale)
     if recorded.out is not None and recorded.lse is not None:
         return recorded.out.detach(), recorded.lse, call
     out, lse = _ring_forward(q, k, v, call)
     if tape is None or not tape.replaying:
-        observe(q, k, lse, recorded.index, plan, backend, scale)
+        observe(q, k, lse, recorded.index, plan, plan.shard(backend, padding), scale)
         if tape is not None:
             tape.write(Recorded(recorded.index, out.detach(), lse) if tape.keep_outputs else recorded)
     return out, lse, call

@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from mtraining.kernel import Backend, SparseIndex
+from mtraining.kernel import SparseIndex
 from mtraining.pattern import SequenceShard
 from mtraining.pattern.probe import gather_queries, global_lse
 from mtraining.ring.balance import Imbalance, imbalance, tile_work
@@ -23,7 +23,7 @@ class AttentionStats:
     """One attention call, over all heads and the whole sequence.
 
     Attributes:
-        density: computed area over the area of all causal tiles.
+        density: computed area over the area of all causal tiles, of the blocks that hold a real token.
         columns: mean columns a head.
         recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled.
         balance: imbalance in the layout and ring in use.
@@ -66,22 +66,23 @@ class Observer(AbstractContextManager["Observer"]):
 
 @torch.no_grad()
 def observe(
-    q: Tensor, k: Tensor, lse: Tensor, index: SparseIndex, plan: RingPlan, backend: Backend, scale: float
+    q: Tensor, k: Tensor, lse: Tensor, index: SparseIndex, plan: RingPlan, shard: SequenceShard, scale: float
 ) -> None:
     """Report one finished call to the observers in force (free when there are none)."""
     if _observers:
         index = index.whole(plan.ring)
+        real = index.upto(shard.covered(index.block_size))
     for observer in _observers:
         work = tile_work(index, plan.layout, plan.ring.world)
         recall = None
         if observer.recall_rows:
             chosen = torch.Generator().manual_seed(observer.seed + len(observer.stats))
-            rows = torch.randint(index.seq_len, (observer.recall_rows,), generator=chosen).to(q.device)
-            recall = measure_recall(q, k, lse, rows, plan.shard(backend), scale).mean().item()
+            rows = torch.randint(shard.length, (observer.recall_rows,), generator=chosen).to(q.device)
+            recall = measure_recall(q, k, lse, rows, shard, scale).mean().item()
         observer.stats.append(
             AttentionStats(
-                density=index.density().mean().item(),
-                columns=index.column_counts.double().mean().item(),
+                density=real.density().mean().item(),
+                columns=real.column_counts.double().mean().item(),
                 recall=recall,
                 balance=imbalance(work, plan.ring.outer),
                 tile_work=work,

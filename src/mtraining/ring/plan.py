@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -35,10 +35,16 @@ class RingPlan:
     def seq_len(self) -> int:
         return self.all_positions.numel()
 
-    @cache  # noqa: B019  plans are few and live as long as the process
-    def shard(self, backend: Backend) -> SequenceShard:
-        """This rank's part of the sequence, as patterns see it."""
-        return SequenceShard(self.all_positions, self.ring, backend)
+    def shard(self, backend: Backend, padding: int = 0) -> SequenceShard:
+        """This rank's part of the sequence, as patterns see it; its last ``padding`` tokens are padding."""
+        if backend not in self._shards:
+            self._shards[backend] = SequenceShard(self.all_positions, self.ring, backend)
+        return self._shards[backend].padded(padding)
+
+    @cached_property
+    def _shards(self) -> dict[Backend, SequenceShard]:
+        """Kept with the plan, so that the tables of a length go when its plan does."""
+        return {}
 
     @property
     def q_blocks(self) -> Tensor:
