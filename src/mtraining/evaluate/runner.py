@@ -1,0 +1,216 @@
+"""Runs an evaluation: every model under every attention on every sample, and a line of results for each.
+
+All ranks of a ring run this together and see the same samples; the first one writes. A line is written when its sample
+ends, and a sample that has a line is not made again, so a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtraining.errors import UserError
+from mtraining.evaluate.perplexity import document_losses, whole_document_nll
+from mtraining.evaluate.results import SUMMARY, Key, Results
+from mtraining.evaluate.summary import summarise
+from mtraining.evaluate.tasks import Sample, SampleMaker, Task
+from mtraining.generate import Generator
+from mtraining.ring import Observer
+
+Tell = Callable[[Key, int, int], None]
+_RECALL_ROWS = 128  # where a plan asks for recall and names no number
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to be foreseen.
+
+    Attributes:
+        tokens: of the whole text, by the model's tokenizer.
+        words: separated by white space, as PG-19 counts them.
+    """
+
+    name: str
+    tokens: Sequence[int]
+    words: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to evaluate.
+
+    Attributes:
+        tasks: that are answered and scored.
+        lengths: tokens of prompt and answer together, ascending.
+        samples: of each task and length.
+        documents: for ``losses``, ``words`` and ``recall``.
+        losses: perplexity by position, of the documents' first tokens.
+        words: perplexity by word, of whole documents in windows of each length.
+        recall: share of attention mass that the pattern keeps, by layer.
+        bucket, last: positions a bucket of perplexity spans; last tokens that are summed apart.
+        recall_rows: query rows of each sequence whose recall is measured; 0 measures density alone.
+        batch: prompts answered together.
+    """
+
+    tasks: Sequence[Task]
+    lengths: Sequence[int]
+    samples: int = 10
+    documents: Sequence[Document] = ()
+    losses: bool = False
+    words: bool = False
+    recall: bool = False
+    bucket: int = 8192
+    last: int = 1024
+    recall_rows: int = 0
+    batch: int = 1
+
+    def units(self) -> list[tuple[str, str, int, int]]:
+        """(suite, task, length, number) of every sample, short ones first, so that mistakes show early."""
+        found: list[tuple[str, str, int, int]] = []
+        for length in sorted(self.lengths):
+            for task in self.tasks:
+                count = self.samples if task.samples is None else min(self.samples, task.samples)
+                found += [(task.suite, task.name, length, number) for number in range(count)]
+            for suite, wanted in (("ppl", self.losses), ("words", self.words), ("recall", self.recall)):
+                for number, document in enumerate(self.documents if wanted else ()):
+                    if suite == "words" or len(document.tokens) >= length:
+                        found.append((suite, document.name, length, number))
+        return found
+
+
+def evaluate(
+    generator: Generator,
+    model: str,
+    attention: str,
+    plan: Plan,
+    maker: SampleMaker,
+    results: Results,
+    done: set[Key],
+    tell: Tell | None = None,
+) -> None:
+    """Run what is not done yet of one model under one attention. Collective over the generator's ranks.
+
+    Args:
+        model, attention: names under which the results stand.
+        done: keys that have a line already, the same on every rank.
+        tell: called after each sample with its key, and how many of how many are done.
+    """
+    tasks = {task.name: task for task in plan.tasks}
+    units = plan.units()
+    todo = [unit for unit in units if Key(model, attention, *unit) not in done]
+    finished = len(units) - len(todo)
+    for group in _together(todo, plan.batch):
+        suite, name, length, _ = group[0]
+        if name in tasks and suite == tasks[name].suite:
+            samples = [maker.make(tasks[name], length, number) for *_, number in group]
+            records = _answered(generator, samples, plan.recall_rows)
+        else:
+            records = [_read(generator, suite, plan.documents[group[0][3]], length, plan)]
+        for unit, record in zip(group, records, strict=True):
+            key = Key(model, attention, *unit)
+            results.add(key, record)
+            finished += 1
+            if tell is not None:
+                tell(key, finished, len(units))
+
+
+def summary(results: Results, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of everything in the folder, which are also written beside it with ``about``."""
+    rows = summarise(results.lines())
+    if results.writes:
+        content = {"about": dict(about), "rows": rows}
+        (results.folder / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def read_documents(paths: Sequence[Path], tokenizer: Any, longest: int | None = None) -> list[Document]:
+    """Every text file given, and every .txt file of the folders given, in order.
+
+    Args:
+        longest: tokens of each that are needed; None for all of them.
+
+    Raises:
+        UserError: nothing there, or no text.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"--text {path} does not exist; give a text file or a folder of .txt files.")
+        found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"--text {path} holds no .txt file; give a text file or a folder of them.")
+        files += found
+    documents = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--text {file} cannot be read as text ({error}); leave it out.") from None
+        words = len(text.split())
+        # No tokenizer needs 16 characters a token.
+        shown = text if longest is None else text[: 16 * longest]
+        documents.append(Document(file.stem, list(tokenizer(shown, verbose=False).input_ids), words))
+    return documents
+
+
+def _together(
+    units: Sequence[tuple[str, str, int, int]], batch: int
+) -> Iterator[list[tuple[str, str, int, int]]]:
+    """Neighbours of the same task and length, at most ``batch``; perplexity and recall one by one."""
+    group: list[tuple[str, str, int, int]] = []
+    for unit in units:
+        fits = group and group[0][:3] == unit[:3] and len(group) < batch
+        if group and not fits:
+            yield group
+            group = []
+        group.append(unit)
+    if group:
+        yield group
+
+
+def _answered(generator: Generator, samples: Sequence[Sample], recall_rows: int) -> list[dict[str, Any]]:
+    task = samples[0].task
+    answers = generator.generate(
+        [sample.ids for sample in samples], samples[0].new_tokens, recall_rows=recall_rows
+    )
+    return [
+        {
+            "prompt_tokens": answer.prompt_tokens,
+            "removed": sample.removed,
+            "prediction": answer.text,
+            "references": list(sample.draft.references),
+            "score": task.score(answer.text or "", sample.draft.references),
+            "details": dict(sample.draft.details),
+            "new_tokens": len(answer.tokens),
+            "finish_reason": answer.finish_reason,
+            "prefill_seconds": round(answer.prefill_seconds, 4),
+            "decode_seconds": round(answer.decode_seconds, 4),
+            "density": answer.density,
+            "recall": answer.recall,
+        }
+        for sample, answer in zip(samples, answers, strict=True)
+    ]
+
+
+def _read(generator: Generator, suite: str, document: Document, length: int, plan: Plan) -> dict[str, Any]:
+    """A record of a document: its losses, or what its attention keeps."""
+    if suite == "words":
+        nll, count = whole_document_nll(generator, document.tokens, length)
+        return {"nll": nll, "tokens": count, "words": document.words, "prompt_tokens": len(document.tokens)}
+    rows = plan.recall_rows or _RECALL_ROWS if suite == "recall" else 0
+    with Observer(rows) as observer:
+        if suite == "recall":
+            generator.prefill(document.tokens[:length])
+            record: dict[str, Any] = {"recall_by_layer": [stats.recall for stats in observer.stats]}
+        else:
+            record = document_losses(generator, document.tokens, length, plan.bucket, plan.last).record()
+    densities = [stats.density for stats in observer.stats]
+    recalls = [stats.recall for stats in observer.stats if stats.recall is not None]
+    return record | {
+        "prompt_tokens": length,
+        "density": sum(densities) / len(densities),
+        "recall": sum(recalls) / len(recalls) if recalls else None,
+    }
