@@ -16,7 +16,7 @@ from mtraining.generate import Generation, Generator
 from mtraining.layout import build_layout
 from mtraining.model import parallelize
 from mtraining.pattern import Pattern, build_pattern
-from tiny_models import BLOCK, DENSE, VOCAB, tiny_model
+from tiny_models import BLOCK, DENSE, SPARSE, VOCAB, tiny_model
 
 LENGTHS = (29, 5, 50)  # none a multiple of a block; the shortest leaves ranks without a token
 NEW = 8
@@ -56,7 +56,7 @@ def generator_for(
     grid = None if worker is None else worker.mesh(*MESHES[mesh])
     pattern, dealt = pattern or build_pattern(**DENSE), build_layout(layout, BLOCK)
     if fsdp:
-        parallel = parallelize(lively_model(family), grid, pattern="vertical_slash", layout=dealt)
+        parallel = parallelize(lively_model(family), grid, pattern=build_pattern(**SPARSE), layout=dealt)
         return Generator(parallel, pattern=pattern, **options)
     return Generator(lively_model(family), mesh=grid, pattern=pattern, layout=dealt, **options)
 
