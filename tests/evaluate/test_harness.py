@@ -1,4 +1,4 @@
-"""lm-evaluation-harness both ways, on a tiny model: its requests answered as plain code would, and our tasks among its."""
+"""lm-evaluation-harness both ways, on a tiny model: its requests answered as plain code would, our tasks among its."""
 
 from __future__ import annotations
 

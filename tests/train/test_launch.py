@@ -201,7 +201,7 @@ def test_a_rank_that_fails_names_itself(
         f"error: rank 1 failed ({type(error).__name__}: {error}), so rank 0 ends too; there is no"
     )
     seen = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(reason))
-    assert str(launch._cause(0, seen, tmp_path)).startswith(
+    assert str(launch._cause(0, seen, watch.way_on(tmp_path))).startswith(
         f"rank 1 failed ({type(error).__name__}: {error}), so the other ranks were ended; there is no"
     )
 

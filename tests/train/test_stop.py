@@ -15,7 +15,7 @@ from tiny_run import tiny_config
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, get_error_handler
 
 from mtraining.errors import SAVED, RunStopped
-from mtraining.train import launch, stop
+from mtraining.train import launch, stop, watch
 from mtraining.train.metrics import read_metrics
 from mtraining.train.store import CheckpointStore
 
@@ -106,7 +106,7 @@ def test_a_launcher_tells_of_a_signal_that_ended_a_rank_at_once(
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(reason))
     get_error_handler().record_exception(RunStopped("stopped by SIGTERM, which came twice, at once", 143))
     seen = ProcessFailure(local_rank=0, pid=1, exitcode=143, error_file=str(reason))
-    cause = launch._cause(0, seen, tmp_path)
+    cause = launch._cause(0, seen, watch.way_on(tmp_path))
     assert (str(cause), cause.code) == ("stopped by SIGTERM, which came twice, at once", 143)  # type: ignore[union-attr]
 
 
@@ -154,9 +154,9 @@ def test_a_rank_that_waited_in_vain_names_the_option(tmp_path: Path, monkeypatch
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(reason))
     get_error_handler().record_exception(RuntimeError("[gloo:129] Timed out waiting 5000ms for send"))
     seen = ProcessFailure(local_rank=1, pid=1, exitcode=1, error_file=str(reason))
-    assert str(launch._cause(1, seen, tmp_path)) == (
+    assert str(launch._cause(1, seen, watch.way_on(tmp_path))) == (
         "rank 1 failed ([gloo:129] Timed out waiting 5000ms for send; another rank hangs, or needs longer than "
         "distributed.timeout_seconds), so the other ranks were ended; there is no checkpoint yet."
     )
     aborted = ProcessFailure(local_rank=1, pid=1, exitcode=-signal.SIGABRT, error_file=str(tmp_path / "none"))
-    assert "killed by SIGABRT (as NCCL does where" in str(launch._cause(1, aborted, tmp_path))
+    assert "killed by SIGABRT (as NCCL does where" in str(launch._cause(1, aborted, watch.way_on(tmp_path)))

@@ -11,12 +11,13 @@ from mtraining.cli.bench import bench
 from mtraining.cli.calibrate import calibrate
 from mtraining.cli.demo import demo
 from mtraining.cli.export import export
+from mtraining.cli.generate import generate
 from mtraining.cli.prepare import prepare
 from mtraining.cli.report import report
 from mtraining.cli.train import train
 from mtraining.errors import SAVED, RunStopped, UserError
 
-COMMANDS = (train, prepare, calibrate, export, report, demo)
+COMMANDS = (train, prepare, calibrate, export, generate, report, demo)
 
 app = typer.Typer(
     name="mtraining",

@@ -53,7 +53,7 @@ class Chooser:
         """int64 (batch,) tokens from (batch, vocabulary) logits."""
         if self._temperature == 0:
             return logits.argmax(-1)
-        ranked, order = logits.sort(-1, descending=True, stable=True)
+        ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         prob = (ranked.double() / self._temperature).softmax(-1)
         upto = prob.cumsum(-1)
         kept = upto - prob < self._top_p  # the most likely token always is

@@ -93,6 +93,15 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
     return model.to(device), tokenizer
 
 
+def load_tokenizer(options: ModelOptions) -> Any:
+    """The tokenizer that `build_model` returns, without the model.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return _tokenizer(options, SmolLM2() if options.init == SMOLLM2 else None)
+
+
 def _from_config(config: Any, **options: Any) -> Any:
     """The architecture; whatever a model's own code says of fields that it cannot work with is one sentence."""
     try:

@@ -1,4 +1,4 @@
-"""Running a configuration on several processes of this machine, through PyTorch's own elastic launcher.
+"""Running on several processes of this machine, through PyTorch's own elastic launcher.
 
 What is added to it: bad input is told once instead of once a rank; a rank that dies is named together with the last
 good checkpoint; the rank that failed first is the one that is blamed; and a signal that asks for a stop goes on to the
@@ -18,8 +18,8 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 import yaml
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -39,9 +39,11 @@ from mtraining.train.mesh import check_world
 from mtraining.train.stop import SIGNALS
 from mtraining.train.watch import PeerLost, exit_now, launcher_store, reason, way_on
 
+T = TypeVar("T")
+
 
 def launch(config: Config, nproc: int, before: Callable[[], None] | None = None) -> None:
-    """Run `config` on `nproc` local processes and wait for them.
+    """Train as `config` says on `nproc` local processes and wait for them.
 
     Args:
         before: what each process calls first, by name: a function of a module.
@@ -52,6 +54,23 @@ def launch(config: Config, nproc: int, before: Callable[[], None] | None = None)
     """
     check_world(config.parallel, nproc)
     check_config(config)
+    stopped = run_processes(_train, (config.to_yaml(), before), nproc, lambda: way_on(config.output))
+    if stopped is not None:
+        raise RunStopped(stopped, SAVED)
+
+
+def run_processes(
+    function: Callable[..., T], arguments: tuple[Any, ...], nproc: int, remedy: Callable[[], str]
+) -> T:
+    """Call `function` on `nproc` local processes, as the ranks of a process group to be made; rank 0's result.
+
+    Args:
+        function: of a module, by name; arguments and result can be pickled.
+        remedy: what to do after it has ended early, for the end of a sentence.
+
+    Raises:
+        UserError, RunStopped: as `launch` raises them.
+    """
     for library in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # their reports are made below
     with tempfile.TemporaryDirectory(prefix="mtraining-") as logs, _passed_on() as came:
@@ -70,25 +89,29 @@ def launch(config: Config, nproc: int, before: Callable[[], None] | None = None)
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            stopped = elastic_launch(options, _worker)(config.to_yaml(), before)[0]
+            result: T = elastic_launch(options, _as_rank)(function, arguments)[0]
+            return result
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if came and failure.exitcode == -came[0]:  # it was still loading libraries
-                raise _ended(came[0], config.output) from None
-            raise _cause(rank, failure, config.output) from None
+                raise _ended(came[0], remedy()) from None
+            raise _cause(rank, failure, remedy()) from None
         except SignalException as error:
-            raise _ended(error.sigval, config.output) from None
-        if stopped is not None:
-            raise RunStopped(stopped, SAVED)
+            raise _ended(error.sigval, remedy()) from None
 
 
 def run_launched(config: Config) -> None:
-    """Run `config` as one of the processes of torchrun, or of any launcher that sets RANK and its companions; one rank
-    tells of bad input, all exit with 2; or of a stop that was asked for, all exit with `SAVED`."""
+    """Train as `config` says as one of the processes of torchrun; see `as_launched`."""
+    as_launched(lambda: train(config), lambda: way_on(config.output))
+
+
+def as_launched(function: Callable[[], T], remedy: Callable[[], str]) -> T:
+    """Call `function` as one of the processes of torchrun, or of any launcher that sets RANK and its companions; one
+    rank tells of bad input, all exit with 2; or of a stop that was asked for, all exit with `SAVED`."""
     handler = get_error_handler()
     quiet_libraries()
     try:
-        train(config)
+        return function()
     except UserError as error:
         if _first_to_tell():
             raise
@@ -101,27 +124,33 @@ def run_launched(config: Config) -> None:
         handler.record_exception(error)
         traceback.print_exc()
         what = f"rank {os.environ.get('RANK')} failed: {reason(str(error))}"
-        print(f"error: {what}; {way_on(config.output)}", file=sys.stderr)
+        print(f"error: {what}; {remedy()}", file=sys.stderr)
         exit_now(1)
 
 
-def _worker(text: str, before: Callable[[], None] | None) -> str | None:
-    """One rank; what to tell when a signal asked for a stop."""
+def _as_rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    """One rank; what goes wrong is recorded for the launcher."""
     handler = get_error_handler()
     handler.initialize()
     quiet_libraries()
     try:
-        if before is not None:
-            before()
-        train(parse_config(yaml.safe_load(text)))
+        return function(*arguments)
     except UserError as error:
         handler.record_exception(error)
         exit_now(2)
-    except RunStopped as error:
-        return str(error)
     except Exception as error:
         handler.record_exception(error)
         exit_now(1)
+
+
+def _train(text: str, before: Callable[[], None] | None) -> str | None:
+    """One rank of a training run; what to tell when a signal asked for a stop."""
+    try:
+        if before is not None:
+            before()
+        train(parse_config(yaml.safe_load(text)))
+    except RunStopped as error:
+        return str(error)
     return None
 
 
@@ -147,11 +176,11 @@ def _passed_on() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _ended(number: int, run: Path) -> RunStopped:
-    return RunStopped(f"stopped by {signal.Signals(number).name}; {way_on(run)}", 128 + number)
+def _ended(number: int, remedy: str) -> RunStopped:
+    return RunStopped(f"stopped by {signal.Signals(number).name}; {remedy}", 128 + number)
 
 
-def _cause(rank: int, failure: ProcessFailure, run: Path) -> UserError | RunStopped:
+def _cause(rank: int, failure: ProcessFailure, remedy: str) -> UserError | RunStopped:
     """What to tell of the first rank that failed, from the error file that its `record_exception` wrote."""
     details = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
     record = details if isinstance(details, dict) else {}
@@ -161,7 +190,7 @@ def _cause(rank: int, failure: ProcessFailure, run: Path) -> UserError | RunStop
     if kind == RunStopped.__name__:  # by a signal, at once
         return RunStopped(sentence, failure.exitcode)
     if kind == PeerLost.__name__:  # a frozen rank, which no launcher notices by itself
-        return RunStopped(f"{sentence}, so the other ranks were ended; {way_on(run)}")
+        return RunStopped(f"{sentence}, so the other ranks were ended; {remedy}")
     if failure.exitcode < 0:
         how = f"was killed by {signal.Signals(-failure.exitcode).name}"
         if failure.exitcode == -signal.SIGABRT:
@@ -169,7 +198,7 @@ def _cause(rank: int, failure: ProcessFailure, run: Path) -> UserError | RunStop
     else:
         how = f"failed ({reason(sentence) or f'exit code {failure.exitcode}'})"
         print(record.get("extraInfo", {}).get("py_callstack", ""), file=sys.stderr)
-    return RunStopped(f"rank {rank} {how}, so the other ranks were ended; {way_on(run)}")
+    return RunStopped(f"rank {rank} {how}, so the other ranks were ended; {remedy}")
 
 
 def _first_to_tell() -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,19 @@ from mtraining.errors import UserError
 from mtraining.ring import Ring, prioritise_transfers
 
 if TYPE_CHECKING:
-    from mtraining.train.config import Config, ParallelSection
+    from mtraining.train.config import DistributedSection, ParallelSection
 
 T = TypeVar("T")
+
+
+class Grid(Protocol):
+    """The part of a configuration that says where it runs."""
+
+    @property
+    def parallel(self) -> ParallelSection: ...
+
+    @property
+    def distributed(self) -> DistributedSection: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ def check_world(parallel: ParallelSection, world: int) -> None:
     )
 
 
-def choose_device(config: Config, local_rank: int, local_world: int) -> torch.device:
+def choose_device(config: Grid, local_rank: int, local_world: int) -> torch.device:
     """The device of one local rank; CUDA only when each local process can have a GPU of its own."""
     wanted = config.distributed.device
     gpus = torch.cuda.device_count()
@@ -103,7 +113,7 @@ def backend_for(device: torch.device) -> str:
 
 
 @contextmanager
-def runtime(config: Config) -> Iterator[Runtime]:
+def runtime(config: Grid) -> Iterator[Runtime]:
     """Join the process groups, build the mesh, and leave the groups at the end. Collective.
 
     A run of one process has a group of one, so that one path serves every size; a group that already exists is used
