@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from answers import LENGTHS, MESHES, NEW, answers, transformers_answers, world_of
-from tiny_models import EVERY_FAMILY, EXPERTS, FAMILIES
+import torch
 
+from answers import LENGTHS, MESHES, NEW, answers, transformers_answers, world_of
 from distributed import ProcessPool
 from mtraining.generate import Generation
+from tiny_models import EVERY_FAMILY, EXPERTS, FAMILIES
 
 
 def check(found: Sequence[Generation], family: str) -> None:

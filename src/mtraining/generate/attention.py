@@ -58,9 +58,7 @@ def parse_attention(text: str) -> AttentionChoice:
 def _option(text: str, pair: str) -> tuple[str, object]:
     key, equals, value = pair.partition("=")
     if not equals or not key:
-        raise UserError(
-            f"--attention {text!r}: {pair!r} is no option; write option=value, such as top_p=0.9."
-        )
+        raise UserError(f"--attention {text!r}: {pair!r} is no option; write option=value, such as top_p=0.9.")
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:
