@@ -10,6 +10,7 @@ import typer
 from mtraining.cli.bench import bench
 from mtraining.cli.calibrate import calibrate
 from mtraining.cli.demo import demo
+from mtraining.cli.evaluate import evaluate
 from mtraining.cli.export import export
 from mtraining.cli.generate import generate
 from mtraining.cli.prepare import prepare
@@ -17,7 +18,7 @@ from mtraining.cli.report import report
 from mtraining.cli.train import train
 from mtraining.errors import SAVED, RunStopped, UserError
 
-COMMANDS = (train, prepare, calibrate, export, generate, report, demo)
+COMMANDS = (train, prepare, calibrate, export, generate, evaluate, report, demo)
 
 app = typer.Typer(
     name="mtraining",

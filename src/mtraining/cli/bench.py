@@ -18,7 +18,7 @@ def _bench() -> None:
     """Measure, beside what you would otherwise use."""
 
 
-def _print_table(console: Console, title: str, heads: list[str], cells: list[list[str]]) -> None:
+def print_table(console: Console, title: str, heads: list[str], cells: list[list[str]]) -> None:
     """A narrow terminal may break its lines, but a cell cut short would be no number."""
     from rich.table import Table
 
@@ -71,7 +71,7 @@ def attention(
         warm_up,
         say=lambda text: console.print(text, markup=False, highlight=False),
     )
-    _print_table(console, "Attention", *table(result.rows))
+    print_table(console, "Attention", *table(result.rows))
     console.print(f"wrote {path}" if path else "no number to write", soft_wrap=True)
     if result.failures:
         raise typer.Exit(1)
@@ -125,7 +125,7 @@ def train(
     outcome = run(choice)
     if outcome is None:  # torchrun's first process tells
         return
-    _print_table(console, "Training steps", *table(outcome.rows))
+    print_table(console, "Training steps", *table(outcome.rows))
     for line in (*outcome.failures, *outcome.notes):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(f"wrote {outcome.path}" if outcome.path else "no number to write", soft_wrap=True)
@@ -165,7 +165,7 @@ def tiles(
         seq_len,
         say=lambda text: console.print(text, markup=False, highlight=False),
     )
-    _print_table(console, "Tiles", *table(result))
+    print_table(console, "Tiles", *table(result))
     for line in result.failures:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(f"wrote {path}" if path else "nothing to write", soft_wrap=True)

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mtraining.cli.on_ring import Processes, on_every, processes, rope_options
 from mtraining.errors import UserError
 
 if TYPE_CHECKING:
     from mtraining.generate import Generation
-
-DTYPES = ("auto", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,7 @@ class Request:
     attention: str
     layout: str | None
     kernel: str
-    world: int
-    outer: int
-    dtype: str
-    device: str
+    processes: Processes
     rope: dict[str, Any]
 
 
@@ -59,7 +55,9 @@ def generate(
     ] = None,
     attention: Annotated[
         str,
-        typer.Option(help="How prompts are read: dense, sparse, sparse:PATTERN,option=value or sparse:TABLE.yaml."),
+        typer.Option(
+            help="How prompts are read: dense, sparse, sparse:PATTERN,option=value or sparse:TABLE.yaml."
+        ),
     ] = "dense",
     layout: Annotated[
         str | None, typer.Option(help="striped, zigzag or contiguous; default: what balances the attention.")
@@ -84,23 +82,9 @@ def generate(
 ) -> None:
     """Answer each --prompt by MODEL. Prompts are read by the ring attention of training, on all processes together."""
     from mtraining.generate import parse_attention
-    from mtraining.train.launch import as_launched, run_processes
-    from mtraining.train.mesh import launched_world
     from mtraining.train.named import find_model
 
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is not known; use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device} is not known; use auto, cpu or cuda.")
     parse_attention(attention)
-    if nproc is not None and "RANK" in os.environ:
-        raise UserError(
-            "--nproc starts processes of its own; leave it out under torchrun or another launcher."
-        )
-    world = nproc or launched_world()
-    if world % outer:
-        raise UserError(f"--outer {outer} does not divide the {world} processes; use a divisor.")
-    rope = {"type": rope_type, "factor": rope_factor, "theta": rope_theta}
     request = Request(
         model=model,
         tokenizer=tokenizer,
@@ -114,23 +98,14 @@ def generate(
         attention=attention,
         layout=layout,
         kernel=kernel,
-        world=world,
-        outer=outer,
-        dtype=dtype,
-        device=device,
-        rope={name: value for name, value in rope.items() if value is not None},
+        processes=processes(nproc, outer, dtype, device),
+        rope={"type": rope_type, "factor": rope_factor, "theta": rope_theta},
     )
-    find_model(model, rope_options(request.rope), tokenizer)  # what is wrong with MODEL is said before processes start
+    # What is wrong with MODEL is said before processes start.
+    find_model(model, rope_options(request.rope), tokenizer)
 
-    def remedy() -> str:
-        return "run the same command again, with more memory or fewer tokens if that was it."
-
-    if "RANK" in os.environ:
-        found = as_launched(lambda: answer(request), remedy)
-    elif world > 1:
-        found = run_processes(answer, (request,), world, remedy)
-    else:
-        found = answer(request)
+    remedy = "run the same command again, with more memory or fewer tokens if that was it."
+    found = on_every(answer, request, request.processes.world, remedy)
     if os.environ.get("RANK", "0") == "0":
         _print(request, found)
 
@@ -149,33 +124,10 @@ def read_prompt(path: Path) -> str:
     return text
 
 
-def rope_options(given: dict[str, Any]) -> Any:
-    """The options that were given, checked; None where none was."""
-    from pydantic import ValidationError
-
-    from mtraining.model import RopeOptions
-
-    if not given:
-        return None
-    try:
-        return RopeOptions.model_validate(given)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = problem["loc"][0]
-        raise UserError(f"--rope-{where} {given[str(where)]}: {problem['msg']}; correct or remove it.") from None
-
-
 def answer(request: Request) -> list[Generation]:
     """One rank's part of a request; every rank returns all answers. Collective."""
     from mtraining.generate import Generator, parse_attention
-    from mtraining.train.config import DistributedSection, ParallelSection
-    from mtraining.train.mesh import runtime
     from mtraining.train.named import find_model
-
-    @dataclass(frozen=True)
-    class Here:
-        parallel: ParallelSection
-        distributed: DistributedSection
 
     choice = parse_attention(request.attention)
     named = find_model(request.model, rope_options(request.rope), request.tokenizer)
@@ -183,16 +135,14 @@ def answer(request: Request) -> list[Generation]:
     prompts = [tokenizer(text, verbose=False).input_ids for text in request.prompts]
     for name, tokens in zip(request.names, prompts, strict=True):
         if not tokens:
-            raise UserError(f"--prompt {name} has no tokens for this tokenizer; write at least a word into it.")
+            raise UserError(
+                f"--prompt {name} has no tokens for this tokenizer; write at least a word into it."
+            )
     needed = max(len(tokens) for tokens in prompts) + request.max_new_tokens
-    grid = Here(
-        ParallelSection(cp=request.world, cp_outer=request.outer),
-        DistributedSection.model_validate({"device": request.device}),
-    )
-    with runtime(grid) as place:
-        on_gpu = place.device.type == "cuda"
-        dtype = request.dtype if request.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-        hf_model = named.build(dtype, place.device, seq_len=needed if request.rope else 1)
+    with request.processes.grid() as place:
+        dtype = request.processes.dtype_on(place.device)
+        stretched = request.rope.get("type") is not None
+        hf_model = named.build(dtype, place.device, seq_len=needed if stretched else 1)
         generator = Generator(
             hf_model,
             tokenizer,

@@ -32,7 +32,7 @@ def _data(task_name: str, **options: Any) -> dict[str, Any]:
         raise UserError(
             'lm-eval: our tasks fit samples to a tokenizer; give --metadata \'{"tokenizer": "FOLDER"}\'.'
         )
-    paths = {
+    paths: dict[str, Any] = {
         key: Path(options[key])
         for key in ("essays", "squad", "hotpotqa", "infinitebench")
         if options.get(key)

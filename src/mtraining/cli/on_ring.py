@@ -1,0 +1,116 @@
+"""What commands that run a model on the ring share: options, processes, and the grid that they form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mtraining.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mtraining.train.config import DistributedSection, ParallelSection
+    from mtraining.train.mesh import Runtime
+
+T = TypeVar("T")
+DTYPES = ("auto", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which processes a command runs on; can be pickled.
+
+    Attributes:
+        world: how many; ``outer``: rings of rings that they form.
+        dtype, device: as the options say, ``auto`` included.
+    """
+
+    world: int
+    outer: int
+    dtype: str
+    device: str
+
+    @contextmanager
+    def grid(self) -> Iterator[Runtime]:
+        """The process groups and the mesh, on every process. Collective."""
+        from mtraining.train.config import DistributedSection, ParallelSection
+        from mtraining.train.mesh import runtime
+
+        @dataclass(frozen=True)
+        class Here:
+            parallel: ParallelSection
+            distributed: DistributedSection
+
+        here = Here(
+            ParallelSection(cp=self.world, cp_outer=self.outer),
+            DistributedSection.model_validate({"device": self.device}),
+        )
+        with runtime(here) as place:
+            yield place
+
+    def dtype_on(self, device: torch.device) -> str:
+        """Of the model's parameters: bfloat16 on a GPU and float32 elsewhere, unless it was said."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def processes(nproc: int | None, outer: int, dtype: str, device: str) -> Processes:
+    """The processes that options ask for.
+
+    Raises:
+        UserError: an option out of range, or ``--nproc`` under a launcher.
+    """
+    from mtraining.train.mesh import launched_world
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is not known; use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device} is not known; use auto, cpu or cuda.")
+    if nproc is not None and "RANK" in os.environ:
+        raise UserError(
+            "--nproc starts processes of its own; leave it out under torchrun or another launcher."
+        )
+    world = nproc or launched_world()
+    if world % outer:
+        raise UserError(f"--outer {outer} does not divide the {world} processes; use a divisor.")
+    return Processes(world, outer, dtype, device)
+
+
+def on_every(function: Callable[..., T], request: Any, world: int, remedy: str) -> T:
+    """Call ``function(request)`` on every process: this one, those of a launcher, or local ones started here.
+
+    Args:
+        function: of a module, by name; request and result can be pickled.
+        remedy: what to do when processes ended early, for the end of a sentence.
+    """
+    from mtraining.train.launch import as_launched, run_processes
+
+    if "RANK" in os.environ:
+        return as_launched(lambda: function(request), lambda: remedy)
+    if world > 1:
+        return run_processes(function, (request,), world, lambda: remedy)
+    return function(request)
+
+
+def rope_options(given: dict[str, Any]) -> Any:
+    """The ``--rope-...`` options that were given, checked; None where none was."""
+    from pydantic import ValidationError
+
+    from mtraining.model import RopeOptions
+
+    said = {name: value for name, value in given.items() if value is not None}
+    if not said:
+        return None
+    try:
+        return RopeOptions.model_validate(said)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = problem["loc"][0]
+        raise UserError(
+            f"--rope-{where} {said[str(where)]}: {problem['msg']}; correct or remove it."
+        ) from None
