@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tiny_models import BLOCK, DENSE, SPARSE, VOCAB, tiny_model
 from torch import Tensor
 
 from distributed import Worker
@@ -16,7 +17,6 @@ from mtraining.generate import Generation, Generator
 from mtraining.layout import build_layout
 from mtraining.model import parallelize
 from mtraining.pattern import Pattern, build_pattern
-from tiny_models import BLOCK, DENSE, SPARSE, VOCAB, tiny_model
 
 LENGTHS = (29, 5, 50)  # none a multiple of a block; the shortest leaves ranks without a token
 NEW = 8

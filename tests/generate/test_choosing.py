@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from answers import MESHES, generator_for, prompts, world_of
+
 from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
 from mtraining.generate.answer import Answer
@@ -154,7 +154,11 @@ def test_a_single_token_needs_no_decoding() -> None:
         ([[5], []], {}, "prompts: prompt 1 is empty"),
         ([[5, 97]], {}, "prompts: prompt 0 has token 97, beyond the 97 of the model"),
         ([[5, -1]], {}, "prompts: prompt 0 has token"),
-        ([[5] * 120], {"max_new_tokens": 9}, "the 120 tokens of prompt 0 and 9 new ones are beyond the 128 positions"),
+        (
+            [[5] * 120],
+            {"max_new_tokens": 9},
+            "the 120 tokens of prompt 0 and 9 new ones are beyond the 128 positions",
+        ),
         ([[5] * 120], {"max_new_tokens": 9}, "rope.type yarn and a rope.factor of at least 1.01"),
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens: 0 leaves no answer"),
         ([[5]], {"stop": ["x"]}, "stop: stop strings need a tokenizer"),

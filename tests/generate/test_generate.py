@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-import torch
-
 from answers import LENGTHS, MESHES, NEW, answers, transformers_answers, world_of
+from tiny_models import EVERY_FAMILY, EXPERTS, FAMILIES
+
 from distributed import ProcessPool
 from mtraining.generate import Generation
-from tiny_models import EVERY_FAMILY, EXPERTS, FAMILIES
 
 
 def check(found: Sequence[Generation], family: str) -> None:

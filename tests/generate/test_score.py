@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from answers import MESHES, generator_for, lively_model, prompts, world_of
+from tiny_models import DENSE, tiny_batch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from answers import MESHES, generator_for, lively_model, prompts, world_of
 from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
 from mtraining.model import parallelize
-from tiny_models import DENSE, tiny_batch
 
 TEXTS = (50, 2, 64)
 
@@ -111,7 +111,10 @@ def test_compiled_layers_answer_eagerly() -> None:
     compiler = CompileCounterWithBackend("eager")
     with mock.patch.object(parallel, "fuse", functools.partial(fuse, backend=compiler)):
         model = parallelize(
-            lively_model("qwen2"), pattern=build_pattern(**DENSE), layout=build_layout("striped", 8), fused="compile"
+            lively_model("qwen2"),
+            pattern=build_pattern(**DENSE),
+            layout=build_layout("striped", 8),
+            fused="compile",
         )
     made = Generator(model)
     found = made.generate(prompts(), 4, eos=())

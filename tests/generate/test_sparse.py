@@ -7,16 +7,16 @@ from unittest import mock
 
 import pytest
 import torch
+from answers import LENGTHS, MESHES, NEW, generator_for, lively_model, prompts, world_of
+from tiny_models import BLOCK, SPARSE
 from torch import Tensor
 
-from answers import LENGTHS, MESHES, NEW, generator_for, lively_model, prompts, world_of
 from distributed import ProcessPool, Worker
 from mtraining.generate import Generation, Generator
 from mtraining.generate import cache as module
 from mtraining.layout import build_layout
 from mtraining.pattern import Pattern, build_pattern
 from mtraining.ring import sparse_ring_attention
-from tiny_models import BLOCK, SPARSE
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "vertical_slash": {**SPARSE, "top_k_columns": 4, "top_k_slashes": 2, "sinks": 1, "window": 1},
@@ -100,7 +100,9 @@ def test_every_pattern_reads_prompts(pool: ProcessPool, pattern: str, layout: st
 def test_layers_may_differ(pool: ProcessPool) -> None:
     """A pattern for each layer; and block sizes that differ pad to what both need."""
     sparse, dense = build_pattern(**SPARSE), build_pattern("dense", block_size=2 * BLOCK)
-    mixed = Generator(lively_model("qwen2"), pattern=[dense, sparse], layout=build_layout("striped", 2 * BLOCK))
+    mixed = Generator(
+        lively_model("qwen2"), pattern=[dense, sparse], layout=build_layout("striped", 2 * BLOCK)
+    )
     plain = Generator(lively_model("qwen2"), pattern=dense, layout=build_layout("striped", 2 * BLOCK))
     (prompt, *_), (one,) = prompts((50,)), mixed.generate(prompts((50,)), 2, recall_rows=0)
     assert mixed.attention.deal(50).padding == 14

@@ -122,8 +122,15 @@ def test_probe_lse_compiles() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "dim", "dtype"),
-    [(80, 128, "bf16"), (86, 64, "bf16"), (90, 96, "bf16"), (90, 256, "bf16"), (100, 128, "bf16"), (90, 128, "fp32"),
-     (90, 256, "fp32")],
+    [
+        (80, 128, "bf16"),
+        (86, 64, "bf16"),
+        (90, 96, "bf16"),
+        (90, 256, "bf16"),
+        (100, 128, "bf16"),
+        (90, 128, "fp32"),
+        (90, 256, "fp32"),
+    ],
 )
 def test_decode_compiles(capability: int, dim: int, dtype: str) -> None:
     tiles = triton_decode.decode_tiles(dim, 4 if dtype == "fp32" else 2)
@@ -131,11 +138,16 @@ def test_decode_compiles(capability: int, dim: int, dtype: str) -> None:
         "KV_HEADS": 2, "GROUP": 8, "Q_HEADS": 16, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "BLOCK_G": 16,
         "BLOCK_N": tiles.keys, "BLOCK_S": 16, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     }  # fmt: skip
-    kinds = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {"lengths_ptr": "*i32", "scale_log2": "fp32"}
+    kinds = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {
+        "lengths_ptr": "*i32",
+        "scale_log2": "fp32",
+    }
     for kernel, options in ((triton_decode.decode_kernel, tiles.options), (triton_decode.join_kernel, {})):
         names = list(enumerate(kernel.arg_names))
         types = {
-            name: "constexpr" if name in chosen else kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+            name: "constexpr"
+            if name in chosen
+            else kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
             for _, name in names
         }
         source = ASTSource(

@@ -59,7 +59,9 @@ def generate(
     ] = None,
     attention: Annotated[
         str,
-        typer.Option(help="How prompts are read: dense, sparse, sparse:PATTERN,option=value or sparse:TABLE.yaml."),
+        typer.Option(
+            help="How prompts are read: dense, sparse, sparse:PATTERN,option=value or sparse:TABLE.yaml."
+        ),
     ] = "dense",
     layout: Annotated[
         str | None, typer.Option(help="striped, zigzag or contiguous; default: what balances the attention.")
@@ -120,7 +122,9 @@ def generate(
         device=device,
         rope={name: value for name, value in rope.items() if value is not None},
     )
-    find_model(model, rope_options(request.rope), tokenizer)  # what is wrong with MODEL is said before processes start
+    find_model(
+        model, rope_options(request.rope), tokenizer
+    )  # what is wrong with MODEL is said before processes start
 
     def remedy() -> str:
         return "run the same command again, with more memory or fewer tokens if that was it."
@@ -162,7 +166,9 @@ def rope_options(given: dict[str, Any]) -> Any:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = problem["loc"][0]
-        raise UserError(f"--rope-{where} {given[str(where)]}: {problem['msg']}; correct or remove it.") from None
+        raise UserError(
+            f"--rope-{where} {given[str(where)]}: {problem['msg']}; correct or remove it."
+        ) from None
 
 
 def answer(request: Request) -> list[Generation]:
@@ -183,7 +189,9 @@ def answer(request: Request) -> list[Generation]:
     prompts = [tokenizer(text, verbose=False).input_ids for text in request.prompts]
     for name, tokens in zip(request.names, prompts, strict=True):
         if not tokens:
-            raise UserError(f"--prompt {name} has no tokens for this tokenizer; write at least a word into it.")
+            raise UserError(
+                f"--prompt {name} has no tokens for this tokenizer; write at least a word into it."
+            )
     needed = max(len(tokens) for tokens in prompts) + request.max_new_tokens
     grid = Here(
         ParallelSection(cp=request.world, cp_outer=request.outer),

@@ -2,8 +2,8 @@
 
 from mtraining.ring.attention import sparse_ring_attention
 from mtraining.ring.balance import Imbalance, imbalance, tile_work
-from mtraining.ring.merge import merge_over_ring
 from mtraining.ring.links import prioritise_transfers, slow_links
+from mtraining.ring.merge import merge_over_ring
 from mtraining.ring.observe import AttentionStats, Observer
 from mtraining.ring.op import AttentionRuntime
 from mtraining.ring.tape import IndexTape
