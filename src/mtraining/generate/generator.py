@@ -328,7 +328,7 @@ class Generator:
         """
         start, kept, seconds = time.perf_counter(), [logits] if keep else [], [0.0] * len(answers)
         positions = torch.tensor(lengths, device=self._device)
-        limit, ahead = answers[0].limit, logits.is_cuda
+        limit, ahead = answers[0].limit, _runs_ahead(logits.device)
         token = self._agreed(chooser(logits, 0))
         for step in range(limit):
             coming, following = _Coming(token), None
@@ -385,6 +385,11 @@ class _Coming:
             self._event.synchronize()
         values: list[int] = self._host.tolist()
         return values
+
+
+def _runs_ahead(device: torch.device) -> bool:
+    """Whether the host queues a forward before it reads the token that the forward is about."""
+    return device.type == "cuda"
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
