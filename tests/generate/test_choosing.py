@@ -8,6 +8,7 @@ from answers import MESHES, generator_for, prompts, world_of
 
 from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
+from mtraining.generate import generator
 from mtraining.generate.answer import Answer
 from mtraining.generate.sampling import Chooser
 
@@ -127,7 +128,10 @@ def test_a_row_does_not_depend_on_those_beside_it() -> None:
         assert alone.tokens == together[row].tokens
 
 
-def test_rows_end_by_themselves() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_end_by_themselves(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the host reads tokens one forward late, as on a GPU."""
+    monkeypatch.setattr(generator, "_runs_ahead", lambda device: ahead)
     made = generator_for(None, "qwen2", tokenizer=None)
     free = made.generate(prompts(), 8, eos=())
     ends = [free[0].tokens[2]]  # ends the first row at its third token, at the latest

@@ -171,3 +171,28 @@ def tiles(
     console.print(f"wrote {path}" if path else "nothing to write", soft_wrap=True)
     if result.failures:
         raise typer.Exit(1)
+
+
+@bench.command()
+def decode(
+    preset: Annotated[str, typer.Option(help="targets or tiny; default: targets, on a CPU tiny.")] = "",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the CSV.")] = Path("benchmarks/results"),
+) -> None:
+    """Time decode attention over long caches beside a copy of memory; nothing wrong is timed. Writes a CSV."""
+    from rich.console import Console
+
+    from mtraining.bench.decode.run import bench as run
+    from mtraining.bench.decode.run import table
+
+    console = Console()
+    rows, path, wrong = run(
+        preset, dtype, device, out, say=lambda text: console.print(text, markup=False, highlight=False)
+    )
+    _print_table(console, "Decode attention", *table(rows))
+    for line in wrong:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    console.print(f"wrote {path}" if path else "no number to write", soft_wrap=True)
+    if wrong:
+        raise typer.Exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -49,7 +50,7 @@ def parse_attention(text: str) -> AttentionChoice:
     if not rest:
         return AttentionChoice(text, None, "striped")
     name, *pairs = rest.split(",")
-    options = dict(_option(text, pair) for pair in pairs)
+    options: dict[str, Any] = dict(_option(text, pair) for pair in pairs)
     if name not in PATTERNS and Path(name).suffix in (".yaml", ".yml", ".json"):
         return AttentionChoice(text, tuple(load_table(name, **options)), "striped")
     return AttentionChoice(text, build_pattern(name, **options), "striped")
@@ -58,7 +59,9 @@ def parse_attention(text: str) -> AttentionChoice:
 def _option(text: str, pair: str) -> tuple[str, object]:
     key, equals, value = pair.partition("=")
     if not equals or not key:
-        raise UserError(f"--attention {text!r}: {pair!r} is no option; write option=value, such as top_p=0.9.")
+        raise UserError(
+            f"--attention {text!r}: {pair!r} is no option; write option=value, such as top_p=0.9."
+        )
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def attached(model: ParallelLM, owner: Attends) -> Iterator[None]:
     Layers that were compiled run eagerly meanwhile: a graph for each length of a prompt would cost more than it saves.
     """
     modules = [module for _, module in attention_modules(model.hf_model)]
-    before = [module.mtraining_runtime for module in modules]
+    before: list[Any] = [module.mtraining_runtime for module in modules]
     with torch.compiler.set_stance("force_eager"):
         try:
             for layer, module in enumerate(modules):

