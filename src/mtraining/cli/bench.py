@@ -190,7 +190,7 @@ def decode(
     rows, path, wrong = run(
         preset, dtype, device, out, say=lambda text: console.print(text, markup=False, highlight=False)
     )
-    _print_table(console, "Decode attention", *table(rows))
+    print_table(console, "Decode attention", *table(rows))
     for line in wrong:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(f"wrote {path}" if path else "no number to write", soft_wrap=True)

@@ -318,8 +318,8 @@ def _plan(request: Request, tokenizer: Any) -> Plan:
     )
     if documents and not plan.words and all(len(one.tokens) < min(request.lengths) for one in documents):
         raise UserError(
-            f"--text: none of the {len(documents)} texts has {min(request.lengths)} tokens; give longer ones, or ask for "
-            f"shorter --lengths."
+            f"--text: none of the {len(documents)} texts has {min(request.lengths)} tokens; give longer ones, or ask "
+            f"for shorter --lengths."
         )
     return plan
 
