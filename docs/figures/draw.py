@@ -7,6 +7,7 @@ show a schedule, whose numbers are in the figure. Nothing is drawn by hand.
 from __future__ import annotations
 
 import csv
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from mtraining.evaluate.heatmap import needle_figure
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
 from mtraining.ring import imbalance, tile_work
@@ -251,6 +253,17 @@ def slow_links() -> Figure:
     return figure
 
 
+def needle() -> Figure:
+    """Needles that SmolLM2-135M found, by length and depth, dense."""
+    found = [
+        row
+        for row in rows("needle-smollm2-h100-2026-11-27.csv")
+        if row["attention"] == "dense" and row["task"] == "needle_numbers"
+    ]
+    grid = {(int(row["length"]), float(row["depth"])): float(row["found"]) for row in found}
+    return needle_figure(grid, "SmolLM2-135M, dense, two samples a cell")
+
+
 def attention_speed() -> Figure:
     """Share of the best dense kernel's TFLOP/s on the tiles that are computed."""
     named = [
@@ -399,7 +412,18 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "slow-links": slow_links,
     "attention-speed": attention_speed,
     "training-step": training_step,
+    "needle": needle,
 }
+
+
+def numbered(svg: str) -> str:
+    """Names of clips, markers and images by their order: matplotlib hashes positions, whose last bit may vary."""
+    known: dict[str, str] = {}
+
+    def name(found: re.Match[str]) -> str:
+        return known.setdefault(found[0], f"{found[1]}{len(known)}")
+
+    return re.sub(r"\b(p|m|image)[0-9a-f]{10}\b", name, svg)
 
 
 def draw(folder: Path) -> list[Path]:
@@ -411,7 +435,8 @@ def draw(folder: Path) -> list[Path]:
             make().savefig(path, format="svg", metadata={"Date": None, "Creator": None})
             # matplotlib ends some lines in blanks, which a diff would show
             text = path.read_text(encoding="utf-8")
-            path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")
+            text = "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+            path.write_text(numbered(text), encoding="utf-8")
             written.append(path)
     return written
 

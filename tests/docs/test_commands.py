@@ -21,6 +21,10 @@ CI = (ROOT / ".ci" / "run").read_text()
 
 # A command that CI does not run as it stands, and the test that runs it instead.
 RUN_BY_TEST = {
+    "mtraining evaluate runs/first --suite needle --suite ppl --suite recall --lengths 1k,2k --text book.txt "
+    "--essays book.txt --attention dense --attention sparse --samples 2": (
+        "tests/cli/test_evaluate_command.py::test_the_pages_command"
+    ),
     "mtraining bench tiles": "tests/kernel/triton_interpreter/test_tiles_command.py::test_the_command",
     "mtraining generate runs/first --prompt a.txt": (
         "tests/cli/test_generate_command.py::test_a_folder_a_run_and_its_checkpoint_are_the_same_model"

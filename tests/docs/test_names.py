@@ -35,11 +35,14 @@ WRITTEN = set(
     metrics.jsonl balance.json balance.csv config.yaml config.json demo.json meta.json report.html report/report.html
     tokenizer.json tokenizer_config.json model.safetensors training.svg density.svg ring.svg patterns.yaml first.yaml
     generation_config.json mtraining_export.json
+    changes.jsonl results.jsonl summary.json run.json lm-eval.json longbook_qa_eng.jsonl
     index.html site/index.html prepare.json manifest.json shard-00000.json
     """.split()
 )
 # Names that a reader puts a name of his own for, and files of other projects.
-ELSEWHERE = set("moby-dick.txt emma.txt NOVEL.txt OUT.csv flash_fwd_sm90.py a.txt a.jsonl".split())
+ELSEWHERE = set(
+    "TABLE.yaml book.txt moby-dick.txt emma.txt NOVEL.txt OUT.csv flash_fwd_sm90.py a.txt a.jsonl".split()
+)
 # Flags of other programs, and whose they are.
 FOREIGN_FLAGS = {
     "torchrun": "--nnodes --nproc-per-node --node-rank --master-addr --master-port --rdzv-backend --rdzv-endpoint "
@@ -47,6 +50,7 @@ FOREIGN_FLAGS = {
     "Slurm": "--signal --nodes --ntasks-per-node --gpus-per-node --cpus-per-task --time --requeue --open-mode "
     "--kill-on-bad-exit",
     "pip, pytest, git": "--index-url --dist --no-deps",
+    "lm-evaluation-harness": "--metadata",
 }
 
 
@@ -300,7 +304,7 @@ def identifiers() -> set[str]:
 # Names of other projects and of files' contents, which no code here says.
 FOREIGN = set(
     "vertical_and_slash stream_llm block_sparse PyTorchJob MASTER_ADDR MASTER_PORT save_on_cpu PreTrainedConfig "
-    "terminationGracePeriodSeconds OUTERxINNER".split()
+    "terminationGracePeriodSeconds OUTERxINNER TORCHINDUCTOR_CACHE_DIR include_path".split()
 )
 NAME = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\(.*\))?$")
 

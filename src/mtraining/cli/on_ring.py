@@ -98,7 +98,7 @@ def on_every(function: Callable[..., T], request: Any, world: int, remedy: str) 
 
 
 def rope_options(given: dict[str, Any]) -> Any:
-    """The ``--rope-...`` options that were given, checked; None where none was."""
+    """The options of rotary scaling that were given, checked; None where none was."""
     from pydantic import ValidationError
 
     from mtraining.model import RopeOptions

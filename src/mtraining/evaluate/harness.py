@@ -14,7 +14,7 @@ from mtraining.errors import UserError
 from mtraining.generate import Generator
 
 TASK_FOLDER = Path(__file__).parent / "harness_tasks"
-"""What ``lm_eval --include_path`` takes: every task of ours as ``mtraining_NAME``."""
+"""What the harness takes as its ``include_path``: every task of ours as ``mtraining_NAME``."""
 
 
 def harness_model(generator: Generator, batch: int = 1) -> Any:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtraining.errors import UserError
 from mtraining.evaluate.results import Key
 from mtraining.evaluate.summary import tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def needle_grids(
@@ -41,22 +45,26 @@ def draw_needles(grid: dict[tuple[int, float], float], title: str, path: Path) -
         raise UserError(
             "the heat map needs matplotlib; install mtraining[report], or use --no-chart."
         ) from None
+    with matplotlib.rc_context({"svg.hashsalt": "mtraining"}):
+        needle_figure(grid, title).savefig(path, metadata={"Date": None})
+
+
+def needle_figure(grid: dict[tuple[int, float], float], title: str) -> Figure:
+    """A grid of `needle_grids`: a cell for each length and depth, with the share of needles found."""
     from matplotlib.figure import Figure
 
     lengths = sorted({length for length, _ in grid})
     depths = sorted({depth for _, depth in grid})
     values = [[grid.get((length, depth), float("nan")) for length in lengths] for depth in depths]
-    with matplotlib.rc_context({"svg.hashsalt": "mtraining"}):
-        size = (1.6 + 0.7 * len(lengths), 1.4 + 0.35 * len(depths))
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [tokens(length) for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        axes.set(xlabel="tokens", ylabel="depth of the needle", title=title)
-        for row, line in enumerate(values):
-            for column, value in enumerate(line):
-                if value == value:
-                    axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7)
-        figure.colorbar(image, ax=axes, label="found")
-        figure.savefig(path, metadata={"Date": None})
+    figure = Figure(figsize=(1.6 + 0.7 * len(lengths), 1.4 + 0.35 * len(depths)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [tokens(length) for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set(xlabel="tokens", ylabel="depth of the needle", title=title)
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            if not isnan(value):
+                axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7)
+    figure.colorbar(image, ax=axes, label="found")
+    return figure
