@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mtraining.bench.record import code_version
 from mtraining.bench.train.cases import SHAPES, TrainCase, parse_tokens
-from mtraining.bench.train.model import batches, build_model, parallel, place_for, random_sequences, stepper
+from mtraining.bench.train.model import batches, build_model, parallel, process_for, random_sequences, stepper
 from mtraining.model import loss
 from mtraining.pattern import Pattern
 from mtraining.ring import attention, prioritise_transfers
@@ -227,11 +227,11 @@ def main() -> int:
         offload=options.offload,
     )
     rate = matmul_rate(device)
-    place = place_for(case, device, rank, world)
-    model = parallel(case, build_model(shape, case.seq_len, case.layers, device), place)
+    process = process_for(case, device, rank, world)
+    model = parallel(case, build_model(shape, case.seq_len, case.layers, device), process)
     mark(type(case.pattern()))
-    run = stepper(case, model, place)
-    data = batches(case, random_sequences(shape.vocab, case.seq_len), place)
+    run = stepper(case, model, process)
+    data = batches(case, random_sequences(shape.vocab, case.seq_len), process)
     seconds = []
     for step in range(2 + options.steps):
         wait(device)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mtraining.train.peers import Process, children
+from mtraining.train.peers import OsProcess, children
 
 LIMIT = 400.0  # far more than any command takes, also on a busy machine; below the limit of a whole test
 DUMP_SECONDS = 5.0
@@ -88,7 +88,7 @@ class Started:
 
     def end(self, *signals: int) -> None:
         """Send it and its descendants each of `signals`, with some seconds to act, then SIGKILL."""
-        family = [*self.descendants(), Process(self.pid, 0)] if self.poll() is None else []
+        family = [*self.descendants(), OsProcess(self.pid, 0)] if self.poll() is None else []
         for number in (*signals, signal.SIGKILL):
             for process in family:
                 with contextlib.suppress(ProcessLookupError):
@@ -100,7 +100,7 @@ class Started:
                 self._process.wait(DUMP_SECONDS)
         self._process.wait()
 
-    def descendants(self) -> list[Process]:
+    def descendants(self) -> list[OsProcess]:
         """Its children and theirs, oldest first."""
         found, new = [], children(self.pid)
         while new:

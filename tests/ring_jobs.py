@@ -157,7 +157,7 @@ def training_step(worker: Worker, grid: str) -> Found:
         batches,
         compute_dtype,
         parallel,
-        place_for,
+        process_for,
         random_sequences,
         stepper,
     )
@@ -168,13 +168,13 @@ def training_step(worker: Worker, grid: str) -> Found:
         TrainCase(SHAPES["qwen2.5-3b" if on_gpu else "tiny"], 32768, 0.4, "striped", ring, recompute, 2),
         WORLD,
     )
-    place = place_for(case, worker.device, worker.rank, WORLD, dp)
+    process = process_for(case, worker.device, worker.rank, WORLD, dp)
     try:
-        loss, norm = check_step(case, place, dp)
+        loss, norm = check_step(case, process, dp)
     except GateError as wrong:
         return [str(wrong)], None
-    data = batches(case, random_sequences(VOCABULARY, case.seq_len, dp), place, dp)
-    step = stepper(case, parallel(case, gate_model(case, worker.device), place), place)
+    data = batches(case, random_sequences(VOCABULARY, case.seq_len, dp), process, dp)
+    step = stepper(case, parallel(case, gate_model(case, worker.device), process), process)
     first, second = (step.run(data, number) for number in range(2))
     dtype, wrong_steps = compute_dtype(worker.device), []
     if not math.isclose(first.loss, loss, rel_tol=LOSS_TOLERANCE[dtype]):

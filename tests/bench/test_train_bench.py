@@ -138,10 +138,10 @@ def count_estimates(worker: Worker) -> tuple[int, int]:
     real = VerticalSlash.estimate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VerticalSlash, "estimate", lambda self, *args: counted.append(1) or real(self, *args))
-        place = train_model.place_for(SPARSE, torch.device("cpu"), worker.rank, worker.world)
-        model = train_model.parallel(SPARSE, train_model.build_model(TINY, 128, 2, place.device), place)
-        data = train_model.batches(SPARSE, train_model.random_sequences(256, 128), place)
-        train_model.stepper(SPARSE, model, place).run(data, 0)
+        process = train_model.process_for(SPARSE, torch.device("cpu"), worker.rank, worker.world)
+        model = train_model.parallel(SPARSE, train_model.build_model(TINY, 128, 2, process.device), process)
+        data = train_model.batches(SPARSE, train_model.random_sequences(256, 128), process)
+        train_model.stepper(SPARSE, model, process).run(data, 0)
         return len(counted), SPARSE.layers
 
 

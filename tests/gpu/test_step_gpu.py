@@ -18,7 +18,7 @@ from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, parallelize
 from mtraining.model.loss import chunked_cross_entropy
 from mtraining.pattern import VerticalSlash
-from mtraining.train.mesh import Runtime
+from mtraining.train.mesh import Process
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Batch, Stepper, StepResult
 
@@ -49,15 +49,15 @@ class Options:
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[Runtime]:
+def process() -> Iterator[Process]:
     torch.cuda.set_device(0)  # or the mesh warns that it has to choose one
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cuda", (1, 1), mesh_dim_names=("dp", "cp"))
-    yield Runtime(torch.device("cuda", 0), mesh, rank=0, world=1, dp_rank=0, cp_rank=0)
+    yield Process(torch.device("cuda", 0), mesh, rank=0, world=1, dp_rank=0, cp_rank=0)
     dist.destroy_process_group()
 
 
-def make(place: Runtime, family: str = "qwen2", **options: Any) -> ParallelLM:
+def make(process: Process, family: str = "qwen2", **options: Any) -> ParallelLM:
     """Three layers in bf16, sharded over one process, the same weights each time."""
     config = AutoConfig.for_model(
         family,
@@ -77,7 +77,7 @@ def make(place: Runtime, family: str = "qwen2", **options: Any) -> ParallelLM:
     )
     return parallelize(
         model,
-        place.mesh,
+        process.mesh,
         pattern=pattern,
         layout=build_layout("striped"),
         param_dtype=torch.bfloat16,
@@ -98,11 +98,13 @@ def batches() -> Iterator[Batch]:
 
 
 def steps(
-    place: Runtime, count: int, family: str = "qwen2", **options: Any
+    process: Process, count: int, family: str = "qwen2", **options: Any
 ) -> tuple[list[StepResult], ParallelLM]:
-    model = make(place, family, **options)
+    model = make(process, family, **options)
     settings = cast(Any, Options())
-    stepper = Stepper(model, build_optimizer(model, settings, place.device), settings, place, accumulation=1)
+    stepper = Stepper(
+        model, build_optimizer(model, settings, process.device), settings, process, accumulation=1
+    )
     data = batches()
     return [stepper.run(data, step) for step in range(count)], model
 
@@ -122,11 +124,11 @@ def steps(
     ],
     ids=str,
 )
-def test_every_way_learns_the_same(place: Runtime, family: str, options: dict[str, Any]) -> None:
+def test_every_way_learns_the_same(process: Process, family: str, options: dict[str, Any]) -> None:
     if options.get("fused") == "liger":
         pytest.importorskip("liger_kernel")
-    expected, _ = steps(place, 3, family, recompute="full")
-    found, _ = steps(place, 3, family, **options)
+    expected, _ = steps(process, 3, family, recompute="full")
+    found, _ = steps(process, 3, family, **options)
     for step, (one, other) in enumerate(zip(expected, found, strict=True)):
         loss, norm = (0.0, 0.0) if "fused" not in options else FUSED_TOLERANCE[min(step, 1)]
         assert other.loss == pytest.approx(one.loss, rel=loss, abs=0), step
@@ -142,9 +144,11 @@ def test_every_way_learns_the_same(place: Runtime, family: str, options: dict[st
     ],
     ids=str,
 )
-def test_the_host_waits_once_a_step(place: Runtime, options: dict[str, Any]) -> None:
-    model, settings = make(place, **options), cast(Any, Options())
-    stepper = Stepper(model, build_optimizer(model, settings, place.device), settings, place, accumulation=1)
+def test_the_host_waits_once_a_step(process: Process, options: dict[str, Any]) -> None:
+    model, settings = make(process, **options), cast(Any, Options())
+    stepper = Stepper(
+        model, build_optimizer(model, settings, process.device), settings, process, accumulation=1
+    )
     data = batches()
     pieces = [next(data) for _ in range(3)]
     for step in range(2):
@@ -191,13 +195,15 @@ def test_the_loss_in_bf16(compiled: bool, vocab: int) -> None:
 )
 @pytest.mark.parametrize("fused", ["none", "compile", "liger"])
 def test_inputs_that_cannot_be_trained_on_change_nothing(
-    place: Runtime, fused: str, fault: dict[str, int], sentence: str
+    process: Process, fused: str, fault: dict[str, int], sentence: str
 ) -> None:
     """After a batch of the same length that is right. No assertion on the device ends the process."""
     if fused == "liger":
         pytest.importorskip("liger_kernel")
-    model, settings = make(place, recompute="full", fused=fused), cast(Any, Options())
-    stepper = Stepper(model, build_optimizer(model, settings, place.device), settings, place, accumulation=1)
+    model, settings = make(process, recompute="full", fused=fused), cast(Any, Options())
+    stepper = Stepper(
+        model, build_optimizer(model, settings, process.device), settings, process, accumulation=1
+    )
     right = next(batches())
     stepper.run(iter([right]), 0)
     before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -19,7 +19,7 @@ from mtraining.pattern import Pattern, build_pattern
 from mtraining.predict.memory import Prediction, Workload, predict
 from mtraining.predict.trace import META, ShapeKernels
 from mtraining.ring import attention
-from mtraining.train.mesh import Runtime, build_mesh
+from mtraining.train.mesh import Process, build_mesh
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Stepper
 
@@ -92,7 +92,7 @@ def measured(worker: Worker, case: MemoryCase) -> int:
     dims = tuple(name for name in mesh.mesh_dim_names if name != "dp")
     from mtraining.ring import Ring
 
-    place = Runtime(cpu, mesh, worker.rank, worker.world, worker.rank // cp, Ring.over(mesh[dims]).rank)
+    process = Process(cpu, mesh, worker.rank, worker.world, worker.rank // cp, Ring.over(mesh[dims]).rank)
     layout = build_layout(case.layout, 16)
     with pytest.MonkeyPatch.context() as patch:
         # The eager reference works in masks and copies that no GPU kernel has.
@@ -102,13 +102,13 @@ def measured(worker: Worker, case: MemoryCase) -> int:
             param_dtype=case.dtype, loss_chunk=case.loss_chunk,
         )  # fmt: skip
         options: Any = Optimisation(case.seq_len)
-        stepper = Stepper(model, build_optimizer(model, options, cpu), options, place, case.accumulation)
+        stepper = Stepper(model, build_optimizer(model, options, cpu), options, process, case.accumulation)
         whole = {
             "input_ids": torch.ones(case.batch, case.seq_len, dtype=torch.int64),
             "labels": torch.ones(case.batch, case.seq_len, dtype=torch.int64),
             "position_ids": torch.arange(case.seq_len).expand(case.batch, -1),
         }
-        batch = {name: layout.shard(x, place.cp_rank, cp).contiguous() for name, x in whole.items()}
+        batch = {name: layout.shard(x, process.cp_rank, cp).contiguous() for name, x in whole.items()}
         stepper.run(iter([batch] * case.accumulation), 0)
         standing = sum(
             x.numel() * x.element_size()

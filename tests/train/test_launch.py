@@ -19,7 +19,7 @@ from distributed import ProcessPool
 from mtraining.errors import SAVED
 from mtraining.train.backstop import ranks_of
 from mtraining.train.metrics import read_metrics
-from mtraining.train.peers import Process
+from mtraining.train.peers import OsProcess
 from mtraining.train.store import CheckpointStore
 from processes import Done, Started, run_command, started, wait_for
 
@@ -223,7 +223,7 @@ def test_a_rank_lost_during_a_background_save_ends_the_run(
     assert [line[: len(sentence)] for line in sentences(done)] == [sentence]
 
 
-def data_workers(command: Started) -> list[Process]:
+def data_workers(command: Started) -> list[OsProcess]:
     """The processes that read data: each leads a process group of its own."""
     return [each for each in command.descendants() if not each.gone() and os.getpgid(each.pid) == each.pid]
 

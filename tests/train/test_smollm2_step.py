@@ -11,7 +11,7 @@ import pytest
 from mtraining.data import PrepareOptions, build_loader, prepare
 from mtraining.train.config import load_config
 from mtraining.train.loop import build_dataset, parallel_model
-from mtraining.train.mesh import runtime
+from mtraining.train.mesh import joined_processes
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Stepper
 
@@ -39,8 +39,8 @@ def test_two_steps_of_a_pretrained_model(tmp_path: Path) -> None:
             "distributed.device=cpu",
         ],
     )
-    with runtime(config) as place:
-        model, _ = parallel_model(config, place)
+    with joined_processes(config) as process:
+        model, _ = parallel_model(config, process)
         prepare(
             PrepareOptions(
                 sources=(str(tmp_path / "text.txt"),),
@@ -50,12 +50,12 @@ def test_two_steps_of_a_pretrained_model(tmp_path: Path) -> None:
             ),
             progress=False,
         )
-        dataset = build_dataset(config, place, vocab_size=model.hf_model.config.vocab_size)
+        dataset = build_dataset(config, process, vocab_size=model.hf_model.config.vocab_size)
         stepper = Stepper(
             model,
-            build_optimizer(model, config.train, place.device),
+            build_optimizer(model, config.train, process.device),
             config.train,
-            place,
+            process,
             config.accumulation,
         )
         results = []

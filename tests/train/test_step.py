@@ -23,7 +23,7 @@ from mtraining.model import positions as positions_module
 from mtraining.pattern import Dense
 from mtraining.train import loop
 from mtraining.train.config import Config, TrainSection
-from mtraining.train.mesh import Runtime
+from mtraining.train.mesh import Process
 from mtraining.train.optim import build_optimizer, step_where_finite
 from mtraining.train.step import NonFinite, Stepper
 
@@ -31,7 +31,7 @@ OPTIONS = TrainSection(seq_len=8, steps=5, lr=0.1)
 CPU = torch.device("cpu")
 
 
-class Alone(Runtime):
+class Alone(Process):
     """One process without a group."""
 
     def sum(self, values: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ def batch(labels: int = 8) -> dict[str, Tensor]:
 
 def stepper(model: Any) -> tuple[Stepper, torch.optim.AdamW]:
     optimizer = build_optimizer(model, OPTIONS, CPU)
-    place = Alone(CPU, None, rank=0, world=1, dp_rank=0, cp_rank=0)  # type: ignore[arg-type]
-    return Stepper(model, optimizer, OPTIONS, place, accumulation=1), optimizer
+    process = Alone(CPU, None, rank=0, world=1, dp_rank=0, cp_rank=0)  # type: ignore[arg-type]
+    return Stepper(model, optimizer, OPTIONS, process, accumulation=1), optimizer
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -223,9 +223,9 @@ def test_deterministic_holds_for_the_run_and_no_longer(
     seen = []
     real = loop.parallel_model
 
-    def built(config: Config, place: Runtime) -> Any:
+    def built(config: Config, process: Process) -> Any:
         seen.append(torch.are_deterministic_algorithms_enabled())
-        return real(config, place)
+        return real(config, process)
 
     monkeypatch.setattr(loop, "parallel_model", built)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
@@ -244,6 +244,6 @@ def test_batches_for_a_gpu_are_pinned(
     monkeypatch.setattr(
         loop, "build_loader", lambda dataset, **options: [asked.append(options["pin_memory"])] * 0
     )
-    place = Runtime(torch.device(device), None, rank=0, world=1, dp_rank=0, cp_rank=0)  # type: ignore[arg-type]
-    loop._batches(tiny_config(tmp_path, shards), place, None, 0)  # type: ignore[arg-type]
+    process = Process(torch.device(device), None, rank=0, world=1, dp_rank=0, cp_rank=0)  # type: ignore[arg-type]
+    loop._batches(tiny_config(tmp_path, shards), process, None, 0)  # type: ignore[arg-type]
     assert asked == [pinned]

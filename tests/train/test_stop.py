@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, get
 from mtraining.errors import SAVED, RunStopped
 from mtraining.train import launch, stop, watch
 from mtraining.train.metrics import read_metrics
-from mtraining.train.peers import Process, children
+from mtraining.train.peers import OsProcess, children
 from mtraining.train.store import CheckpointStore
 from processes import started, wait_for
 
@@ -72,7 +72,7 @@ def test_the_launchers_sigterm_after_a_ranks_death_asks_for_nothing(tmp_path: Pa
         request = stop.StopRequest(tmp_path)
         request.defer()
         request._siblings = [
-            Process.here(),
+            OsProcess.here(),
             *(each for each in children(os.getpid()) if each.pid == sibling.pid),
         ]
         assert len(request._siblings) == 2

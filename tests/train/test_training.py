@@ -100,8 +100,8 @@ def signalled_job(worker: Worker, raw: dict[str, Any]) -> tuple[str, int]:
     """A run whose last rank alone gets SIGTERM, amid its fourth step."""
     original = loop.parallel_model
 
-    def build(config: Any, place: Any) -> Any:
-        model, tokenizer = original(config, place)
+    def build(config: Any, process: Any) -> Any:
+        model, tokenizer = original(config, process)
         forward, calls = model.forward, iter(range(10**6))
 
         def send(*args: Any) -> torch.Tensor:
@@ -180,13 +180,13 @@ def poison(rank: int, at_call: int, gradient: bool) -> None:
     """Make the model's loss (or only its gradient) NaN on one rank at one call."""
     original = loop.parallel_model
 
-    def poisoned(config: Any, place: Any) -> Any:
-        model, tokenizer = original(config, place)
+    def poisoned(config: Any, process: Any) -> Any:
+        model, tokenizer = original(config, process)
         forward, calls = model.forward, iter(range(10**6))
 
         def broken(*args: Any) -> torch.Tensor:
             loss = forward(*args)
-            if next(calls) == at_call and place.rank == rank:
+            if next(calls) == at_call and process.rank == rank:
                 if gradient:
                     loss.register_hook(lambda grad: grad * float("nan"))
                 else:
@@ -305,8 +305,8 @@ def exported_losses(worker: Worker, raw: dict[str, Any]) -> tuple[torch.Tensor, 
     kept: list[Any] = []
     original = loop.parallel_model
 
-    def keep(config: Any, place: Any) -> Any:
-        kept.append(original(config, place)[0])
+    def keep(config: Any, process: Any) -> Any:
+        kept.append(original(config, process)[0])
         return kept[0], None
 
     loop.parallel_model = keep

@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from mtraining.errors import RunStopped
 from mtraining.train import backstop, launch, watch
 from mtraining.train.checkpoint import Checkpointer
-from mtraining.train.peers import Door, Identity, Line, Process, children, this_machine
+from mtraining.train.peers import Door, Identity, Line, OsProcess, children, this_machine
 from mtraining.train.store import CheckpointStore
 from processes import run_command, started, wait_for
 
@@ -89,7 +89,7 @@ def listen(capfd: pytest.CaptureFixture[str]) -> Callable[[], list[str]]:
     return lines
 
 
-def process_of(pid: int) -> Process:
+def process_of(pid: int) -> OsProcess:
     return next(each for each in children(os.getpid()) if each.pid == pid)
 
 
@@ -128,7 +128,7 @@ def test_a_rank_of_another_machine_is_known_by_its_connection(
     with started([sys.executable, "-c", DOOR]) as other:
         wait_for(lambda: "}" in other.so_far().stdout, alive=[other])
         fields = json.loads(other.so_far().stdout)
-        identity = Identity(**{**fields, "process": Process.here(), "machine": "elsewhere"})
+        identity = Identity(**{**fields, "process": OsProcess.here(), "machine": "elsewhere"})
         assert identity.port > 0
         publish(store, identity)
         with watching(tmp_path) as watched:
@@ -158,7 +158,7 @@ def test_what_cannot_be_told_from_slowness_ends_the_run_after_the_silence(
 
 def test_a_rank_that_is_done_may_end(tmp_path: Path, store: dist.TCPStore, ended: list[int]) -> None:
     store.set(f"{PREFIX}/done/1", "")
-    publish(store, Identity(this_machine(), replace(Process.here(), start=1)))
+    publish(store, Identity(this_machine(), replace(OsProcess.here(), start=1)))
     with watching(tmp_path) as watched:
         rounds(watched, 20)
     assert ended == [] and not store.check([VERDICT])
@@ -273,8 +273,8 @@ exit_now(3)
 
 
 def test_a_process_is_known_by_its_start_and_gone_before_it_is_waited_for() -> None:
-    assert not Process.here().gone()
-    assert replace(Process.here(), start=Process.here().start + 1).gone()
+    assert not OsProcess.here().gone()
+    assert replace(OsProcess.here(), start=OsProcess.here().start + 1).gone()
     with started(["sleep", "600"]) as other:
         process = process_of(other.pid)
         assert not process.gone()
@@ -291,7 +291,7 @@ def test_a_stranger_on_the_port_is_not_taken_for_the_rank() -> None:
     with socket.socket() as stranger:
         stranger.bind(("localhost", 0))
         stranger.listen()
-        line = Line(Identity("elsewhere", Process.here(), "localhost", stranger.getsockname()[1], "token"))
+        line = Line(Identity("elsewhere", OsProcess.here(), "localhost", stranger.getsockname()[1], "token"))
         assert not line.gone()
         visitor, _ = stranger.accept()
         visitor.sendall(b"hello")
@@ -483,7 +483,7 @@ def test_a_save_that_lost_a_rank_is_not_taken_for_a_full_disk(
     """A group of processes that has lost one fails at every later save too."""
     told: list[str] = []
     saves: Any = Checkpointer.__new__(Checkpointer)
-    saves.store, saves._tell, saves._place = (
+    saves.store, saves._tell, saves._process = (
         CheckpointStore(tmp_path),
         told.append,
         SimpleNamespace(is_main=True),

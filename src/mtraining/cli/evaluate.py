@@ -223,28 +223,28 @@ def run(request: Request) -> None:
     from mtraining.generate import parse_attention
     from mtraining.train.named import find_model
 
-    with request.processes.grid() as place:
-        results = Results(request.out, writes=place.is_main)
+    with request.processes.grid() as process:
+        results = Results(request.out, writes=process.is_main)
         for name in request.models:
             named = find_model(name, rope_options(request.rope), request.tokenizer)
             needed = max(request.lengths) if request.rope.get("type") else 1
-            hf_model = named.build(request.processes.dtype_on(place.device), place.device, seq_len=needed)
+            hf_model = named.build(request.processes.dtype_on(process.device), process.device, seq_len=needed)
             _one_model(
                 request,
-                place,
+                process,
                 named,
                 hf_model,
                 [parse_attention(text) for text in request.attentions],
                 results,
             )
             del hf_model
-        if place.is_main:
+        if process.is_main:
             _show(request, results)
 
 
 def _one_model(
     request: Request,
-    place: Any,
+    process: Any,
     named: NamedModel,
     hf_model: Any,
     choices: list[AttentionChoice],
@@ -274,7 +274,7 @@ def _one_model(
     }
     results.begin(identity)
     results.mend()
-    box: list[Any] = [{key for key, _ in results.lines()} if place.is_main else None]
+    box: list[Any] = [{key for key, _ in results.lines()} if process.is_main else None]
     dist.broadcast_object_list(box)  # other machines may not see the folder
     done: set[Key] = box[0]
     whole: Any = hf_model
@@ -282,17 +282,17 @@ def _one_model(
         generator = Generator(
             whole,
             tokenizer,
-            mesh=None if whole is not hf_model else place.mesh,
+            mesh=None if whole is not hf_model else process.mesh,
             pattern=choice.patterns(named.patterns(hf_model.config.num_hidden_layers)),
             layout=choice.layout,
             kernel=request.kernel,
             beyond_positions=request.beyond_positions,
         )
         whole = generator.model
-        with Progress(f"{named.name}, {choice.text}", shown=place.is_main) as progress:
+        with Progress(f"{named.name}, {choice.text}", shown=process.is_main) as progress:
             run_plan(generator, named.name, choice.text, plan, maker, results, done, progress.tell)
         if request.harness:
-            _harness(request, place, generator, named.name, choice.text)
+            _harness(request, process, generator, named.name, choice.text)
 
 
 def _plan(request: Request, tokenizer: Any) -> Plan:
@@ -333,14 +333,14 @@ def _check_positions(request: Request, config: Any) -> None:
         )
 
 
-def _harness(request: Request, place: Any, generator: Any, model: str, attention: str) -> None:
+def _harness(request: Request, process: Any, generator: Any, model: str, attention: str) -> None:
     import json
 
     from mtraining.evaluate.harness import run_harness
 
     metadata = {"max_seq_lengths": list(request.lengths), "tokenizer": request.tokenizer or model}
     found = run_harness(generator, request.harness, request.batch, metadata, limit=request.samples)
-    if place.is_main:
+    if process.is_main:
         path = request.out / "lm-eval.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known.setdefault(model, {})[attention] = found

@@ -139,14 +139,14 @@ def answer(request: Request) -> list[Generation]:
                 f"--prompt {name} has no tokens for this tokenizer; write at least a word into it."
             )
     needed = max(len(tokens) for tokens in prompts) + request.max_new_tokens
-    with request.processes.grid() as place:
-        dtype = request.processes.dtype_on(place.device)
+    with request.processes.grid() as process:
+        dtype = request.processes.dtype_on(process.device)
         stretched = request.rope.get("type") is not None
-        hf_model = named.build(dtype, place.device, seq_len=needed if stretched else 1)
+        hf_model = named.build(dtype, process.device, seq_len=needed if stretched else 1)
         generator = Generator(
             hf_model,
             tokenizer,
-            mesh=place.mesh,
+            mesh=process.mesh,
             pattern=choice.patterns(named.patterns(hf_model.config.num_hidden_layers)),
             layout=request.layout or choice.layout,
             kernel=request.kernel,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from mtraining.train.config import DistributedSection, ParallelSection
-    from mtraining.train.mesh import Runtime
+    from mtraining.train.mesh import Process
 
 T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float32", "float64")
@@ -35,10 +35,10 @@ class Processes:
     device: str
 
     @contextmanager
-    def grid(self) -> Iterator[Runtime]:
+    def grid(self) -> Iterator[Process]:
         """The process groups and the mesh, on every process. Collective."""
         from mtraining.train.config import DistributedSection, ParallelSection
-        from mtraining.train.mesh import runtime
+        from mtraining.train.mesh import joined_processes
 
         @dataclass(frozen=True)
         class Here:
@@ -49,8 +49,8 @@ class Processes:
             ParallelSection(cp=self.world, cp_outer=self.outer),
             DistributedSection.model_validate({"device": self.device}),
         )
-        with runtime(here) as place:
-            yield place
+        with joined_processes(here) as process:
+            yield process
 
     def dtype_on(self, device: torch.device) -> str:
         """Of the model's parameters: bfloat16 on a GPU and float32 elsewhere, unless it was said."""

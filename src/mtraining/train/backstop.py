@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mtraining.train.peers import Process, children
+from mtraining.train.peers import OsProcess, children
 from mtraining.train.watch import exit_now
 
 LOOK_SECONDS = 0.5
@@ -50,7 +50,7 @@ def mark_done(folder: Path) -> None:
     (folder / f"done.{os.getpid()}").touch()
 
 
-def ranks_of(launcher: int) -> list[Process]:
+def ranks_of(launcher: int) -> list[OsProcess]:
     """The rank processes of a launcher, in the order they were started.
 
     They are read from the process table: `multiprocessing.active_children` would collect the exit code of one that has
@@ -59,7 +59,7 @@ def ranks_of(launcher: int) -> list[Process]:
     return [process for process in children(launcher) if _is_spawned(process)]
 
 
-def _is_spawned(process: Process) -> bool:
+def _is_spawned(process: OsProcess) -> bool:
     """True of ranks; the helper of multiprocessing that tracks semaphores is started in another way."""
     try:
         return b"spawn_main" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
@@ -68,8 +68,8 @@ def _is_spawned(process: Process) -> bool:
 
 
 def _look(remedy: Callable[[], str], folder: Path, over: threading.Event) -> None:
-    ranks: set[Process] = set()
-    lost: Process | None = None
+    ranks: set[OsProcess] = set()
+    lost: OsProcess | None = None
     since = all_since = 0.0
     while not over.wait(LOOK_SECONDS):
         ranks.update(ranks_of(os.getpid()))

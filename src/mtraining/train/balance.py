@@ -16,7 +16,7 @@ from mtraining.ring import AttentionStats, Timeline, imbalance, tile_work
 from mtraining.ring.balance import by_step
 from mtraining.ring.timeline import PHASES
 from mtraining.train.config import Config
-from mtraining.train.mesh import Runtime
+from mtraining.train.mesh import Process
 
 BALANCE = "balance.json"
 COMPARED_LAYOUTS = ("zigzag", "striped")
@@ -39,20 +39,20 @@ def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
     return record
 
 
-def ring_record(timeline: Timeline, place: Runtime) -> dict[str, Any]:
+def ring_record(timeline: Timeline, process: Process) -> dict[str, Any]:
     """The ring part of a metrics record. Collective.
 
     ``ring_exposed_fraction``: exposed waits over all time of ring attention in the step, recompute included, mean over
     ranks, and the rank that waits most; then seconds of each ring step, computing and exposed, mean over ranks.
     """
-    fractions = place.gather(timeline.exposed_fraction)
+    fractions = process.gather(timeline.exposed_fraction)
     record: dict[str, Any] = {
         "ring_exposed_fraction": _mean(fractions),
         "ring_exposed_fraction_max": max(fractions),
     }
     for phase in PHASES:
-        seconds = torch.tensor(timeline.by_step(phase), dtype=torch.float64, device=place.device)
-        compute, exposed = (place.sum(seconds) / place.world).tolist()
+        seconds = torch.tensor(timeline.by_step(phase), dtype=torch.float64, device=process.device)
+        compute, exposed = (process.sum(seconds) / process.world).tolist()
         record |= {f"ring_{phase}_compute": compute, f"ring_{phase}_exposed": exposed}
     return record
 

@@ -28,7 +28,7 @@ from mtraining.model import ParallelLM
 from mtraining.train.config import Config
 from mtraining.train.digest import DigestWriter
 from mtraining.train.identity import model_identity
-from mtraining.train.mesh import Runtime
+from mtraining.train.mesh import Process
 from mtraining.train.optim import options_kept
 from mtraining.train.policy import flat_options
 from mtraining.train.reader import SafeReader, load
@@ -57,7 +57,7 @@ class Checkpointer:
     def __init__(
         self,
         config: Config,
-        place: Runtime,
+        process: Process,
         model: ParallelLM,
         optimizer: torch.optim.Optimizer,
         shards: TokenShards,
@@ -65,7 +65,7 @@ class Checkpointer:
         tell: Any = print,
     ) -> None:
         self.store = CheckpointStore(config.output)
-        self._config, self._place, self._model, self._optimizer = config, place, model, optimizer
+        self._config, self._process, self._model, self._optimizer = config, process, model, optimizer
         self._shards, self._tiles, self._tell = shards, tiles, tell
         self._corpus = ""
         # Background saving has collectives of its own, which must not meet those of training on one group.
@@ -79,17 +79,17 @@ class Checkpointer:
 
         What differs from the checkpoint and may is told and written down, and later checkpoints are set aside.
         """
-        config, place, tell = self._config, self._place, self._tell
-        self._corpus = on_main(place, lambda: self._shards.identity)
-        found = find(config, place, tell)
+        config, process, tell = self._config, self._process, self._tell
+        self._corpus = on_main(process, lambda: self._shards.identity)
+        found = find(config, process, tell)
         if found is None:
-            on_main(place, lambda: record_changes(config.output, [], 0))
+            on_main(process, lambda: record_changes(config.output, [], 0))
             return 0
         path, manifest = found
         changes = check_same_run(config, found, self._shapes(), self._model.hf_model.config, self._corpus)
         self._restore(path, manifest)
-        behind = on_main(place, lambda: set_aside(config.output, path, manifest.step))
-        on_main(place, lambda: record_changes(config.output, changes, manifest.step))
+        behind = on_main(process, lambda: set_aside(config.output, path, manifest.step))
+        on_main(process, lambda: record_changes(config.output, changes, manifest.step))
         tell(f"resuming from {path} (step {manifest.step})")
         for line in [behind, *(f"{change} from step {change.step} on" for change in changes)]:
             if line is not None:
@@ -100,13 +100,13 @@ class Checkpointer:
                 "are whole and the same."
             )
         if manifest.tiles != self._tiles:
-            tell(_other_tiles(manifest.tiles, self._tiles, tiles_path(place.device)))
+            tell(_other_tiles(manifest.tiles, self._tiles, tiles_path(process.device)))
         return manifest.step
 
     def _restore(self, path: Path, manifest: Manifest) -> None:
         """Fill model, optimizer, held indices and random state. Collective."""
         reader = SafeReader(str(path))
-        state = self._state(with_random=manifest.world == self._place.world)
+        state = self._state(with_random=manifest.world == self._process.world)
         indices = reader.shapes_of("indices")
         if indices:  # absent from checkpoints of before they were kept
             state["indices"] = indices
@@ -119,7 +119,7 @@ class Checkpointer:
                 optim_state_dict=state["optimizer"],
             )
         if indices:
-            self._model.indices.restore(indices, self._place.device)
+            self._model.indices.restore(indices, self._process.device)
         if "random" in state:
             self._restore_random(state["random"])
 
@@ -129,13 +129,13 @@ class Checkpointer:
         An earlier save that is still being written is waited for first.
         """
         self.finish()
-        if self._place.is_main:
+        if self._process.is_main:
             shutil.rmtree(self.store.partial(step), ignore_errors=True)
         dist.barrier(group=self._group)
         state = self._state(with_random=True) | {"indices": self._model.indices.state()}
         manifest = Manifest(
             step=step,
-            world=self._place.world,
+            world=self._process.world,
             shapes=self._shapes(),
             options=flat_options(self._config),
             model=model_identity(self._model.hf_model.config),
@@ -172,21 +172,21 @@ class Checkpointer:
             return
         try:
             pending.future.result()
-            if self._place.is_main:
+            if self._process.is_main:
                 keep_last = self._config.checkpoint.keep_last
                 self.store.commit(pending.step, pending.manifest, pending.writer.files, keep_last)
         except SAVE_ERRORS as error:
             # A rank is gone, or waited too long: no later save of this group of processes can succeed.
             if failed_collective(error):
                 raise
-            if self._place.is_main:
+            if self._process.is_main:
                 self.store.abandon(pending.step)
                 self._tell(self._failure(pending.step, error))
 
     def require_saved(self, step: int) -> Path:
         """Finish, and insist that the checkpoint of `step` is there: its path, or `UserError`."""
         self.finish()
-        saved = self._place.from_main(self.store.path(step) in self.store.complete())
+        saved = self._process.from_main(self.store.path(step) in self.store.complete())
         if not saved:
             raise UserError(
                 f"the checkpoint of step {step} could not be saved in {self.store.folder}; the last good checkpoint is "
@@ -198,16 +198,16 @@ class Checkpointer:
         model, optimizer = get_state_dict(self._model, self._optimizer)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         if with_random:
-            random = {f"cpu.{self._place.rank}": torch.get_rng_state()}
-            if self._place.device.type == "cuda":
-                random[f"cuda.{self._place.rank}"] = torch.cuda.get_rng_state(self._place.device)
+            random = {f"cpu.{self._process.rank}": torch.get_rng_state()}
+            if self._process.device.type == "cuda":
+                random[f"cuda.{self._process.rank}"] = torch.cuda.get_rng_state(self._process.device)
             state["random"] = random
         return state
 
     def _restore_random(self, random: dict[str, torch.Tensor]) -> None:
-        torch.set_rng_state(random[f"cpu.{self._place.rank}"])
-        if self._place.device.type == "cuda":
-            torch.cuda.set_rng_state(random[f"cuda.{self._place.rank}"], self._place.device)
+        torch.set_rng_state(random[f"cpu.{self._process.rank}"])
+        if self._process.device.type == "cuda":
+            torch.cuda.set_rng_state(random[f"cuda.{self._process.rank}"], self._process.device)
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(parameter.shape) for name, parameter in self._model.named_parameters()}

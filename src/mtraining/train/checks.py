@@ -19,7 +19,7 @@ from mtraining.model.load import load_tokenizer
 from mtraining.pattern import load_table
 from mtraining.train.config import Config
 from mtraining.train.identity import check_options
-from mtraining.train.mesh import Runtime
+from mtraining.train.mesh import Process
 from mtraining.train.optim import updates_lost
 from mtraining.train.store import CheckpointStore, read_manifest, require_complete
 
@@ -107,10 +107,10 @@ def check_output(config: Config) -> None:
         check_options(config, latest, read_manifest(latest))
 
 
-def rounding_warning(config: Config, place: Runtime, model: nn.Module) -> str | None:
+def rounding_warning(config: Config, process: Process, model: nn.Module) -> str | None:
     """What to warn of where updates are so small beside the weights that adding them changes nothing. Collective."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    counts = place.sum(updates_lost(trainable, config.train.lr).to(place.device)).cpu()
+    counts = process.sum(updates_lost(trainable, config.train.lr).to(process.device)).cpu()
     lost, held = counts[:, 0], counts[:, 1]
     if not (lost == held).any() and lost.sum() <= 1e-3 * held.sum():
         return None
@@ -128,7 +128,7 @@ def rounding_warning(config: Config, place: Runtime, model: nn.Module) -> str | 
     )
 
 
-def check_same_tiles(place: Runtime, dtype: torch.dtype, head_dim: int) -> str:
+def check_same_tiles(process: Process, dtype: torch.dtype, head_dim: int) -> str:
     """Refuse ranks that would compute attention with different measured tiles on the same kind of GPU. Collective.
 
     Returns:
@@ -139,17 +139,17 @@ def check_same_tiles(place: Runtime, dtype: torch.dtype, head_dim: int) -> str:
     """
     here: str | UserError
     try:
-        here = tiles_in_use(place.device, dtype, head_dim)
+        here = tiles_in_use(process.device, dtype, head_dim)
     except UserError as damaged:
         here = damaged
-    everywhere = place.gather_objects((device_name(place.device), here))
+    everywhere = process.gather_objects((device_name(process.device), here))
     first: dict[str, tuple[int, str]] = {}
     for rank, (gpu, tiles) in enumerate(everywhere):
         if isinstance(tiles, UserError):
             raise tiles
         other, expected = first.setdefault(gpu, (rank, tiles))
         if tiles != expected:
-            path = tiles_path(place.device)
+            path = tiles_path(process.device)
             raise UserError(
                 f"ranks {other} and {rank}, both on {gpu}, would compute attention with different tiles, so results "
                 f"would depend on the machine that a rank runs on; copy {path.name} of one machine into the others' "

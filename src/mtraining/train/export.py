@@ -16,7 +16,7 @@ from mtraining.train.config import ParallelSection, load_config
 from mtraining.train.digest import damage
 from mtraining.train.identity import check_shapes, model_changes, model_identity, require_allowed
 from mtraining.train.loop import data_tokenizer, parallel_model
-from mtraining.train.mesh import runtime
+from mtraining.train.mesh import joined_processes
 from mtraining.train.reader import SafeReader, load
 from mtraining.train.store import CheckpointStore, Manifest, refuse, require_complete
 
@@ -46,8 +46,8 @@ def export_run(run: Path, out: Path, checkpoint: str | None = None, dtype: str |
     else:
         source = store.folder / checkpoint if (store.folder / checkpoint).is_dir() else Path(checkpoint)
     manifest = require_sound(source)
-    with runtime(config.model_copy(update={"parallel": ParallelSection()})) as place:
-        model, tokenizer = parallel_model(config, place)
+    with joined_processes(config.model_copy(update={"parallel": ParallelSection()})) as process:
+        model, tokenizer = parallel_model(config, process)
         shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         require_model(shapes, model.hf_model.config, manifest, source)
         state = {"model": get_model_state_dict(model)}

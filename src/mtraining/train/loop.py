@@ -31,7 +31,7 @@ from mtraining.train.checks import check_config, check_same_tiles, check_table, 
 from mtraining.train.config import Config
 from mtraining.train.display import Display
 from mtraining.train.memory_report import MemoryLog
-from mtraining.train.mesh import Runtime, repeatable, runtime
+from mtraining.train.mesh import Process, joined_processes, repeatable
 from mtraining.train.metrics import MetricsWriter
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Batch, NonFinite, Stepper, StepResult
@@ -62,38 +62,38 @@ def train(config: Config) -> RunResult:
     check_config(config)
     with (
         stoppable(config.output) as stops,
-        runtime(config) as place,
+        joined_processes(config) as process,
         repeatable(config.train.deterministic),
         watched(
             config.output,
-            place.rank,
-            place.world,
+            process.rank,
+            process.world,
             stall_seconds=config.distributed.timeout_seconds / 4,
             silence_seconds=config.distributed.silence_seconds,
         ),
         full_disk_told(config.output),
     ):
         torch.manual_seed(config.train.seed)
-        model, tokenizer = parallel_model(config, place)
-        tiles = check_same_tiles(place, DTYPES[config.train.dtype], head_dim_of(model.hf_model.config))
-        dataset = build_dataset(config, place, vocab_size=model.hf_model.config.vocab_size)
-        optimizer = build_optimizer(model, config.train, place.device)
-        console = Console(file=sys.stdout) if place.is_main else None
+        model, tokenizer = parallel_model(config, process)
+        tiles = check_same_tiles(process, DTYPES[config.train.dtype], head_dim_of(model.hf_model.config))
+        dataset = build_dataset(config, process, vocab_size=model.hf_model.config.vocab_size)
+        optimizer = build_optimizer(model, config.train, process.device)
+        console = Console(file=sys.stdout) if process.is_main else None
         tell = Display(steps=0, done=0, title="", log_every=1, console=console).tell
-        stops.prepare(place, tell)
-        if place.allocator:
-            tell(place.allocator)
-        checkpointer = Checkpointer(config, place, model, optimizer, dataset.shards, tiles, tell=tell)
+        stops.prepare(process, tell)
+        if process.allocator:
+            tell(process.allocator)
+        checkpointer = Checkpointer(config, process, model, optimizer, dataset.shards, tiles, tell=tell)
         done = checkpointer.resume()
-        rounding = rounding_warning(config, place, model)
+        rounding = rounding_warning(config, process, model)
         if rounding is not None:
             tell(rounding)
-        if place.is_main:
+        if process.is_main:
             (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         tell(dataset.report.render())
-        done = _steps(config, place, model, optimizer, dataset, checkpointer, done, console, stops)
+        done = _steps(config, process, model, optimizer, dataset, checkpointer, done, console, stops)
         checkpoint = checkpointer.require_saved(done)
-        finished = done == config.train.steps and not (config.checkpoint.export and stops.agreed(place))
+        finished = done == config.train.steps and not (config.checkpoint.export and stops.agreed(process))
         export = config.output / "export" if finished and config.checkpoint.export else None
         if export is not None:
             stops.at_once("during the export")
@@ -103,13 +103,13 @@ def train(config: Config) -> RunResult:
     return RunResult(config.output, checkpoint, export)
 
 
-def parallel_model(config: Config, place: Runtime) -> tuple[ParallelLM, Any]:
+def parallel_model(config: Config, process: Process) -> tuple[ParallelLM, Any]:
     """The model of a configuration, spread over the mesh, and its tokenizer (None for a random model)."""
     hf_model, tokenizer = build_model(config.model, config.train.seq_len)
     check_table(config, hf_model.config.num_hidden_layers)
     model = parallelize(
         hf_model,
-        place.mesh,
+        process.mesh,
         pattern=config.pattern.build(),
         layer_patterns=config.patterns_by_layer,
         refresh=config.pattern.refresh,
@@ -125,7 +125,7 @@ def parallel_model(config: Config, place: Runtime) -> tuple[ParallelLM, Any]:
     return model, tokenizer
 
 
-def build_dataset(config: Config, place: Runtime, vocab_size: int) -> SequenceDataset:
+def build_dataset(config: Config, process: Process, vocab_size: int) -> SequenceDataset:
     """This rank's view of the data: its context-parallel share of every sequence."""
     return SequenceDataset(
         TokenShards(config.data.path),
@@ -133,7 +133,7 @@ def build_dataset(config: Config, place: Runtime, vocab_size: int) -> SequenceDa
         mode=config.data.mode,
         seed=config.train.seed,
         layout=build_layout(config.layout.name, config.layout.unit),
-        cp_rank=place.cp_rank,
+        cp_rank=process.cp_rank,
         cp_size=config.parallel.cp,
         vocab_size=vocab_size,
     )
@@ -150,7 +150,7 @@ def data_tokenizer(config: Config) -> Any:
 
 def _steps(
     config: Config,
-    place: Runtime,
+    process: Process,
     model: ParallelLM,
     optimizer: torch.optim.AdamW,
     dataset: SequenceDataset,
@@ -162,15 +162,17 @@ def _steps(
     """Steps `done` .. `train.steps` - 1, with their metrics and checkpoints, or fewer when a signal asks for an end;
     how many are done then, the last of them saved (maybe still in the background)."""
     steps, every = config.train.steps, config.checkpoint.every
-    stepper = Stepper(model, optimizer, config.train, place, config.accumulation)
-    batches = _batches(config, place, dataset, done)
+    stepper = Stepper(model, optimizer, config.train, process, config.accumulation)
+    batches = _batches(config, process, dataset, done)
     writer = (
-        MetricsWriter(config.output, step=done, tensorboard=config.log.tensorboard) if place.is_main else None
+        MetricsWriter(config.output, step=done, tensorboard=config.log.tensorboard)
+        if process.is_main
+        else None
     )
     display = Display(
         steps=steps, done=done, title=config.pattern.name, log_every=config.log.every, console=console
     )
-    memory = MemoryLog(config, model.hf_model, place.device, display.tell) if writer is not None else None
+    memory = MemoryLog(config, model.hf_model, process.device, display.tell) if writer is not None else None
     with display, writer or nullcontext():
         for step in range(done, steps):
             start = time.perf_counter()
@@ -186,9 +188,9 @@ def _steps(
                 raise UserError(_non_finite(error, step, config, dataset, checkpointer)) from None
             stops.defer()
             seconds = time.perf_counter() - start
-            ring = ring_record(timeline, place) if timeline is not None else {}
+            ring = ring_record(timeline, process) if timeline is not None else {}
             if writer is not None:
-                record = _record(step, result, seconds, config, place.device) | ring
+                record = _record(step, result, seconds, config, process.device) | ring
                 writer.write(record)
                 if result.attention:
                     write_balance(config, step + 1, result.attention)
@@ -200,7 +202,7 @@ def _steps(
             if due or result.stop:
                 checkpointer.save(step + 1)
             if result.stop or (
-                due and stops.agreed(place)
+                due and stops.agreed(process)
             ):  # asked during this save: no step for another one
                 return step + 1
     if done == steps:
@@ -208,32 +210,32 @@ def _steps(
     return steps
 
 
-def _batches(config: Config, place: Runtime, dataset: SequenceDataset, start_step: int) -> Iterator[Batch]:
+def _batches(config: Config, process: Process, dataset: SequenceDataset, start_step: int) -> Iterator[Batch]:
     loader = build_loader(
         dataset,
         global_batch=config.train.batch_size,
-        dp_rank=place.dp_rank,
+        dp_rank=process.dp_rank,
         dp_size=config.parallel.dp,
         micro_batch=config.train.micro_batch_size,
         start_step=start_step,
         steps=config.train.steps,
         num_workers=config.data.workers,
-        pin_memory=place.device.type == "cuda",
+        pin_memory=process.device.type == "cuda",
     )
     with torch.random.fork_rng(
         devices=[]
     ):  # an iterator draws a seed, and a resumed run makes one more of them
         batches = read(loader)
-    return _or_stopped(batches, config, place)
+    return _or_stopped(batches, config, process)
 
 
-def _or_stopped(batches: Iterator[Batch], config: Config, place: Runtime) -> Iterator[Batch]:
+def _or_stopped(batches: Iterator[Batch], config: Config, process: Process) -> Iterator[Batch]:
     """The same; a process of the loader that has died ends the run in one sentence."""
     try:
         yield from batches
     except ReaderDied as error:
         raise RunStopped(
-            f"a process that reads data for rank {place.rank} {error}; {way_on(config.output)}"
+            f"a process that reads data for rank {process.rank} {error}; {way_on(config.output)}"
         ) from None
 
 

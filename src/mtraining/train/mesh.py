@@ -34,7 +34,7 @@ class Grid(Protocol):
 
 
 @dataclass(frozen=True)
-class Runtime:
+class Process:
     """Where this process stands: its device, its ranks, and the mesh over all processes (of one process too).
 
     Attributes:
@@ -119,7 +119,7 @@ def backend_for(device: torch.device) -> str:
 
 
 @contextmanager
-def runtime(config: Grid) -> Iterator[Runtime]:
+def joined_processes(config: Grid) -> Iterator[Process]:
     """Join the process groups, build the mesh, and leave the groups at the end. Collective.
 
     A run of one process has a group of one, so that one path serves every size; a group that already exists is used
@@ -150,7 +150,7 @@ def runtime(config: Grid) -> Iterator[Runtime]:
     try:
         rank, mesh = dist.get_rank(), build_mesh(config.parallel, device.type)
         cp_dims = tuple(name for name in mesh.mesh_dim_names or () if name != "dp")
-        yield Runtime(
+        yield Process(
             device=device,
             mesh=mesh,
             rank=rank,

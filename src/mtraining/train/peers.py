@@ -24,7 +24,7 @@ _KILL_PENDING = 1 << 8  # SIGKILL, number 9, in the masks of /proc/PID/status
 
 
 @dataclass(frozen=True)
-class Process:
+class OsProcess:
     """A process of this machine. The start time tells it from a later process with the same number.
 
     start: clock ticks between the machine's start and the process's; 0 where the system has no /proc.
@@ -34,7 +34,7 @@ class Process:
     start: int
 
     @classmethod
-    def here(cls) -> Process:
+    def here(cls) -> OsProcess:
         """This process."""
         try:
             return cls(os.getpid(), int(_stat(os.getpid())[19]))
@@ -59,14 +59,14 @@ class Process:
         return any(int(mask, 16) & _KILL_PENDING for mask in masks)
 
 
-def children(parent: int) -> list[Process]:
+def children(parent: int) -> list[OsProcess]:
     """The processes that `parent` started and that have not been waited for, ended ones included."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             fields = _stat(int(folder.name))
             if int(fields[1]) == parent:
-                found.append(Process(int(folder.name), int(fields[19])))
+                found.append(OsProcess(int(folder.name), int(fields[19])))
     return sorted(found, key=lambda process: process.start)
 
 
@@ -89,7 +89,7 @@ class Identity:
     """What a rank publishes of itself. `port` is 0 when the rank has no listening socket."""
 
     machine: str
-    process: Process
+    process: OsProcess
     address: str = ""
     port: int = 0
     token: str = ""
@@ -104,7 +104,7 @@ class Door:
     def __init__(self) -> None:
         self._visitors: list[socket.socket] = []
         self._closed = threading.Event()
-        self.identity = Identity(this_machine(), Process.here())
+        self.identity = Identity(this_machine(), OsProcess.here())
         self._socket: socket.socket | None = None
         try:
             self._socket = _listen()
@@ -112,7 +112,7 @@ class Door:
             return
         token = secrets.token_hex(_TOKEN_BYTES)
         address, port = self._socket.getsockname()[:2]
-        self.identity = Identity(this_machine(), Process.here(), address, port, token)
+        self.identity = Identity(this_machine(), OsProcess.here(), address, port, token)
         welcome = threading.Thread(
             target=self._welcome, args=(self._socket, token.encode()), name="door", daemon=True
         )

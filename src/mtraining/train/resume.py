@@ -21,24 +21,24 @@ from mtraining.train.identity import (
     model_identity,
     require_allowed,
 )
-from mtraining.train.mesh import Runtime
+from mtraining.train.mesh import Process
 from mtraining.train.policy import Change
 from mtraining.train.store import CheckpointStore, Manifest, problem, read_manifest, refuse, require_complete
 
 T = TypeVar("T")
 
 
-def on_main(place: Runtime, work: Callable[[], T]) -> T:
+def on_main(process: Process, work: Callable[[], T]) -> T:
     """What `work` gives on the main rank, on every rank; its `UserError` is every rank's. Collective."""
     found: T | UserError | None = None
-    if place.is_main:
+    if process.is_main:
         try:
             found = work()
         except UserError as error:
             found = error
         except OSError as error:
             found = UserError(f"the run folder cannot be used ({error}); mend it, or choose another output.")
-    found = place.from_main(found)
+    found = process.from_main(found)
     if isinstance(found, UserError):
         raise found
     return found  # type: ignore[return-value]
@@ -70,7 +70,7 @@ def check_same_run(
     return changes + others
 
 
-def find(config: Config, place: Runtime, tell: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+def find(config: Config, process: Process, tell: Callable[[str], None]) -> tuple[Path, Manifest] | None:
     """The checkpoint that `checkpoint.resume` asks for; None: there is none, the run is a fresh one. Collective.
 
     Of `auto` a damaged or half-written checkpoint is told and the one before it is taken.
@@ -83,21 +83,21 @@ def find(config: Config, place: Runtime, tell: Callable[[str], None]) -> tuple[P
         return None
     if asked != "auto":
         path = config.resume_path
-        manifest = on_main(place, lambda: require_complete(path))
-        reason = _damage(path, manifest, place, tell)
+        manifest = on_main(process, lambda: require_complete(path))
+        reason = _damage(path, manifest, process, tell)
         if reason is not None:
-            on_main(place, lambda: refuse(path, f"damaged ({reason})"))
+            on_main(process, lambda: refuse(path, f"damaged ({reason})"))
         return path, manifest
     store = CheckpointStore(config.output)
-    candidates, told = on_main(place, lambda: _by_size(store))
+    candidates, told = on_main(process, lambda: _by_size(store))
     for line in told:
         tell(line)
     for path, manifest in candidates:
-        reason = _damage(path, manifest, place, tell)
+        reason = _damage(path, manifest, process, tell)
         if reason is None:
             return path, manifest
         tell(f"skipping damaged checkpoint {path}: {reason}")
-    if place.from_main(bool(store.named())):
+    if process.from_main(bool(store.named())):
         raise UserError(
             f"output={config.output}: none of the checkpoints there can be used; bring one of them back, or remove "
             f"{store.folder} to begin again."
@@ -111,14 +111,16 @@ def _by_size(store: CheckpointStore) -> tuple[list[tuple[Path, Manifest]], list[
     return [(path, read_manifest(path)) for path in usable], told
 
 
-def _damage(checkpoint: Path, manifest: Manifest, place: Runtime, tell: Callable[[str], None]) -> str | None:
+def _damage(
+    checkpoint: Path, manifest: Manifest, process: Process, tell: Callable[[str], None]
+) -> str | None:
     """What is wrong with the files of a checkpoint, or None; each rank reads its share. Collective."""
     start = time.perf_counter()
-    found = place.gather_objects(
-        damage(checkpoint, manifest.files, share(manifest.files, place.rank, place.world))
+    found = process.gather_objects(
+        damage(checkpoint, manifest.files, share(manifest.files, process.rank, process.world))
     )
     seconds = time.perf_counter() - start
     size = sum(record.bytes for record in manifest.files.values()) / 1e6
-    if place.is_main and not manifest.older:
+    if process.is_main and not manifest.older:
         tell(f"{checkpoint.name}: {size:,.1f} MB checked in {seconds:.1f} s ({size / seconds:,.0f} MB/s)")
     return next((reason for reason in found if reason is not None), None)

@@ -21,7 +21,7 @@ from torch import Tensor
 from mtraining.errors import UserError
 from mtraining.model import ParallelLM
 from mtraining.ring import AttentionStats, Observer
-from mtraining.train.mesh import Runtime
+from mtraining.train.mesh import Process
 from mtraining.train.optim import clip_gradients, gradient_norm, set_learning_rate, step_where_finite
 from mtraining.train.schedule import learning_rate
 
@@ -62,11 +62,11 @@ class Stepper:
         model: ParallelLM,
         optimizer: torch.optim.AdamW,
         options: TrainSection,
-        place: Runtime,
+        process: Process,
         accumulation: int,
     ) -> None:
         self._model, self._optimizer, self._options = model, optimizer, options
-        self._place, self._accumulation = place, accumulation
+        self._process, self._accumulation = process, accumulation
 
     def run(
         self,
@@ -87,13 +87,13 @@ class Stepper:
             UserError: no token of the step has a label; or position ids or labels that cannot be trained on, before
                 the optimizer has used them.
         """
-        device = self._place.device
+        device = self._process.device
         pieces = [
             {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
             for _ in range(self._accumulation)
         ]
         labels = torch.stack([(piece["labels"] != IGNORED).sum() for piece in pieces]).sum()
-        labels = self._place.sum(labels)
+        labels = self._process.sum(labels)
         attention: list[AttentionStats] = []
         local = torch.zeros((), dtype=torch.float64, device=device)
         with self._model.training_step(step + 1):
@@ -107,7 +107,7 @@ class Stepper:
                 local += share.detach().double()
         uncovered = self._model.indices.uncovered(self._options.seq_len) if observe else {}
         asked = local.new_zeros(()) if stop is None else stop.to(device, non_blocking=True)
-        loss, stops = self._place.sum(torch.stack([local, asked])).unbind()
+        loss, stops = self._process.sum(torch.stack([local, asked])).unbind()
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         norm = gradient_norm(parameters)
         clip_gradients(parameters, norm, self._options.clip)
@@ -144,7 +144,7 @@ class Stepper:
                 self._model.refuse_inputs(piece["position_ids"], piece["labels"])
         except UserError as error:
             fault = str(error)
-        for rank, found in enumerate(self._place.gather_objects(fault)):
+        for rank, found in enumerate(self._process.gather_objects(fault)):
             if found:
                 raise UserError(f"step {step + 1}, rank {rank}: {found}")
 
@@ -153,12 +153,12 @@ class Stepper:
         if math.isfinite(value):
             return
         mine = float(local) if local is not None else self._local_gradient_sum()
-        ranks = [rank for rank, share in enumerate(self._place.gather(mine)) if not math.isfinite(share)]
+        ranks = [rank for rank, share in enumerate(self._process.gather(mine)) if not math.isfinite(share)]
         raise NonFinite(what, value, ranks)
 
     def _local_gradient_sum(self) -> float:
         """The sum of this rank's shards of the gradient: finite exactly where they are (up to overflow)."""
-        total = torch.zeros((), dtype=torch.float64, device=self._place.device)
+        total = torch.zeros((), dtype=torch.float64, device=self._process.device)
         for parameter in self._model.parameters():
             if parameter.grad is not None:
                 grad = parameter.grad

@@ -28,8 +28,8 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mtraining.errors import RunStopped
-from mtraining.train.mesh import Runtime
-from mtraining.train.peers import Process, this_machine
+from mtraining.train.mesh import Process
+from mtraining.train.peers import OsProcess, this_machine
 from mtraining.train.watch import exit_now, way_on
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -44,17 +44,17 @@ class StopRequest:
         self._why: str | None = "before its first step was done, so there is nothing to save"
         self._heard: dict[int, float] = {}
         self._tell: Callable[[str], None] = print
-        self._siblings: list[Process] = []
+        self._siblings: list[OsProcess] = []
         self.flag = torch.zeros((), dtype=torch.float64)
 
-    def prepare(self, place: Runtime, tell: Callable[[str], None]) -> None:
+    def prepare(self, process: Process, tell: Callable[[str], None]) -> None:
         """Put `flag` (a float64 scalar on the host: 1 after a signal) where the device can read it without the host,
         and learn who the other processes of this launcher are; `tell` prints a line. Collective."""
         self._tell = tell
-        self.flag = torch.zeros((), dtype=torch.float64, pin_memory=place.device.type == "cuda")
+        self.flag = torch.zeros((), dtype=torch.float64, pin_memory=process.device.type == "cuda")
         launcher = (this_machine(), os.getppid())
-        everyone = place.gather_objects((launcher, Process.here()))
-        self._siblings = [process for parent, process in everyone if parent == launcher]
+        everyone = process.gather_objects((launcher, OsProcess.here()))
+        self._siblings = [sibling for parent, sibling in everyone if parent == launcher]
 
     def defer(self) -> None:
         """There are steps to save: from here on a signal only asks, and the same one again ends the process."""
@@ -64,16 +64,16 @@ class StopRequest:
         """From here on a signal ends the process; `why` completes "stopped by SIGTERM ..."."""
         self._why = why
 
-    def agreed(self, place: Runtime) -> bool:
+    def agreed(self, process: Process) -> bool:
         """Whether any rank has been asked, equal on all of them. Collective, and it waits for the device."""
-        return bool(place.sum(self.flag.clone().to(place.device)) > 0)
+        return bool(process.sum(self.flag.clone().to(process.device)) > 0)
 
     def hear(self, number: int) -> None:
         """A signal has come."""
         name, now = signal.Signals(number).name, time.monotonic()
         if self._why is not None:
             self._end(number, f"stopped by {name} {self._why}")
-        elif number == signal.SIGTERM and any(process.gone() for process in self._siblings):
+        elif number == signal.SIGTERM and any(sibling.gone() for sibling in self._siblings):
             exit_now(128 + number)
         elif number not in self._heard:
             self._heard[number] = now

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mtraining.errors import RunStopped, UserError
-from mtraining.train.peers import RETRY_SECONDS, Door, Identity, Line, Process, refused
+from mtraining.train.peers import RETRY_SECONDS, Door, Identity, Line, OsProcess, refused
 from mtraining.train.store import CheckpointStore
 
 PACKAGE = Path(__file__).parents[1]
@@ -238,7 +238,7 @@ class _Watch:
             if not store.check([key]):
                 return None
             fields = json.loads(store.get(key))
-            self._identities[other] = Identity(**{**fields, "process": Process(**fields["process"])})
+            self._identities[other] = Identity(**{**fields, "process": OsProcess(**fields["process"])})
         identity = self._identities[other]
         if identity.machine == self._machine:
             return "died: its process is gone" if identity.process.gone() else None

@@ -18,7 +18,7 @@ from mtraining.bench.attention.gate import GateError
 from mtraining.bench.train.cases import TrainCase
 from mtraining.bench.train.model import batches, build_model, compute_dtype, parallel, random_sequences
 from mtraining.model import ParallelLM, parallelize
-from mtraining.train.mesh import Runtime
+from mtraining.train.mesh import Process
 from mtraining.train.step import Batch
 
 LAYERS = 2
@@ -46,7 +46,7 @@ def gate_model(case: TrainCase, device: torch.device) -> Any:
     return build_model(case.shape, case.seq_len, LAYERS, device, **fields)
 
 
-def check_step(case: TrainCase, place: Runtime, dp: int = 1) -> tuple[float, float]:
+def check_step(case: TrainCase, process: Process, dp: int = 1) -> tuple[float, float]:
     """Collective over the ranks of the case's ring, of all ``dp`` rings where there are several.
 
     Returns:
@@ -55,24 +55,24 @@ def check_step(case: TrainCase, place: Runtime, dp: int = 1) -> tuple[float, flo
     Raises:
         GateError: naming the loss or the parameter at fault, and its error; on all ranks alike.
     """
-    small = shortened(case, place.world)
+    small = shortened(case, process.world)
     sequences = random_sequences(VOCABULARY, small.seq_len, dp)
     reference = parallelize(
-        gate_model(small, place.device),
+        gate_model(small, process.device),
         pattern=small.pattern(estimate=False),
         layout="contiguous",
         kernel="reference",
         recompute="none",
     )
-    alone = Runtime(place.device, place.mesh, 0, 1, 0, 0)
+    alone = Process(process.device, process.mesh, 0, 1, 0, 0)
     labels = dp * small.seq_len
     # One by one, as each ring has its own: a prescribed index may differ from row to row of a batch.
     rows = [next(batches(small, row, alone)) for row in sequences.split(1)]
     loss, truth = _loss_and_gradients(reference, rows, labels)
-    tested = parallel(small, gate_model(small, place.device), place)
-    share, gradients = _loss_and_gradients(tested, [next(batches(small, sequences, place, dp))], labels)
+    tested = parallel(small, gate_model(small, process.device), process)
+    share, gradients = _loss_and_gradients(tested, [next(batches(small, sequences, process, dp))], labels)
     true_loss = float(loss)
-    compare(float(place.sum(share)), gradients, true_loss, truth, compute_dtype(place.device))
+    compare(float(process.sum(share)), gradients, true_loss, truth, compute_dtype(process.device))
     return true_loss, float(torch.stack([x.norm() for x in truth.values()]).norm())
 
 

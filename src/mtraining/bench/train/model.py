@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mtraining.bench.train.cases import Shape, TrainCase
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, parallelize
-from mtraining.train.mesh import Runtime, build_mesh
+from mtraining.train.mesh import Process, build_mesh
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Batch, Stepper
 
@@ -48,7 +48,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def place_for(case: TrainCase, device: torch.device, rank: int, world: int, dp: int = 1) -> Runtime:
+def process_for(case: TrainCase, device: torch.device, rank: int, world: int, dp: int = 1) -> Process:
     """``dp`` sequences at a time, the ranks of each as the case's ring. Collective; meshes are made once.
 
     Raises:
@@ -62,7 +62,7 @@ def place_for(case: TrainCase, device: torch.device, rank: int, world: int, dp: 
         _meshes[grid, device.type] = build_mesh(cast(Any, grid), device.type)
     mesh = _meshes[grid, device.type]
     dims = tuple(name for name in mesh.mesh_dim_names or () if name != "dp")
-    return Runtime(device, mesh, rank, world, dp_rank=rank // cp, cp_rank=Ring.over(mesh[dims]).rank)
+    return Process(device, mesh, rank, world, dp_rank=rank // cp, cp_rank=Ring.over(mesh[dims]).rank)
 
 
 _meshes: dict[tuple[Grid, str], Any] = {}
@@ -76,25 +76,25 @@ def build_model(shape: Shape, seq_len: int, layers: int, device: torch.device, *
         return Qwen2ForCausalLM(options)
 
 
-def parallel(case: TrainCase, model: Any, place: Runtime) -> ParallelLM:
+def parallel(case: TrainCase, model: Any, process: Process) -> ParallelLM:
     """The model under the case's settings, by the path that training takes."""
     return parallelize(
         model,
-        place.mesh,
+        process.mesh,
         pattern=case.pattern(),
         layout=build_layout(case.layout, case.shape.block_size),
         kernel=case.kernel,
         recompute=cast(Any, case.recompute),
-        param_dtype=compute_dtype(place.device),
+        param_dtype=compute_dtype(process.device),
         fused=cast(Any, case.fused),
         offload=case.offload,
     )
 
 
-def stepper(case: TrainCase, model: ParallelLM, place: Runtime) -> Stepper:
+def stepper(case: TrainCase, model: ParallelLM, process: Process) -> Stepper:
     """The trainer's own step: forward, backward, norm, clipping, AdamW."""
     settings = cast(Any, Optimisation(case.seq_len))
-    return Stepper(model, build_optimizer(model, settings, place.device), settings, place, accumulation=1)
+    return Stepper(model, build_optimizer(model, settings, process.device), settings, process, accumulation=1)
 
 
 def random_sequences(vocab: int, seq_len: int, count: int = 1) -> Tensor:
@@ -102,15 +102,15 @@ def random_sequences(vocab: int, seq_len: int, count: int = 1) -> Tensor:
     return torch.randint(vocab, (count, seq_len + 1), generator=torch.Generator().manual_seed(1))
 
 
-def batches(case: TrainCase, sequences: Tensor, place: Runtime, dp: int = 1) -> Iterator[Batch]:
+def batches(case: TrainCase, sequences: Tensor, process: Process, dp: int = 1) -> Iterator[Batch]:
     """This rank's share of these sequences, over and over, in pinned memory where there is a GPU."""
     layout = build_layout(case.layout, case.shape.block_size)
-    rows = sequences.chunk(dp)[place.dp_rank]
+    rows = sequences.chunk(dp)[process.dp_rank]
     positions = torch.arange(rows.shape[1] - 1).expand(len(rows), -1)
     whole = {"input_ids": rows[:, :-1], "labels": rows[:, 1:], "position_ids": positions}
-    cp = place.world // dp
-    batch = {name: layout.shard(x, place.cp_rank, cp).contiguous() for name, x in whole.items()}
-    if place.device.type == "cuda":
+    cp = process.world // dp
+    batch = {name: layout.shard(x, process.cp_rank, cp).contiguous() for name, x in whole.items()}
+    if process.device.type == "cuda":
         batch = {name: x.pin_memory() for name, x in batch.items()}
     while True:
         yield batch

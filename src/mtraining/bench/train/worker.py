@@ -21,7 +21,7 @@ from mtraining.bench.train.model import (
     build_model,
     compute_dtype,
     parallel,
-    place_for,
+    process_for,
     random_sequences,
     stepper,
 )
@@ -35,7 +35,7 @@ from mtraining.pattern import VerticalSlash
 from mtraining.predict.memory import GIB, Prediction, Workload, predict
 from mtraining.ring import Ring, Timeline
 from mtraining.ring.plan import make_plan
-from mtraining.train.mesh import Runtime
+from mtraining.train.mesh import Process
 
 Say = Callable[[str], None]
 
@@ -68,18 +68,18 @@ def run_cases(
         tell(begin=number)
         say(case.describe())
         try:
-            place = place_for(case, device, rank, world)
+            process = process_for(case, device, rank, world)
             if device.type == "cuda":  # a run out of memory costs all processes a new start
                 memory = torch.cuda.get_device_properties(device).total_memory
                 _predicted(case, world, device).check(1.1 * memory)  # a prediction may be that far off
             key = shortened(case, world)
             if key not in passed:
-                passed[key] = _gate(case, place)
+                passed[key] = _gate(case, process)
             if passed[key]:
                 tell(failure=f"{case.describe()}: {passed[key]}")
                 say(f"  WRONG, not timed: {passed[key]}")
             else:
-                row = _with_dense(_measure(case, effort, place, told), progress.rows)
+                row = _with_dense(_measure(case, effort, process, told), progress.rows)
                 tell(row=asdict(row))
                 if rank == 0:
                     keep(row)
@@ -100,14 +100,14 @@ def run_cases(
         _free(device)
 
 
-def _gate(case: TrainCase, place: Runtime) -> str:
+def _gate(case: TrainCase, process: Process) -> str:
     """Empty, or what is wrong."""
     try:
-        check_step(case, place)
+        check_step(case, process)
     except GateError as wrong:
         return str(wrong)
     finally:
-        _free(place.device)
+        _free(process.device)
     return ""
 
 
@@ -142,11 +142,11 @@ def _predicted(case: TrainCase, world: int, device: torch.device) -> Prediction:
     )
 
 
-def _time(case: TrainCase, effort: Effort, place: Runtime) -> _Timed:
-    device = place.device
-    model = parallel(case, build_model(case.shape, case.seq_len, case.layers, device), place)
-    step = stepper(case, model, place)
-    data = batches(case, random_sequences(case.shape.vocab, case.seq_len), place)
+def _time(case: TrainCase, effort: Effort, process: Process) -> _Timed:
+    device = process.device
+    model = parallel(case, build_model(case.shape, case.seq_len, case.layers, device), process)
+    step = stepper(case, model, process)
+    data = batches(case, random_sequences(case.shape.vocab, case.seq_len), process)
     _free(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -155,39 +155,39 @@ def _time(case: TrainCase, effort: Effort, place: Runtime) -> _Timed:
     taken: list[float] = []
     with Timeline() as timeline:
         while not taken or (len(taken) < effort.steps and sum(taken) + taken[-1] <= effort.seconds):
-            taken.append(_slowest(place, partial(step.run, data, effort.warmup + len(taken))))
-    peak = max(place.gather(torch.cuda.max_memory_allocated(device))) if device.type == "cuda" else None
-    return _Timed(len(taken), statistics.median(taken), max(place.gather(timeline.exposed_fraction)), peak)
+            taken.append(_slowest(process, partial(step.run, data, effort.warmup + len(taken))))
+    peak = max(process.gather(torch.cuda.max_memory_allocated(device))) if device.type == "cuda" else None
+    return _Timed(len(taken), statistics.median(taken), max(process.gather(timeline.exposed_fraction)), peak)
 
 
-def _slowest(place: Runtime, run: Callable[[], object]) -> float:
+def _slowest(process: Process, run: Callable[[], object]) -> float:
     """Seconds that ``run`` takes on the slowest rank, from a common start to the end of its work on the device."""
-    place.sum(torch.zeros(1, device=place.device))
-    _wait(place.device)
+    process.sum(torch.zeros(1, device=process.device))
+    _wait(process.device)
     start = time.perf_counter()
     run()
-    _wait(place.device)
-    return max(place.gather(time.perf_counter() - start))
+    _wait(process.device)
+    return max(process.gather(time.perf_counter() - start))
 
 
-def _measure(case: TrainCase, effort: Effort, place: Runtime, told: Provenance) -> TrainRow:
-    timed = _time(case, effort, place)
-    _free(place.device)
+def _measure(case: TrainCase, effort: Effort, process: Process, told: Provenance) -> TrainRow:
+    timed = _time(case, effort, process)
+    _free(process.device)
     return TrainRow(
         date=told.date,
         commit=told.commit,
         gpu=told.gpu,
-        gpus=place.world,
+        gpus=process.world,
         torch=told.torch,
         model=case.shape.name,
         layers=case.layers,
         seq_len=case.seq_len,
-        density=_density(case, place.device),
+        density=_density(case, process.device),
         pattern=case.pattern().name,
         layout=case.layout,
         ring=case.ring,
         recompute=case.recompute,
-        kernel=_backend(case, place.device).name,
+        kernel=_backend(case, process.device).name,
         fused=case.fused,
         offload=case.offload,
         steps=timed.steps,
@@ -196,10 +196,10 @@ def _measure(case: TrainCase, effort: Effort, place: Runtime, told: Provenance) 
         dense_step_seconds=None,
         speedup=None,
         peak_gib=None if timed.peak is None else timed.peak / GIB,
-        predicted_gib=_predicted(case, place.world, place.device).peak / GIB,
+        predicted_gib=_predicted(case, process.world, process.device).peak / GIB,
         ring_exposed_fraction=timed.exposed,
-        estimate_seconds=None if case.density is None else _estimate(case, place),
-        tiles=tiles_in_use(place.device, compute_dtype(place.device), case.shape.head_dim),
+        estimate_seconds=None if case.density is None else _estimate(case, process),
+        tiles=tiles_in_use(process.device, compute_dtype(process.device), case.shape.head_dim),
     )
 
 
@@ -223,19 +223,19 @@ def _backend(case: TrainCase, device: torch.device) -> Backend:
     return select_backend(case.kernel, device, compute_dtype(device), case.shape.head_dim)
 
 
-def _estimate(case: TrainCase, place: Runtime) -> float:
+def _estimate(case: TrainCase, process: Process) -> float:
     """Seconds of the index estimates of one step, one a layer: the median of three, on random queries and keys."""
-    shape, device = case.shape, place.device
-    dims = tuple(name for name in place.mesh.mesh_dim_names or () if name != "dp")
+    shape, device = case.shape, process.device
+    dims = tuple(name for name in process.mesh.mesh_dim_names or () if name != "dp")
     layout = build_layout(case.layout, shape.block_size)
-    plan = make_plan(Ring.over(place.mesh[dims]), layout, case.seq_len, shape.block_size, device)
+    plan = make_plan(Ring.over(process.mesh[dims]), layout, case.seq_len, shape.block_size, device)
     shard, dtype = plan.shard(_backend(case, device)), compute_dtype(device)
     q, k = (
-        torch.randn(1, case.seq_len // place.world, heads, shape.head_dim, device=device, dtype=dtype)
+        torch.randn(1, case.seq_len // process.world, heads, shape.head_dim, device=device, dtype=dtype)
         for heads in (shape.heads, shape.kv_heads)
     )
     pattern, scale = VerticalSlash(block_size=shape.block_size), shape.head_dim**-0.5
-    taken = [_slowest(place, lambda: pattern.estimate(q, k, shard, scale)) for _ in range(4)]
+    taken = [_slowest(process, lambda: pattern.estimate(q, k, shard, scale)) for _ in range(4)]
     return case.layers * statistics.median(taken[1:])
 
 
