@@ -40,6 +40,8 @@ def test_a_small_models_prediction_has_no_zeros() -> None:
         "700 bytes",
         "3.00 MiB",
         "2.00 KiB",
+        "92.2 KiB",
+        "2.00 GiB",
         "2.00 GiB",
     ]
 

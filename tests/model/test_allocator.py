@@ -91,8 +91,8 @@ def test_elsewhere_nothing_is_set_or_told(gpu: pytest.MonkeyPatch, lacks: str) -
 def run_on(device: str, tmp_path: Path) -> None:
     sections = {"model": {"init": "none"}, "data": {"path": "none"}, "train": {"seq_len": 64, "steps": 1}}
     config = parse_config({"output": str(tmp_path), **sections, "distributed": {"device": device}})
-    with mesh.runtime(config) as place:
-        assert place.allocator == ""
+    with mesh.joined_processes(config) as process:
+        assert process.allocator == ""
 
 
 def test_a_run_sets_it_before_cuda_starts(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -121,6 +121,7 @@ def test_parallelize_sets_it_for_a_gpu_only(
     assert NEW not in os.environ and EXPANDABLE not in caplog.text
     for parameter in (model := tiny_model("qwen2")).parameters():
         parameter.__class__ = OnGpu
+    gpu.setattr("mtraining.model.parallel.check_supported", lambda model: None)  # it would run the model
     gpu.setattr("mtraining.model.parallel.select_backend", start)
     with caplog.at_level("INFO", "mtraining"), pytest.raises(Started):
         mtraining.parallelize(model, pattern="dense")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
-from mtraining.kernel.reference.estimate import ReferenceEstimation
-from mtraining.kernel.triton.estimate import TritonEstimation
+from mtraining.kernel import ReferenceBackend
+from mtraining.kernel.triton.backend import TritonBackend
 from mtraining.layout import build_layout
 
-ours, reference = TritonEstimation(), ReferenceEstimation()
+ours, reference = TritonBackend(), ReferenceBackend()
 
 
 pytestmark = pytest.mark.usefixtures("poisoned")
