@@ -1,7 +1,7 @@
 """A folder of results: one line a sample, written when the sample ends, so that a run that was killed goes on.
 
-`run.json` says what the results are of. A folder takes more models, attentions, tasks and lengths at any time, but
-nothing under another seed, template or tokenizer, and no other model under a name that is there.
+`run.json` says what the results are of. A folder takes more models, attentions, tasks and lengths at any time. It
+refuses another seed, template or tokenizer, and another model under a name that is there.
 """
 
 from __future__ import annotations

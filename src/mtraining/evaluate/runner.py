@@ -1,7 +1,7 @@
 """Runs an evaluation: every model under every attention on every sample, and a line of results for each.
 
 All ranks of a ring run this together and see the same samples; the first one writes. A line is written when its sample
-ends, and a sample that has a line is not made again, so a run that was killed goes on where it was.
+ends. A sample that has a line is not made again, so a killed run goes on where it was.
 """
 
 from __future__ import annotations

@@ -50,9 +50,8 @@ def find(name: str, what: str, kind: Literal["model", "dataset"], remedy: str) -
         lacking = "HF_HUB_OFFLINE keeps the model hub out of reach"
     else:
         problem = _ask(constants.ENDPOINT, name, kind)
-        if problem is None or isinstance(
-            problem, GatedRepoError
-        ):  # of a gated one the loader says what it lacks
+        # Of a gated one the loader says what it lacks.
+        if problem is None or isinstance(problem, GatedRepoError):
             return {}
         if isinstance(problem, (RepositoryNotFoundError, HFValidationError)):
             raise UserError(

@@ -111,9 +111,8 @@ class Kept:
         """Around `torch.utils.checkpoint.checkpoint`: it saves the layer's input under these."""
 
         def pack(tensor: Tensor) -> Tensor | int:
-            activation = (
-                tensor.is_floating_point() and tensor.numel() > 0
-            )  # torch 2.11 saves an empty one besides
+            # torch 2.11 saves an empty one besides.
+            activation = tensor.is_floating_point() and tensor.numel() > 0
             return self.keep(tensor) if activation else tensor
 
         def unpack(packed: Tensor | int) -> Tensor:

@@ -227,7 +227,7 @@ def parallelize(
         UserError: a model, mesh or option that would not be computed as asked.
 
     On an NVIDIA GPU that nothing has used yet, PyTorch's allocator is set to expandable segments, unless the
-    environment says otherwise (`use_expandable_segments`, which also serves before a model is put on a GPU).
+    environment says otherwise. `use_expandable_segments` does the same before a model is put on a GPU.
     """
     check_supported(model)
     settle_tied(model)

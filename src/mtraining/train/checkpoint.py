@@ -217,9 +217,8 @@ class Checkpointer:
         causes = [cause[0] if isinstance(cause, tuple) else cause for cause in causes]
         full = any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes)
         reason = "the disk is full" if full else " ".join(str(causes[-1]).split())
-        if (
-            "inline_container" in reason
-        ):  # torch's writer of a file, stopped short, hides the system's own error
+        # torch's writer of a file, stopped short, hides the system's own error.
+        if "inline_container" in reason:
             reason = "a file could not be written to its end (is the disk full?)"
         return (
             f"checkpoint of step {step} was not saved in {self.store.folder}: {reason}; the last good checkpoint "

@@ -201,9 +201,8 @@ def _steps(
             due = step == steps - 1 or (every > 0 and (step + 1) % every == 0)
             if due or result.stop:
                 checkpointer.save(step + 1)
-            if result.stop or (
-                due and stops.agreed(process)
-            ):  # asked during this save: no step for another one
+            # Asked during this save: no step for another one.
+            if result.stop or (due and stops.agreed(process)):
                 return step + 1
     if done == steps:
         display.tell(f"nothing to do: the checkpoint of step {steps} is there already")
@@ -222,9 +221,8 @@ def _batches(config: Config, process: Process, dataset: SequenceDataset, start_s
         num_workers=config.data.workers,
         pin_memory=process.device.type == "cuda",
     )
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # an iterator draws a seed, and a resumed run makes one more of them
+    # An iterator draws a seed, and a resumed run makes one more of them.
+    with torch.random.fork_rng(devices=[]):
         batches = read(loader)
     return _or_stopped(batches, config, process)
 

@@ -114,9 +114,8 @@ def load(state: dict[str, Any], reader: SafeReader, group: Any = None) -> None:
         dcp.load(state, storage_reader=reader, planner=SafePlanner(), process_group=group)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        if isinstance(
-            cause, pickle.UnpicklingError
-        ):  # torch's own words advise to read it without protection
+        # torch's own words advise to read it without protection.
+        if isinstance(cause, pickle.UnpicklingError):
             named = re.search(r"GLOBAL (\S+)", str(cause))
             what = named[1] if named else "something that torch.load refuses"
             raise _foreign_code(Path(reader.path), "a tensor file", what) from None

@@ -1,7 +1,7 @@
 """Samples that fill a budget of tokens: prompt and answer together take the length, or a little less.
 
 RULER (arXiv 2404.06654) grows the haystack in fixed steps and tokenises each try. Here a few tries along the slope of
-earlier tries find the size, and all samples of a task and length begin at the size of the first one.
+earlier ones find the size. All samples of a task and length begin at the size of the first one.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class SampleMaker:
         """The largest sample found that fits the budget.
 
         Tokens grow nearly in proportion to the size. Each try goes where the line through the nearest known points
-        meets the budget, and stays between the largest size that fits (``low``) and the smallest that does not.
+        meets the budget. It stays between the largest size that fits (``low``) and the smallest that does not.
         """
         # Every sample begins where the first one ends, so that it does not depend on what was made before it.
         if number != 0 and (task.name, length) not in self._sizes:
