@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mtraining.cli.on_ring import Processes, on_every, processes, rope_options
+from mtraining.cli.on_ring import (
+    Device,
+    Dtype,
+    Kernel,
+    Nproc,
+    Outer,
+    Processes,
+    RopeFactor,
+    RopeTheta,
+    RopeType,
+    Tokenizer,
+    on_every,
+    processes,
+    rope_options,
+)
 from mtraining.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,23 +76,15 @@ def generate(
     layout: Annotated[
         str | None, typer.Option(help="striped, zigzag or contiguous; default: what balances the attention.")
     ] = None,
-    kernel: Annotated[str, typer.Option(help="Attention backend.")] = "auto",
-    nproc: Annotated[int | None, typer.Option(min=1, help="Start this many local processes.")] = None,
-    outer: Annotated[int, typer.Option(min=1, help="Rings of rings: groups that processes form.")] = 1,
-    dtype: Annotated[
-        str, typer.Option(help="bfloat16, float32 or float64; default: bfloat16 on a GPU, else float32.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A tokenizer folder or hub id; default: the model's own.")
-    ] = None,
-    rope_type: Annotated[
-        str | None, typer.Option(help="Stretch the positions: yarn, linear or dynamic.")
-    ] = None,
-    rope_factor: Annotated[
-        float | None, typer.Option(help="By so much; default: what prompt and answer need.")
-    ] = None,
-    rope_theta: Annotated[float | None, typer.Option(help="Replace the rotary base.")] = None,
+    kernel: Kernel = "auto",
+    nproc: Nproc = None,
+    outer: Outer = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    tokenizer: Tokenizer = None,
+    rope_type: RopeType = None,
+    rope_factor: RopeFactor = None,
+    rope_theta: RopeTheta = None,
 ) -> None:
     """Answer each --prompt by MODEL. Prompts are read by the ring attention of training, on all processes together."""
     from mtraining.generate import parse_attention

@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
 
 from mtraining.errors import UserError
 
@@ -18,6 +20,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float32", "float64")
+
+# Options that these commands share, each with its help.
+Kernel = Annotated[str, typer.Option(help="Attention backend.")]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Start this many local processes.")]
+Outer = Annotated[int, typer.Option(min=1, help="Rings of rings: groups that processes form.")]
+Dtype = Annotated[
+    str, typer.Option(help="bfloat16, float32 or float64; default: bfloat16 on a GPU, else float32.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="A tokenizer folder or hub id; default: the model's own.")
+]
+RopeType = Annotated[str | None, typer.Option(help="Stretch the positions: yarn, linear or dynamic.")]
+RopeFactor = Annotated[
+    float | None, typer.Option(help="By so much; default: what the longest prompt and its answer need.")
+]
+RopeTheta = Annotated[float | None, typer.Option(help="Replace the rotary base.")]
 
 
 @dataclass(frozen=True)
