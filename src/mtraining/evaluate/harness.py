@@ -18,7 +18,7 @@ TASK_FOLDER = Path(__file__).parent / "harness_tasks"
 
 
 def harness_model(generator: Generator, batch: int = 1) -> Any:
-    """A generator as a ``lm_eval.api.model.TemplateLM``, for ``lm_eval.simple_evaluate(model=...)``.
+    """A generator as a model of the harness, for the ``model`` of its simple_evaluate.
 
     All ranks of the generator's ring must ask the same, as they do when each of them runs the harness.
 
