@@ -28,7 +28,7 @@ from mtraining.errors import UserError
 
 if TYPE_CHECKING:
     from mtraining.evaluate.runner import Plan
-    from mtraining.evaluate.tasks import Sources
+    from mtraining.evaluate.tasks import Sources, Task
     from mtraining.generate import AttentionChoice
     from mtraining.train.named import NamedModel
 
@@ -143,7 +143,7 @@ def evaluate(
     answered = tuple(name for name in chosen if name in ANSWERED)
     names = tuple(name for name in tasks.split(",") if name)
     kept = build_tasks(answered, names, sources) if answered else []
-    absent = {task.name: reason for task in kept if (reason := _absent(task.name, sources))}
+    absent = {task.name: reason for task in kept if (reason := _absent(task))}
     if names and absent:
         raise UserError(next(iter(absent.values())))
     request = Request(
@@ -197,16 +197,12 @@ def _suites(given: list[str], has_text: bool) -> tuple[tuple[str, ...], tuple[st
     return tuple(dict.fromkeys(chosen)), harness
 
 
-def _absent(task: str, sources: Sources) -> str | None:
+def _absent(task: Task) -> str | None:
     """Why a task cannot run here, as a sentence; None where it can."""
     from random import Random
 
-    from mtraining.evaluate.tasks import SUITES as ANSWERED
-    from mtraining.evaluate.tasks import build_tasks
-
-    (made,) = build_tasks(ANSWERED, [task], sources)
     try:
-        made.draft(made.least, Random(0), 0)
+        task.draft(task.least, Random(0), 0)
     except UserError as error:
         return str(error)
     return None
@@ -216,7 +212,7 @@ def _lengths(text: str) -> tuple[int, ...]:
     from mtraining.bench.train.cases import parse_tokens
 
     try:
-        return tuple(sorted({parse_tokens(part.strip().upper()) for part in text.split(",")}))
+        return tuple(sorted({parse_tokens(part) for part in text.split(",")}))
     except (UserError, ValueError):
         raise UserError(
             f"--lengths {text!r} is not a list of lengths; write them as 4k,32k,512k or 1000."

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtraining.errors import UserError
+from mtraining.evaluate.perplexity import whole_document_nll
 from mtraining.generate import Generator
 
 TASK_FOLDER = Path(__file__).parent / "harness_tasks"
@@ -88,11 +89,7 @@ def harness_model(generator: Generator, batch: int = 1) -> Any:
             for request in requests:
                 (text,) = request.args
                 tokens = [self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)]
-                parts = [
-                    generator.token_nll(tokens[start : start + longest]).double().sum()
-                    for start in range(0, len(tokens) - 1, longest - 1)
-                ]
-                totals.append(-float(sum(parts)))
+                totals.append(-whole_document_nll(generator, tokens, longest)[0])
             return totals
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

@@ -26,8 +26,8 @@ def summarise(lines: Lines) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str, str, str], dict[int, list[dict[str, Any]]]] = defaultdict(
         lambda: defaultdict(list)
     )
-    latest = {key: record for key, record in lines}  # noqa: C416 - a sample made twice counts once
-    for key, record in latest.items():
+    # A sample made twice counts once.
+    for key, record in dict(lines).items():
         task = key.task if key.suite in ANSWERED else key.suite
         groups[key.model, key.attention, key.suite, task][key.length].append(record)
     rows = [

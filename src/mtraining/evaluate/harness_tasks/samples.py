@@ -38,7 +38,9 @@ def _data(task_name: str, **options: Any) -> dict[str, Any]:
         if options.get(key)
     }
     (task,) = build_tasks(SUITES, [task_name], Sources(**paths))
-    maker = SampleMaker(AutoTokenizer.from_pretrained(source), seed=int(options.get("seed", 42)))
+    maker = SampleMaker(
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False), seed=int(options.get("seed", 42))
+    )
     rows = []
     for length in options.get("max_seq_lengths", [4096]):
         count = int(options.get("samples", 100))
