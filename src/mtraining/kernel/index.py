@@ -10,6 +10,9 @@ One index holds, for every batch row and query head, the union of these parts (d
 
 Diagonals and blocks together select tiles. Tiles own the overlap: a column entry inside a selected tile belongs to the
 tile, so no entry counts twice.
+
+``starts`` bounds all of them from below: a query attends to selected keys from its start on
+(:mod:`mtraining.kernel.starts`). A tile that lies before the starts of all its queries is not selected.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mtraining.kernel.placement import Piece, Placement
+from mtraining.kernel.starts import query_ends
 
 
 class Gathering(Protocol):
@@ -56,6 +60,7 @@ class SparseIndex:
     blocks: Tensor | None = None
     block_rows: Tensor | None = None
     dense: bool = False
+    starts: Tensor | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -77,7 +82,30 @@ class SparseIndex:
         packed = self.local_blocks(q_blocks)
         if packed is not None:
             tiles = tiles | ((packed[..., k_blocks // 8] >> (k_blocks % 8).to(torch.uint8)) & 1).bool()
-        return tiles & (distance >= 0)
+        tiles = tiles & (distance >= 0)
+        if self.starts is not None:
+            # No kept tile is wholly before the starts: the first row of query block i attends to a key of block
+            # ``first_blocks[i]``, and every later one up to i.
+            tiles = tiles & (k_blocks >= self.first_blocks[:, q_blocks, None])[:, None]
+        return tiles
+
+    @cached_property
+    def first_blocks(self) -> Tensor:
+        """int32 (batch, num_blocks): the first key block that any query of a block may attend; needs ``starts``."""
+        assert self.starts is not None
+        return self.starts[:, :: self.block_size] // self.block_size
+
+    @cached_property
+    def end_blocks(self) -> Tensor:
+        """int32 (batch, num_blocks): the end (exclusive) of the query blocks that may attend to a key block; needs
+        ``starts``."""
+        assert self.starts is not None
+        last_keys = torch.arange(1, self.num_blocks + 1, device=self.starts.device) * self.block_size - 1
+        return self._blocks_up_to(query_ends(self.starts, last_keys)).to(torch.int32)
+
+    def _blocks_up_to(self, ends: Tensor) -> Tensor:
+        """Blocks that hold the first ``ends`` tokens."""
+        return (ends + self.block_size - 1) // self.block_size
 
     def local_blocks(self, q_blocks: Tensor) -> Tensor | None:
         """Packed block lists of the given queries: uint8 (batch, q_heads, len(q_blocks), bytes); None without any.
@@ -128,6 +156,7 @@ class SparseIndex:
             seq_len=seq_len,
             diagonals=torch.nn.functional.pad(self.diagonals, (0, more)),
             columns=torch.where(self.columns < self.seq_len, self.columns, seq_len),
+            starts=None if self.starts is None else _repeat_last(self.starts, more * self.block_size),
         )
 
     def upto(self, seq_len: int) -> SparseIndex:
@@ -151,6 +180,7 @@ class SparseIndex:
             diagonals=self.diagonals[..., :kept].contiguous(),
             columns=self.columns.clamp(max=seq_len),
             blocks=blocks,
+            starts=None if self.starts is None else self.starts[:, :seq_len].contiguous(),
         )
 
     def tiles_by_head(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -165,7 +195,9 @@ class SparseIndex:
         for b in range(self.diagonals.shape[0]):
             for h in range(self.diagonals.shape[1]):
                 blocks = None if self.blocks is None else self.blocks[b : b + 1, h : h + 1]
-                head = replace(self, diagonals=self.diagonals[b : b + 1, h : h + 1], blocks=blocks)
+                starts = None if self.starts is None else self.starts[b : b + 1]
+                diagonals = self.diagonals[b : b + 1, h : h + 1]
+                head = replace(self, diagonals=diagonals, blocks=blocks, starts=starts)
                 yield b, h, head.tile_mask(every, every)[0, 0]
 
     def to_mask(self) -> Tensor:
@@ -181,36 +213,52 @@ class SparseIndex:
         is_column.scatter_(2, self.columns.long(), True)
         mask |= is_column[:, :, None, : self.seq_len]
         token = torch.arange(self.seq_len, device=device)
-        return mask & (token[:, None] >= token[None, :])
+        mask &= token[:, None] >= token[None, :]
+        if self.starts is not None:
+            mask &= (token >= self.starts[..., None])[:, None]
+        return mask
 
     def computed_area(self) -> Tensor:
         """Query-key entries that a kernel multiplies: float64 (batch, q_heads).
 
-        Whole slash tiles, and for each block of queries the causal prefix of columns: a masked entry of a
-        tile costs as much as a kept one.
+        Whole slash tiles, and for each block of queries the columns that any of them may attend: a masked entry of
+        a tile costs as much as a kept one.
 
         Raises:
             ValueError: the index holds one rank's rows only.
         """
-        n, size = self.num_blocks, self.block_size
-        device = self.diagonals.device
+        size = self.block_size
         if self.blocks is None:
-            tiles_of_diagonal = torch.arange(n, 0, -1, device=device, dtype=torch.float64)
-            slash = (self.diagonals * tiles_of_diagonal).sum(-1) * size * size
+            # Of query block i, the diagonals of distance 0 to i less the first key block.
+            upto = self.diagonals.cumsum(-1, dtype=torch.float64)
+            slash = upto.gather(-1, self._reach[:, None].expand_as(self.diagonals)).sum(-1) * size * size
         else:
             counts = [tiles.sum(dtype=torch.float64) for _, _, tiles in self.tiles_by_head()]
             slash = torch.stack(counts).view(self.diagonals.shape[:2]) * size * size
-        blocks_reading_column = (n - self.columns // size).clamp(min=0).double()
+        columns = self.columns.long()
+        ends = torch.full_like(columns, self.num_blocks)
+        if self.starts is not None:
+            ends = self._blocks_up_to(query_ends(self.starts, columns.flatten(1))).view_as(columns)
+        blocks_reading_column = (ends - columns // size).clamp(min=0).double()
         blocks_reading_column[self.columns >= self.seq_len] = 0
         return slash + blocks_reading_column.sum(-1) * size
 
     def density(self) -> Tensor:
-        """Computed area over the area of all causal tiles: float64 (batch, q_heads), 1.0 for dense attention."""
-        causal_tiles = self.num_blocks * (self.num_blocks + 1) / 2
-        return self.computed_area() / (causal_tiles * self.block_size**2)
+        """Computed area over the area of all tiles that causality and ``starts`` leave: float64 (batch, q_heads), 1.0
+        for dense attention."""
+        tiles = (self._reach + 1).sum(-1, dtype=torch.float64)
+        return self.computed_area() / (tiles[:, None] * self.block_size**2)
+
+    @property
+    def _reach(self) -> Tensor:
+        """int64 (batch, num_blocks): the farthest block distance at which a query block may attend."""
+        own = torch.arange(self.num_blocks, device=self.diagonals.device)
+        if self.starts is None:
+            return own.expand(self.diagonals.shape[0], -1)
+        return own - self.first_blocks
 
     def nbytes(self) -> int:
-        """Bytes that the index holds on its device."""
+        """Bytes that the index holds on its device; ``starts``, which all layers share, are left out."""
         held = (self.diagonals, self.columns, self.blocks)
         return sum(x.numel() * x.element_size() for x in held if x is not None)
 
@@ -227,6 +275,11 @@ def dense_index(batch: int, q_heads: int, seq_len: int, block_size: int, device:
     diagonals = torch.ones(batch, q_heads, seq_len // block_size, dtype=torch.bool, device=device)
     columns = torch.empty(batch, q_heads, 0, dtype=torch.int32, device=device)
     return SparseIndex(seq_len, block_size, diagonals, columns, dense=True)
+
+
+def _repeat_last(starts: Tensor, more: int) -> Tensor:
+    """Starts of a sequence with ``more`` tokens behind it, which belong to the last token's document."""
+    return torch.cat([starts, starts[:, -1:].expand(-1, more)], -1)
 
 
 def pack_blocks(mask: Tensor) -> Tensor:

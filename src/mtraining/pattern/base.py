@@ -63,12 +63,16 @@ class SequenceShard:
         backend: kernels for the estimation.
         padding: tokens at the end of the sequence that only fill it up to a length that the layout can deal. An
             estimate must not depend on what they hold, nor on how many blocks of them there are.
+        starts: int32 (batch, seq_len), the first key that each query may attend, in global order
+            (:mod:`mtraining.kernel.starts`); None for 0 everywhere. An estimate looks at these keys only. Attention
+            honours ``starts`` whatever the pattern selects.
     """
 
     all_positions: Tensor
     comm: Collective = field(default_factory=Alone)
     backend: EstimationKernels = field(default_factory=ReferenceBackend)
     padding: int = 0
+    starts: Tensor | None = None
 
     @classmethod
     def whole(cls, seq_len: int, device: torch.device | str = "cpu", padding: int = 0) -> SequenceShard:
@@ -89,11 +93,11 @@ class SequenceShard:
         """Tokens in the blocks that hold a real one: ``length`` rounded up to whole blocks."""
         return -(-self.length // block_size) * block_size
 
-    def padded(self, padding: int) -> SequenceShard:
-        """This shard with the last ``padding`` tokens of the sequence declared padding; its tables are shared."""
-        if padding == self.padding:
+    def of_batch(self, padding: int = 0, starts: Tensor | None = None) -> SequenceShard:
+        """This shard with a batch's own padding and starts; tables of the positions are shared."""
+        if padding == self.padding and starts is self.starts:
             return self
-        other = replace(self, padding=padding)
+        other = replace(self, padding=padding, starts=starts)
         vars(other).update(slots=self.slots, _host_positions=self._host_positions)
         return other
 

@@ -5,7 +5,7 @@ from mtraining.ring.balance import Imbalance, imbalance, tile_work
 from mtraining.ring.links import prioritise_transfers, slow_links
 from mtraining.ring.merge import merge_over_ring
 from mtraining.ring.observe import AttentionStats, Observer
-from mtraining.ring.op import AttentionRuntime
+from mtraining.ring.op import AttentionRuntime, BatchStarts
 from mtraining.ring.tape import IndexTape
 from mtraining.ring.timeline import RingTimes, Timeline
 from mtraining.ring.topology import Ring
@@ -13,6 +13,7 @@ from mtraining.ring.topology import Ring
 __all__ = [
     "AttentionRuntime",
     "AttentionStats",
+    "BatchStarts",
     "Imbalance",
     "IndexTape",
     "Observer",

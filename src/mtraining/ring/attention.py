@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
@@ -31,15 +31,18 @@ from mtraining.ring.topology import PendingSum, Ring
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
     scale: float | None = None, return_index: Literal[False] = False, kernel: str = "auto", padding: int = 0,
+    starts: Tensor | None = None, window: int | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
     scale: float | None = None, return_index: Literal[True], kernel: str = "auto", padding: int = 0,
+    starts: Tensor | None = None, window: int | None = None,
 ) -> tuple[Tensor, SparseIndex]: ...  # fmt: skip
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
     scale: float | None = None, return_index: bool = False, kernel: str = "auto", padding: int = 0,
+    starts: Tensor | None = None, window: int | None = None,
 ) -> Tensor | tuple[Tensor, SparseIndex]:  # fmt: skip
     """Causal attention over the entries that ``pattern`` selects, on this rank's shard of the sequence.
 
@@ -58,6 +61,11 @@ def sparse_ring_attention(
         kernel: backend, ``auto`` or one of ``mtraining.kernel.backend.KERNELS``.
         padding: tokens at the end of the whole sequence that only fill it up. They do not take part in the estimate,
             and no real token sees them; what comes out for them means nothing.
+        starts: int32 (batch, tokens of the whole sequence), the first key that each query may attend, in global order
+            and the same on every rank, on q's device (:mod:`mtraining.kernel.starts`). None: 0 everywhere. Packed
+            documents are such starts.
+        window: a query attends to the last ``window`` tokens only, itself among them. Together with ``starts`` both
+            bounds hold. Keys that no query of another rank can attend to do not travel to it.
 
     Returns:
         out (batch, local tokens, q_heads, head_dim) in q's dtype; with ``return_index`` (out, index).
@@ -73,7 +81,9 @@ def sparse_ring_attention(
         )
     pattern = build_pattern(pattern) if isinstance(pattern, str) else pattern
     layout = build_layout(layout) if isinstance(layout, str) else layout
-    out, call = _SparseRingAttention.apply(q, k, v, pattern, layout, mesh, scale, kernel, padding)
+    out, call = _SparseRingAttention.apply(
+        q, k, v, pattern, layout, mesh, scale, kernel, padding, starts, window
+    )
     return (out, call.index.whole(call.plan.ring)) if return_index else out
 
 
@@ -104,12 +114,12 @@ class _SparseRingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *attend_backward(dout, q, k, v, out, lse, ctx.call), *(None,) * 6
+        return *attend_backward(dout, q, k, v, out, lse, ctx.call), *(None,) * 8
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, mesh: DeviceMesh | None,
-    scale: float | None, kernel: str, padding: int = 0,
+    scale: float | None, kernel: str, padding: int = 0, starts: Tensor | None = None, window: int | None = None,
 ) -> tuple[Tensor, Tensor, PreparedCall]:  # fmt: skip
     """The forward pass without autograd: out in q's dtype, lse (batch, heads, rows), and what backward must know."""
     _check(q, k, v)
@@ -121,14 +131,18 @@ def attend(
     plan = make_plan(ring, layout, q.shape[1] * ring.world, pattern.block_size, q.device)
     backend = select_backend(kernel, q.device, q.dtype, q.shape[-1])
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    starts = plan.starts(q.shape[0], starts, window)
+    shard = plan.shard(backend, padding, starts)
 
     def prepare(index: SparseIndex | None) -> PreparedCall:
         if index is None:
-            index = pattern.estimate(q.detach(), k.detach(), plan.shard(backend, padding), scale)
+            index = pattern.estimate(q.detach(), k.detach(), shard, scale)
+            # Patterns, and indices held from an earlier step, know nothing of this batch's documents.
+            index = index if starts is None else replace(index, starts=starts)
         return PreparedCall(plan, backend, index, scale)
 
     def seen(lse: Tensor, index: SparseIndex) -> None:
-        observe(q, k, lse, index, plan, plan.shard(backend, padding), scale)
+        observe(q, k, lse, index, plan, shard, scale)
 
     return attend_prepared(q, k, v, prepare, seen)
 

@@ -1,10 +1,11 @@
 """Sparse ring attention as two opaque operators, so that a compiled model calls it without a graph break.
 
 torch.compile sees shapes only; what runs is the same Python as in eager mode, forward and backward, with its
-collectives, estimation, tapes and observers. Two things cannot pass through an operator, and go round it:
+collectives, estimation, tapes and observers. Three things cannot pass through an operator, and go round it:
 
 * the settings (pattern, layout, mesh, kernel) are looked up by a number, which is a tensor and not an int: the compiler
   specialises on ints, and layers that differ in settings share one compiled graph this way;
+* the starts of a batch are read where :class:`BatchStarts` has them, since no layer of a model passes them on;
 * what backward must know (:class:`mtraining.ring.attention.PreparedCall`, the index above all) belongs to the lse that
   was computed with it, and lives as long as that tensor's memory.
 """
@@ -12,6 +13,7 @@ collectives, estimation, tapes and observers. Two things cannot pass through an 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -30,16 +32,33 @@ _bound: WeakValueDictionary[int, AttentionRuntime] = WeakValueDictionary()
 _calls: dict[int, tuple[StorageWeakRef, PreparedCall]] = {}
 
 
+@dataclass(eq=False)
+class BatchStarts:
+    """The starts of the batch at work, shared by a model's layers: set before a forward, read by each attention call.
+
+    Attributes:
+        value: int32 (batch, seq_len) in global order, or None (:mod:`mtraining.kernel.starts`).
+    """
+
+    value: Tensor | None = None
+
+
 class AttentionRuntime:
     """:func:`mtraining.ring.sparse_ring_attention` with its settings bound, in compiled code as in eager.
 
     Make it outside of compiled code, and keep it as long as it is called.
+
+    Args:
+        window: tokens of a sliding window, None without one.
+        starts: where to look for the starts of each batch; None where batches have none.
     """
 
     def __init__(
-        self, pattern: Pattern, layout: Layout, mesh: DeviceMesh | None, kernel: str = "auto"
-    ) -> None:
+        self, pattern: Pattern, layout: Layout, mesh: DeviceMesh | None, kernel: str = "auto",
+        window: int | None = None, starts: BatchStarts | None = None,
+    ) -> None:  # fmt: skip
         self.pattern, self.layout, self.mesh, self.kernel = pattern, layout, mesh, kernel
+        self.window, self.starts = window, BatchStarts() if starts is None else starts
         number = next(_numbers)
         self.number = torch.tensor(number)  # int64, on the CPU: to read it waits for no device
         _bound[number] = self
@@ -49,12 +68,13 @@ class AttentionRuntime:
         if torch.compiler.is_compiling():
             return _attend(q, k, v, self.number, scale)[0]
         return sparse_ring_attention(
-            q, k, v, pattern=self.pattern, layout=self.layout, mesh=self.mesh, scale=scale, kernel=self.kernel
-        )
+            q, k, v, pattern=self.pattern, layout=self.layout, mesh=self.mesh, scale=scale, kernel=self.kernel,
+            starts=self.starts.value, window=self.window,
+        )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is a binding of its own."""
-        return type(self), (self.pattern, self.layout, self.mesh, self.kernel)
+        return type(self), (self.pattern, self.layout, self.mesh, self.kernel, self.window, self.starts)
 
 
 @torch.library.custom_op("mtraining::attend", mutates_args=())
@@ -64,7 +84,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, number: Tensor, scale: float | None
         raise RuntimeError(
             "the AttentionRuntime of a compiled attention no longer exists; keep its model alive"
         )
-    out, lse, call = attend(q, k, v, bound.pattern, bound.layout, bound.mesh, scale, bound.kernel)
+    out, lse, call = attend(
+        q,
+        k,
+        v,
+        bound.pattern,
+        bound.layout,
+        bound.mesh,
+        scale,
+        bound.kernel,
+        0,
+        bound.starts.value,
+        bound.window,
+    )
     out, lse = out.contiguous(), lse.contiguous()
     _remember(lse, call)
     return out, lse

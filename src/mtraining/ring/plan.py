@@ -8,8 +8,10 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from mtraining.errors import UserError
 from mtraining.kernel import EstimationKernels, Placement
 from mtraining.kernel.placement import causal_pieces, progression
+from mtraining.kernel.starts import check_starts, window_starts
 from mtraining.layout import Layout
 from mtraining.pattern import SequenceShard
 from mtraining.ring.topology import Ring
@@ -35,15 +37,40 @@ class RingPlan:
     def seq_len(self) -> int:
         return self.all_positions.numel()
 
-    def shard(self, backend: EstimationKernels, padding: int = 0) -> SequenceShard:
+    def shard(
+        self, backend: EstimationKernels, padding: int = 0, starts: Tensor | None = None
+    ) -> SequenceShard:
         """This rank's part of the sequence, as patterns see it; its last ``padding`` tokens are padding."""
         if backend not in self._shards:
             self._shards[backend] = SequenceShard(self.all_positions, self.ring, backend)
-        return self._shards[backend].padded(padding)
+        return self._shards[backend].of_batch(padding, starts)
 
     @cached_property
     def _shards(self) -> dict[EstimationKernels, SequenceShard]:
         """Kept with the plan, so that the tables of a length go when its plan does."""
+        return {}
+
+    def starts(self, batch: int, starts: Tensor | None, window: int | None) -> Tensor | None:
+        """The starts that hold in a call, from those of its batch and from its layer's window; None for neither.
+
+        Raises:
+            UserError: starts of another shape, or a window without a token.
+        """
+        if starts is not None:
+            check_starts(starts, batch, self.seq_len, self.all_positions.device)
+        if window is None:
+            return starts
+        if window < 1:
+            raise UserError(f"window: {window} holds no token; give at least 1, or None for no window.")
+        if (batch, window) not in self._windows:
+            made = window_starts(self.seq_len, window, self.all_positions.device)
+            self._windows[batch, window] = made.repeat(batch, 1)
+        within = self._windows[batch, window]
+        return within if starts is None else torch.maximum(starts, within)
+
+    @cached_property
+    def _windows(self) -> dict[tuple[int, int], Tensor]:
+        """Starts of the windows asked for, by batch size and window."""
         return {}
 
     @cached_property

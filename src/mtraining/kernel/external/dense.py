@@ -103,6 +103,13 @@ class WithDense:
         Raises:
             UserError: the kernel was named, and it can only do dense attention over runs of blocks.
         """
+        if index.starts is not None:
+            if self._only:
+                raise UserError(
+                    f"kernel: {self.name!r} attends from the first token on, and this batch has documents or a "
+                    "window; use kernel=auto."
+                )
+            return None
         if index.dense and placement.pieces is not None:
             return placement.pieces
         if self._only and not index.dense:

@@ -95,9 +95,9 @@ class ReferenceBackend(ReferenceEstimation):
         qh, kh, vh = _Heads(q, size), _Heads(k, size), _Heads(v, size)
         new_out, new_lse = _empty_result(q)
         oh, lse_blocks = _Heads(new_out, size), new_lse.unflatten(-1, (-1, size))
-        for b, h, hk, i, js, own in _selected_rows(q, k, index, placement):
+        for b, h, hk, i, js in _selected_rows(q, k, index, placement):
             keys, values = kh.blocks[b, hk, js].flatten(0, 1), vh.blocks[b, hk, js].flatten(0, 1)
-            scores = _causal(qh.blocks[b, h, i] @ keys.T * scale, own, size)
+            scores = _masked(qh.blocks[b, h, i] @ keys.T * scale, index, b, placement, i, js)
             oh.blocks[b, h, i], lse_blocks[b, h, i] = _softmax_times(scores, values)
         out, lse = _merged(oh.to_rows(), new_lse, out, lse)
         return out.to(q.dtype) if final else out, lse
@@ -110,10 +110,10 @@ class ReferenceBackend(ReferenceEstimation):
         qh, kh, vh, doh = (_Heads(x, size) for x in (q, k, v, dout))
         dqh, dkh, dvh = (_Heads(torch.zeros_like(x), size) for x in (q, k, v))
         lse_blocks, delta_blocks = lse.unflatten(-1, (-1, size)), delta.unflatten(-1, (-1, size))
-        for b, h, hk, i, js, own in _selected_rows(q, k, index, placement):
+        for b, h, hk, i, js in _selected_rows(q, k, index, placement):
             keys, values = kh.blocks[b, hk, js].flatten(0, 1), vh.blocks[b, hk, js].flatten(0, 1)
             rows, grad = qh.blocks[b, h, i], doh.blocks[b, h, i]
-            scores = _causal(rows @ keys.T * scale, own, size)
+            scores = _masked(rows @ keys.T * scale, index, b, placement, i, js)
             prob, dscore = _softmax_gradient(scores, lse_blocks[b, h, i], delta_blocks[b, h, i], grad, values)
             dqh.blocks[b, h, i] = dscore @ keys * scale
             dkh.blocks[b, hk].index_add_(0, js, (dscore.T @ rows * scale).unflatten(0, (-1, size)))
@@ -139,11 +139,11 @@ class ReferenceBackend(ReferenceEstimation):
         q_blocks: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
         dkh, dvh = _Heads(torch.zeros_like(ck), 1), _Heads(torch.zeros_like(cv), 1)
-        for b, h, _, prefix, _, rows, grad, prob, dscore in _column_gradients(
+        for b, h, _, seen, _, rows, grad, prob, dscore in _column_gradients(
             dout, q, ck, cv, lse, delta, index, q_blocks, scale
         ):
-            dkh.flat[b, h, :prefix] += dscore.T @ rows
-            dvh.flat[b, h, :prefix] += prob.T @ grad
+            dkh.flat[b, h, seen] += dscore.T @ rows
+            dvh.flat[b, h, seen] += prob.T @ grad
         return torch.stack((dkh.to_rows(), dvh.to_rows()))
 
     def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
@@ -161,8 +161,8 @@ def _columns_forward(
     qh, kh, vh = _Heads(q, size), _Heads(ck, 1), _Heads(cv, 1)
     new_out, new_lse = _empty_result(q)
     oh, lse_blocks = _Heads(new_out, size), new_lse.unflatten(-1, (-1, size))
-    for b, h, i, prefix, hidden in _column_rows(index, q_blocks):
-        keys, values = kh.flat[b, h, :prefix], vh.flat[b, h, :prefix]
+    for b, h, i, seen, hidden in _column_rows(index, q_blocks):
+        keys, values = kh.flat[b, h, seen], vh.flat[b, h, seen]
         scores = (qh.blocks[b, h, i] @ keys.T * scale).masked_fill_(hidden, -torch.inf)
         oh.blocks[b, h, i], lse_blocks[b, h, i] = _softmax_times(scores, values)
     return _merged(oh.to_rows(), new_lse, out, lse)
@@ -171,17 +171,17 @@ def _columns_forward(
 def _column_gradients(
     dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
     q_blocks: Tensor, scale: float,
-) -> Iterator[tuple[int, int, int, int, Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+) -> Iterator[tuple[int, int, int, slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """Yield (batch, head, query block, columns it can see, their keys, queries, dout, weights, score gradients)."""
     size = index.block_size
     qh, doh, kh, vh = _Heads(q, size), _Heads(dout, size), _Heads(ck, 1), _Heads(cv, 1)
     lse_blocks, delta_blocks = lse.unflatten(-1, (-1, size)), delta.unflatten(-1, (-1, size))
-    for b, h, i, prefix, hidden in _column_rows(index, q_blocks):
-        keys, values = kh.flat[b, h, :prefix], vh.flat[b, h, :prefix]
+    for b, h, i, seen, hidden in _column_rows(index, q_blocks):
+        keys, values = kh.flat[b, h, seen], vh.flat[b, h, seen]
         rows, grad = qh.blocks[b, h, i], doh.blocks[b, h, i]
         scores = (rows @ keys.T * scale).masked_fill_(hidden, -torch.inf)
         prob, dscore = _softmax_gradient(scores, lse_blocks[b, h, i], delta_blocks[b, h, i], grad, values)
-        yield b, h, i, prefix, keys, rows, grad, prob, dscore * scale
+        yield b, h, i, seen, keys, rows, grad, prob, dscore * scale
 
 
 def _merged(
@@ -190,54 +190,60 @@ def _merged(
     return (new_out, new_lse) if out is None or lse is None else merge(out, lse, new_out, new_lse)
 
 
-def _causal(scores: Tensor, own: int, size: int) -> Tensor:
-    """Mask the future inside the diagonal tile, which stands at place ``own`` of the row's tiles (-1: none)."""
-    if own >= 0:
-        future = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu_(1)
-        scores[:, own * size : (own + 1) * size].masked_fill_(future, -torch.inf)
-    return scores
-
-
 def _selected_rows(
     q: Tensor, k: Tensor, index: SparseIndex, placement: Placement
-) -> Iterator[tuple[int, int, int, int, Tensor, int]]:
-    """Yield (batch, q_head, kv_head, query block, key blocks, place of the diagonal tile) for rows with any tile."""
+) -> Iterator[tuple[int, int, int, int, Tensor]]:
+    """Yield (batch, q_head, kv_head, query block, key blocks) for rows with any tile; blocks are local."""
     batch, _, q_heads, _ = q.shape
     group = q_heads // k.shape[2]
     tiles = index.tile_mask(placement.q_blocks, placement.k_blocks)
-    same = (placement.q_blocks[:, None] == placement.k_blocks[None, :]).cpu()
-    own_slot = torch.where(same.any(1), same.int().argmax(1), -1).tolist()
     for b in range(batch):
         for h in range(q_heads):
             for i, row in enumerate(tiles[b, h].unbind(0)):
                 js = row.nonzero().squeeze(-1)
                 if js.numel():
-                    places = (js == own_slot[i]).nonzero()
-                    yield b, h, h // group, i, js, int(places[0]) if places.numel() else -1
+                    yield b, h, h // group, i, js
 
 
-def _column_rows(index: SparseIndex, q_blocks: Tensor) -> Iterator[tuple[int, int, int, int, Tensor]]:
+def _masked(scores: Tensor, index: SparseIndex, b: int, placement: Placement, i: int, js: Tensor) -> Tensor:
+    """Mask, in place, the keys that a query block may not attend among its tiles; only the last can hold the future."""
+    size = index.block_size
+    lane = torch.arange(size, device=scores.device)
+    rows = placement.q_blocks[i] * size + lane
+    keys = (placement.k_blocks[js, None] * size + lane).flatten()
+    if index.starts is not None:
+        return scores.masked_fill_(_hidden(index, b, rows, keys), -torch.inf)
+    scores[:, -size:].masked_fill_(_hidden(index, b, rows, keys[-size:]), -torch.inf)
+    return scores
+
+
+def _hidden(index: SparseIndex, b: int, rows: Tensor, keys: Tensor) -> Tensor:
+    """Which keys the rows may not attend: bool (rows, keys). Positions are global, int64."""
+    future = keys > rows[:, None]
+    return future if index.starts is None else future | (keys < index.starts[b, rows, None])
+
+
+def _column_rows(index: SparseIndex, q_blocks: Tensor) -> Iterator[tuple[int, int, int, slice, Tensor]]:
     """Yield (batch, head, query block, columns it can see, hidden entries) for query blocks that see any column.
 
-    Hidden: columns after the row, and columns inside a slash tile that the row's block computes anyway.
+    Hidden: columns after the row or before its start, and columns inside a slash tile that the row's block computes
+    anyway.
     """
     size = index.block_size
     lane = torch.arange(size, device=q_blocks.device)
-    counts = torch.searchsorted(
-        index.columns.long(), ((q_blocks + 1) * size).expand(*index.columns.shape[:2], -1).contiguous()
-    ).tolist()
+    columns, heads = index.columns.long(), index.columns.shape[:2]
+    ends = torch.searchsorted(columns, ((q_blocks + 1) * size).expand(*heads, -1).contiguous())
+    begins = torch.zeros_like(ends)
+    if index.starts is not None:
+        first = index.starts[:, None, q_blocks * size].long().expand(*heads, -1)
+        begins = torch.searchsorted(columns, first.contiguous())
+    runs = torch.stack([begins, ends], -1).tolist()
     tiles = index.tile_mask(q_blocks, torch.arange(index.num_blocks, device=q_blocks.device))
-    for b, heads in enumerate(counts):
-        for h, prefixes in enumerate(heads):
-            for i, prefix in enumerate(prefixes):
-                if prefix:
-                    columns = index.columns[b, h, :prefix].long()
-                    block = q_blocks[i]
-                    owned = tiles[b, h, i, columns // size]
-                    yield (
-                        b,
-                        h,
-                        i,
-                        prefix,
-                        (columns[None, :] > (block * size + lane)[:, None]) | owned[None, :],
-                    )
+    for b in range(heads[0]):
+        for h in range(heads[1]):
+            for i, (begin, end) in enumerate(runs[b][h]):
+                if begin < end:
+                    seen = columns[b, h, begin:end]
+                    owned = tiles[b, h, i, seen // size]
+                    hidden = _hidden(index, b, q_blocks[i] * size + lane, seen)
+                    yield b, h, i, slice(begin, end), hidden | owned[None, :]
