@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from mtraining.kernel.placement import progression
 @dataclass(frozen=True)
 class Case:
     """One problem: ``q_blocks`` and ``k_blocks`` are global block numbers of a sequence of ``num_blocks``; block lists
-    are given for the rows of ``q_blocks`` only, as a rank has them."""
+    are given for the rows of ``q_blocks`` only, as a rank has them. ``starts`` is one of :data:`STARTS`."""
 
     q_blocks: Sequence[int]
     k_blocks: Sequence[int]
@@ -32,6 +32,7 @@ class Case:
     block_share: float | None = None
     dtype: torch.dtype = torch.float32
     strided: bool = False
+    starts: str | None = None
 
 
 def whole(num_blocks: int, **options: object) -> Case:
@@ -58,6 +59,28 @@ class Problem:
         return Problem(self.index, self.place, *(x.double() for x in tensors))
 
 
+def _documents(seq_len: int, boundaries: Tensor) -> Tensor:
+    """Starts of documents that begin at 0 and at each of the boundaries."""
+    begins = torch.zeros(seq_len, dtype=torch.int32)
+    begins[boundaries] = boundaries.int()
+    return begins.cummax(0).values
+
+
+def _window(seq_len: int, window: int) -> Tensor:
+    return (torch.arange(seq_len, dtype=torch.int32) - window + 1).clamp(min=0)
+
+
+# of a sequence length and a block size; another draw for each batch row
+STARTS: dict[str, Callable[[int, int], Tensor]] = {
+    "blocks": lambda n, size: _documents(n, torch.randperm(n // size)[: max(n // size // 2, 1)] * size),
+    "anywhere": lambda n, size: _documents(n, torch.randperm(n)[:5]),
+    "tokens": lambda n, size: _documents(n, torch.cat([torch.arange(n // 3, n // 3 + size + 3), torch.tensor([n - 1])])),
+    "narrow": lambda n, size: _window(n, 5),
+    "wide": lambda n, size: _window(n, int(torch.randint(size, 2 * size + 9, ()))),
+    "two": lambda n, size: _window(n, 2),
+}
+
+
 def build(case: Case, device: str = "cpu") -> Problem:
     """Head 0 of batch row 0 selects nothing, the last one has no columns; the rest is random, not always with bit 0."""
     n, heads = case.num_blocks, (case.batch, case.q_heads)
@@ -76,6 +99,9 @@ def build(case: Case, device: str = "cpu") -> Problem:
     if blocks is not None:
         rows = None if q_blocks.numel() == n else q_blocks.to(device)
         index = replace(index, blocks=pack_blocks(blocks[:, :, q_blocks]).to(device), block_rows=rows)
+    if case.starts is not None:
+        drawn = [STARTS[case.starts](seq_len, case.size) for _ in range(case.batch)]
+        index = replace(index, starts=torch.stack(drawn).to(device))
     place = Placement(q_blocks.to(device), k_blocks.to(device), n, progression(q_blocks, k_blocks))
 
     def tensor(length: int, count: int) -> Tensor:

@@ -16,21 +16,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from kernel_tables import OF_STARTS, TABLES, table_kinds
 from mtraining.kernel.hopper import forward as hopper_forward
 from mtraining.kernel.hopper import keys as hopper_keys
 from mtraining.kernel.hopper import queries as hopper_queries
-from mtraining.kernel.hopper.items import ColumnLists, Constants, Target
+from mtraining.kernel.hopper.items import Constants, Target
 from mtraining.kernel.hopper.keys import KeyConstants
-from mtraining.kernel.triton.common import KeyGradients, RowLists
-from mtraining.kernel.triton.hidden import KeyTables
+from mtraining.kernel.triton.common import KeyGradients
 from processes import run_command
 
 SHARED = 227 * 1024
 SWIZZLED = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
 PLAIN = "NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)"
-TABLES: dict[str, Any] = {
-    bundle.__name__: bundle for bundle in (RowLists, ColumnLists, KeyTables)
-}  # of int32
 VISITED = {"k_desc": 128, "v_desc": 128, "ck_desc": 128, "cv_desc": 128}  # rows of a tile; 64 of the others
 KERNELS: dict[str, tuple[Any, dict[str, int], dict[str, object]]] = {
     "forward, tiles": (hopper_forward.forward_kernel, VISITED, {"COLUMNS": False, "FINAL": True}),
@@ -42,14 +39,14 @@ KERNELS: dict[str, tuple[Any, dict[str, int], dict[str, object]]] = {
 }
 
 
-def kind_of(name: str, bundle: str, rows: dict[str, int], dim: int) -> Any:
+def kind_of(name: str, bundle: str, rows: dict[str, int], dim: int, starts: bool) -> Any:
     """Triton's type of an argument, a tuple of types for a bundle."""
     if name in ("lse_desc", "delta_desc"):
         return f"tensordesc<fp32[1,64],{PLAIN}>"
     if name.endswith("_desc"):
         return f"tensordesc<bf16[1,{rows.get(name, 64)},1,{dim}],{SWIZZLED}>"
     if bundle in TABLES:
-        return TABLES[bundle](*["*i32"] * len(TABLES[bundle]._fields))
+        return table_kinds(bundle, starts)
     if bundle in ("Target", "KeyGradients"):
         return {"Target": Target, "KeyGradients": KeyGradients}[bundle](
             "*fp32", "*fp32", "i64", "constexpr", "i64"
@@ -57,7 +54,7 @@ def kind_of(name: str, bundle: str, rows: dict[str, int], dim: int) -> Any:
     return {"counter": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}.get(name, "i32")
 
 
-def compiled(name: str, dim: int, **more: object) -> Any:
+def compiled(name: str, dim: int, *, starts: bool = False, **more: object) -> Any:
     kernel, rows, options = KERNELS[name]
     chosen: dict[str, object] = {
         "HEAD_DIM": dim, "SIZE": 128, "BLOCK_M": 64, "TOEPLITZ": True, "GROUP": 4, "SPLITS": 1, "HAS_PREV": True,
@@ -65,7 +62,7 @@ def compiled(name: str, dim: int, **more: object) -> Any:
     }  # fmt: skip
     bundles = kernel.fn.__annotations__
     kinds = {
-        arg: "constexpr" if arg == "constants" else kind_of(arg, bundles.get(arg, ""), rows, dim)
+        arg: "constexpr" if arg == "constants" else kind_of(arg, bundles.get(arg, ""), rows, dim, starts)
         for arg in kernel.arg_names
     }
     bundle: Any = KeyConstants if "dk and dv" in name else Constants
@@ -74,7 +71,8 @@ def compiled(name: str, dim: int, **more: object) -> Any:
     for i, kind in enumerate(kinds.values()):
         if isinstance(kind, tuple):
             row = (8 if "dk and dv" in name else 32) * dim
-            constants |= {(i, j): row for j, member in enumerate(kind) if member == "constexpr"}
+            fixed = [None if field in OF_STARTS else row for field in kind._fields]
+            constants |= {(i, j): fixed[j] for j, member in enumerate(kind) if member == "constexpr"}
             aligned += [(i, j) for j, member in enumerate(kind) if member[0] == "*"]
         elif kind == "constexpr":
             constants[(i,)] = bundle(*(chosen[field] for field in bundle._fields))

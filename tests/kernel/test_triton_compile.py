@@ -13,13 +13,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
+from kernel_tables import OF_STARTS, TABLES, table_kinds
 from mtraining.kernel.external import partial as triton_partial
 from mtraining.kernel.triton import columns as triton_columns
 from mtraining.kernel.triton import decode as triton_decode
 from mtraining.kernel.triton import probe as triton_probe
 from mtraining.kernel.triton import slashes as triton_tiles
-from mtraining.kernel.triton.common import KeyGradients, RowLists, Strided
-from mtraining.kernel.triton.hidden import KeyTables, QueryTables
+from mtraining.kernel.triton.common import KeyGradients, Strided
 from mtraining.kernel.triton.tile_sizes import TileSizes, padded, table_tiles
 
 KERNELS = {
@@ -32,19 +32,15 @@ KERNELS = {
 }
 SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227}  # a block may take at most, by compute capability
 HALF, FULL = {"q", "k", "v", "do"}, {"out", "dq"}  # tensors of bf16 and of fp32
-TABLES: dict[str, Any] = {
-    bundle.__name__: bundle for bundle in (RowLists, QueryTables, KeyTables)
-}  # of int32
 
-
-def kind_of(name: str, bundle: str, tiles: TileSizes, dim: int) -> Any:
+def kind_of(name: str, bundle: str, tiles: TileSizes, dim: int, starts: bool) -> Any:
     """Triton's type of an argument, a tuple of types for a bundle."""
     if name in HALF | FULL:
         return Strided("*bf16" if name in HALF else "*fp32", "i64", "constexpr", "i32")
     if name == "dkv":
         return KeyGradients("*fp32", "*fp32", "i64", "constexpr", "i32")
     if bundle in TABLES:
-        return TABLES[bundle](*["*i32"] * len(TABLES[bundle]._fields))
+        return table_kinds(bundle, starts)
     if name.endswith("_descriptor"):
         return f"tensordesc<bf16[1,{tiles.block_n},1,{dim}]>" if tiles.tma else "*bf16"
     return {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}.get(name, "i32")
@@ -61,7 +57,8 @@ def source_of(kernel: Any, kinds: dict[str, Any], chosen: dict[str, object], row
         if kind == "constexpr":
             constants[(i,)] = chosen[name]
         elif isinstance(kind, tuple):
-            constants |= {(i, j): row for j, member in enumerate(kind) if member == "constexpr"}
+            fixed = [None if field in OF_STARTS else row for field in kind._fields]
+            constants |= {(i, j): fixed[j] for j, member in enumerate(kind) if member == "constexpr"}
             aligned += [(i, j) for j, member in enumerate(kind) if member != "constexpr"]
         elif kind.startswith("*"):
             aligned.append((i,))
@@ -69,7 +66,9 @@ def source_of(kernel: Any, kinds: dict[str, Any], chosen: dict[str, object], row
     return ASTSource(kernel, kinds, constexprs=constants, attrs=attributes)
 
 
-def compiled(name: str, capability: int, dim: int, tiles: TileSizes, **options: object) -> Any:
+def compiled(
+    name: str, capability: int, dim: int, tiles: TileSizes, *, starts: bool = False, **options: object
+) -> Any:
     kernel = KERNELS[name]
     chosen: dict[str, object] = {
         "HEAD_DIM": dim, "BLOCK_D": padded(dim), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "SIZE": 128,
@@ -78,7 +77,7 @@ def compiled(name: str, capability: int, dim: int, tiles: TileSizes, **options: 
     }  # fmt: skip
     bundles = kernel.fn.__annotations__
     kinds = {
-        arg: "constexpr" if arg in chosen else kind_of(arg, bundles.get(arg, ""), tiles, dim)
+        arg: "constexpr" if arg in chosen else kind_of(arg, bundles.get(arg, ""), tiles, dim, starts)
         for arg in kernel.arg_names
     }
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
@@ -86,11 +85,12 @@ def compiled(name: str, capability: int, dim: int, tiles: TileSizes, **options: 
     return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=launch)
 
 
+@pytest.mark.parametrize("starts", [False, True], ids=["", "starts"])
 @pytest.mark.parametrize("capability", SHARED_KIB)
 @pytest.mark.parametrize("name", KERNELS)
-def test_compiles(name: str, capability: int) -> None:
+def test_compiles(name: str, capability: int, starts: bool) -> None:
     tiles = table_tiles(name, 128, divmod(capability, 10))
-    result = compiled(name, capability, 128, tiles)
+    result = compiled(name, capability, 128, tiles, starts=starts)
     assert result.asm["cubin"]
     assert 0 < result.metadata.shared <= SHARED_KIB[capability] * 1024
 

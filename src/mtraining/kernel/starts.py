@@ -12,10 +12,14 @@ sequence. So the queries that see a key form one run, as the keys of a query do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mtraining.errors import UserError
+from mtraining.kernel.placement import Placement
 
 
 def window_starts(seq_len: int, window: int, device: torch.device | str = "cpu") -> Tensor:
@@ -55,3 +59,59 @@ def query_ends(starts: Tensor, keys: Tensor) -> Tensor:
     """
     keys = keys.expand(starts.shape[0], -1)
     return torch.searchsorted(starts.long(), keys.contiguous(), right=True)
+
+
+# Of each starts, the tables made of them: a batch's layers share them, and they go when the batch does.
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def first_local_keys(starts: Tensor, placement: Placement, block_size: int) -> Tensor:
+    """The first local key that each local query may attend: int32 (batch, local queries).
+
+    Local keys stand in global order, so a query's keys are those from here on, as far as causality goes. The number of
+    local keys where none is late enough.
+    """
+
+    def make() -> Tensor:
+        first = starts[:, _positions(placement.q_blocks, block_size)]
+        return torch.searchsorted(_positions(placement.k_blocks, block_size), first.long(), out_int32=True)
+
+    return _kept(starts, make, placement.q_blocks, placement.k_blocks)
+
+
+def local_query_ends(starts: Tensor, placement: Placement, block_size: int) -> Tensor:
+    """The end (exclusive) of the local queries that may attend to each local key: int32 (batch, local keys)."""
+
+    def make() -> Tensor:
+        ends = local_ends_of_keys(starts, placement.q_blocks, block_size)
+        return ends[:, _positions(placement.k_blocks, block_size)].contiguous()
+
+    return _kept(starts, make, placement.k_blocks, placement.q_blocks)
+
+
+def local_ends_of_keys(starts: Tensor, q_blocks: Tensor, block_size: int) -> Tensor:
+    """The end (exclusive) of the local queries that may attend to each key of the sequence: int32 (batch, seq_len)."""
+
+    def make() -> Tensor:
+        ends = query_ends(starts, torch.arange(starts.shape[1], device=starts.device))
+        return torch.searchsorted(_positions(q_blocks, block_size), ends, out_int32=True)
+
+    return _kept(starts, make, q_blocks)
+
+
+def _kept(starts: Tensor, make: Callable[[], Tensor], *blocks: Tensor) -> Tensor:
+    """The table that ``make`` makes for these blocks; from the second time on the one made first.
+
+    Who writes new starts into the same memory gets new tables: PyTorch counts the writes.
+    """
+    tables = _tables.setdefault(starts, {})
+    key = (starts._version, *map(id, blocks))
+    if key not in tables:
+        # With the blocks kept, no other tensor can come to have their identity.
+        tables[key] = (make(), blocks)
+    return tables[key][0]
+
+
+def _positions(blocks: Tensor, block_size: int) -> Tensor:
+    """Global positions of the tokens of some blocks: int64 (len(blocks) * block_size,)."""
+    return (blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)).flatten()

@@ -41,12 +41,44 @@ CASES = {
     "zigzag, block mask": Case(k_blocks=(2, 5), block_share=0.5, **ZIGZAG),
     "not contiguous": whole(3, strided=True, size=16),
 }
+# Calls with starts: both kinds of lists, both orders of rows, every kind of place in a ring.
+WITH_STARTS = {
+    "documents at blocks": whole(5, size=16, starts="blocks", batch=2),
+    "documents anywhere": whole(5, size=16, starts="anywhere", batch=2),
+    "documents of one token": whole(4, size=16, starts="tokens"),
+    "a narrow window": whole(4, size=16, starts="narrow", diagonal_share=1.0),
+    "a wide window": whole(6, size=16, starts="wide"),
+    "a window of two tokens": whole(3, size=16, starts="two", q_heads=2),
+    "tiles smaller than blocks": whole(3, size=128, q_heads=2, columns=70, starts="anywhere"),
+    "a window in tiles smaller than blocks": whole(3, size=128, q_heads=2, columns=150, starts="wide"),
+    "group of 4": whole(4, q_heads=4, kv_heads=2, size=16, starts="anywhere", batch=2),
+    "block mask": whole(5, size=16, block_share=0.4, diagonal_share=0.2, starts="anywhere", batch=2),
+    "columns only": whole(5, size=16, diagonal_share=0.0, columns=70, starts="anywhere", batch=2),
+    "columns in a window": whole(8, size=16, diagonal_share=0.0, columns=100, starts="wide"),
+    "striped, own keys": Case(k_blocks=range(1, 8, 2), size=16, starts="anywhere", **STRIPED),
+    "striped, earlier rank": Case(k_blocks=range(0, 8, 2), size=16, starts="wide", **STRIPED),
+    "striped, later rank": Case(range(0, 8, 2), range(1, 8, 2), 8, size=16, starts="anywhere"),
+    "contiguous, earlier rank": Case(range(4, 8), range(0, 4), 8, size=16, starts="wide"),
+    "contiguous, mostly out of reach": Case(
+        range(4, 8), range(0, 4), 8, size=16, starts="narrow", diagonal_share=1.0
+    ),
+    "zigzag, own keys": Case(k_blocks=(1, 6), starts="anywhere", **ZIGZAG),
+    "zigzag, others": Case(k_blocks=(0, 7), starts="anywhere", **ZIGZAG),
+    "zigzag, block mask": Case(k_blocks=(2, 5), block_share=0.5, starts="wide", **ZIGZAG),
+}
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", CASES)
 def test_fp32(name: str) -> None:
     problem = build(CASES[name])
+    assert_equal(solve(TritonBackend(), problem), reference(problem), 1e-5)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", WITH_STARTS)
+def test_starts(name: str) -> None:
+    problem = build(WITH_STARTS[name])
     assert_equal(solve(TritonBackend(), problem), reference(problem), 1e-5)
 
 
@@ -60,7 +92,9 @@ def test_fp16(name: str) -> None:
 @pytest.mark.usefixtures("poisoned")
 def test_every_kind_of_pass() -> None:
     for backend in (TritonBackend(), ReferenceBackend()):
-        assert_passes(backend, build(whole(3, q_heads=2, size=16, dtype=torch.float16)), 1e-3)
+        for starts in (None, "anywhere"):
+            case = whole(3, q_heads=2, size=16, dtype=torch.float16, starts=starts)
+            assert_passes(backend, build(case), 1e-3)
 
 
 def test_same_bits_twice() -> None:

@@ -30,7 +30,7 @@ from mtraining.kernel.triton.backend import (
     summed,
     ways_to_split,
 )
-from mtraining.kernel.triton.common import RowLists, key_gradients
+from mtraining.kernel.triton.common import key_gradients
 from mtraining.kernel.triton.hidden import ColumnTables, column_tables, tables_of_backward
 from mtraining.kernel.triton.lists import TileLists, lists_both_ways, tile_lists
 
@@ -66,7 +66,7 @@ class HopperBackend(TritonBackend):
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
         out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if index.block_size != BLOCK:
+        if index.block_size != BLOCK or index.starts is not None:
             return super().tiles_forward(
                 q, k, v, index, placement, scale, out, lse, columns=columns, final=final
             )
@@ -86,7 +86,7 @@ class HopperBackend(TritonBackend):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Placement, scale: float,
     ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
-        if index.block_size != BLOCK:
+        if index.block_size != BLOCK or index.starts is not None:
             return super().tiles_backward(dout, q, k, v, lse, delta, index, placement, scale)
         check_call(index, scale)
         dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
@@ -98,10 +98,9 @@ class HopperBackend(TritonBackend):
         while group % splits:
             splits -= 1
         dkv = torch.empty(2, splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device)
-        by_key = RowLists(lists.entries, lists.bounds, placement.k_blocks.int(), placement.q_blocks.int())
         hopper_keys.key_tiles_kernel[(batch * kv_heads * cols * splits,)](
             _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(k, _HALF), _boxes(v, _HALF), _rows(lse2), _rows(delta),
-            key_gradients(dkv), by_key, scale, batch, kv_heads, cols, rows, lists.diagonal,
+            key_gradients(dkv), lists.for_keys(), scale, batch, kv_heads, cols, rows, lists.diagonal,
             KeyConstants(lists.toeplitz, False, group, splits, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
         )  # fmt: skip
 
@@ -124,7 +123,7 @@ class HopperBackend(TritonBackend):
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         q_blocks: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
-        if index.block_size != BLOCK:
+        if index.block_size != BLOCK or index.starts is not None:
             return super().columns_backward(dout, q, ck, cv, lse, delta, index, q_blocks, scale)
         check_call(index, scale)
         dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
@@ -163,7 +162,7 @@ class _QueryWork:
             self.keys = tuple(_boxes(x, BLOCK) for x in (k, v, *columns))
             of_columns = ColumnLists(tables.columns, tables.words, tables.before, tables.upto)
             sizes = (index.columns.shape[2], tables.words.shape[-1])
-        self.lists = (lists.for_kernel(), of_columns)
+        self.lists = (lists.for_queries(), of_columns)
         self.counts = (items, rows, heads, cols, lists.diagonal, *sizes)
         self._fixed = (lists.toeplitz, columns is not None, heads // k.shape[2], BLOCK, dim, _STAGES)
 

@@ -176,7 +176,7 @@ def visit_of(item, work: Work, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, SI
         start = gl.load(work.tiles.row_blocks + i) * SIZE
     else:
         steps, positions, words, whole, start = 0, lists.columns, lists.words, 0, 0
-    row = tile_row(work.tiles, n_rows, work.n_cols, work.diagonal, bh, i, TOEPLITZ, False)
+    row = tile_row(work.tiles, n_rows, work.n_cols, work.n_cols, work.diagonal, bh, i, TOEPLITZ, False)
     columns = ColumnVisit(steps, positions, words, whole, start, work.capacity)
     return Visit(batch, head, bh, i, row.hi - row.lo, row.entries + row.lo, row.origin, row.own, columns)
 

@@ -17,7 +17,7 @@ from mtraining.kernel.placement import Placement
 from mtraining.kernel.triton import columns as column_kernels
 from mtraining.kernel.triton import compact
 from mtraining.kernel.triton import slashes as slash_kernels
-from mtraining.kernel.triton.common import RowLists, key_gradients, strided
+from mtraining.kernel.triton.common import key_gradients, strided
 from mtraining.kernel.triton.delta import row_delta_kernel
 from mtraining.kernel.triton.estimate import TritonEstimation, unit_head_dim
 from mtraining.kernel.triton.hidden import column_tables, tables_of_backward
@@ -82,7 +82,7 @@ class TritonBackend(TritonEstimation):
         block = [1, tiles.block_n, 1, dim]
         descriptors = [TensorDescriptor.from_tensor(x, block) for x in (k, v)] if tma else [k, v]
         slash_kernels.forward_kernel[(batch * heads * rows * (index.block_size // tiles.block_m),)](
-            strided(q), strided(k), strided(v), *descriptors, strided(new_out), new_lse, lists.for_kernel(),
+            strided(q), strided(k), strided(v), *descriptors, strided(new_out), new_lse, lists.for_queries(),
             scale, kv_heads, rows, cols, lists.diagonal,
             HAS_PREV=merging, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=index.block_size, HEAD_DIM=dim,
             BLOCK_D=padded(dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q), TMA=tma,
@@ -127,7 +127,7 @@ class TritonBackend(TritonEstimation):
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         total, adding = partial(q, dq)
         slash_kernels.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
-            strided(dout), strided(q), strided(k), strided(v), lse, delta, strided(total), lists.for_kernel(),
+            strided(dout), strided(q), strided(k), strided(v), lse, delta, strided(total), lists.for_queries(),
             scale, kv_heads, rows, cols, lists.diagonal,
             ADD=adding, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),
@@ -152,9 +152,8 @@ class TritonBackend(TritonEstimation):
         while group % splits:
             splits -= 1
         dkv = torch.empty(2, splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device)
-        by_key = RowLists(lists.entries, lists.bounds, placement.k_blocks.int(), placement.q_blocks.int())
         slash_kernels.key_gradient_kernel[(programs * splits,)](
-            strided(dout), strided(q), strided(k), strided(v), lse, delta, key_gradients(dkv), by_key,
+            strided(dout), strided(q), strided(k), strided(v), lse, delta, key_gradients(dkv), lists.for_keys(),
             scale, batch, kv_heads, cols, placement.q_blocks.numel(), lists.diagonal,
             TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION=_precision(q),

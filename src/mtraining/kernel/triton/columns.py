@@ -3,7 +3,8 @@
 The columns of a head are sorted, so the queries of a block see a prefix of them. Within the prefix, one bit a column
 says whether the whole block must not see it. Such columns lie inside a slash tile of the block, to which they belong,
 or after the block. The bits are computed once a call (triton/hidden.py) and read as one number a tile. The causal mask
-inside the block itself is left for the kernels; it concerns the last tile or two.
+inside the block itself is left for the kernels; it concerns the last tile or two. So is the mask by the starts of single
+tokens, if there are starts; it concerns the tiles up to ``masked``, and the loop begins at ``begin``.
 """
 
 from __future__ import annotations
@@ -84,9 +85,17 @@ def forward_kernel(
     if HAS_PREV and upto == 0:
         return
     whole = tl.load(tables.before + bh * rows + i) // BLOCK_N
+    if tables.starts is None:
+        begin = 0
+    else:
+        begin = tl.load(tables.begin + bh * rows + i) // BLOCK_N
     block = tl.load(tables.q_blocks + i)
     columns = tables.columns + bh * capacity
     words = tables.words + (bh * rows + i) * words_row
+    if tables.starts is not None:
+        masked = tl.load(tables.masked + bh * rows + i)
+        tokens = block * SIZE + part * BLOCK_M + tl.arange(0, BLOCK_M)
+        first = tl.load(tables.starts + batch * num_blocks * SIZE + tokens)  # [BLOCK_M]
 
     first_row = i.to(tl.int64) * SIZE + part * BLOCK_M
     q_base = start_of_row(q, batch, head, first_row)
@@ -105,7 +114,7 @@ def forward_kernel(
     acc, top, total = load_partial(out_base, out_offsets, lse_rows, HAS_PREV, BLOCK_M, HEAD_DIM, BLOCK_D)
 
     # Steady state: one tile of columns a step.
-    for t in range(0, tl.cdiv(upto, BLOCK_N)):
+    for t in range(begin, tl.cdiv(upto, BLOCK_N)):
         start = tl.cast(t, tl.int64) * BLOCK_N
         present = capacity - t * BLOCK_N
         # [BLOCK_N, BLOCK_D]
@@ -114,10 +123,15 @@ def forward_kernel(
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         hidden = _hidden(words + t * (BLOCK_N // 32), BLOCK_N)  # [BLOCK_N]
         scores = tl.where(hidden[None, :], float("-inf"), scores)
-        if t >= whole:
+        edge = t >= whole
+        if tables.starts is not None:
+            edge = edge | (t * BLOCK_N < masked)
+        if edge:
             at = _load_columns(columns, t * BLOCK_N, capacity, num_blocks * SIZE, BLOCK_N)
             position = block * SIZE + part * BLOCK_M + tl.arange(0, BLOCK_M)
             scores = tl.where(at[None, :] > position[:, None], float("-inf"), scores)
+            if tables.starts is not None:
+                scores = tl.where(at[None, :] < first[:, None], float("-inf"), scores)
         acc, top, total = softmax_step(acc, top, total, scores, values, scale_log2, True, PRECISION)
 
     # Epilogue.
@@ -139,9 +153,17 @@ def query_gradient_kernel(
     if ADD and upto == 0:
         return
     whole = tl.load(tables.before + bh * rows + i) // BLOCK_N
+    if tables.starts is None:
+        begin = 0
+    else:
+        begin = tl.load(tables.begin + bh * rows + i) // BLOCK_N
     block = tl.load(tables.q_blocks + i)
     columns = tables.columns + bh * capacity
     words = tables.words + (bh * rows + i) * words_row
+    if tables.starts is not None:
+        masked = tl.load(tables.masked + bh * rows + i)
+        tokens = block * SIZE + part * BLOCK_M + tl.arange(0, BLOCK_M)
+        first = tl.load(tables.starts + batch * num_blocks * SIZE + tokens)  # [BLOCK_M]
 
     first_row = i.to(tl.int64) * SIZE + part * BLOCK_M
     q_base = start_of_row(q, batch, head, first_row)
@@ -162,7 +184,7 @@ def query_gradient_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     # Steady state: one tile of columns a step.
-    for t in range(0, tl.cdiv(upto, BLOCK_N)):
+    for t in range(begin, tl.cdiv(upto, BLOCK_N)):
         start = tl.cast(t, tl.int64) * BLOCK_N
         present = capacity - t * BLOCK_N
         # [BLOCK_N, BLOCK_D]
@@ -171,10 +193,15 @@ def query_gradient_kernel(
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         hidden = _hidden(words + t * (BLOCK_N // 32), BLOCK_N)  # [BLOCK_N]
         scores = tl.where(hidden[None, :], float("-inf"), scores)
-        if t >= whole:
+        edge = t >= whole
+        if tables.starts is not None:
+            edge = edge | (t * BLOCK_N < masked)
+        if edge:
             at = _load_columns(columns, t * BLOCK_N, capacity, num_blocks * SIZE, BLOCK_N)
             position = block * SIZE + part * BLOCK_M + tl.arange(0, BLOCK_M)
             scores = tl.where(at[None, :] > position[:, None], float("-inf"), scores)
+            if tables.starts is not None:
+                scores = tl.where(at[None, :] < first[:, None], float("-inf"), scores)
         total = query_gradient_step(total, scores, dout, keys, values, lse2, delta, scale_log2, PRECISION)
 
     # Epilogue.
@@ -214,9 +241,18 @@ def key_gradient_kernel(
     lo = tl.min(tl.load(seen + tl.arange(0, BLOCK_N // 32)), 0)
     # Blocks of queries from here on lie after all of these columns.
     masked_to = tl.load(tables.first_slot + last + 1)
-    share = tl.cdiv(rows - lo, splits)
+    if tables.ends is None:
+        hi = rows
+    else:
+        until = tables.last_seen + bh * words_row + tile * (BLOCK_N // 32)
+        hi = tl.maximum(tl.max(tl.load(until + tl.arange(0, BLOCK_N // 32)), 0), lo)
+        # Queries from here on may be past the end of some column. The padding has large ends.
+        mine = first + tl.arange(0, BLOCK_N)
+        ends = tl.load(tables.ends + bh * capacity + mine, mask=mine < capacity, other=rows * SIZE)
+        least = tl.min(ends, 0)
+    share = tl.cdiv(hi - lo, splits)
     begin = lo + split * share
-    end = tl.minimum(begin + share, rows)
+    end = tl.minimum(begin + share, hi)
 
     q_offsets = tile_offsets(q.row, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     do_offsets = tile_offsets(do.row, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
@@ -251,6 +287,10 @@ def key_gradient_kernel(
             key = _load_columns(columns, tile * BLOCK_N, capacity, num_blocks * SIZE, BLOCK_N)
             position = tl.load(tables.q_blocks + i) * SIZE + (t % SUB) * BLOCK_M + lane
             scores = tl.where(key[:, None] > position[None, :], float("-inf"), scores)
+        if tables.ends is not None:
+            if row + BLOCK_M > least:
+                query = row.to(tl.int32) + lane
+                scores = tl.where(query[None, :] >= ends[:, None], float("-inf"), scores)
         dk, dv = key_gradient_step(dk, dv, scores, values, queries, dout, lse2, delta, scale_log2, PRECISION)
 
     # Epilogue.

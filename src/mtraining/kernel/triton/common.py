@@ -41,13 +41,15 @@ class KeyGradients(NamedTuple):
 class RowLists(NamedTuple):
     """The lists of slash tiles that a kernel reads, one a row of blocks: pointers of ``TileLists`` (triton/lists.py).
 
-    Rows are query blocks in query-major kernels, and key blocks in key-major ones.
+    Rows are query blocks in query-major kernels, and key blocks in key-major ones. ``reach`` is None, and then nothing
+    of it is compiled, or a bound in local positions for each token of the rows (``TileLists.reach``).
     """
 
     entries: Any
     bounds: Any
     row_blocks: Any
     col_blocks: Any
+    reach: Any
 
 
 class TileRow(NamedTuple):
@@ -134,15 +136,18 @@ def load_lse2(ptr):
 
 @triton.jit
 def tile_row(
-    lists: RowLists, n_rows, n_cols, diagonal, bh, i, TOEPLITZ: tl.constexpr, KEY_MAJOR: tl.constexpr
+    lists: RowLists, n_rows, n_cols, limit, diagonal, bh, i, TOEPLITZ: tl.constexpr, KEY_MAJOR: tl.constexpr
 ):
-    """The :class:`TileRow` of row ``i`` of head ``bh``; triton/lists.py has the two kinds of lists."""
+    """The :class:`TileRow` of row ``i`` of head ``bh``; triton/lists.py has the two kinds of lists.
+
+    ``limit``: blocks that the row may visit, counted from its far end in a Toeplitz list: ``n_cols`` for all of them.
+    """
     if TOEPLITZ:
         pitch = n_rows + n_cols
         low = n_rows - 1 - i if KEY_MAJOR else i
         row = lists.entries + bh * pitch
         lo = tl.load(lists.bounds + bh * pitch + low)
-        hi = tl.load(lists.bounds + bh * pitch + low + n_cols)
+        hi = tl.load(lists.bounds + bh * pitch + low + limit)
         origin = i - (n_rows - 1) if KEY_MAJOR else i + n_cols - 1
         first = tl.load(row + lo, mask=hi > lo, other=-2)
         own = (first == diagonal).to(tl.int32)

@@ -10,10 +10,14 @@ There are two kinds, and ``TileLists.toeplitz`` says which:
 * *explicit*: one list of local blocks per row, nearest block first, for other layouts and for block masks.
 
 In both kinds the tile on the causal diagonal, if selected, is the first of its row.
+
+Starts (``SparseIndex.starts``) cut each row off at its far end. Explicit lists leave such tiles out. A Toeplitz list
+serves all rows, so a kernel reads from ``reach`` where its row ends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +28,7 @@ from torch import Tensor
 
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
+from mtraining.kernel.starts import first_local_keys, local_query_ends
 from mtraining.kernel.triton.common import RowLists
 
 _CHUNK = 1024
@@ -31,10 +36,16 @@ _CHUNK = 1024
 
 class Bitmaps(NamedTuple):
     """What selects tiles: ``diagonals`` int8 (batch, heads, num_blocks), and ``blocks`` as ``SparseIndex`` has them for
-    the local query blocks. Without blocks the diagonals stand in their place and are not read."""
+    the local query blocks. Without blocks the diagonals stand in their place and are not read.
+
+    ``first_blocks`` int32 (batch, num_blocks), the first key block that a query block may attend, and the number of
+    ``heads``; both None without starts.
+    """
 
     diagonals: Any
     blocks: Any
+    first_blocks: Any
+    heads: Any
 
 
 class Row(NamedTuple):
@@ -48,9 +59,10 @@ class Row(NamedTuple):
 def bitmaps(index: SparseIndex, q_blocks: Tensor) -> tuple[Bitmaps, int]:
     """The index as kernels read it, and the bytes of a row of its blocks (0: it has none)."""
     diagonals, blocks = index.diagonals.contiguous(), index.local_blocks(q_blocks)
+    bounds = (None, None) if index.starts is None else (index.first_blocks, diagonals.shape[1])
     if blocks is None:
-        return Bitmaps(diagonals.view(torch.int8), diagonals), 0
-    return Bitmaps(diagonals.view(torch.int8), blocks), blocks.shape[-1]
+        return Bitmaps(diagonals.view(torch.int8), diagonals, *bounds), 0
+    return Bitmaps(diagonals.view(torch.int8), blocks, *bounds), blocks.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,9 @@ class TileLists:
         row_blocks, col_blocks: int32, global block numbers.
         diagonal: Toeplitz: the entry of the causal diagonal, -1 where this call has none.
         toeplitz: which kind.
+        reach: None without starts. Else what tells, ``key_major`` or not, how far each token of the rows reaches, in
+            local positions: int32 (batch, local queries), the first local key that each query may attend; or (batch,
+            local keys), the end of the local queries that may attend to each key.
     """
 
     entries: Tensor
@@ -72,18 +87,42 @@ class TileLists:
     col_blocks: Tensor
     diagonal: int
     toeplitz: bool
+    reach: Callable[[bool], Tensor] | None
 
-    def for_kernel(self) -> RowLists:
-        return RowLists(self.entries, self.bounds, self.row_blocks, self.col_blocks)
+    def for_queries(self) -> RowLists:
+        """As query-major kernels take them."""
+        reach = None if self.reach is None else self.reach(False)
+        return RowLists(self.entries, self.bounds, self.row_blocks, self.col_blocks, reach)
+
+    def for_keys(self) -> RowLists:
+        """As key-major kernels take them: a Toeplitz list by query block serves them too."""
+        reach = None if self.reach is None else self.reach(True)
+        blocks = (self.row_blocks, self.col_blocks)
+        return RowLists(self.entries, self.bounds, *(reversed(blocks) if self.toeplitz else blocks), reach)
+
+
+def _reach_of(index: SparseIndex, placement: Placement) -> Callable[[bool], Tensor] | None:
+    starts = index.starts
+    if starts is None:
+        return None
+
+    def reach(key_major: bool) -> Tensor:
+        table = local_query_ends if key_major else first_local_keys
+        return table(starts, placement, index.block_size)
+
+    return reach
 
 
 def tile_lists(index: SparseIndex, placement: Placement, key_major: bool) -> TileLists:
-    """The selected tiles of each local query block (or, ``key_major``, of each visiting key block)."""
+    """The selected tiles of each local query block (or, ``key_major``, of each visiting key block).
+
+    A Toeplitz list comes by query block, whatever is asked for: it serves both.
+    """
     row_blocks, col_blocks = placement.q_blocks.int(), placement.k_blocks.int()
-    if key_major:
-        row_blocks, col_blocks = col_blocks, row_blocks
     if placement.step is not None and index.blocks is None:
         return _toeplitz(index, placement, row_blocks, col_blocks)
+    if key_major:
+        row_blocks, col_blocks = col_blocks, row_blocks
     return _explicit(index, placement, row_blocks, col_blocks, key_major)
 
 
@@ -114,7 +153,8 @@ def _toeplitz(index: SparseIndex, placement: Placement, row_blocks: Tensor, col_
     )
     shift, rest = divmod(-offset, stride)
     diagonal = shift + keys - 1 if rest == 0 and 0 <= shift + keys - 1 < pitch - 1 else -1
-    return TileLists(entries, bounds, row_blocks, col_blocks, diagonal, True)
+    reach = _reach_of(index, placement)
+    return TileLists(entries, bounds, row_blocks, col_blocks, diagonal, True, reach)
 
 
 def _explicit(
@@ -124,10 +164,10 @@ def _explicit(
     rows, cols = row_blocks.numel(), col_blocks.numel()
     entries = torch.empty(heads * rows * cols + 1, dtype=torch.int32, device=device)
     bounds = torch.empty(heads, rows, dtype=torch.int32, device=device)
-    lists = TileLists(entries, bounds, row_blocks, col_blocks, -1, False)
+    lists = TileLists(entries, bounds, row_blocks, col_blocks, -1, False, _reach_of(index, placement))
     selected, row_bytes = bitmaps(index, placement.q_blocks)
     _explicit_kernel[(heads * rows,)](
-        selected, lists.for_kernel(), index.num_blocks, rows, cols, row_bytes,
+        selected, RowLists(entries, bounds, row_blocks, col_blocks, None), index.num_blocks, rows, cols, row_bytes,
         HAS_BLOCKS=row_bytes > 0, KEY_MAJOR=key_major, CHUNK=min(_CHUNK, triton.next_power_of_2(cols)),
     )  # fmt: skip
     return lists
@@ -165,6 +205,13 @@ def selected_tiles(
     """
     query, key = (other, row.block) if KEY_MAJOR else (row.block, other)
     causal = there & (query >= key)
+    if selected.first_blocks is not None:
+        bounds = selected.first_blocks + row.head // selected.heads * num_blocks
+        if KEY_MAJOR:
+            first_block = tl.load(bounds + query, mask=causal, other=0)
+        else:
+            first_block = tl.load(bounds + query)
+        causal = causal & (key >= first_block)
     diagonal = selected.diagonals + row.head * num_blocks + (query - key)
     bit = tl.load(diagonal, mask=causal, other=0).to(tl.int32)
     if HAS_BLOCKS:

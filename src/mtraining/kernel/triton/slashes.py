@@ -1,7 +1,9 @@
 """Slash tiles: forward, query-major dQ and key-major dK/dV. No atomics, every sum in a fixed order.
 
 One program owns one tile of rows (or keys) of one head and walks its list (triton/lists.py). The tile on the causal
-diagonal comes last and is the only one that needs a token mask.
+diagonal comes last and, without starts, is the only one that needs a token mask. With starts
+(``RowLists.reach``) a tile that holds a key before the start of one of its queries needs one too; which do, one
+comparison of two numbers says.
 
 Programs of one head stand together, neighbouring rows side by side and longer rows first. They walk the same list at
 the same pace, so what one row reads through one diagonal its neighbours soon read through the next, from the L2 cache.
@@ -54,6 +56,40 @@ def _query_program(n_rows, kv_heads, GROUP: tl.constexpr, SUBTILES: tl.constexpr
 
 
 @triton.jit
+def _first_keys(lists: RowLists, n_rows, batch, i, part, SIZE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of tile ``part`` of a block of queries: the first local key that each may attend [BLOCK_M], the least and the greatest of them.
+
+    Zeros without starts, which nobody reads.
+    """
+    if lists.reach is not None:
+        reach = lists.reach + batch * n_rows * SIZE + i * SIZE + part * BLOCK_M
+        first = tl.load(reach + tl.arange(0, BLOCK_M))
+        least = tl.load(reach)
+        greatest = tl.load(reach + BLOCK_M - 1)
+    else:
+        first = tl.zeros([BLOCK_M], tl.int32)
+        least = 0
+        greatest = 0
+    return first, least, greatest
+
+
+@triton.jit
+def _query_ends(lists: RowLists, n_rows, batch, first_key, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of a tile of keys: the end of the local queries that may attend to each [BLOCK_N], and the least and the
+    greatest end. Zeros without starts, which nobody reads."""
+    if lists.reach is not None:
+        reach = lists.reach + batch * n_rows * SIZE + first_key
+        ends = tl.load(reach + tl.arange(0, BLOCK_N))
+        least = tl.load(reach)
+        greatest = tl.load(reach + BLOCK_N - 1)
+    else:
+        ends = tl.zeros([BLOCK_N], tl.int32)
+        least = 0
+        greatest = 0
+    return ends, least, greatest
+
+
+@triton.jit
 def _visited_tile(
     x: Strided, descriptor, base, offsets, batch, kv_head, start, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, TMA: tl.constexpr,
@@ -83,7 +119,9 @@ def forward_kernel(
     # Prologue: find the tiles that these queries visit, and load what stays for the whole loop.
     batch, head, kv_head, i, part = _query_program(n_rows, kv_heads, GROUP, SIZE // BLOCK_M)
     bh = batch * kv_heads * GROUP + head
-    row = tile_row(lists, n_rows, n_cols, diagonal, bh, i, TOEPLITZ, False)
+    first, least, greatest = _first_keys(lists, n_rows, batch, i, part, SIZE, BLOCK_M)
+    limit = n_cols if lists.reach is None else n_cols - least // SIZE
+    row = tile_row(lists, n_rows, n_cols, limit, diagonal, bh, i, TOEPLITZ, False)
     if HAS_PREV and row.hi == row.lo:
         return
     first_row = i.to(tl.int64) * SIZE + part * BLOCK_M
@@ -122,8 +160,15 @@ def forward_kernel(
             key = (t % SUB) * BLOCK_N + tl.arange(0, BLOCK_N)
             query = part * BLOCK_M + tl.arange(0, BLOCK_M)
             scores = tl.where(query[:, None] < key[None, :], float("-inf"), scores)
-        # Every row sees the first key of a tile on the diagonal, so no row is still at -inf afterwards.
-        acc, top, total = softmax_step(acc, top, total, scores, values, scale_log2, False, PRECISION)
+        if lists.reach is not None:
+            if start < greatest:
+                at = start.to(tl.int32) + tl.arange(0, BLOCK_N)
+                scores = tl.where(at[None, :] < first[:, None], float("-inf"), scores)
+        # Every row sees the first key of a tile on the diagonal, so no row is still at -inf afterwards. Before the
+        # start of a row there may be whole tiles.
+        acc, top, total = softmax_step(
+            acc, top, total, scores, values, scale_log2, lists.reach is not None, PRECISION
+        )
 
     # Epilogue.
     store_partial(out_base, out_offsets, lse_rows, acc, top, total, HEAD_DIM, BLOCK_D)
@@ -140,7 +185,9 @@ def query_gradient_kernel(
     # Prologue: find the tiles that these queries visit, and load what stays for the whole loop.
     batch, head, kv_head, i, part = _query_program(n_rows, kv_heads, GROUP, SIZE // BLOCK_M)
     bh = batch * kv_heads * GROUP + head
-    row = tile_row(lists, n_rows, n_cols, diagonal, bh, i, TOEPLITZ, False)
+    first, least, greatest = _first_keys(lists, n_rows, batch, i, part, SIZE, BLOCK_M)
+    limit = n_cols if lists.reach is None else n_cols - least // SIZE
+    row = tile_row(lists, n_rows, n_cols, limit, diagonal, bh, i, TOEPLITZ, False)
     if ADD and row.hi == row.lo:
         return
     first_row = i.to(tl.int64) * SIZE + part * BLOCK_M
@@ -175,6 +222,10 @@ def query_gradient_kernel(
             key = (t % SUB) * BLOCK_N + tl.arange(0, BLOCK_N)
             query = part * BLOCK_M + tl.arange(0, BLOCK_M)
             scores = tl.where(query[:, None] < key[None, :], float("-inf"), scores)
+        if lists.reach is not None:
+            if start < greatest:
+                at = start.to(tl.int32) + tl.arange(0, BLOCK_N)
+                scores = tl.where(at[None, :] < first[:, None], float("-inf"), scores)
         total = query_gradient_step(total, scores, dout, keys, values, lse2, delta, scale_log2, PRECISION)
 
     # Epilogue.
@@ -216,6 +267,9 @@ def key_gradient_kernel(
     do_offsets = tile_offsets(do.row, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     lane = tl.arange(0, BLOCK_M)
 
+    ends, least, greatest = _query_ends(lists, n_rows, batch, first_key, SIZE, BLOCK_N)
+    limit = n_cols if lists.reach is None else tl.cdiv(greatest, SIZE)
+
     scale_log2 = scale * LOG2E
     keys = load_tile(k_base, tile_offsets(k.row, BLOCK_N, BLOCK_D), HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     values = load_tile(v_base, tile_offsets(v.row, BLOCK_N, BLOCK_D), HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -226,7 +280,7 @@ def key_gradient_kernel(
     for g in range(0, HEADS):
         head = kv_head * GROUP + split * HEADS + g
         bh = batch * kv_heads * GROUP + head
-        row = tile_row(lists, n_rows, n_cols, diagonal, bh, j, TOEPLITZ, True)
+        row = tile_row(lists, n_rows, n_cols, limit, diagonal, bh, j, TOEPLITZ, True)
         q_base = start_of_head(q, batch, head)
         do_base = start_of_head(do, batch, head)
         lse_base = lse_ptr + bh * n_cols * SIZE
@@ -248,6 +302,10 @@ def key_gradient_kernel(
             if t >= free:
                 key = part * BLOCK_N + tl.arange(0, BLOCK_N)
                 scores = tl.where(key[:, None] > (sub * BLOCK_M + lane)[None, :], float("-inf"), scores)
+            if lists.reach is not None:
+                if at + BLOCK_M > least:
+                    query = at.to(tl.int32) + lane
+                    scores = tl.where(query[None, :] >= ends[:, None], float("-inf"), scores)
             dk, dv = key_gradient_step(
                 dk, dv, scores, values, queries, dout, lse2, delta, scale_log2, PRECISION
             )
