@@ -58,7 +58,7 @@ def compiled(name: str, dim: int, *, starts: bool = False, **more: object) -> An
     kernel, rows, options = KERNELS[name]
     chosen: dict[str, object] = {
         "HEAD_DIM": dim, "SIZE": 128, "BLOCK_M": 64, "TOEPLITZ": True, "GROUP": 4, "SPLITS": 1, "HAS_PREV": True,
-        "FINAL": False, "COLUMNS": True, "STAGES": 2, **options, **more,
+        "FINAL": False, "COLUMNS": True, "STARTS": starts, "STAGES": 2, **options, **more,
     }  # fmt: skip
     bundles = kernel.fn.__annotations__
     kinds = {
@@ -102,10 +102,11 @@ def too_early(ptx: str) -> list[str]:
     return early
 
 
+@pytest.mark.parametrize("starts", [False, True], ids=["", "starts"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", KERNELS)
-def test_assembles_well(name: str, dim: int, tmp_path: Path) -> None:
-    result = compiled(name, dim)
+def test_assembles_well(name: str, dim: int, starts: bool, tmp_path: Path) -> None:
+    result = compiled(name, dim, starts=starts)
     assert 0 < result.metadata.shared <= SHARED
     assert "mbarrier.arrive.shared" in result.asm["ptx"]
     assert not too_early(result.asm["ptx"])

@@ -42,6 +42,10 @@ SMALL = {"size": 128, "dim": 64, "dtype": torch.bfloat16}
 CASES = {
     "columns": whole(3, columns=150, q_heads=4, kv_heads=2, **SMALL),
     "block lists": Case((1, 4), (0, 4), 6, columns=0, q_heads=2, block_share=0.5, **SMALL),
+    "starts": whole(3, columns=150, q_heads=4, kv_heads=2, starts="anywhere", **SMALL),
+    "block lists with starts": Case(
+        (1, 4), (0, 4), 6, columns=0, q_heads=2, block_share=0.5, starts="anywhere", **SMALL
+    ),
 }
 
 
@@ -116,7 +120,10 @@ def test_hopper(case: str, launches: dict[str, dict[str, Any]]) -> None:
         "queries.query_gradient_kernel",
         "keys.key_tiles_kernel",
     } <= launches.keys()
-    assert ("keys.key_columns_kernel" in launches) == (case == "columns")
+    assert ("keys.key_columns_kernel" in launches) == (case in ("columns", "starts"))
+    reach = "*i32" if "starts" in case else "constexpr"
+    assert launches["forward.forward_kernel"]["tiles"].reach == reach
+    assert launches["keys.key_tiles_kernel"]["tiles"].reach == reach
     for name in ("forward.forward_kernel", "queries.query_gradient_kernel"):
         types = launches[name]
         assert types["constants"] == "constexpr" and types["out"].row == "constexpr"
@@ -139,7 +146,8 @@ def test_portable(case: str, launches: dict[str, dict[str, Any]], monkeypatch: p
             types["q"].ptr == "*bf16" and types["q"].row == "constexpr" and types["q"].head in ("i32", "i64")
         )
         assert {types[size] for size in ("kv_heads", "n_rows", "n_cols", "diagonal")} == {"i32"}
-    assert ("columns.forward_kernel" in launches) == (case == "columns")
+    assert ("columns.forward_kernel" in launches) == (case in ("columns", "starts"))
+    assert launches["slashes.forward_kernel"]["lists"].reach == ("*i32" if "starts" in case else "constexpr")
 
 
 @pytest.mark.slow

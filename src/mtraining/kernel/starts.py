@@ -65,6 +65,11 @@ def query_ends(starts: Tensor, keys: Tensor) -> Tensor:
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def starts_of_rows(starts: Tensor, q_blocks: Tensor, block_size: int) -> Tensor:
+    """The starts of the local queries: int32 (batch, local queries)."""
+    return _kept(starts, lambda: starts[:, _positions(q_blocks, block_size)], "rows", q_blocks)
+
+
 def first_local_keys(starts: Tensor, placement: Placement, block_size: int) -> Tensor:
     """The first local key that each local query may attend: int32 (batch, local queries).
 
@@ -76,7 +81,7 @@ def first_local_keys(starts: Tensor, placement: Placement, block_size: int) -> T
         first = starts[:, _positions(placement.q_blocks, block_size)]
         return torch.searchsorted(_positions(placement.k_blocks, block_size), first.long(), out_int32=True)
 
-    return _kept(starts, make, placement.q_blocks, placement.k_blocks)
+    return _kept(starts, make, "first keys", placement.q_blocks, placement.k_blocks)
 
 
 def local_query_ends(starts: Tensor, placement: Placement, block_size: int) -> Tensor:
@@ -86,7 +91,7 @@ def local_query_ends(starts: Tensor, placement: Placement, block_size: int) -> T
         ends = local_ends_of_keys(starts, placement.q_blocks, block_size)
         return ends[:, _positions(placement.k_blocks, block_size)].contiguous()
 
-    return _kept(starts, make, placement.k_blocks, placement.q_blocks)
+    return _kept(starts, make, "query ends", placement.q_blocks, placement.k_blocks)
 
 
 def local_ends_of_keys(starts: Tensor, q_blocks: Tensor, block_size: int) -> Tensor:
@@ -96,16 +101,16 @@ def local_ends_of_keys(starts: Tensor, q_blocks: Tensor, block_size: int) -> Ten
         ends = query_ends(starts, torch.arange(starts.shape[1], device=starts.device))
         return torch.searchsorted(_positions(q_blocks, block_size), ends, out_int32=True)
 
-    return _kept(starts, make, q_blocks)
+    return _kept(starts, make, "ends of keys", q_blocks)
 
 
-def _kept(starts: Tensor, make: Callable[[], Tensor], *blocks: Tensor) -> Tensor:
-    """The table that ``make`` makes for these blocks; from the second time on the one made first.
+def _kept(starts: Tensor, make: Callable[[], Tensor], name: str, *blocks: Tensor) -> Tensor:
+    """The table of this name that ``make`` makes for these blocks; from the second time on the one made first.
 
     Who writes new starts into the same memory gets new tables: PyTorch counts the writes.
     """
     tables = _tables.setdefault(starts, {})
-    key = (starts._version, *map(id, blocks))
+    key = (name, starts._version, *map(id, blocks))
     if key not in tables:
         # With the blocks kept, no other tensor can come to have their identity.
         tables[key] = (make(), blocks)

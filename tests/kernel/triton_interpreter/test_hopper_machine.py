@@ -26,6 +26,20 @@ CASES = {
     "zigzag": Case((1, 4), (0, 5), 6, columns=140, **SMALL),
     "block lists": whole(3, columns=140, block_share=0.4, diagonal_share=0.2, **SMALL),
     "nothing before": Case(range(2), range(2, 4), 4, columns=0, q_heads=2, **SMALL),
+    "documents at blocks": whole(4, columns=150, starts="blocks", diagonal_share=0.8, **SMALL),
+    "documents anywhere": whole(3, columns=150, starts="anywhere", batch=2, q_heads=2, **SMALL),
+    "documents of one token": whole(3, columns=0, starts="tokens", diagonal_share=1.0, q_heads=2, **SMALL),
+    "a narrow window": whole(3, columns=40, starts="narrow", diagonal_share=1.0, q_heads=2, **SMALL),
+    "a wide window": whole(5, columns=0, starts="wide", diagonal_share=1.0, q_heads=1, **SMALL),
+    "columns in a window": whole(5, columns=640, starts="wide", diagonal_share=0.0, q_heads=2, **SMALL),
+    "striped documents": Case(range(1, 6, 2), range(0, 6, 2), 6, columns=140, starts="anywhere", **SMALL),
+    "zigzag window": Case((1, 4), (0, 5), 6, columns=140, starts="wide", diagonal_share=1.0, **SMALL),
+    "lists of documents": whole(
+        4, columns=140, block_share=0.4, diagonal_share=0.2, starts="anywhere", batch=2, q_heads=2, **SMALL
+    ),
+    "mostly out of reach": Case(
+        range(2, 4), range(2), 4, columns=0, diagonal_share=1.0, starts="narrow", q_heads=2, **SMALL
+    ),
 }
 
 
@@ -52,7 +66,8 @@ def test_against_reference(name: str, programs: int, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("programs", [1, 4])
 def test_every_kind_of_pass(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     simulate(monkeypatch, programs)
-    assert_passes(HopperBackend(), build(whole(3, q_heads=2, columns=140, **SMALL)), 2e-3)
+    for starts in (None, "anywhere"):
+        assert_passes(HopperBackend(), build(whole(3, q_heads=2, columns=140, starts=starts, **SMALL)), 2e-3)
 
 
 def test_same_bits_whoever_computes(monkeypatch: pytest.MonkeyPatch) -> None:

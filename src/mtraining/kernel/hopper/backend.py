@@ -66,7 +66,7 @@ class HopperBackend(TritonBackend):
         self, q: Tensor, k: Tensor, v: Tensor, index: SparseIndex, placement: Placement, scale: float,
         out: Tensor | None, lse: Tensor | None, *, columns: Columns | None = None, final: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if index.block_size != BLOCK or index.starts is not None:
+        if index.block_size != BLOCK:
             return super().tiles_forward(
                 q, k, v, index, placement, scale, out, lse, columns=columns, final=final
             )
@@ -86,7 +86,7 @@ class HopperBackend(TritonBackend):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         placement: Placement, scale: float,
     ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
-        if index.block_size != BLOCK or index.starts is not None:
+        if index.block_size != BLOCK:
             return super().tiles_backward(dout, q, k, v, lse, delta, index, placement, scale)
         check_call(index, scale)
         dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
@@ -101,7 +101,7 @@ class HopperBackend(TritonBackend):
         hopper_keys.key_tiles_kernel[(batch * kv_heads * cols * splits,)](
             _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(k, _HALF), _boxes(v, _HALF), _rows(lse2), _rows(delta),
             key_gradients(dkv), lists.for_keys(), scale, batch, kv_heads, cols, rows, lists.diagonal,
-            KeyConstants(lists.toeplitz, False, group, splits, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
+            KeyConstants(lists.toeplitz, False, index.starts is not None, group, splits, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
         )  # fmt: skip
 
         def query_gradient(
@@ -123,7 +123,7 @@ class HopperBackend(TritonBackend):
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         q_blocks: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
-        if index.block_size != BLOCK or index.starts is not None:
+        if index.block_size != BLOCK:
             return super().columns_backward(dout, q, ck, cv, lse, delta, index, q_blocks, scale)
         check_call(index, scale)
         dout, lse2, delta = dout.to(q.dtype), _log2(lse), delta.contiguous()
@@ -137,7 +137,7 @@ class HopperBackend(TritonBackend):
             _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(ck, _HALF), _boxes(cv, _HALF), _rows(lse2),
             _rows(delta), key_gradients(grads), tables.for_keys(), scale, batch, heads, rows, capacity,
             index.num_blocks, tables.words.shape[-1], splits,
-            KeyConstants(False, True, 1, 1, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
+            KeyConstants(False, True, index.starts is not None, 1, 1, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
         )  # fmt: skip
         return summed(grads, splits)
 
@@ -157,14 +157,17 @@ class _QueryWork:
         if columns is None or tables is None:
             # Without columns nothing of theirs is read; any table of int32 will do.
             self.keys = (_boxes(k, BLOCK), _boxes(v, BLOCK)) * 2
-            of_columns, sizes = ColumnLists(*(lists.bounds,) * 4), (0, 0)
+            of_columns, sizes = ColumnLists(*(lists.bounds,) * 4, *(None,) * 3), (0, 0)
         else:
             self.keys = tuple(_boxes(x, BLOCK) for x in (k, v, *columns))
-            of_columns = ColumnLists(tables.columns, tables.words, tables.before, tables.upto)
+            of_columns = ColumnLists(
+                tables.columns, tables.words, tables.before, tables.upto, tables.starts, tables.begin, tables.masked
+            )
             sizes = (index.columns.shape[2], tables.words.shape[-1])
         self.lists = (lists.for_queries(), of_columns)
         self.counts = (items, rows, heads, cols, lists.diagonal, *sizes)
-        self._fixed = (lists.toeplitz, columns is not None, heads // k.shape[2], BLOCK, dim, _STAGES)
+        starts, group = index.starts is not None, heads // k.shape[2]
+        self._fixed = (lists.toeplitz, columns is not None, starts, group, BLOCK, dim, _STAGES)
 
     def constants(self, merging: bool, final: bool) -> Constants:
         return Constants(merging, final, *self._fixed)

@@ -88,6 +88,9 @@ class ColumnVisit(NamedTuple):
         words: pointer to the block's hidden bits.
         whole: the first tile that may reach into the block.
         start: position of the block's first token.
+        begin: number of the first column, a multiple of a tile. Tiles and all of the above count from here.
+        masked: the end of the tiles that some query of the block must not see for its start; 0 without starts.
+        firsts: pointer to the starts of the block's queries; any pointer without.
     """
 
     steps: Any
@@ -96,6 +99,9 @@ class ColumnVisit(NamedTuple):
     whole: Any
     start: Any
     capacity: Any
+    begin: Any
+    masked: Any
+    firsts: Any
 
 
 @gluon.jit
@@ -114,6 +120,21 @@ def hide_after(s, own, W: gl.constexpr, SIZE: gl.constexpr):
         key = gl.arange(0, SIZE, layout=gl.SliceLayout(0, S_MMA))
         row = W * (SIZE // 2) + gl.arange(0, SIZE // 2, layout=gl.SliceLayout(1, S_MMA))
         s = gl.where(key[None, :] > row[:, None], float("-inf"), s)
+    return s
+
+
+@gluon.jit
+def hide_before(s, key, reach, W: gl.constexpr, SIZE: gl.constexpr):
+    """Scores [64, SIZE] of a slash tile from local key ``key`` on, with -inf before the first key of each query.
+
+    ``reach`` points to the first local keys of the block's queries. Few tiles hold any key before the last of them.
+    """
+    S_MMA: gl.constexpr = product_layout(SIZE)
+    HALF: gl.constexpr = SIZE // 2
+    if key < gl.load(reach + (W * HALF + HALF - 1)):
+        keys = key + gl.arange(0, SIZE, layout=gl.SliceLayout(0, S_MMA))
+        first = gl.load(reach + W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, S_MMA)))
+        s = gl.where(keys[None, :] < first[:, None], float("-inf"), s)
     return s
 
 
@@ -137,34 +158,28 @@ def column_bias(word, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def hide_columns(s, bias, t, columns: ColumnVisit, W: gl.constexpr, SIZE: gl.constexpr):
+def hide_columns(s, bias, t, columns: ColumnVisit, W: gl.constexpr, constants: gl.constexpr):
     """Scores [64, SIZE] of tile ``t`` of columns, with -inf where a query must not see one.
 
-    ``bias`` [SIZE], from :func:`column_bias`, hides columns from the whole block. Inside the block causality decides.
+    ``bias`` [SIZE], from :func:`column_bias`, hides columns from the whole block. Inside the block causality decides,
+    and before it the starts of single queries.
     """
+    SIZE: gl.constexpr = constants.SIZE
     S_MMA: gl.constexpr = product_layout(SIZE)
     s = s + bias[None, :]
-    if t >= columns.whole:
+    edge = t >= columns.whole
+    if constants.STARTS:
+        edge = edge | (t < columns.masked)
+    if edge:
         column = t * SIZE + gl.arange(0, SIZE, layout=gl.BlockedLayout([1], [32], [4], [0]))
         at = gl.load(columns.positions + column, mask=column < columns.capacity, other=2147483647)
         at = gl.convert_layout(at, gl.SliceLayout(0, S_MMA))
         row = columns.start + W * (SIZE // 2) + gl.arange(0, SIZE // 2, layout=gl.SliceLayout(1, S_MMA))
         s = gl.where(at[None, :] > row[:, None], float("-inf"), s)
-    return s
-
-
-@gluon.jit
-def hide_first(
-    s, tile_steps, own, word, columns: ColumnVisit, W: gl.constexpr, COLUMNS: gl.constexpr, SIZE: gl.constexpr
-):
-    """Scores [64, SIZE] of the first tile that a block visits, with -inf where hidden; slashes come before columns."""
-    if COLUMNS:
-        if tile_steps > 0:
-            s = hide_after(s, own, W, SIZE)
-        else:
-            s = hide_columns(s, column_bias(word, SIZE), 0, columns, W, SIZE)
-    else:
-        s = hide_after(s, own, W, SIZE)
+        if constants.STARTS:
+            lane = gl.arange(0, SIZE // 2, layout=gl.SliceLayout(1, S_MMA))
+            first = gl.load(columns.firsts + W * (SIZE // 2) + lane)
+            s = gl.where(at[None, :] < first[:, None], float("-inf"), s)
     return s
 
 

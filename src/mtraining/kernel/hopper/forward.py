@@ -21,13 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mtraining.kernel.hopper.common import (
     LN2,
     LOG2E,
-    ColumnVisit,
     Keys,
     barriers,
     column_bias,
     hidden_word,
+    hide_before,
     hide_columns,
-    hide_first,
     key_buffers,
     product_layout,
     softmax_weights,
@@ -38,9 +37,12 @@ from mtraining.kernel.hopper.items import (
     Queue,
     Sources,
     Target,
+    Visit,
     Work,
+    hide_first,
     job_queue,
     producer,
+    slash_key,
     taken,
     visit_of,
 )
@@ -65,13 +67,13 @@ class Running(NamedTuple):
 
 @gluon.jit
 def _step(
-    running: Running, done, t, word, columns: ColumnVisit, scale_log2, q, zero, keys: Keys,
+    running: Running, done, t, word, visit: Visit, scale_log2, q, zero, keys: Keys,
     W: gl.constexpr, COLUMN: gl.constexpr, constants: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile number ``done + 1`` beside the values of number ``done``.
 
-    COLUMN: it is tile ``t`` of the columns, with the hidden bits ``word``. Else it is a slash tile that is not on the
-    causal diagonal.
+    COLUMN: it is tile ``t`` of the columns, with the hidden bits ``word``. Else it is slash tile ``t``, which is not on
+    the causal diagonal.
     """
     SIZE: gl.constexpr = constants.SIZE
     HEAD_DIM: gl.constexpr = constants.HEAD_DIM
@@ -89,12 +91,16 @@ def _step(
     acc_token = warpgroup_mma(running.p, v, running.acc, is_async=True)
     if COLUMN:
         bias = column_bias(word, SIZE)  # [SIZE]
+    elif constants.STARTS:
+        key = slash_key(visit, t, constants)
     # The scores are there; the exponentials run under p v.
     s = warpgroup_mma_wait(1, deps=[s_token])  # [64, SIZE]
     mbarrier.arrive(keys.k_empty.index(stage), count=1)
     if COLUMN:
-        s = hide_columns(s, bias, t, columns, W, SIZE)
-    weights, alpha, top, total = softmax_weights(s, running.top, running.total, scale_log2, COLUMN)
+        s = hide_columns(s, bias, t, visit.columns, W, constants)
+    elif constants.STARTS:
+        s = hide_before(s, key, visit.reach, W, SIZE)
+    weights, alpha, top, total = softmax_weights(s, running.top, running.total, scale_log2, COLUMN or constants.STARTS)
     # p v is there: scale it to the new maximum.
     acc, p = warpgroup_mma_wait(0, deps=[acc_token, running.p])
     mbarrier.arrive(keys.v_empty.index(before), count=1)
@@ -126,7 +132,7 @@ def _consumer(
     turn = 0
     item = taken(turn, queue)
     while item < work.items:
-        visit = visit_of(item, work, constants.TOEPLITZ, COLUMNS, SIZE)
+        visit = visit_of(item, work, constants)
         steps = visit.columns.steps + visit.tile_steps
         if steps > 0 or FINAL or not HAS_PREV:
             first_row = visit.block * SIZE + W * HALF
@@ -162,8 +168,10 @@ def _consumer(
                     word = hidden_word(visit.columns, 0, SIZE)
                 else:
                     word = 0
-                s = hide_first(s, visit.tile_steps, visit.own, word, visit.columns, W, COLUMNS, SIZE)
-                weights, alpha, top, total = softmax_weights(s, top, total, scale_log2, COLUMNS)
+                s = hide_first(s, word, visit, W, constants)
+                weights, alpha, top, total = softmax_weights(
+                    s, top, total, scale_log2, COLUMNS or constants.STARTS
+                )
                 acc = acc * gl.convert_layout(alpha, O_ROW)[:, None]
                 p = gl.convert_layout(weights.to(queries.q.dtype), WEIGHTS)  # [64, SIZE]
 
@@ -171,7 +179,7 @@ def _consumer(
                 running = Running(acc, p, top, total)
                 for t in range(1, visit.tile_steps):
                     running, done = _step(
-                        running, done, t, word, visit.columns, scale_log2, q, zero, keys, W, False, constants
+                        running, done, t, word, visit, scale_log2, q, zero, keys, W, False, constants
                     )
                 if COLUMNS:
                     first = gl.where(visit.tile_steps > 0, 0, 1)
@@ -184,7 +192,7 @@ def _consumer(
                             done,
                             t,
                             this,
-                            visit.columns,
+                            visit,
                             scale_log2,
                             q,
                             zero,

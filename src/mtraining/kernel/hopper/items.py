@@ -13,7 +13,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from mtraining.kernel.hopper.common import ColumnVisit, Keys, barriers
+from mtraining.kernel.hopper.common import (
+    ColumnVisit,
+    Keys,
+    barriers,
+    column_bias,
+    hide_after,
+    hide_before,
+    hide_columns,
+)
 from mtraining.kernel.triton.common import RowLists, tile_row, tile_slot
 
 
@@ -25,6 +33,7 @@ class Constants(NamedTuple):
         FINAL: the result is the last one, in the dtype of q.
         TOEPLITZ: the kind of the tile lists (triton/lists.py).
         COLUMNS: there are columns to visit too.
+        STARTS: queries have starts: the bundles of lists hold what is None without.
         GROUP: query heads that share a kv head.
         SIZE: tokens of a block.
         STAGES: tiles in shared memory, being fetched or in use.
@@ -34,6 +43,7 @@ class Constants(NamedTuple):
     FINAL: bool
     TOEPLITZ: bool
     COLUMNS: bool
+    STARTS: bool
     GROUP: int
     SIZE: int
     HEAD_DIM: int
@@ -41,12 +51,16 @@ class Constants(NamedTuple):
 
 
 class ColumnLists(NamedTuple):
-    """Pointers of ``ColumnTables`` (triton/hidden.py) that query-major kernels read here."""
+    """Pointers of ``ColumnTables`` (triton/hidden.py) that query-major kernels read here; the last three are None
+    without starts."""
 
     columns: Any
     words: Any
     before: Any
     upto: Any
+    starts: Any
+    begin: Any
+    masked: Any
 
 
 class Target(NamedTuple):
@@ -114,6 +128,7 @@ class Visit(NamedTuple):
         entries: pointer to their list.
         origin: for ``tile_slot`` of triton/common.py.
         own: 1 if the first tile is the one on the causal diagonal.
+        reach: pointer to the first local keys of the block's queries (``TileLists.reach``); any pointer without starts.
     """
 
     batch: Any
@@ -124,6 +139,7 @@ class Visit(NamedTuple):
     entries: Any
     origin: Any
     own: Any
+    reach: Any
     columns: ColumnVisit
 
 
@@ -160,8 +176,12 @@ def claim(counter):
 
 
 @gluon.jit
-def visit_of(item, work: Work, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, SIZE: gl.constexpr):
+def visit_of(item, work: Work, constants: gl.constexpr):
     """What block of queries ``item`` visits, a :class:`Visit`; a head's last blocks, the longest rows, come first."""
+    TOEPLITZ: gl.constexpr = constants.TOEPLITZ
+    COLUMNS: gl.constexpr = constants.COLUMNS
+    STARTS: gl.constexpr = constants.STARTS
+    SIZE: gl.constexpr = constants.SIZE
     n_rows = work.n_rows
     i = n_rows - 1 - item % n_rows
     head = (item // n_rows) % work.heads
@@ -176,9 +196,49 @@ def visit_of(item, work: Work, TOEPLITZ: gl.constexpr, COLUMNS: gl.constexpr, SI
         start = gl.load(work.tiles.row_blocks + i) * SIZE
     else:
         steps, positions, words, whole, start = 0, lists.columns, lists.words, 0, 0
-    row = tile_row(work.tiles, n_rows, work.n_cols, work.n_cols, work.diagonal, bh, i, TOEPLITZ, False)
-    columns = ColumnVisit(steps, positions, words, whole, start, work.capacity)
-    return Visit(batch, head, bh, i, row.hi - row.lo, row.entries + row.lo, row.origin, row.own, columns)
+    # Without starts nothing is read through the last pointer, nor through ``reach``.
+    columns = ColumnVisit(steps, positions, words, whole, start, work.capacity, 0, 0, lists.columns)
+    limit = work.n_cols
+    reach = lists.columns
+    if STARTS:
+        rows = (batch * n_rows + i) * SIZE
+        reach = work.tiles.reach + rows
+        limit = work.n_cols - gl.load(reach) // SIZE
+        if COLUMNS:
+            # A block that sees no column begins with the first, so that what is read ahead is there.
+            skipped = gl.minimum(gl.load(lists.begin + bh * n_rows + i) // SIZE, steps)
+            masked = gl.cdiv(gl.load(lists.masked + bh * n_rows + i), SIZE) - skipped
+            columns = ColumnVisit(
+                steps - skipped, positions + skipped * SIZE, words + skipped * (SIZE // 32), whole - skipped, start,
+                work.capacity - skipped * SIZE, skipped * SIZE, masked, lists.starts + rows,
+            )  # fmt: skip
+    row = tile_row(work.tiles, n_rows, work.n_cols, limit, work.diagonal, bh, i, TOEPLITZ, False)
+    return Visit(batch, head, bh, i, row.hi - row.lo, row.entries + row.lo, row.origin, row.own, reach, columns)
+
+
+@gluon.jit
+def slash_key(visit: Visit, t, constants: gl.constexpr):
+    """The first local key of slash tile ``t``."""
+    slot = tile_slot(gl.load(visit.entries + t), visit.origin, constants.TOEPLITZ, False)
+    return slot.to(gl.int32) * constants.SIZE
+
+
+@gluon.jit
+def hide_first(s, word, visit: Visit, W: gl.constexpr, constants: gl.constexpr):
+    """Scores [64, SIZE] of the first tile that a block visits, with -inf where hidden; slashes come before columns."""
+    SIZE: gl.constexpr = constants.SIZE
+    if constants.COLUMNS:
+        if visit.tile_steps > 0:
+            s = hide_after(s, visit.own, W, SIZE)
+            if constants.STARTS:
+                s = hide_before(s, slash_key(visit, 0, constants), visit.reach, W, SIZE)
+        else:
+            s = hide_columns(s, column_bias(word, SIZE), 0, visit.columns, W, constants)
+    else:
+        s = hide_after(s, visit.own, W, SIZE)
+        if constants.STARTS:
+            s = hide_before(s, slash_key(visit, 0, constants), visit.reach, W, SIZE)
+    return s
 
 
 @gluon.jit
@@ -209,13 +269,12 @@ def fetch_keys(t, start, batch, head, k_desc, v_desc, keys: Keys, STAGES: gl.con
 def fetch_step(t, done, visit: Visit, sources: Sources, keys: Keys, constants: gl.constexpr):
     """Copy what step ``t`` of a block of queries visits: its slash tiles first, then its columns."""
     if t < visit.tile_steps:
-        slot = tile_slot(gl.load(visit.entries + t), visit.origin, constants.TOEPLITZ, False)
-        start = slot.to(gl.int32) * constants.SIZE
+        start = slash_key(visit, t, constants)
         kv_head = visit.head // constants.GROUP
         fetch_keys(done + t, start, visit.batch, kv_head, sources.k, sources.v, keys, constants.STAGES)
     else:
         if constants.COLUMNS:
-            start = (t - visit.tile_steps) * constants.SIZE
+            start = visit.columns.begin + (t - visit.tile_steps) * constants.SIZE
             fetch_keys(
                 done + t, start, visit.batch, visit.head, sources.ck, sources.cv, keys, constants.STAGES
             )
@@ -238,7 +297,7 @@ def producer(
     item = gl.program_id(0)
     hand_over(item, turn, queue)
     while item < work.items:
-        visit = visit_of(item, work, constants.TOEPLITZ, constants.COLUMNS, constants.SIZE)
+        visit = visit_of(item, work, constants)
         steps = visit.columns.steps + visit.tile_steps
         following = item
         if steps > 0 or not IN_PLACE:

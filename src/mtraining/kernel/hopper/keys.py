@@ -30,6 +30,7 @@ class KeyConstants(NamedTuple):
     Attributes:
         TOEPLITZ: the kind of the tile lists (triton/lists.py).
         COLUMNS: keys are columns, else whole blocks.
+        STARTS: queries have starts.
         GROUP: query heads that share the keys; a program walks GROUP // SPLITS of them, one after the other.
         SIZE: keys of a program.
         BLOCK_M: queries of a step.
@@ -38,6 +39,7 @@ class KeyConstants(NamedTuple):
 
     TOEPLITZ: bool
     COLUMNS: bool
+    STARTS: bool
     GROUP: int
     SPLITS: int
     SIZE: int
@@ -76,21 +78,26 @@ class Rooms(NamedTuple):
 
 
 class OwnKeys(NamedTuple):
-    """Whose keys a program owns: batch, kv head, first query head (``bh0``: with the batch), number of the tile."""
+    """Whose keys a program owns: batch, kv head, first query head (``bh0``: with the batch), number of the tile.
+
+    ``ends`` points to the end of the local queries that may attend to each of the keys; any pointer without starts.
+    """
 
     batch: Any
     kv_head: Any
     head0: Any
     bh0: Any
     j: Any
+    ends: Any
 
 
 class SlashRows(NamedTuple):
-    """The lists of query blocks that see each key block."""
+    """The lists of query blocks that see each key block; ``limit`` is that of :func:`tile_row`."""
 
     tiles: RowLists
     n_rows: Any
     n_cols: Any
+    limit: Any
     diagonal: Any
 
 
@@ -148,7 +155,7 @@ def _visit_of(bh, j, slashes: SlashRows, columns: ColumnRows, TOEPLITZ: gl.const
             slashes.tiles,
             slashes.n_rows,
             slashes.n_cols,
-            slashes.n_cols,
+            slashes.limit,
             slashes.diagonal,
             bh.to(gl.int64),
             j,
@@ -157,6 +164,18 @@ def _visit_of(bh, j, slashes: SlashRows, columns: ColumnRows, TOEPLITZ: gl.const
         )
         entries, count, origin, own = row.entries + row.lo, row.hi - row.lo, row.origin, row.own
     return KeyVisit(entries, count, origin, own)
+
+
+@gluon.jit
+def _first_query(visit: KeyVisit, t, columns: ColumnRows, constants: gl.constexpr):
+    """The first local query of a head's step ``t``."""
+    SUB: gl.constexpr = constants.SIZE // constants.BLOCK_M
+    if constants.COLUMNS:
+        at = columns.begin * constants.SIZE + t * constants.BLOCK_M
+    else:
+        slot = tile_slot(gl.load(visit.entries + t // SUB), visit.origin, constants.TOEPLITZ, True)
+        at = slot.to(gl.int32) * constants.SIZE + (t % SUB) * constants.BLOCK_M
+    return at
 
 
 @gluon.jit
@@ -181,11 +200,7 @@ def _producer(
     for g in range(0, HEADS):
         visit = _visit_of(own.bh0 + g, own.j, slashes, columns, constants.TOEPLITZ, constants.COLUMNS)
         for t in range(0, visit.count * SUB):
-            if constants.COLUMNS:
-                at = columns.begin * SIZE + t * BLOCK_M
-            else:
-                slot = tile_slot(gl.load(visit.entries + t // SUB), visit.origin, constants.TOEPLITZ, True)
-                at = slot.to(gl.int32) * SIZE + (t % SUB) * BLOCK_M
+            at = _first_query(visit, t, columns, constants)
             _fetch_queries(done, at, own.batch, own.head0 + g, own.bh0 + g, sources, rooms, constants.STAGES)
             done += 1
 
@@ -220,6 +235,22 @@ def _hide(s, t, diagonal_first, key, at, bits, columns: ColumnRows, constants: g
         if t < diagonal_first * SUB:
             lane = (t % SUB) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_MMA))
             s = gl.where(key[:, None] > lane[None, :], float("-inf"), s)
+    return s
+
+
+@gluon.jit
+def _hide_after_end(s, query, least, key, own: OwnKeys, columns: ColumnRows, constants: gl.constexpr):
+    """Scores [64, BLOCK_M] from local ``query`` on, with -inf past the end of the queries that may attend to each key.
+
+    Args:
+        least: the end of the first of the keys, which is the earliest.
+        key: int32 [64], number within the tile.
+    """
+    BLOCK_M: gl.constexpr = constants.BLOCK_M
+    if query + BLOCK_M > least:
+        queries = query + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, product_layout(BLOCK_M)))
+        ends = gl.load(own.ends + key, mask=key < columns.present, other=0)
+        s = gl.where(queries[None, :] >= ends[:, None], float("-inf"), s)
     return s
 
 
@@ -259,6 +290,8 @@ def _consumer(
     at = key
     if constants.COLUMNS:
         at = gl.load(columns.positions + key, mask=key < columns.present, other=2147483647)
+    if constants.STARTS:
+        least = gl.load(own.ends + gl.minimum(W * HALF, columns.present - 1))
     scale_log2 = scale * LOG2E
     zero = gl.zeros([HALF, BLOCK_M], gl.float32, S_MMA)
     dk = gl.zeros([HALF, HEAD_DIM], gl.float32, O_MMA)
@@ -280,6 +313,9 @@ def _consumer(
             else:
                 bits = key
             s = _hide(s, 0, visit.own, key, at, bits, columns, constants)
+            if constants.STARTS:
+                query = _first_query(visit, 0, columns, constants)
+                s = _hide_after_end(s, query, least, key, own, columns, constants)
 
             # Steady state: gradients of these queries beside scores of the next.
             for t in range(1, visit.count * SUB):
@@ -297,9 +333,13 @@ def _consumer(
                 dk_token = warpgroup_mma(ds, q, dk, is_async=True)
                 if constants.COLUMNS:
                     bits = _hidden_bits(columns, columns.begin + t // SUB, key, W, SIZE)
+                if constants.STARTS:
+                    query = _first_query(visit, t, columns, constants)
                 s, dv, dk, p, ds = warpgroup_mma_wait(0, deps=[s_token, dv_token, dk_token, p, ds])
                 mbarrier.arrive(rooms.empty.index(stage), count=1)
                 s = _hide(s, t, visit.own, key, at, bits, columns, constants)
+                if constants.STARTS:
+                    s = _hide_after_end(s, query, least, key, own, columns, constants)
 
             # Drain: gradients of the last queries.
             stage = done % constants.STAGES
@@ -379,11 +419,17 @@ def key_tiles_kernel(
         + kv_head.to(gl.int64) * dkv.head
         + j.to(gl.int64) * SIZE * dkv.row
     )
+    limit = n_cols
+    # Not read without starts.
+    ends = tiles.entries
+    if constants.STARTS:
+        ends = tiles.reach + (batch * n_rows + j) * SIZE
+        limit = gl.cdiv(gl.load(ends + (SIZE - 1)), SIZE)
     _key_gradient(
         KeySources(q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc),
         KeyGradients(dkv.dk + at, dkv.dv + at, 0, dkv.row, 0),
-        OwnKeys(batch, kv_head, head0, batch * kv_heads * GROUP + head0, j),
-        SlashRows(tiles, n_rows, n_cols, diagonal),
+        OwnKeys(batch, kv_head, head0, batch * kv_heads * GROUP + head0, j, ends),
+        SlashRows(tiles, n_rows, n_cols, limit, diagonal),
         # There are no columns; any pointer will do.
         ColumnRows(0, 0, tiles.entries, tiles.entries, 0, tiles.row_blocks, 0, SIZE),
         scale,
@@ -417,9 +463,19 @@ def key_columns_kernel(
     for w in gl.static_range(1, SIZE // 32):
         lo = gl.minimum(lo, gl.load(seen + w))
     masked_to = gl.load(tables.first_slot + latest // SIZE + 1)
-    share = gl.cdiv(n_rows - lo, splits)
+    hi = n_rows
+    # Not read without starts.
+    ends = tables.columns
+    if constants.STARTS:
+        until = tables.last_seen + bh.to(gl.int64) * words_row + tile * (SIZE // 32)
+        hi = gl.load(until)
+        for w in gl.static_range(1, SIZE // 32):
+            hi = gl.maximum(hi, gl.load(until + w))
+        hi = gl.maximum(hi, lo)
+        ends = tables.ends + bh.to(gl.int64) * capacity + tile * SIZE
+    share = gl.cdiv(hi - lo, splits)
     begin = lo + split * share
-    end = gl.maximum(begin, gl.minimum(begin + share, n_rows))
+    end = gl.maximum(begin, gl.minimum(begin + share, hi))
     words = tables.words + bh.to(gl.int64) * n_rows * words_row + tile * (SIZE // 32)
     at = (
         (split * batches + batch).to(gl.int64) * dkv.batch
@@ -430,8 +486,8 @@ def key_columns_kernel(
     _key_gradient(
         KeySources(q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc),
         KeyGradients(dkv.dk + at, dkv.dv + at, 0, dkv.row, 0),
-        OwnKeys(batch, head, head, bh, tile),
-        SlashRows(RowLists(unused, unused, unused, unused, None), n_rows, n_rows, 0),
+        OwnKeys(batch, head, head, bh, tile, ends),
+        SlashRows(RowLists(unused, unused, unused, unused, None), n_rows, n_rows, n_rows, 0),
         ColumnRows(begin, end, positions, words, words_row, tables.q_blocks, masked_to, present),
         scale,
         constants,

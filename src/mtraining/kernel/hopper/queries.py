@@ -20,13 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mtraining.kernel.hopper.common import (
     LOG2E,
-    ColumnVisit,
     Keys,
     barriers,
     column_bias,
     hidden_word,
+    hide_before,
     hide_columns,
-    hide_first,
     key_buffers,
     product_layout,
 )
@@ -36,9 +35,12 @@ from mtraining.kernel.hopper.items import (
     Queue,
     Sources,
     Target,
+    Visit,
     Work,
+    hide_first,
     job_queue,
     producer,
+    slash_key,
     taken,
     visit_of,
 )
@@ -65,13 +67,13 @@ def _score_gradient(s, done, do, zero, lse2, delta, scale_log2, keys: Keys, cons
 
 @gluon.jit
 def _step(
-    s, dq, done, t, word, columns: ColumnVisit, lse2, delta, scale_log2, q, do, zero, keys: Keys,
+    s, dq, done, t, word, visit: Visit, lse2, delta, scale_log2, q, do, zero, keys: Keys,
     W: gl.constexpr, COLUMN: gl.constexpr, constants: gl.constexpr,
 ):  # fmt: skip
     """dQ of tile number ``done``, whose scores are ``s``, and the scores of the next one.
 
-    COLUMN: the next one is tile ``t`` of the columns, with the hidden bits ``word``. Else it is a slash tile that is
-    not on the causal diagonal.
+    COLUMN: the next one is tile ``t`` of the columns, with the hidden bits ``word``. Else it is slash tile ``t``, which
+    is not on the causal diagonal.
     """
     SIZE: gl.constexpr = constants.SIZE
     HEAD_DIM: gl.constexpr = constants.HEAD_DIM
@@ -87,10 +89,14 @@ def _step(
     dq_token = warpgroup_mma(ds, k, dq, is_async=True)
     if COLUMN:
         bias = column_bias(word, SIZE)  # [SIZE]
+    elif constants.STARTS:
+        key = slash_key(visit, t, constants)
     s, dq, ds = warpgroup_mma_wait(0, deps=[s_token, dq_token, ds])
     mbarrier.arrive(keys.k_empty.index(stage), count=1)
     if COLUMN:
-        s = hide_columns(s, bias, t, columns, W, SIZE)
+        s = hide_columns(s, bias, t, visit.columns, W, constants)
+    elif constants.STARTS:
+        s = hide_before(s, key, visit.reach, W, SIZE)
     return s, dq, done
 
 
@@ -116,7 +122,7 @@ def _consumer(
     turn = 0
     item = taken(turn, queue)
     while item < work.items:
-        visit = visit_of(item, work, constants.TOEPLITZ, COLUMNS, SIZE)
+        visit = visit_of(item, work, constants)
         steps = visit.columns.steps + visit.tile_steps
         if steps > 0 or FINAL or not HAS_PREV:
             first_row = visit.block * SIZE + W * HALF
@@ -140,12 +146,12 @@ def _consumer(
                     word = hidden_word(visit.columns, 0, SIZE)
                 else:
                     word = 0
-                s = hide_first(s, visit.tile_steps, visit.own, word, visit.columns, W, COLUMNS, SIZE)
+                s = hide_first(s, word, visit, W, constants)
 
                 # Steady state: gradients of a tile beside scores of the next, slash tiles first, then columns.
                 for t in range(1, visit.tile_steps):
                     s, dq, done = _step(
-                        s, dq, done, t, word, visit.columns, lse2, delta, scale_log2, q, do, zero, keys,
+                        s, dq, done, t, word, visit, lse2, delta, scale_log2, q, do, zero, keys,
                         W, False, constants,
                     )  # fmt: skip
                 if COLUMNS:
@@ -155,7 +161,7 @@ def _consumer(
                         # Words are loaded a step ahead of their use.
                         this, word = word, hidden_word(visit.columns, t + 1, SIZE)
                         s, dq, done = _step(
-                            s, dq, done, t, this, visit.columns, lse2, delta, scale_log2, q, do, zero, keys,
+                            s, dq, done, t, this, visit, lse2, delta, scale_log2, q, do, zero, keys,
                             W, True, constants,
                         )  # fmt: skip
 

@@ -94,8 +94,8 @@ def forward_kernel(
     words = tables.words + (bh * rows + i) * words_row
     if tables.starts is not None:
         masked = tl.load(tables.masked + bh * rows + i)
-        tokens = block * SIZE + part * BLOCK_M + tl.arange(0, BLOCK_M)
-        first = tl.load(tables.starts + batch * num_blocks * SIZE + tokens)  # [BLOCK_M]
+        tokens = (batch * rows + i) * SIZE + part * BLOCK_M + tl.arange(0, BLOCK_M)
+        first = tl.load(tables.starts + tokens)  # [BLOCK_M]
 
     first_row = i.to(tl.int64) * SIZE + part * BLOCK_M
     q_base = start_of_row(q, batch, head, first_row)
@@ -162,8 +162,8 @@ def query_gradient_kernel(
     words = tables.words + (bh * rows + i) * words_row
     if tables.starts is not None:
         masked = tl.load(tables.masked + bh * rows + i)
-        tokens = block * SIZE + part * BLOCK_M + tl.arange(0, BLOCK_M)
-        first = tl.load(tables.starts + batch * num_blocks * SIZE + tokens)  # [BLOCK_M]
+        tokens = (batch * rows + i) * SIZE + part * BLOCK_M + tl.arange(0, BLOCK_M)
+        first = tl.load(tables.starts + tokens)  # [BLOCK_M]
 
     first_row = i.to(tl.int64) * SIZE + part * BLOCK_M
     q_base = start_of_row(q, batch, head, first_row)

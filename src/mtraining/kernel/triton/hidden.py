@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mtraining.kernel.index import SparseIndex
-from mtraining.kernel.starts import local_ends_of_keys
+from mtraining.kernel.starts import local_ends_of_keys, starts_of_rows
 from mtraining.kernel.triton.lists import Bitmaps, bitmaps
 
 # A program packs 32 words of 32 columns each, for 16 blocks of queries.
@@ -65,7 +65,8 @@ class ColumnTables:
         first_seen: int32 (batch, q_heads, words), the first local block that may see one of a word's columns; the
             number of blocks where none does.
         first_slot: int32 (num_blocks + 1,), the first local block whose global number is at least the given one.
-        starts: int32 (batch, seq_len), those of the index; this and all that follows is None without.
+        starts: int32 (batch, local queries), the first key of each, a global position; None without starts, as all that
+            follows.
         begin, masked: int32 (batch, q_heads, query blocks), columns before the start of the block's first token, and of
             its last: from the one on the block visits columns, up to the other some tokens must not see them.
         last_seen: int32 (batch, q_heads, words), the end (exclusive) of the local blocks that may see one of a word's
@@ -139,8 +140,9 @@ def column_tables(index: SparseIndex, q_blocks: Tensor) -> ColumnTables:
     # What stands for the padding is never seen: its bits are set.
     at = columns.clamp(max=index.seq_len - 1).flatten(1).long()
     return ColumnTables(
-        *tables, index.starts, begin, masked, last_seen, ends.gather(1, at).view_as(columns)
-    )
+        *tables, starts_of_rows(index.starts, q_blocks, index.block_size), begin, masked, last_seen,
+        ends.gather(1, at).view_as(columns),
+    )  # fmt: skip
 
 
 def _columns_before(columns: Tensor, positions: Tensor) -> Tensor:
