@@ -6,16 +6,16 @@ Read this file top to bottom for the whole forward and backward of one attention
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
-from mtraining.kernel import AttentionKernels, SparseIndex, select_backend
+from mtraining.kernel import AttentionKernels, Placement, SparseIndex, select_backend
 from mtraining.kernel.backend import Columns
 from mtraining.layout import Layout, build_layout
 from mtraining.pattern import Pattern, build_pattern
@@ -25,6 +25,7 @@ from mtraining.ring.schedule import GradientRing, ring_steps
 from mtraining.ring.tape import Recorded, current_tape
 from mtraining.ring.timeline import timed_pass
 from mtraining.ring.topology import PendingSum, Ring
+from mtraining.ring.window import WindowGradients, WindowRoute, window_steps
 
 
 @overload
@@ -96,12 +97,14 @@ class PreparedCall:
         kernels: what computes.
         index: what is attended to.
         scale: factor on q.k.
+        route: how keys travel under a window; None for round the ring.
     """
 
     plan: RingPlan
     kernels: AttentionKernels
     index: SparseIndex
     scale: float
+    route: WindowRoute | None = None
 
 
 class _SparseRingAttention(torch.autograd.Function):
@@ -139,7 +142,7 @@ def attend(
             index = pattern.estimate(q.detach(), k.detach(), shard, scale)
             # Patterns, and indices held from an earlier step, know nothing of this batch's documents.
             index = index if starts is None else replace(index, starts=starts)
-        return PreparedCall(plan, backend, index, scale)
+        return PreparedCall(plan, backend, index, scale, plan.route(window))
 
     def seen(lse: Tensor, index: SparseIndex) -> None:
         observe(q, k, lse, index, plan, shard, scale)
@@ -195,18 +198,20 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, call: PreparedCall) -> tuple[T
     out: Tensor | None = None
     lse: Tensor | None = None
     columns: PendingSum | None = None
-    for step, kv in ring_steps((k, v), plan.ring):
-        if step.number == 0:
+    for visit in _visits(k, v, call):
+        if visit.number == 0:
             columns = _start_columns(k, v, call)
-        final = step.number + 1 == plan.ring.world
+        kv, final = visit.kv, visit.last
+        if kv is None or visit.placement is None:
+            continue
         # Columns are summed over ranks in the background. The last step attends to them, so that every earlier step
         # hides that transfer.
         compact = _arrived(columns) if final and columns is not None else None
         out, lse = kernels.tiles_forward(
-            q, kv[0], kv[1], index, plan.placements[step.source], call.scale, out, lse, columns=compact, final=final
+            q, kv[0], kv[1], index, visit.placement, call.scale, out, lse, columns=compact, final=final
         )  # fmt: skip
         # Its memory is for the keys to come.
-        del kv
+        del kv, visit
     assert out is not None and lse is not None
     return out, lse
 
@@ -221,32 +226,71 @@ def ring_backward(
     """
     plan, kernels, index, scale = call.plan, call.kernels, call.index, call.scale
     delta = kernels.row_delta(out, dout)
-    travelling, dq = GradientRing(plan.ring), None
+    travelling = WindowGradients(plan.ring) if call.route is not None else GradientRing(plan.ring)
+    half = _number_of_visits(call) // 2
+    dq: Tensor | None = None
     columns: PendingSum | None = None
     column_gradients: PendingSum | None = None
-    for step, kv in ring_steps((k, v), plan.ring, own_node_last=True):
-        if step.number == 0:
+    for visit in _visits(k, v, call, backward=True):
+        if visit.number == 0:
             columns = _start_columns(k, v, call)
+        kv = visit.kv
+        if kv is None or visit.placement is None:
+            travelling.add(None, visit.step)
+            continue
         compact = None
         # The first half of the steps hides the transfer of columns, the second half that of their gradients.
-        if step.number == plan.ring.world // 2 and columns is not None:
+        if visit.number == half and columns is not None:
             compact, columns = _arrived(columns), None
             grads = kernels.columns_backward(dout, q, *compact, lse, delta, index, plan.q_blocks, scale)
             column_gradients = plan.ring.start_sum(grads)
             del grads
         share, query_gradient = kernels.tiles_backward(
-            dout, q, kv[0], kv[1], lse, delta, index, plan.placements[step.source], scale
+            dout, q, kv[0], kv[1], lse, delta, index, visit.placement, scale
         )
-        travelling.add(share, step)
+        travelling.add(share, visit.step)
         # The share is on its way. The last one has only the rest of this step to hide under.
         del share
-        dq = query_gradient(dq, columns=compact, final=step.number + 1 == plan.ring.world)
-        del kv, query_gradient
+        dq = query_gradient(dq, columns=compact, final=visit.last)
+        del kv, visit, query_gradient
     assert dq is not None
     dkv = travelling.finish()
     if column_gradients is not None:
         kernels.scatter_columns(column_gradients.wait(), index.columns, plan.slots, dkv)
     return dq, dkv
+
+
+class _Visit(NamedTuple):
+    """Keys of some rank, here to be attended to; None where a step brings none. ``number`` counts those that come."""
+
+    number: int
+    step: Any
+    placement: Placement | None
+    kv: Sequence[Tensor] | Tensor | None
+    last: bool
+
+
+def _visits(k: Tensor, v: Tensor, call: PreparedCall, backward: bool = False) -> Iterator[_Visit]:
+    """The keys that this rank's queries attend to, its own first: round the ring, or by the route of a window."""
+    plan = call.plan
+    if call.route is None:
+        for step, kv in ring_steps((k, v), plan.ring, own_node_last=backward):
+            last = step.number + 1 == plan.ring.world
+            yield _Visit(step.number, step, plan.placements[step.source], kv, last)
+            del kv
+        return
+    number = 0
+    for visit in window_steps((k, v), plan.ring, call.route):
+        place = plan.placements[plan.ring.rank] if visit.step is None else visit.step.placement
+        yield _Visit(number, visit.step, place, visit.kv, visit.last)
+        number += visit.kv is not None
+        del visit
+
+
+def _number_of_visits(call: PreparedCall) -> int:
+    if call.route is None:
+        return call.plan.ring.world
+    return 1 + sum(step.placement is not None for step in call.route.steps)
 
 
 def _arrived(columns: PendingSum) -> Columns:

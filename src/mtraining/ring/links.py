@@ -25,11 +25,15 @@ class Waitable(Protocol):
     def wait(self) -> object: ...
 
 
-def begin_transfer(send: dist.P2POp, receive: dist.P2POp) -> Sequence[Waitable]:
-    """Begin both at once, in the background; the transfer is done when all that is returned has been waited for."""
-    if _slow and (_slow[-1].between(send) or _slow[-1].between(receive)):
-        return _slow[-1].begin(send, receive)
-    return dist.batch_isend_irecv([send, receive])
+def begin_transfer(send: dist.P2POp | None, receive: dist.P2POp | None) -> Sequence[Waitable]:
+    """Begin both at once, in the background; the transfer is done when all that is returned has been waited for.
+
+    One of them may be None: nothing to send, or nothing to receive.
+    """
+    operations = [operation for operation in (send, receive) if operation is not None]
+    if _slow and any(map(_slow[-1].between, operations)):
+        return _slow[-1].begin(send, operations)
+    return dist.batch_isend_irecv(operations)
 
 
 def begin_sum(x: torch.Tensor, group: dist.ProcessGroup) -> Sequence[Waitable]:
@@ -106,9 +110,12 @@ class _SlowLinks:
         """Whether it crosses nodes."""
         return operation.peer // self.node_size != dist.get_rank() // self.node_size
 
-    def begin(self, send: dist.P2POp, receive: dist.P2POp) -> Sequence[Waitable]:
-        carried = send.tensor.nbytes if self.between(send) or not send.tensor.is_cuda else None
-        return self._carry(send.tensor.device, carried, lambda: dist.batch_isend_irecv([send, receive]))
+    def begin(self, send: dist.P2POp | None, operations: Sequence[dist.P2POp]) -> Sequence[Waitable]:
+        """Begin the operations, ``send`` being one of them or None."""
+        tensor = operations[0].tensor
+        # On the CPU what only arrives is late by as much as its like.
+        carried = tensor.nbytes if not tensor.is_cuda or (send is not None and self.between(send)) else None
+        return self._carry(tensor.device, carried, lambda: dist.batch_isend_irecv(list(operations)))
 
     def begin_sum(self, x: torch.Tensor, group: dist.ProcessGroup) -> Sequence[Waitable]:
         nodes = self.nodes(group)

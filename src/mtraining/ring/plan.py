@@ -15,6 +15,7 @@ from mtraining.kernel.starts import check_starts, window_starts
 from mtraining.layout import Layout
 from mtraining.pattern import SequenceShard
 from mtraining.ring.topology import Ring
+from mtraining.ring.window import WindowRoute, make_route
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,20 @@ class RingPlan:
             self._windows[batch, window] = made.repeat(batch, 1)
         within = self._windows[batch, window]
         return within if starts is None else torch.maximum(starts, within)
+
+    def route(self, window: int | None) -> WindowRoute | None:
+        """How keys travel under a window; None where they go round the ring, as without one."""
+        if window is None or self.ring.world == 1 or window >= self.seq_len:
+            return None
+        if window not in self._routes:
+            blocks = self.layout.blocks(self.seq_len, self.ring.world, self.block_size)
+            self._routes[window] = make_route(self.ring, blocks, self.block_size, window, self.q_blocks)
+        return self._routes[window]
+
+    @cached_property
+    def _routes(self) -> dict[int, WindowRoute | None]:
+        """Routes of the windows asked for."""
+        return {}
 
     @cached_property
     def _windows(self) -> dict[tuple[int, int], Tensor]:

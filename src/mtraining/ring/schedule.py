@@ -100,11 +100,12 @@ class GradientRing:
         self._home_hops: list[Hop] = []
         self._total: Tensor | None = None
 
-    def add(self, share: Tensor, step: Step) -> None:
-        """Add this rank's share for the step's source; ``share`` is consumed.
+    def add(self, share: Tensor | None, step: Step) -> None:
+        """Add this rank's share for the step's source, which every step has; ``share`` is consumed.
 
         Sums are made and sent in the accumulation dtype, whatever the share's.
         """
+        assert share is not None
         if step.outer in self._hops:
             share = self._hops.pop(step.outer).wait().add_(share)
         elif self._ring.world > 1:

@@ -29,11 +29,14 @@ class RingTimes:
         phase: forward (a layer's recompute runs it again) or backward.
         compute: all but ``exposed``. What brings gradients home counts to backward's last step.
         exposed: waits for transfers that were still under way when their result was needed.
+        sent: bytes that this rank sent to others, keys and gradients; columns, which are summed over all ranks, are
+            left out.
     """
 
     phase: Phase
     compute: list[float]
     exposed: list[float]
+    sent: int = 0
 
 
 class Timeline(AbstractContextManager["Timeline"]):
@@ -96,6 +99,7 @@ class _Pass:
     phase: Phase
     device: torch.device
     step: int = -1
+    sent: int = 0
     moments: list[tuple[int, bool, float | torch.cuda.Event]] = field(default_factory=list)
 
     def mark(self, waiting: bool = False) -> None:
@@ -110,7 +114,7 @@ class _Pass:
         compute, exposed = [0.0] * steps, [0.0] * steps
         for (step, waiting, begin), (_, _, end) in zip(self.moments[:-1], self.moments[1:], strict=True):
             (exposed if waiting else compute)[step] += _seconds(begin, end)
-        return RingTimes(self.phase, compute, exposed)
+        return RingTimes(self.phase, compute, exposed, self.sent)
 
 
 def _seconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
@@ -151,6 +155,12 @@ def begin_step() -> None:
     for under_way in _passes:
         under_way.step += 1
         under_way.mark()
+
+
+def count_sent(size: int) -> None:
+    """Note a message of so many bytes to another rank."""
+    for under_way in _passes:
+        under_way.sent += size
 
 
 @contextmanager

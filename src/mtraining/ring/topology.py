@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
 from mtraining.ring.links import begin_sum, begin_transfer
-from mtraining.ring.timeline import waiting
+from mtraining.ring.timeline import count_sent, waiting
 
 # torch 2.13 renamed it and warns under the old name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -48,6 +48,7 @@ class Ring:
                 self._outer_group, self.outer, outer_rank = _dimension(mesh, 0)
                 self._whole_group = mesh._flatten().get_group()
         self.rank = inner_rank * self.outer + outer_rank
+        self._met = False
 
     @staticmethod
     def over(mesh: DeviceMesh | None) -> Ring:
@@ -82,6 +83,24 @@ class Ring:
             return self.inner_hop(payload)
         away = ring_offset(outer_step, self.inner - 1, self.outer)
         return Hop(payload, self._whole_group, self._place(self.rank - away), self._place(self.rank + away))
+
+    def exchange(
+        self, payload: Tensor | None, offset: int, shape: torch.Size | None, dtype: torch.dtype, device: torch.device
+    ) -> Exchange:
+        """Begin sending ``payload`` to the rank ``offset`` further on, and receiving a tensor of ``shape`` from the
+        rank as far before; either may be None. Every rank calls it alike, so that no two of them wait for each other."""
+        self._meet(device)
+        into = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
+        return Exchange(
+            payload, into, self._whole_group, self._place(self.rank + offset), self._place(self.rank - offset)
+        )
+
+    def _meet(self, device: torch.device) -> None:
+        """Have all ranks make the communicator: NCCL makes it with a group's first message, which not every rank of an
+        exchange sends or receives."""
+        if device.type == "cuda" and not self._met:
+            dist.all_reduce(torch.zeros(1, device=device), group=self._whole_group)
+        self._met = True
 
     def _place(self, rank: int) -> int:
         """Where a rank stands in the whole group, which counts node by node."""
@@ -152,6 +171,7 @@ class Hop:
     def __init__(self, payload: Tensor, group: dist.ProcessGroup | None, to: int, sender: int) -> None:
         self._payload = payload  # kept alive, and unwritten, until the transfer is done
         self._received = torch.empty_like(payload)
+        count_sent(payload.nbytes)
         self._works = begin_transfer(
             dist.P2POp(dist.isend, payload, group=group, group_peer=to),
             dist.P2POp(dist.irecv, self._received, group=group, group_peer=sender),
@@ -163,6 +183,27 @@ class Hop:
             for work in self._works:
                 work.wait()
         return self._received
+
+
+class Exchange:
+    """A transfer under way of which either end may be missing: nothing to send, or nothing to receive."""
+
+    def __init__(
+        self, payload: Tensor | None, into: Tensor | None, group: dist.ProcessGroup | None, to: int, sender: int
+    ) -> None:
+        self._payload, self._into = payload, into  # both kept until the transfer is done
+        send = None if payload is None else dist.P2POp(dist.isend, payload, group=group, group_peer=to)
+        receive = None if into is None else dist.P2POp(dist.irecv, into, group=group, group_peer=sender)
+        if payload is not None:
+            count_sent(payload.nbytes)
+        self._works = begin_transfer(send, receive) if send or receive else ()
+
+    def wait(self) -> Tensor | None:
+        """Finish and return what was received, None where that is nothing."""
+        with waiting():
+            for work in self._works:
+                work.wait()
+        return self._into
 
 
 def _dimension(mesh: DeviceMesh, dim: int) -> tuple[dist.ProcessGroup, int, int]:

@@ -97,8 +97,10 @@ class TileLists:
     def for_keys(self) -> RowLists:
         """As key-major kernels take them: a Toeplitz list by query block serves them too."""
         reach = None if self.reach is None else self.reach(True)
-        blocks = (self.row_blocks, self.col_blocks)
-        return RowLists(self.entries, self.bounds, *(reversed(blocks) if self.toeplitz else blocks), reach)
+        rows, cols = self.row_blocks, self.col_blocks
+        if self.toeplitz:
+            rows, cols = cols, rows
+        return RowLists(self.entries, self.bounds, rows, cols, reach)
 
 
 def _reach_of(index: SparseIndex, placement: Placement) -> Callable[[bool], Tensor] | None:
