@@ -193,6 +193,43 @@ def test_useful_area_counts_each_entry_once() -> None:
     assert torch.equal(slash[0].long(), tiles + upper_halves)
 
 
+BOUNDED = [{"documents": 5}, {"window": 37}, {"documents": 3, "window": 16}, {"window": 1}, {"documents": 128}]
+
+
+@pytest.mark.parametrize("bounds", BOUNDED, ids=str)
+def test_useful_area_counts_entries_from_the_starts_on(bounds: dict[str, Any]) -> None:
+    p = build(replace(CASE, **bounds), CPU, 1)
+    starts, token = p.index.starts, torch.arange(128)
+    assert starts is not None
+    tiles = p.index.diagonals[0][:, (token[:, None] // 16 - token // 16).clamp(min=0)]
+    # Tiles whole, also above the diagonal of the one on it.
+    tiles = tiles & (token[:, None] // 16 >= token // 16) & (token >= starts[0, :, None])
+    covered = torch.stack([rows_mask(p.index, head, token) for head in range(4)])
+    assert torch.equal(covered, p.index.to_mask()[0])
+    slash, columns = useful_areas(p.index)
+    assert slash[0].tolist() == tiles.sum((1, 2)).tolist()
+    assert columns[0].tolist() == (covered & ~tiles).sum((1, 2)).tolist()
+
+
+@pytest.mark.parametrize("bounds", BOUNDED[:3], ids=str)
+def test_documents_and_windows_are_gated_and_timed(bounds: dict[str, Any]) -> None:
+    """The gate has the starts, so a kernel that leaves them out gets no number."""
+    case = replace(CASE, estimate=False, **bounds)
+    result = run(cases=(case,), competitors=("math",))
+    assert result.failures == []
+    assert {row.pattern for row in result.rows} == {case.name()}
+    assert any("math: not run" in note for note in result.notes)
+
+    class Forgetful(ReferenceBackend):
+        name = "forgetful"
+
+        def tiles_forward(self, q: Tensor, k: Tensor, v: Tensor, index: Any, *args: Any, **options: Any) -> Any:
+            return super().tiles_forward(q, k, v, replace(index, starts=None), *args, **options)
+
+    wrong = run(Forgetful(), (case,), competitors=())
+    assert wrong.rows == [] and "forgetful" in wrong.failures[0]
+
+
 def test_growth_compares_time_a_token() -> None:
     row = run(competitors=()).rows[0]
     longer = replace(row, seq_len=row.seq_len * 4, ms=row.ms * 6)
@@ -217,13 +254,17 @@ def test_poison_is_seen_and_ends() -> None:
 
 def test_bad_names_are_refused() -> None:
     with pytest.raises(
-        UserError, match=r"preset: 'huge' is not known; choose one of targets, quick, growth, tiny"
+        UserError, match=r"preset: 'huge' is not known; choose one of targets, quick, growth, dense, tiny"
     ):
         preset("huge")
     with pytest.raises(
         UserError, match=r"max-seq-len: 1000 leaves nothing of preset targets; use at least 32768"
     ):
         preset("targets", 1000)
+    with pytest.raises(UserError, match=r"window: 0 holds no token; use at least 1"):
+        preset("tiny", window=0)
+    with pytest.raises(UserError, match=r"documents: -1 cannot be packed; use 0 for none"):
+        preset("tiny", documents=-1)
     with pytest.raises(UserError, match=r"dense: 'fa9' is not known"):
         run(competitors=("fa9",))
     with pytest.raises(UserError, match=r"warm-up: -1 seconds cannot be; use 0 or more"):

@@ -43,11 +43,16 @@ class AttentionOptions:
     """Of `mtraining bench attention`. Empty stands for what suits the machine."""
 
     preset: str = field(
-        default="", metadata=_help("targets, quick, growth or tiny; default: targets, on a CPU tiny.")
+        default="", metadata=_help("targets, quick, growth, dense or tiny; default: targets, on a CPU tiny.")
     )
     backend: tuple[str, ...] = field(default=(), metadata=_help("Kernel to time; may be repeated."))
     device: str = field(default="", metadata=_help(_DEVICE))
     max_seq_len: int | None = field(default=None, metadata=_help("Leave longer sequences out."))
+    documents: int = field(
+        default=0,
+        metadata=_help("Pack so many documents of random lengths into each sequence; 0 for none."),
+    )
+    window: int | None = field(default=None, metadata=_help("Tokens of a sliding window."))
     dense: tuple[str, ...] = field(
         default=(),
         metadata=_help(

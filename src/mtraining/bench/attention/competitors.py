@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from mtraining.bench.attention.cases import Case
 from mtraining.bench.attention.problem import Problem
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (batch, seq, heads, head_dim) each, causal
@@ -23,6 +24,13 @@ _SDPA = {
 
 
 COMPETITORS = ("fa4", "cudnn", "fa2", "flex", "math")
+
+
+def honours(name: str, case: Case) -> bool:
+    """Whether a competitor can compute a case's documents and window: FlexAttention does, and flash-attn-4 a window."""
+    if not case.documents and case.window is None:
+        return True
+    return name in ("flex", "flex_blocks") or (name == "fa4" and not case.documents)
 
 
 def available(device: torch.device) -> tuple[str, ...]:
@@ -60,7 +68,7 @@ def _attention(name: str, p: Problem) -> Attention:
     if name in _SDPA:
         return _sdpa(_SDPA[name], p.scale)
     if name == "fa4":
-        return _fa4(p.scale)
+        return _fa4(p.scale, p.case.window)
     return _flex(p, sparse=name == "flex_blocks")
 
 
@@ -80,11 +88,14 @@ def _sdpa(backend: SDPBackend, scale: float) -> Attention:
     return attention
 
 
-def _fa4(scale: float) -> Attention:
+def _fa4(scale: float, window: int | None) -> Attention:
     from flash_attn.cute import flash_attn_func
 
+    # Its windows count the tokens beside the query.
+    bounds = {} if window is None else {"window_size": (window - 1, 0)}
+
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+        result = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, **bounds)
         return result[0] if isinstance(result, tuple) else result
 
     return attention
@@ -94,17 +105,29 @@ def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return query >= key
 
 
+def _mask_of(p: Problem) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Causality and the starts, as FlexAttention asks for single entries."""
+    starts = p.index.starts
+    if starts is None:
+        return _causal
+    return lambda batch, head, query, key: (query >= key) & (key >= starts[0, query])
+
+
 def same_blocks(p: Problem) -> BlockMask:
     """The index's tiles for FlexAttention; compiled only, since its eager version asks the mask and not the lists."""
     blocks = torch.arange(p.index.num_blocks, device=p.q.device)
     tiles = p.index.tile_mask(blocks, blocks)
     own = torch.eye(p.index.num_blocks, dtype=torch.bool, device=p.q.device) & tiles
+    if p.index.starts is not None:
+        # Tiles that hold a key before the start of their last query are masked too.
+        last = p.index.starts[:, p.index.block_size - 1 :: p.index.block_size]
+        own = tiles & (own | (blocks * p.index.block_size < last[..., None])[:, None])
     length = (p.index.seq_len, p.index.seq_len)
     return BlockMask.from_kv_blocks(
         *_lists(own),
         *_lists(tiles & ~own),
         BLOCK_SIZE=p.index.block_size,
-        mask_mod=_causal,
+        mask_mod=_mask_of(p),
         seq_lengths=length,
     )
 
@@ -115,7 +138,7 @@ def _flex(p: Problem, sparse: bool) -> Attention:
         mask = same_blocks(p)
     else:
         mask = create_block_mask(
-            _causal, None, None, seq_len, seq_len, device=str(p.q.device), BLOCK_SIZE=size
+            _mask_of(p), None, None, seq_len, seq_len, device=str(p.q.device), BLOCK_SIZE=size
         )
     torch.compiler.reset()  # or the compiler gives up after a few shapes and runs without compiling
     flex = torch.compile(flex_attention, dynamic=False)

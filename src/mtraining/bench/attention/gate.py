@@ -134,7 +134,8 @@ def _entries(index: SparseIndex, head: int, query: Tensor, key: Tensor) -> Tenso
     distance = query // index.block_size - key // index.block_size
     is_column = torch.zeros(index.seq_len + 1, dtype=torch.bool, device=query.device)
     is_column[index.columns[0, head].long()] = True
-    return (index.diagonals[0, head][distance.clamp(min=0)] | is_column[key]) & (query >= key)
+    entries = (index.diagonals[0, head][distance.clamp(min=0)] | is_column[key]) & (query >= key)
+    return entries if index.starts is None else entries & (key >= index.starts[0, query])
 
 
 def _compare(name: str, got: Tensor, truth: Tensor, tolerance: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from mtraining.bench.attention.cases import Case
 from mtraining.kernel import Backend, Placement, SparseIndex
 from mtraining.kernel.backend import Columns
+from mtraining.kernel.starts import query_ends
 from mtraining.pattern import SequenceShard
 
 BACKWARD_FLOPS = 2.5  # of the forward's
@@ -64,6 +65,9 @@ def build(case: Case, device: torch.device, seed: int) -> Problem:
     q, dout = tensor(case.q_heads), tensor(case.q_heads)
     k, v = tensor(case.kv_heads), tensor(case.kv_heads)
     index = case.pattern().estimate(q, k, SequenceShard.whole(case.seq_len, device), case.head_dim**-0.5)
+    starts = case.starts()
+    if starts is not None:
+        index = replace(index, starts=starts.to(device))
     return Problem(case, q, k, v, dout, index, index.placement())
 
 
@@ -71,8 +75,11 @@ def useful_areas(index: SparseIndex) -> tuple[Tensor, Tensor]:
     """Query-key entries worth computing, of slash tiles and of columns: float64 (batch, q_heads) each.
 
     Slash tiles whole, the masked half of the diagonal one included; of a column the entries at and below its diagonal
-    that no slash tile covers.
+    that no slash tile covers. With starts, entries before them count nowhere, so that a kernel that computes whole
+    tiles at the edge of a window is compared with one that does not by the same operations.
     """
+    if index.starts is not None:
+        return _areas_from_starts(index)
     n, size = index.num_blocks, index.block_size
     tiles = torch.arange(n, 0, -1, device=index.diagonals.device, dtype=torch.float64)
     slash = (index.diagonals * tiles).sum(-1) * size * size
@@ -84,6 +91,30 @@ def useful_areas(index: SparseIndex) -> tuple[Tensor, Tensor]:
     above = index.diagonals[..., :1] * (columns % size)  # rows of the diagonal tile before the column
     own = (index.seq_len - columns) - (below * size - above)
     return slash, (own * used).sum(-1).double()
+
+
+def _areas_from_starts(index: SparseIndex) -> tuple[Tensor, Tensor]:
+    """:func:`useful_areas` with starts, row by row: the diagonal tile counts whole from the row's start on."""
+    assert index.starts is not None and index.blocks is None
+    size, device = index.block_size, index.diagonals.device
+    starts = index.starts.long()
+    block = torch.arange(index.seq_len, device=device) // size
+    # Tiles at distances 0 to d, and of the farthest one the keys before the start left out.
+    upto = torch.nn.functional.pad(index.diagonals.cumsum(-1, dtype=torch.int64), (1, 0))
+    reach = (block - starts // size)[:, None].expand(-1, upto.shape[1], -1)
+    farthest = index.diagonals.gather(-1, reach)
+    slash = upto.gather(-1, reach + 1) * size - farthest * (starts % size)[:, None]
+    # Of each column the queries from it to its end, less those whose tile holds it.
+    columns = index.columns.long()
+    used = columns < index.seq_len
+    columns = columns.clamp(max=index.seq_len - 1)
+    ends = query_ends(index.starts, columns.flatten(1)).view_as(columns)
+    own, last = columns // size, (ends - 1) // size
+    whole = upto.gather(-1, last - own + 1) * size
+    before = index.diagonals[..., :1] * (columns % size)
+    after = index.diagonals.gather(-1, last - own) * ((last + 1) * size - ends)
+    counted = ends - columns - (whole - before - after)
+    return slash.sum(-1, dtype=torch.float64), (counted * used).sum(-1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 
 from mtraining.bench.attention import gate
 from mtraining.bench.attention.cases import Case, preset
-from mtraining.bench.attention.competitors import COMPETITORS, Competitor, available
+from mtraining.bench.attention.competitors import COMPETITORS, Competitor, available, honours
 from mtraining.bench.attention.problem import Layer, Problem, build
 from mtraining.bench.options import AttentionOptions, parse
 from mtraining.bench.record import Provenance, Row, plain_table, provenance, table, write_csv
@@ -116,6 +116,8 @@ class _Bench:
         """Gate and time one backend; a crash is a failure like a wrong result, and the run goes on."""
         try:
             self._sparse(case, backend, dense)
+        except UserError as refusal:
+            self.note(f"{backend.name}: not run on {case.describe()}: {refusal}")
         except Exception as crash:
             self.fail(f"{backend.name}, {case.describe()}: {type(crash).__name__}: {first_line(crash)}")
         self._free()
@@ -177,6 +179,9 @@ class _Bench:
     def _time_dense(self, case: Case) -> _Dense:
         best: dict[str, tuple[str, float]] = {}
         for name in self.rivals:
+            if not honours(name, case):
+                self.note(f"{name}: not run on {case.describe()}: it knows no such starts")
+                continue
             for phase, rate in self.competitor(name, case, _Dense({})).items():
                 if rate > best.get(phase, ("", 0.0))[1]:
                     best[phase] = (name, rate)
@@ -215,9 +220,12 @@ class _Bench:
         name, rate = dense.best.get(phase, (None, None)) if tflops else (None, None)
         tiles = torch.arange(index.num_blocks, 0, -1, device=index.diagonals.device)
         blocks = float((index.diagonals * tiles).sum(-1).double().mean()) / index.num_blocks
+        if index.starts is not None:
+            without = replace(index, columns=index.columns[..., :0])
+            blocks = float(without.computed_area().mean()) / index.num_blocks / index.block_size**2
         mib = (index.nbytes() + p.columns_bytes()) / 2**20
         row = Row(
-            **asdict(self.provenance), backend=backend, pattern=pattern or case.pattern().name, seq_len=case.seq_len,
+            **asdict(self.provenance), backend=backend, pattern=pattern or case.name(), seq_len=case.seq_len,
             q_heads=case.q_heads, kv_heads=case.kv_heads, head_dim=case.head_dim, blocks_per_row=blocks,
             columns=index.columns.shape[-1], phase=phase, ms=timing.ms, tflops=tflops, dense_backend=name,
             dense_tflops=rate, ratio=tflops / rate if tflops and rate else None, index_mib=mib if inner else None,
@@ -274,7 +282,7 @@ def bench(options: AttentionOptions, say: Say = print) -> tuple[BenchResult, Pat
     if options.warm_up < 0:
         raise UserError(f"warm-up: {options.warm_up} seconds cannot be; use 0 or more.")
     where = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cases = preset(options.preset or ("targets" if where.type == "cuda" else "tiny"), options.max_seq_len)
+    cases = preset(options.preset or ("targets" if where.type == "cuda" else "tiny"), options.max_seq_len, options.documents, options.window)
     paths: list[Path] = []
     result = run_attention_bench(
         cases,
