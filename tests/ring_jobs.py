@@ -101,6 +101,23 @@ def attention(worker: Worker, ring: str, layout: str, heads: tuple[int, int, int
     return wrong, fingerprint(index)
 
 
+def bounded(worker: Worker, ring: str, layout: str, documents: int, window: int | None) -> Found:
+    """Documents under an estimated index, or a window under a dense one, beside one process; the same bits twice."""
+    case, mesh = case_for(worker, layout, HEADS[0]), mesh_for(worker, ring)
+    if window is not None:
+        case = replace(case, pattern=build_pattern("dense", block_size=case.pattern.block_size))
+        window = window * case.pattern.block_size // 2
+    case = replace(case, documents=documents, window=window)
+    whole = case.inputs(worker.device)
+    mine = case.local(whole, mesh)
+    with poisoned_memory():
+        found, index = case.on_ring(mine, mesh)
+    again, _ = case.on_ring(mine, mesh)
+    truth = case.alone(whole, index)
+    wrong = far_off(case.errors(found, truth, mesh), TOLERANCE[case.dtype], "beside one process")
+    return wrong + differing(again, found, "a second time"), fingerprint(index)
+
+
 def rings_agree(worker: Worker, heads: tuple[int, int, int]) -> Found:
     """The two rings give the same but for rounding, under one index."""
     case = case_for(worker, "striped", heads)
@@ -203,6 +220,16 @@ JOBS: dict[str, tuple[Callable[..., Found], dict[str, Any]]] = {
             {"ring": ring, "layout": "striped", "heads": HEADS[0], "pattern": "xattention"},
         )
         for ring in RINGS
+    },
+    **{
+        f"{what}, {ring}, {layout}": (bounded, {"ring": ring, "layout": layout, **bounds})
+        for what, bounds in (
+            ("documents", {"documents": 9, "window": None}),
+            ("window", {"documents": 0, "window": 5}),
+            ("documents and window", {"documents": 3, "window": 21}),
+        )
+        for ring in RINGS
+        for layout in LAYOUTS
     },
     **{f"rings agree, {heads[0]}/{heads[1]} heads": (rings_agree, {"heads": heads}) for heads in HEADS},
     **{f"behind slow links, {ring}": (behind_slow_links, {"ring": ring, "seconds": 0.02}) for ring in RINGS},

@@ -74,7 +74,9 @@ def _window(seq_len: int, window: int) -> Tensor:
 STARTS: dict[str, Callable[[int, int], Tensor]] = {
     "blocks": lambda n, size: _documents(n, torch.randperm(n // size)[: max(n // size // 2, 1)] * size),
     "anywhere": lambda n, size: _documents(n, torch.randperm(n)[:5]),
-    "tokens": lambda n, size: _documents(n, torch.cat([torch.arange(n // 3, n // 3 + size + 3), torch.tensor([n - 1])])),
+    "tokens": lambda n, size: _documents(
+        n, torch.cat([torch.arange(n // 3, n // 3 + size + 3), torch.tensor([n - 1])])
+    ),
     "narrow": lambda n, size: _window(n, 5),
     "wide": lambda n, size: _window(n, int(torch.randint(size, 2 * size + 9, ()))),
     "two": lambda n, size: _window(n, 2),

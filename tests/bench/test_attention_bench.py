@@ -193,7 +193,13 @@ def test_useful_area_counts_each_entry_once() -> None:
     assert torch.equal(slash[0].long(), tiles + upper_halves)
 
 
-BOUNDED = [{"documents": 5}, {"window": 37}, {"documents": 3, "window": 16}, {"window": 1}, {"documents": 128}]
+BOUNDED = [
+    {"documents": 5},
+    {"window": 37},
+    {"documents": 3, "window": 16},
+    {"window": 1},
+    {"documents": 128},
+]
 
 
 @pytest.mark.parametrize("bounds", BOUNDED, ids=str)
@@ -223,7 +229,9 @@ def test_documents_and_windows_are_gated_and_timed(bounds: dict[str, Any]) -> No
     class Forgetful(ReferenceBackend):
         name = "forgetful"
 
-        def tiles_forward(self, q: Tensor, k: Tensor, v: Tensor, index: Any, *args: Any, **options: Any) -> Any:
+        def tiles_forward(
+            self, q: Tensor, k: Tensor, v: Tensor, index: Any, *args: Any, **options: Any
+        ) -> Any:
             return super().tiles_forward(q, k, v, replace(index, starts=None), *args, **options)
 
     wrong = run(Forgetful(), (case,), competitors=())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mtraining.kernel.starts import document_starts
 from mtraining.layout import build_layout
 from mtraining.pattern import Pattern, VerticalSlash, build_pattern
 from mtraining.pattern.per_head import PerHead
@@ -40,9 +42,11 @@ def inputs() -> list[Tensor]:
     return [x.requires_grad_(place < 3) for place, x in enumerate(tensors)]
 
 
-def attend(pattern: Pattern, layout: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+def attend(
+    pattern: Pattern, layout: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **bounds: Any
+) -> list[Tensor]:
     """out, dq, dk, dv."""
-    out = sparse_ring_attention(q, k, v, pattern=pattern, layout=layout, mesh=None, kernel="triton")
+    out = sparse_ring_attention(q, k, v, pattern=pattern, layout=layout, mesh=None, kernel="triton", **bounds)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
@@ -63,6 +67,18 @@ def test_nothing_waits_for_the_device_from_q_to_gradients(name: str, layout: str
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     attend(PATTERNS[name], layout, *tensors)
+
+
+@pytest.mark.parametrize("name", ["top_p", "dense"])
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+def test_nothing_waits_with_documents_and_a_window(name: str) -> None:
+    tensors = inputs()
+    batches = [document_starts(torch.tensor(begins).cuda(), 4096) for begins in ([700, 701, 3000], [5, 1024])]
+    attend(PATTERNS[name], "striped", *tensors, starts=batches[0], window=900)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    attend(PATTERNS[name], "striped", *tensors, starts=batches[1], window=900)
 
 
 @pytest.mark.usefixtures("no_waiting")

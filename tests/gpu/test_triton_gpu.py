@@ -46,6 +46,30 @@ CASES = {
     "blocks of 64": whole(9, size=64, q_heads=2, dtype=torch.bfloat16, columns=100),
     "blocks of 16": whole(20, size=16, q_heads=2, dtype=torch.bfloat16, columns=100),
     "blocks of 96": whole(5, size=96, q_heads=2, dtype=torch.bfloat16, columns=100),
+    "documents at blocks": whole(9, q_heads=8, kv_heads=2, columns=300, starts="blocks", batch=2, **BF16),
+    "documents anywhere": whole(9, q_heads=8, kv_heads=2, columns=300, starts="anywhere", batch=2, **BF16),
+    "documents of one token": whole(6, q_heads=4, columns=300, starts="tokens", diagonal_share=1.0, **BF16),
+    "a narrow window": whole(6, q_heads=4, columns=0, starts="narrow", diagonal_share=1.0, **BF16),
+    "a wide window": whole(12, q_heads=4, columns=0, starts="wide", diagonal_share=1.0, **BF16),
+    "columns in a window": whole(9, q_heads=4, columns=1152, starts="wide", diagonal_share=0.0, **BF16),
+    "lists of documents": whole(
+        8, q_heads=4, block_share=0.4, diagonal_share=0.2, columns=200, starts="anywhere", batch=2, **BF16
+    ),
+    "striped documents": Case(
+        range(1, 16, 2), range(0, 16, 2), 16, q_heads=4, columns=256, starts="anywhere", **BF16
+    ),
+    "zigzag window": Case(
+        (2, 3, 8, 9), (0, 1, 10, 11), 12, q_heads=2, starts="wide", diagonal_share=1.0, **BF16
+    ),
+    "mostly out of reach": Case(
+        range(4, 8), range(4), 8, q_heads=2, columns=0, starts="narrow", diagonal_share=1.0, **BF16
+    ),
+    "documents in blocks of 64": whole(
+        9, size=64, q_heads=2, dtype=torch.bfloat16, columns=100, starts="anywhere"
+    ),
+    "head_dim 64, documents": replace(
+        whole(9, q_heads=4, kv_heads=2, columns=300, starts="anywhere", **BF16), dim=64
+    ),
     "head_dim 64": replace(whole(9, q_heads=4, kv_heads=2, columns=300, **BF16), dim=64),
     "head_dim 96": replace(whole(6, q_heads=4, kv_heads=2, columns=200, **BF16), dim=96),
     "head_dim 256": replace(whole(5, q_heads=4, kv_heads=2, columns=200, **BF16), dim=256),
@@ -87,7 +111,9 @@ def test_bf16(name: str, backend: TritonBackend) -> None:
 
 
 @pytest.mark.parametrize("programs", [1, 2])
-@pytest.mark.parametrize("name", ["every tile", "group of 4", "striped, later rank", "all masked"])
+@pytest.mark.parametrize(
+    "name", ["every tile", "group of 4", "striped, later rank", "all masked", "documents anywhere"]
+)
 def test_hopper_programs_that_stay(name: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes block after block of queries, as in long sequences: here one or two programs take them all."""
     reason = unsupported(torch.device("cuda"), torch.bfloat16, 128)

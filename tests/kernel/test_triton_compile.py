@@ -33,6 +33,7 @@ KERNELS = {
 SHARED_KIB = {80: 163, 86: 99, 90: 227, 100: 227}  # a block may take at most, by compute capability
 HALF, FULL = {"q", "k", "v", "do"}, {"out", "dq"}  # tensors of bf16 and of fp32
 
+
 def kind_of(name: str, bundle: str, tiles: TileSizes, dim: int, starts: bool) -> Any:
     """Triton's type of an argument, a tuple of types for a bundle."""
     if name in HALF | FULL:

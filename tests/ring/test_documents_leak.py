@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distributed import ProcessPool, Worker
-from mtraining.kernel import SparseIndex, pack_blocks
+from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
 from mtraining.pattern import Pattern, SequenceShard
 from mtraining.ring import Ring, sparse_ring_attention

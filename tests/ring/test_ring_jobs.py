@@ -12,6 +12,8 @@ from ring_jobs import run_job
     "name",
     [
         "attention, 2x2, striped, 9/3 heads of 64",
+        "documents, flat, striped",
+        "window, 2x2, contiguous",
         "rings agree, 9/3 heads",
         "behind slow links, flat",
         "training step, dp2xcp2",

@@ -18,7 +18,9 @@ SIZE, TOKENS, BATCH, KV_HEADS, DIM = 8, 256, 2, 2, 16
 BLOCK_BYTES = 2 * BATCH * SIZE * KV_HEADS * DIM * 8  # keys and values of a block, in fp64
 
 
-def sent_job(worker: Worker, topology: tuple[int, ...], layout: str, window: int | None) -> tuple[int, list[int]]:
+def sent_job(
+    worker: Worker, topology: tuple[int, ...], layout: str, window: int | None
+) -> tuple[int, list[int]]:
     """The rank in the ring, and the bytes it sent forward and backward."""
     mesh = worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
     q = torch.randn(BATCH, TOKENS // worker.world, 4, DIM, dtype=torch.float64, requires_grad=True)

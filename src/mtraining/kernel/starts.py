@@ -27,6 +27,18 @@ def window_starts(seq_len: int, window: int, device: torch.device | str = "cpu")
     return (torch.arange(seq_len, dtype=torch.int32, device=device) - (window - 1)).clamp_(min=0)[None]
 
 
+def document_starts(begins: Tensor, seq_len: int) -> Tensor:
+    """Starts of packed documents: int32 (1, seq_len).
+
+    Args:
+        begins: int64 (n,), in any order, positions of the documents' first tokens. What stands before the first of them
+            is a document too.
+    """
+    first = torch.zeros(seq_len, dtype=torch.int32, device=begins.device)
+    first[begins] = begins.int()
+    return first.cummax(0).values[None]
+
+
 def check_starts(starts: Tensor, batch: int, seq_len: int, device: torch.device) -> None:
     """Refuse what are no starts of such a batch.
 

@@ -194,7 +194,7 @@ def attend_backward(
 @timed_pass("forward")
 def ring_forward(q: Tensor, k: Tensor, v: Tensor, call: PreparedCall) -> tuple[Tensor, Tensor]:
     """out (batch, rows, heads, head_dim) in q's dtype, lse (batch, heads, rows) in the accumulation dtype."""
-    plan, kernels, index = call.plan, call.kernels, call.index
+    kernels, index = call.kernels, call.index
     out: Tensor | None = None
     lse: Tensor | None = None
     columns: PendingSum | None = None

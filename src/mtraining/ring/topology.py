@@ -85,10 +85,15 @@ class Ring:
         return Hop(payload, self._whole_group, self._place(self.rank - away), self._place(self.rank + away))
 
     def exchange(
-        self, payload: Tensor | None, offset: int, shape: torch.Size | None, dtype: torch.dtype, device: torch.device
+        self,
+        payload: Tensor | None,
+        offset: int,
+        shape: torch.Size | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Exchange:
         """Begin sending ``payload`` to the rank ``offset`` further on, and receiving a tensor of ``shape`` from the
-        rank as far before; either may be None. Every rank calls it alike, so that no two of them wait for each other."""
+        rank as far before; either may be None. Every rank makes these calls in one order, so none waits for ever."""
         self._meet(device)
         into = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
         return Exchange(
@@ -189,7 +194,12 @@ class Exchange:
     """A transfer under way of which either end may be missing: nothing to send, or nothing to receive."""
 
     def __init__(
-        self, payload: Tensor | None, into: Tensor | None, group: dist.ProcessGroup | None, to: int, sender: int
+        self,
+        payload: Tensor | None,
+        into: Tensor | None,
+        group: dist.ProcessGroup | None,
+        to: int,
+        sender: int,
     ) -> None:
         self._payload, self._into = payload, into  # both kept until the transfer is done
         send = None if payload is None else dist.P2POp(dist.isend, payload, group=group, group_peer=to)

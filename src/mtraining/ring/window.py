@@ -76,8 +76,8 @@ def make_route(
 ) -> WindowRoute | None:
     """The route of a window over the ring; None where keys had better travel round.
 
-    They had where that sends no more, as where every rank needs all keys of every other one; and in a ring of rings where
-    more would cross to other nodes than once round.
+    They had where that sends no more, as where every rank needs all keys of every other one; and in a ring of rings
+    where more would cross to other nodes than once round.
 
     Args:
         blocks: int64 (world, local blocks), global numbers of every rank's blocks, on the CPU.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
-from mtraining.kernel.starts import window_starts
+from mtraining.kernel.starts import document_starts, window_starts
 from mtraining.pattern import Dense, Pattern, ToeplitzRandom
 
 
@@ -45,9 +45,7 @@ class Case:
         starts = None
         if self.documents:
             drawn = torch.randperm(self.seq_len - 1, generator=torch.Generator().manual_seed(self.documents))
-            begins = torch.zeros(self.seq_len, dtype=torch.int32)
-            begins[drawn[: self.documents - 1] + 1] = drawn[: self.documents - 1].int() + 1
-            starts = begins.cummax(0).values[None]
+            starts = document_starts(drawn[: self.documents - 1] + 1, self.seq_len)
         if self.window is not None:
             within = window_starts(self.seq_len, self.window)
             starts = within if starts is None else torch.maximum(starts, within)
@@ -72,7 +70,11 @@ class Case:
         blocks = None if self.blocks_per_row is None else min(self.blocks_per_row, (n + 1) / 4)
         window = None if self.window is None else min(self.window, seq_len // 4)
         return replace(
-            self, seq_len=seq_len, blocks_per_row=blocks, columns=min(self.columns, seq_len // 8), window=window
+            self,
+            seq_len=seq_len,
+            blocks_per_row=blocks,
+            columns=min(self.columns, seq_len // 8),
+            window=window,
         )
 
     def describe(self) -> str:
@@ -141,5 +143,6 @@ def preset(
     # Estimates are timed without: what they make of documents is their own matter.
     bounded = documents or window is not None
     return tuple(
-        replace(case, documents=documents, window=window, estimate=case.estimate and not bounded) for case in cases
+        replace(case, documents=documents, window=window, estimate=case.estimate and not bounded)
+        for case in cases
     )

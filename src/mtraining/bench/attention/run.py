@@ -282,7 +282,12 @@ def bench(options: AttentionOptions, say: Say = print) -> tuple[BenchResult, Pat
     if options.warm_up < 0:
         raise UserError(f"warm-up: {options.warm_up} seconds cannot be; use 0 or more.")
     where = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cases = preset(options.preset or ("targets" if where.type == "cuda" else "tiny"), options.max_seq_len, options.documents, options.window)
+    cases = preset(
+        options.preset or ("targets" if where.type == "cuda" else "tiny"),
+        options.max_seq_len,
+        options.documents,
+        options.window,
+    )
     paths: list[Path] = []
     result = run_attention_bench(
         cases,

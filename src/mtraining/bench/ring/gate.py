@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.kernel import SparseIndex
+from mtraining.kernel.starts import document_starts
 from mtraining.layout import Layout, build_layout
 from mtraining.pattern import Pattern, SequenceShard, VerticalSlash
 from mtraining.ring import Ring, sparse_ring_attention
@@ -39,6 +40,8 @@ class RingCase:
         heads: query heads, key heads, head_dim.
         dtype: of all tensors.
         seed: of the random numbers.
+        documents: packed into the sequence, which begin anywhere; 0 for one sequence without starts.
+        window: tokens of a sliding window; None without one.
     """
 
     pattern: Pattern
@@ -48,6 +51,8 @@ class RingCase:
     dtype: torch.dtype
     seed: int = 1
     kernel: str = "auto"
+    documents: int = 0
+    window: int | None = None
 
     @property
     def dealt(self) -> Layout:
@@ -65,10 +70,17 @@ class RingCase:
 
     def on_ring(self, mine: list[Tensor], mesh: DeviceMesh) -> tuple[list[Tensor], SparseIndex]:
         """This rank's out, dq, dk and dv, and the whole index, of its part of the inputs. Collective."""
-        return forward_backward(mine, pattern=self.pattern, layout=self.dealt, mesh=mesh, kernel=self.kernel)
+        starts = None
+        if self.documents:
+            drawn = torch.randperm(self.tokens, generator=torch.Generator().manual_seed(self.seed))
+            starts = document_starts(drawn[: self.documents], self.tokens).to(mine[0].device)
+        return forward_backward(
+            mine, pattern=self.pattern, layout=self.dealt, mesh=mesh, kernel=self.kernel, starts=starts,
+            window=self.window,
+        )  # fmt: skip
 
     def alone(self, inputs: list[Tensor], index: SparseIndex) -> list[Tensor]:
-        """The same of the whole sequence, by this process."""
+        """The same of the whole sequence, by this process; the index has the starts."""
         given = Given(index.block_size, index)
         return forward_backward(inputs, pattern=given, layout=self.dealt, mesh=None, kernel=self.kernel)[0]
 

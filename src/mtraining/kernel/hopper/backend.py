@@ -101,7 +101,10 @@ class HopperBackend(TritonBackend):
         hopper_keys.key_tiles_kernel[(batch * kv_heads * cols * splits,)](
             _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(k, _HALF), _boxes(v, _HALF), _rows(lse2), _rows(delta),
             key_gradients(dkv), lists.for_keys(), scale, batch, kv_heads, cols, rows, lists.diagonal,
-            KeyConstants(lists.toeplitz, False, index.starts is not None, group, splits, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
+            KeyConstants(
+                lists.toeplitz, False, index.starts is not None, group, splits, BLOCK, dim, _QUERIES, _KEY_STAGES
+            ),
+            num_warps=_WARPS,
         )  # fmt: skip
 
         def query_gradient(
@@ -137,7 +140,8 @@ class HopperBackend(TritonBackend):
             _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(ck, _HALF), _boxes(cv, _HALF), _rows(lse2),
             _rows(delta), key_gradients(grads), tables.for_keys(), scale, batch, heads, rows, capacity,
             index.num_blocks, tables.words.shape[-1], splits,
-            KeyConstants(False, True, index.starts is not None, 1, 1, BLOCK, dim, _QUERIES, _KEY_STAGES), num_warps=_WARPS,
+            KeyConstants(False, True, index.starts is not None, 1, 1, BLOCK, dim, _QUERIES, _KEY_STAGES),
+            num_warps=_WARPS,
         )  # fmt: skip
         return summed(grads, splits)
 
@@ -161,7 +165,13 @@ class _QueryWork:
         else:
             self.keys = tuple(_boxes(x, BLOCK) for x in (k, v, *columns))
             of_columns = ColumnLists(
-                tables.columns, tables.words, tables.before, tables.upto, tables.starts, tables.begin, tables.masked
+                tables.columns,
+                tables.words,
+                tables.before,
+                tables.upto,
+                tables.starts,
+                tables.begin,
+                tables.masked,
             )
             sizes = (index.columns.shape[2], tables.words.shape[-1])
         self.lists = (lists.for_queries(), of_columns)

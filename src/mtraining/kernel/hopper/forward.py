@@ -100,7 +100,9 @@ def _step(
         s = hide_columns(s, bias, t, visit.columns, W, constants)
     elif constants.STARTS:
         s = hide_before(s, key, visit.reach, W, SIZE)
-    weights, alpha, top, total = softmax_weights(s, running.top, running.total, scale_log2, COLUMN or constants.STARTS)
+    weights, alpha, top, total = softmax_weights(
+        s, running.top, running.total, scale_log2, COLUMN or constants.STARTS
+    )
     # p v is there: scale it to the new maximum.
     acc, p = warpgroup_mma_wait(0, deps=[acc_token, running.p])
     mbarrier.arrive(keys.v_empty.index(before), count=1)

@@ -213,7 +213,9 @@ def visit_of(item, work: Work, constants: gl.constexpr):
                 work.capacity - skipped * SIZE, skipped * SIZE, masked, lists.starts + rows,
             )  # fmt: skip
     row = tile_row(work.tiles, n_rows, work.n_cols, limit, work.diagonal, bh, i, TOEPLITZ, False)
-    return Visit(batch, head, bh, i, row.hi - row.lo, row.entries + row.lo, row.origin, row.own, reach, columns)
+    return Visit(
+        batch, head, bh, i, row.hi - row.lo, row.entries + row.lo, row.origin, row.own, reach, columns
+    )
 
 
 @gluon.jit

@@ -3,8 +3,8 @@
 The columns of a head are sorted, so the queries of a block see a prefix of them. Within the prefix, one bit a column
 says whether the whole block must not see it. Such columns lie inside a slash tile of the block, to which they belong,
 or after the block. The bits are computed once a call (triton/hidden.py) and read as one number a tile. The causal mask
-inside the block itself is left for the kernels; it concerns the last tile or two. So is the mask by the starts of single
-tokens, if there are starts; it concerns the tiles up to ``masked``, and the loop begins at ``begin``.
+inside the block itself is left for the kernels; it concerns the last tile or two. So is the mask by the starts of
+single tokens, if there are starts; it concerns the tiles up to ``masked``, and the loop begins at ``begin``.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def key_gradient_kernel(
             key = _load_columns(columns, tile * BLOCK_N, capacity, num_blocks * SIZE, BLOCK_N)
             position = tl.load(tables.q_blocks + i) * SIZE + (t % SUB) * BLOCK_M + lane
             scores = tl.where(key[:, None] > position[None, :], float("-inf"), scores)
-        if tables.ends is not None:
+        if tables.ends is not None:  # noqa: SIM102 -- the one is decided when compiling, the other when running
             if row + BLOCK_M > least:
                 query = row.to(tl.int32) + lane
                 scores = tl.where(query[None, :] >= ends[:, None], float("-inf"), scores)

@@ -1,8 +1,8 @@
 """Which columns a block of queries must not see, as bits: one for each (query block, column).
 
 A bit is set where a slash tile of the block holds the column, which then belongs to that tile. It is also set where the
-column lies after the block or in a block of keys before all of its starts, and in the padding. A bit costs one look-up in the head's bitmap. Making the bits once a
-call saves that look-up in each kernel and tile.
+column lies after the block or in a block of keys before all of its starts, and in the padding. A bit costs one look-up
+in the head's bitmap. Making the bits once a call saves that look-up in each kernel and tile.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def column_tables(index: SparseIndex, q_blocks: Tensor) -> ColumnTables:
     last_seen = None if index.starts is None else torch.zeros_like(first_seen)
     selected, row_bytes = bitmaps(index, q_blocks)
     _hidden_kernel[(batch * heads, triton.cdiv(words, _WORDS), triton.cdiv(rows, _ROWS))](
-        selected, columns, numbers, bits, upto, first_seen, last_seen, index.num_blocks, capacity, rows, words, row_bytes,
-        HAS_BLOCKS=row_bytes > 0, SIZE=index.block_size, WORDS=_WORDS, ROWS=_ROWS,
+        selected, columns, numbers, bits, upto, first_seen, last_seen, index.num_blocks, capacity, rows, words,
+        row_bytes, HAS_BLOCKS=row_bytes > 0, SIZE=index.block_size, WORDS=_WORDS, ROWS=_ROWS,
     )  # fmt: skip
     first_tokens = numbers * index.block_size
     before = _columns_before(columns, first_tokens.expand(batch, -1))
@@ -153,8 +153,8 @@ def _columns_before(columns: Tensor, positions: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["num_blocks", "capacity", "rows", "words", "row_bytes"])
 def _hidden_kernel(
-    selected: Bitmaps, columns, q_blocks, bits, upto, first_seen, last_seen, num_blocks, capacity, rows, words, row_bytes,
-    HAS_BLOCKS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
+    selected: Bitmaps, columns, q_blocks, bits, upto, first_seen, last_seen, num_blocks, capacity, rows, words,
+    row_bytes, HAS_BLOCKS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Pack, for every (query block, column), the bit that hides the column.
 

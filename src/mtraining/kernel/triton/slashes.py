@@ -57,7 +57,8 @@ def _query_program(n_rows, kv_heads, GROUP: tl.constexpr, SUBTILES: tl.constexpr
 
 @triton.jit
 def _first_keys(lists: RowLists, n_rows, batch, i, part, SIZE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of tile ``part`` of a block of queries: the first local key that each may attend [BLOCK_M], the least and the greatest of them.
+    """Of tile ``part`` of a block of queries: the first local key that each may attend [BLOCK_M], the least and the
+    greatest of them.
 
     Zeros without starts, which nobody reads.
     """
@@ -160,7 +161,7 @@ def forward_kernel(
             key = (t % SUB) * BLOCK_N + tl.arange(0, BLOCK_N)
             query = part * BLOCK_M + tl.arange(0, BLOCK_M)
             scores = tl.where(query[:, None] < key[None, :], float("-inf"), scores)
-        if lists.reach is not None:
+        if lists.reach is not None:  # noqa: SIM102 -- the one is decided when compiling, the other when running
             if start < greatest:
                 at = start.to(tl.int32) + tl.arange(0, BLOCK_N)
                 scores = tl.where(at[None, :] < first[:, None], float("-inf"), scores)
@@ -222,7 +223,7 @@ def query_gradient_kernel(
             key = (t % SUB) * BLOCK_N + tl.arange(0, BLOCK_N)
             query = part * BLOCK_M + tl.arange(0, BLOCK_M)
             scores = tl.where(query[:, None] < key[None, :], float("-inf"), scores)
-        if lists.reach is not None:
+        if lists.reach is not None:  # noqa: SIM102 -- the one is decided when compiling, the other when running
             if start < greatest:
                 at = start.to(tl.int32) + tl.arange(0, BLOCK_N)
                 scores = tl.where(at[None, :] < first[:, None], float("-inf"), scores)
@@ -302,7 +303,7 @@ def key_gradient_kernel(
             if t >= free:
                 key = part * BLOCK_N + tl.arange(0, BLOCK_N)
                 scores = tl.where(key[:, None] > (sub * BLOCK_M + lane)[None, :], float("-inf"), scores)
-            if lists.reach is not None:
+            if lists.reach is not None:  # noqa: SIM102 -- the one is decided when compiling, the other when running
                 if at + BLOCK_M > least:
                     query = at.to(tl.int32) + lane
                     scores = tl.where(query[None, :] >= ends[:, None], float("-inf"), scores)
