@@ -22,6 +22,23 @@ def test_it_is_the_attention_of_one_query_over_the_first_keys() -> None:
             torch.testing.assert_close(out[row, head], scores.softmax(0) @ v[row, :length, head // 3])
 
 
+def test_keys_before_the_first_are_not_read() -> None:
+    """A window, a run that begins past the row's end, and one of a single key."""
+    lengths, firsts = (9, 4, 14, 6), (3, 5, 13, 0)
+    q, k, v, counts = decode_case(6, 2, 16, lengths, dtype=torch.float64)
+    for row, first in enumerate(firsts):
+        k[row, :first] = v[row, :first] = torch.nan
+    out, lse = decode_attention(q, k, v, counts, 6, 0.3, torch.tensor(firsts, dtype=torch.int32))
+    for row, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
+        if first >= length:
+            assert not out[row].any() and lse[row].isneginf().all()
+            continue
+        for head in range(6):
+            scores = 0.3 * k[row, first:length, head // 3] @ q[row, head]
+            torch.testing.assert_close(lse[row, head], scores.logsumexp(0))
+            torch.testing.assert_close(out[row, head], scores.softmax(0) @ v[row, first:length, head // 3])
+
+
 def test_a_row_without_keys_has_nothing() -> None:
     q, k, v, counts = decode_case(4, 2, 16, (0, 3), dtype=torch.float32)
     out, lse = decode_attention(q, k, v, counts, 3, 0.3)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from mtraining.errors import UserError
 from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, dense_index, select_backend
+from mtraining.kernel.backend import KERNELS
 from mtraining.kernel.external import dense as dense_module
 from mtraining.kernel.external.dense import WithDense
 from mtraining.kernel.external.dense_kernels import CudnnDense, DenseKernel, Flash4Dense, FlashDense, stand_in
 from mtraining.kernel.placement import causal_pieces
+from mtraining.kernel.starts import check_starts_kernel, document_starts
 from mtraining.layout import build_layout
 from triton_cases import relative_error, tiles_gradients
 
@@ -246,6 +248,31 @@ def test_a_kernel_asked_for_by_name_refuses_the_rest() -> None:
         backend.tiles_forward(q, k, v, sparse, placement, 0.3, None, None)
     with pytest.raises(UserError, match=r"this layout scatters them; use layout=zigzag"):
         backend.tiles_forward(q, k, v, index, scattered, 0.3, None, None)
+
+
+def test_starts_go_to_tiles_or_are_refused() -> None:
+    """Dense attention in documents is right by ``auto``, and refused where a dense kernel is asked for by name."""
+    (q, k, v, _), index, placement = problem("own", (2, 2))
+    starts = document_starts(torch.tensor([5, 9]), index.seq_len).expand(q.shape[0], -1).contiguous()
+    bounded = replace(index, starts=starts)
+    auto, truth = select_backend("auto", CPU, torch.float64, 16), ReferenceBackend()
+    assert auto.name == "reference, dense flash"
+    found = auto.tiles_forward(q, k, v, bounded, placement, 0.3, None, None)
+    wanted = truth.tiles_forward(q, k, v, bounded, placement, 0.3, None, None)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    backend = select_backend("flash", CPU, torch.float64, 16)
+    with pytest.raises(UserError, match=r"^kernel: 'flash' attends from the first token on.*use kernel=auto"):
+        backend.tiles_forward(q, k, v, bounded, placement, 0.3, None, None)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_that_know_no_starts_are_refused_before_anything_runs(kernel: str) -> None:
+    if kernel in ("auto", "reference", "triton"):
+        check_starts_kernel(kernel)
+    else:
+        with pytest.raises(UserError, match=f"^kernel: '{kernel}' attends from the first token on"):
+            check_starts_kernel(kernel)
 
 
 def test_auto_takes_tiles_where_dense_kernels_cannot_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

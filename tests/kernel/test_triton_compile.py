@@ -143,7 +143,7 @@ def test_decode_compiles(capability: int, dim: int, dtype: str) -> None:
     tiles = triton_decode.decode_tiles(dim, 4 if dtype == "fp32" else 2)
     chosen: dict[str, object] = {
         "KV_HEADS": 2, "GROUP": 8, "Q_HEADS": 16, "HEAD_DIM": dim, "BLOCK_D": padded(dim), "BLOCK_G": 16,
-        "BLOCK_N": tiles.keys, "BLOCK_S": 16, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "BLOCK_N": tiles.keys, "BLOCK_S": 16, "firsts_ptr": None, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     }  # fmt: skip
     kinds = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {
         "lengths_ptr": "*i32",

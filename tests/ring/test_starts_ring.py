@@ -126,6 +126,27 @@ def test_a_runtime_reads_the_starts_of_each_batch() -> None:
             shared.value = starts
 
 
+def test_a_compiled_layer_reads_the_starts_of_each_batch() -> None:
+    q, k, v, dout = tensors()
+    shared = BatchStarts()
+    runtime = AttentionRuntime(
+        build_pattern("dense", block_size=SIZE), build_layout("contiguous"), None, "reference", None, shared
+    )
+    compiled = torch.compile(lambda q, k, v: runtime(q, k, v) * 1.0, fullgraph=True, backend="aot_eager")
+    for x in (q, k, v):
+        x.requires_grad_()
+    for name in ("documents at blocks", "documents anywhere"):
+        shared.value = STARTS[name]
+        out = compiled(q, k, v)
+        # What the next batch brings is not this one's.
+        shared.value = None
+        got = [out, *torch.autograd.grad(out, (q, k, v), dout)]
+        truth, _ = masked_attention(q, k, v, allowed(STARTS[name]))
+        want = [truth, *torch.autograd.grad(truth, (q, k, v), dout)]
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_a_window_without_a_token_is_refused() -> None:
     q, k, v, _ = tensors()
     with pytest.raises(mtraining.UserError, match=r"^window: 0 holds no token; give at least 1"):

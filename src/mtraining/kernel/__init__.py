@@ -5,6 +5,7 @@ from mtraining.kernel.choice import select_backend, select_decode
 from mtraining.kernel.index import SparseIndex, dense_index, pack_blocks
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.reference.attention import ReferenceBackend, merge
+from mtraining.kernel.starts import check_starts_kernel
 
 __all__ = [
     "AttentionKernels",
@@ -14,6 +15,7 @@ __all__ = [
     "Placement",
     "ReferenceBackend",
     "SparseIndex",
+    "check_starts_kernel",
     "dense_index",
     "merge",
     "pack_blocks",

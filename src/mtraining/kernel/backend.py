@@ -17,8 +17,9 @@ class Decode(Protocol):
     """Attention of one new token a row over this process's part of a cache of keys and values."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, scale: float,
+        firsts: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Partial attention, to be merged with that over the other parts.
 
         Args:
@@ -26,8 +27,10 @@ class Decode(Protocol):
             k, v: (batch, capacity, kv_heads, head_dim), same dtype; kv_heads divides q_heads.
             lengths: int32 (batch,), on the tensors' device: the keys of each row that are attended, all from the first
                 on; 0 is allowed. What lies beyond is not read, or not used.
-            longest: an upper bound of ``lengths``, known on the host; at most the capacity.
+            longest: an upper bound of the keys that any row attends to, known on the host; at most the capacity.
             scale: factor on q.k before the softmax.
+            firsts: int32 (batch,), the first key of each row that is attended; those before it are not read. None: 0.
+                A sliding window and a document are such runs of keys. At or past the length, the row has no keys.
 
         Returns:
             out (batch, q_heads, head_dim) and lse (batch, q_heads), natural log, both in the accumulation dtype;

@@ -62,6 +62,19 @@ def check_starts(starts: Tensor, batch: int, seq_len: int, device: torch.device)
         )
 
 
+def check_starts_kernel(kernel: str) -> None:
+    """Refuse a kernel that does not honour starts; ``auto`` chooses one that does.
+
+    Raises:
+        UserError: naming the option and the remedy.
+    """
+    if kernel in WITHOUT_STARTS:
+        raise UserError(
+            f"kernel: {kernel!r} attends from the first token on, and there are packed documents or a sliding window; "
+            "use kernel=auto."
+        )
+
+
 def query_ends(starts: Tensor, keys: Tensor) -> Tensor:
     """The end of the run of queries that may attend to each key, exclusive: int64 (batch, n).
 
@@ -73,6 +86,8 @@ def query_ends(starts: Tensor, keys: Tensor) -> Tensor:
     return torch.searchsorted(starts.long(), keys.contiguous(), right=True)
 
 
+# Asked for by name, they attend from the first token on, whatever document it is of.
+WITHOUT_STARTS = ("flash4", "cudnn", "flash")
 # Of each starts, the tables made of them: a batch's layers share them, and they go when the batch does.
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 

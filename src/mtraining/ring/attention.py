@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
-from mtraining.kernel import AttentionKernels, Placement, SparseIndex, select_backend
+from mtraining.kernel import AttentionKernels, Placement, SparseIndex, check_starts_kernel, select_backend
 from mtraining.kernel.backend import Columns
 from mtraining.layout import Layout, build_layout
 from mtraining.pattern import Pattern, build_pattern
@@ -135,6 +135,8 @@ def attend(
     backend = select_backend(kernel, q.device, q.dtype, q.shape[-1])
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     starts = plan.starts(q.shape[0], starts, window)
+    if starts is not None:
+        check_starts_kernel(kernel)
     shard = plan.shard(backend, padding, starts)
 
     def prepare(index: SparseIndex | None) -> PreparedCall:

@@ -47,6 +47,23 @@ def test_fp16(name: str) -> None:
     check(CASES[name], torch.float16, 2e-3)
 
 
+@pytest.mark.parametrize("processors", [1, 64])
+def test_runs_that_begin_anywhere(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window over long rows, a row whose run is empty, and one that reads all."""
+    cut = module.runs
+    monkeypatch.setattr(module, "runs", lambda longest, rows, tile, _: cut(longest, rows, tile, processors))
+    q, k, v, lengths = decode_case(4, 2, 16, (700, 9, 130, 150), dtype=torch.float32)
+    firsts = torch.tensor([501, 9, 77, 0], dtype=torch.int32)
+    for row, first in enumerate(firsts.tolist()):
+        k[row, :first] = v[row, :first] = torch.nan
+    out, lse = decode_attention(q, k, v, lengths, 199, 0.2, firsts)
+    want, want_lse = reference(q.double(), k.double(), v.double(), lengths, 199, 0.2, firsts)
+    assert torch.equal(lse.isneginf(), want_lse.isneginf()) and lse[1].isneginf().all()
+    seen = ~want_lse.isneginf()
+    torch.testing.assert_close(lse[seen].double(), want_lse[seen], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(out.double(), want, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("processors", [1, 4, 64])
 def test_any_split_gives_the_same(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From one run a row to one tile a run, and more runs than are joined at a time."""

@@ -19,6 +19,7 @@ from mtraining.kernel.external.dense_kernels import DenseKernel
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Piece, Placement
 from mtraining.kernel.reference.attention import accumulation_dtype, merge
+from mtraining.kernel.starts import check_starts_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +102,11 @@ class WithDense:
         """What the dense kernel computes in this call; None where it computes nothing.
 
         Raises:
-            UserError: the kernel was named, and it can only do dense attention over runs of blocks.
+            UserError: the kernel was named, and it can only do dense attention over runs of blocks, without starts.
         """
         if index.starts is not None:
             if self._only:
-                raise UserError(
-                    f"kernel: {self.name!r} attends from the first token on, and this batch has documents or a "
-                    "window; use kernel=auto."
-                )
+                check_starts_kernel(self.name)
             return None
         if index.dense and placement.pieces is not None:
             return placement.pieces

@@ -27,6 +27,7 @@ from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.external.partial import BlockLists, block_lists, merge_partial
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
+from mtraining.kernel.starts import check_starts_kernel
 from mtraining.kernel.triton.backend import TritonBackend
 
 VERSION = "4.0.0b36"
@@ -113,8 +114,10 @@ def check_call(index: SparseIndex, deterministic: bool) -> None:
     """Refuse what these kernels would do wrong, whatever the tensors.
 
     Raises:
-        UserError: another block size than 128, or a run that wants repeatable gradients.
+        UserError: another block size than 128, starts, or a run that wants repeatable gradients.
     """
+    if index.starts is not None:
+        check_starts_kernel("flash4")
     if index.block_size != BLOCK:
         raise UserError(
             f"pattern.block_size: kernel=flash4 computes blocks of {BLOCK} tokens, not {index.block_size}; "

@@ -9,16 +9,21 @@ from mtraining.kernel.reference.attention import accumulation_dtype
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, scale: float, firsts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one query a row over the first keys of a cache; see :class:`mtraining.kernel.backend.Decode`."""
+    """Attention of one query a row over a run of keys of a cache; see :class:`mtraining.kernel.backend.Decode`."""
     dtype = accumulation_dtype(q.dtype)
     batch, q_heads, dim = q.shape
     kv_heads = k.shape[2]
-    keys, values = (x[:, :longest].to(dtype) for x in (k, v))  # (batch, longest, kv_heads, head_dim)
+    # With runs that begin anywhere, the longest says nothing of where they end.
+    end = longest if firsts is None else k.shape[1]
+    keys, values = (x[:, :end].to(dtype) for x in (k, v))  # (batch, end, kv_heads, head_dim)
     grouped = q.to(dtype).view(batch, kv_heads, q_heads // kv_heads, dim)
-    unused = torch.arange(keys.shape[1], device=q.device) >= lengths[:, None]
-    # What lies beyond a row's length may be anything, NaN too, which a weight of 0 would not hide.
+    place = torch.arange(keys.shape[1], device=q.device)
+    unused = place >= lengths[:, None]
+    if firsts is not None:
+        unused = unused | (place < firsts[:, None])
+    # What lies beyond a row's run may be anything, NaN too, which a weight of 0 would not hide.
     values = values.masked_fill(unused[..., None, None], 0.0)
     scores = torch.einsum("bkgd,bskd->bkgs", grouped, keys) * scale
     scores = scores.masked_fill(unused[:, None, None], -torch.inf)

@@ -23,12 +23,13 @@ _BLOCK_S = 16  # partial results joined at a time
 
 @triton.jit(do_not_specialize=["splits", "run"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, part_ptr, part_lse_ptr, q_b, q_h, k_b, k_s, k_h, v_b, v_s, v_h, scale_log2,
-    run, splits, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, firsts_ptr, part_ptr, part_lse_ptr, q_b, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
+    scale_log2, run, splits, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One run of one kv head: part (batch, q_heads, splits, head_dim) and part_lse (batch, q_heads, splits), fp32.
 
+    Keys are counted from ``firsts`` on, if that is not None: ``lengths`` of them in each row.
     ``run``: keys of a program, a multiple of BLOCK_N. Runs past a row's length are not written.
     """
     split, bh = tl.program_id(0), tl.program_id(1)
@@ -50,6 +51,10 @@ def decode_kernel(
     total = tl.zeros([BLOCK_G], tl.float32)
     k_base = k_ptr + batch * k_b + kv_head * k_h + first.to(tl.int64) * k_s
     v_base = v_ptr + batch * v_b + kv_head * v_h + first.to(tl.int64) * v_s
+    if firsts_ptr is not None:
+        skipped = tl.load(firsts_ptr + batch).to(tl.int64)
+        k_base += skipped * k_s
+        v_base += skipped * v_s
     k_offsets = tile_offsets(k_s, BLOCK_N, BLOCK_D)
     v_offsets = tile_offsets(v_s, BLOCK_N, BLOCK_D)
     for start in range(first, last, BLOCK_N):
@@ -134,19 +139,21 @@ def runs(longest: int, rows: int, tile: int, multiprocessors: int) -> tuple[int,
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, scale: float, firsts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :class:`mtraining.kernel.backend.Decode`; results repeat bit for bit, and nothing waits for the device."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, q_heads, dim = q.shape
     kv_heads, group = k.shape[2], q_heads // k.shape[2]
     tiles = decode_tiles(dim, k.element_size())
+    if firsts is not None:
+        lengths = (lengths - firsts).clamp_(min=0)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     run, splits = runs(longest, batch * kv_heads, tiles.keys, processors)
     part = torch.empty(batch, q_heads, splits, dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(batch, q_heads, splits, dtype=torch.float32, device=q.device)
     decode_kernel[(splits, batch * kv_heads)](
-        q, k, v, lengths, part, part_lse, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
+        q, k, v, lengths, firsts, part, part_lse, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         scale * LOG2E.value, run, splits, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=dim, BLOCK_D=padded(dim),
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=tiles.keys,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **tiles.options,
