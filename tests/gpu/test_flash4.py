@@ -35,6 +35,15 @@ CASES = {
     "zigzag, own keys": Case((2, 3, 8, 9), (2, 3, 8, 9), 12, q_heads=2, **BF16),
     "all masked": Case((0, 1), (2, 3), 4, q_heads=2, **BF16),
     "not contiguous": whole(4, q_heads=2, strided=True, **BF16),
+    "documents": whole(9, q_heads=4, kv_heads=2, columns=300, starts="anywhere", batch=2, **BF16),
+    "documents at blocks": whole(9, q_heads=4, kv_heads=2, columns=0, starts="blocks", batch=2, **BF16),
+    "documents of one token": whole(6, q_heads=2, columns=0, starts="tokens", diagonal_share=1.0, **BF16),
+    "a narrow window": whole(6, q_heads=2, columns=0, starts="narrow", diagonal_share=1.0, **BF16),
+    "a wide window": whole(12, q_heads=4, columns=0, starts="wide", diagonal_share=1.0, **BF16),
+    "lists of documents": whole(8, q_heads=4, block_share=0.4, diagonal_share=0.2, starts="anywhere", **BF16),
+    "striped documents": Case(
+        range(1, 16, 2), range(0, 16, 2), 16, q_heads=4, columns=256, starts="anywhere", **BF16
+    ),
     "fp16": whole(6, q_heads=4, kv_heads=2, size=128, dtype=torch.float16),
 }
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3}

@@ -268,7 +268,7 @@ def test_starts_go_to_tiles_or_are_refused() -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_that_know_no_starts_are_refused_before_anything_runs(kernel: str) -> None:
-    if kernel in ("auto", "reference", "triton"):
+    if kernel in ("auto", "reference", "triton", "flash4"):
         check_starts_kernel(kernel)
     else:
         with pytest.raises(UserError, match=f"^kernel: '{kernel}' attends from the first token on"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtraining import UserError
 from mtraining.kernel import ReferenceBackend, SparseIndex, pack_blocks
-from mtraining.kernel.starts import check_starts, window_starts
+from mtraining.kernel.starts import check_starts, first_local_keys, window_starts
 from starts_cases import STARTS, allowed, masked_attention, of_documents, of_window
 from triton_cases import tiles_gradients
 
@@ -125,6 +125,17 @@ def test_a_part_and_an_extension_keep_the_starts() -> None:
 
 def test_starts_of_a_window() -> None:
     assert torch.equal(window_starts(40, 7), of_window(40, 7))
+
+
+def test_new_starts_in_the_same_memory_have_tables_of_their_own() -> None:
+    """As a static buffer brings them, batch after batch."""
+    place = random_index(1).placement()
+    buffer = STARTS["documents anywhere"].clone()
+    first = first_local_keys(buffer, place, SIZE)
+    assert first_local_keys(buffer, place, SIZE) is first
+    assert torch.equal(first, STARTS["documents anywhere"])
+    buffer.copy_(STARTS["chunks"])
+    assert torch.equal(first_local_keys(buffer, place, SIZE), STARTS["chunks"])
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def query_ends(starts: Tensor, keys: Tensor) -> Tensor:
 
 
 # Asked for by name, they attend from the first token on, whatever document it is of.
-WITHOUT_STARTS = ("flash4", "cudnn", "flash")
+WITHOUT_STARTS = ("cudnn", "flash")
 # Of each starts, the tables made of them: a batch's layers share them, and they go when the batch does.
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -109,6 +109,16 @@ def first_local_keys(starts: Tensor, placement: Placement, block_size: int) -> T
         return torch.searchsorted(_positions(placement.k_blocks, block_size), first.long(), out_int32=True)
 
     return _kept(starts, make, "first keys", placement.q_blocks, placement.k_blocks)
+
+
+def last_local_keys(starts: Tensor, placement: Placement, block_size: int) -> Tensor:
+    """The last local key that causality leaves to each local query: int32 (local queries,), -1 for none."""
+
+    def make() -> Tensor:
+        queries, keys = (_positions(x, block_size) for x in (placement.q_blocks, placement.k_blocks))
+        return torch.searchsorted(keys, queries, right=True, out_int32=True) - 1
+
+    return _kept(starts, make, "last keys", placement.q_blocks, placement.k_blocks)
 
 
 def local_query_ends(starts: Tensor, placement: Placement, block_size: int) -> Tensor:

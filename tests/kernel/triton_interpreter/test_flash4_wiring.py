@@ -23,16 +23,21 @@ CASES = {
     "striped, other keys": Case(range(1, 6, 2), range(0, 6, 2), 6, size=SIZE, dim=16),
     "zigzag, own keys": Case((1, 4), (1, 4), 6, size=SIZE, dim=16),
     "all masked": Case((0, 1), (2, 3), 4, size=SIZE, dim=16),
+    "documents": whole(3, size=SIZE, dim=16, starts="anywhere", batch=2, diagonal_share=0.8),
+    "documents at blocks": whole(4, size=SIZE, dim=16, starts="blocks", diagonal_share=1.0, columns=0),
+    "a window": whole(4, size=SIZE, dim=16, starts="wide", diagonal_share=1.0),
+    "striped documents": Case(range(1, 6, 2), range(0, 6, 2), 6, size=SIZE, dim=16, starts="anywhere"),
+    "lists of documents": whole(3, size=SIZE, dim=16, block_share=0.6, starts="tokens"),
 }
 
 
-def listed_mask(lists: BlockLists, mask_mod: Any, rows: int, cols: int) -> Tensor:
+def listed_mask(lists: BlockLists, mask_mod: Any, rows: int, cols: int, aux: Any) -> Tensor:
     """bool (batch, heads, rows, cols) of tokens: full tiles whole, partial ones where mask_mod says."""
     mask = torch.zeros(*lists.full_counts.shape, cols, dtype=torch.bool)
     partial = mask.clone()
     for target, counts, entries in (
         (mask, lists.full_counts, lists.full),
-        (partial, lists.own_counts, lists.own),
+        (partial, lists.masked_counts, lists.masked),
     ):
         for at in torch.cartesian_prod(*(torch.arange(n) for n in counts.shape)).tolist():
             count = int(counts[tuple(at)])
@@ -41,7 +46,8 @@ def listed_mask(lists: BlockLists, mask_mod: Any, rows: int, cols: int) -> Tenso
             target[tuple(at)][chosen] = True
     assert not (mask & partial).any()
     tokens = torch.arange(max(rows, cols) * SIZE)
-    keep = mask_mod(None, None, tokens[: rows * SIZE, None], tokens[None, : cols * SIZE], None, None)
+    keep = mask_mod(None, None, tokens[: rows * SIZE, None], tokens[None, : cols * SIZE], None, aux)
+    keep = keep if keep.ndim == 2 else keep[:, None]
     spread = [m.repeat_interleave(SIZE, -2).repeat_interleave(SIZE, -1) for m in (mask, partial)]
     return spread[0] | spread[1] & keep
 
@@ -52,8 +58,8 @@ def scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 def fwd(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, mask_mod: Any, block_sparse_tensors: BlockLists,
-        return_lse: bool, pack_gqa: bool) -> tuple[Tensor, ...]:  # fmt: skip
-    mask = listed_mask(block_sparse_tensors, mask_mod, q.shape[1] // SIZE, k.shape[1] // SIZE)
+        return_lse: bool, pack_gqa: bool, aux_tensors: Any = None) -> tuple[Tensor, ...]:  # fmt: skip
+    mask = listed_mask(block_sparse_tensors, mask_mod, q.shape[1] // SIZE, k.shape[1] // SIZE, aux_tensors)
     s = scores(q, k, mask, softmax_scale)
     prob = s.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
     values = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
@@ -64,13 +70,12 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, mask_mod: Any,
 
 def bwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, *, softmax_scale: float,
         mask_mod: Any, block_sparse_tensors: BlockLists, dlse: Tensor, dk: Tensor, dv: Tensor,
-        ) -> tuple[Tensor, ...]:  # fmt: skip
+        aux_tensors: Any = None) -> tuple[Tensor, ...]:  # fmt: skip
     def transposed(batch: Any, head: Any, keys: Tensor, queries: Tensor, *rest: Any) -> Tensor:
         return mask_mod(batch, head, queries, keys, *rest)
 
-    mask = listed_mask(block_sparse_tensors, transposed, k.shape[1] // SIZE, q.shape[1] // SIZE).transpose(
-        -1, -2
-    )
+    rows, cols = k.shape[1] // SIZE, q.shape[1] // SIZE
+    mask = listed_mask(block_sparse_tensors, transposed, rows, cols, aux_tensors).transpose(-1, -2)
     s = scores(q, k, mask, softmax_scale)
     prob = (s - torch.where(lse.isneginf(), 0.0, lse)[..., None]).exp()
     group = q.shape[2] // k.shape[2]
@@ -91,6 +96,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash4, "_as_blocks", lambda lists: lists)
     monkeypatch.setattr(
         flash4, "_diagonal_tile", lambda: lambda b, h, q, kv, info, aux: q % SIZE >= kv % SIZE
+    )
+    monkeypatch.setattr(
+        flash4,
+        "_between_bounds",
+        lambda: lambda b, h, q, kv, info, aux: (kv >= aux[0][:, q]) & (kv <= aux[1][q]),
     )
 
 
@@ -149,7 +159,7 @@ def test_other_blocks_and_deterministic_runs_are_refused() -> None:
 def test_lists_do_not_repeat_and_keep_order() -> None:
     problem = build(whole(5, size=16, diagonal_share=1.0))
     lists = block_lists(problem.index, problem.place, key_major=False)
-    assert lists.full_counts[0, 1].tolist() == [0, 1, 2, 3, 4] and lists.own[0, 1, :, 0].tolist() == [
+    assert lists.full_counts[0, 1].tolist() == [0, 1, 2, 3, 4] and lists.masked[0, 1, :, 0].tolist() == [
         0,
         1,
         2,
@@ -158,8 +168,10 @@ def test_lists_do_not_repeat_and_keep_order() -> None:
     ]
     assert lists.full[0, 1, 4, :4].tolist() == [0, 1, 2, 3]
     by_key = block_lists(problem.index, problem.place, key_major=True)
-    assert by_key.full[0, 1, 0, :4].tolist() == [1, 2, 3, 4] and by_key.own_counts[0, 1].tolist() == [1] * 5
-    assert lists.full_counts[0, 0].sum() == 0 and lists.own_counts[0, 0].sum() == 0
+    assert (
+        by_key.full[0, 1, 0, :4].tolist() == [1, 2, 3, 4] and by_key.masked_counts[0, 1].tolist() == [1] * 5
+    )
+    assert lists.full_counts[0, 0].sum() == 0 and lists.masked_counts[0, 0].sum() == 0
 
 
 def test_merge_is_exact_for_rows_without_keys_on_either_side() -> None:

@@ -29,9 +29,9 @@ CASES = {
     "documents at blocks": whole(4, columns=150, starts="blocks", diagonal_share=0.8, **SMALL),
     "documents anywhere": whole(3, columns=150, starts="anywhere", batch=2, q_heads=2, **SMALL),
     "documents of one token": whole(3, columns=0, starts="tokens", diagonal_share=1.0, q_heads=2, **SMALL),
-    "a narrow window": whole(3, columns=40, starts="narrow", diagonal_share=1.0, q_heads=2, **SMALL),
+    "a narrow window": whole(3, columns=40, starts="narrow", diagonal_share=1.0, **SMALL),
     "a wide window": whole(5, columns=0, starts="wide", diagonal_share=1.0, q_heads=1, **SMALL),
-    "columns in a window": whole(5, columns=640, starts="wide", diagonal_share=0.0, q_heads=2, **SMALL),
+    "columns in a window": whole(5, columns=640, starts="wide", diagonal_share=0.0, **SMALL),
     "striped documents": Case(range(1, 6, 2), range(0, 6, 2), 6, columns=140, starts="anywhere", **SMALL),
     "zigzag window": Case((1, 4), (0, 5), 6, columns=140, starts="wide", diagonal_share=1.0, **SMALL),
     "lists of documents": whole(

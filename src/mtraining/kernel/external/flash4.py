@@ -4,7 +4,8 @@ The block-sparse entry points are private, so one version is asked for by name. 
 file:
 
 * lists name full tiles, multiplied without a mask, and partial ones, where a ``mask_mod`` decides: here the tiles
-  on the causal diagonal. With a ``mask_mod`` the flag ``causal`` is ignored;
+  on the causal diagonal and, with starts, those that hold a key before a query's start. Then it reads the bounds of
+  each query from two tables. With a ``mask_mod`` the flag ``causal`` is ignored;
 * out, dq, dk and dv come back in the inputs' dtype: each partial result is rounded once (2^-9 relative in bf16)
   before it is merged or added in fp32, where the Triton kernels keep fp32 throughout;
 * its backward takes ``out`` and an optional gradient of lse, and forms delta = rowsum(dout * out) - dlse: a zero
@@ -27,7 +28,7 @@ from mtraining.kernel.backend import Columns, QueryGradient
 from mtraining.kernel.external.partial import BlockLists, block_lists, merge_partial
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
-from mtraining.kernel.starts import check_starts_kernel
+from mtraining.kernel.starts import first_local_keys, last_local_keys
 from mtraining.kernel.triton.backend import TritonBackend
 
 VERSION = "4.0.0b36"
@@ -78,8 +79,8 @@ class Flash4Backend(TritonBackend):
             out, lse = self.columns_forward(q, *columns, index, placement.q_blocks, scale, out, lse)
         lists = block_lists(index, placement, key_major=False)
         part, part_lse, *_ = _interface()._flash_attn_fwd(
-            q, k, v, softmax_scale=scale, mask_mod=_diagonal_tile(), block_sparse_tensors=_as_blocks(lists),
-            return_lse=True, pack_gqa=False,
+            q, k, v, softmax_scale=scale, block_sparse_tensors=_as_blocks(lists), return_lse=True, pack_gqa=False,
+            **_mask(index, placement),
         )  # fmt: skip
         return merge_partial(part, part_lse, out, lse, final=final)
 
@@ -93,8 +94,8 @@ class Flash4Backend(TritonBackend):
         zero = torch.zeros(q.shape[-1], dtype=q.dtype, device=q.device).expand(q.shape)
         dkv = torch.empty(2, *k.shape, dtype=k.dtype, device=k.device)
         share, *_ = _interface()._flash_attn_bwd(
-            q, k, v, zero, dout, lse, softmax_scale=scale, mask_mod=_diagonal_tile(),
-            block_sparse_tensors=_as_blocks(lists), dlse=-delta, dk=dkv[0], dv=dkv[1],
+            q, k, v, zero, dout, lse, softmax_scale=scale, block_sparse_tensors=_as_blocks(lists), dlse=-delta,
+            dk=dkv[0], dv=dkv[1], **_mask(index, placement),
         )  # fmt: skip
 
         def query_gradient(
@@ -114,10 +115,8 @@ def check_call(index: SparseIndex, deterministic: bool) -> None:
     """Refuse what these kernels would do wrong, whatever the tensors.
 
     Raises:
-        UserError: another block size than 128, starts, or a run that wants repeatable gradients.
+        UserError: another block size than 128, or a run that wants repeatable gradients.
     """
-    if index.starts is not None:
-        check_starts_kernel("flash4")
     if index.block_size != BLOCK:
         raise UserError(
             f"pattern.block_size: kernel=flash4 computes blocks of {BLOCK} tokens, not {index.block_size}; "
@@ -130,12 +129,23 @@ def check_call(index: SparseIndex, deterministic: bool) -> None:
         )
 
 
+def _mask(index: SparseIndex, placement: Placement) -> dict[str, Any]:
+    """The mask of partial tiles, and the tables that it reads."""
+    if index.starts is None:
+        return {"mask_mod": _diagonal_tile()}
+    bounds = [
+        first_local_keys(index.starts, placement, BLOCK),
+        last_local_keys(index.starts, placement, BLOCK),
+    ]
+    return {"mask_mod": _between_bounds(), "aux_tensors": bounds}
+
+
 def _as_blocks(lists: BlockLists) -> Any:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     return BlockSparseTensorsTorch(
-        mask_block_cnt=lists.own_counts,
-        mask_block_idx=lists.own,
+        mask_block_cnt=lists.masked_counts,
+        mask_block_idx=lists.masked,
         full_block_cnt=lists.full_counts,
         full_block_idx=lists.full,
         block_size=(BLOCK, BLOCK),
@@ -159,3 +169,19 @@ def _diagonal_tile() -> Any:
         return q_idx % BLOCK >= kv_idx % BLOCK
 
     return diagonal_tile
+
+
+@cache
+def _between_bounds() -> Any:
+    """The keys from a query's first to its last, by tables of local positions (batch, queries) and (queries,)."""
+    import cutlass
+    import cutlass.cute as cute
+    from flash_attn.cute import utils
+
+    @cute.jit
+    def between_bounds(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+        first = utils.scalar_to_ssa(aux_tensors[0][batch[0], q_idx[0]], cutlass.Int32)
+        last = utils.scalar_to_ssa(aux_tensors[1][q_idx[0]], cutlass.Int32)
+        return (kv_idx >= first) & (kv_idx <= last)
+
+    return between_bounds

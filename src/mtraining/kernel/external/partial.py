@@ -30,19 +30,21 @@ _BLOCK_M = 32
 
 
 class BlockLists(NamedTuple):
-    """Selected tiles of each row of blocks, those on the causal diagonal apart; local block numbers, all int32.
+    """Selected tiles of each row of blocks, those that need a token mask apart; local block numbers, all int32.
+
+    Masked are the tiles on the causal diagonal and, with starts, those that hold a key before a query's start.
 
     Attributes:
         full_counts: (batch, q_heads, rows).
         full: (batch, q_heads, rows, cols), the first ``full_counts`` entries of a row ascending, the rest not written.
-        own_counts: (batch, q_heads, rows), 1 where the diagonal tile is selected, else 0.
-        own: (batch, q_heads, rows, 1), the diagonal tile's block, 0 where there is none.
+        masked_counts: (batch, q_heads, rows), without starts 1 where the diagonal tile is selected, else 0.
+        masked: (batch, q_heads, rows, 1 or, with starts, cols), like ``full``; without starts 0 where there is none.
     """
 
     full_counts: Tensor
     full: Tensor
-    own_counts: Tensor
-    own: Tensor
+    masked_counts: Tensor
+    masked: Tensor
 
 
 def block_lists(index: SparseIndex, placement: Placement, key_major: bool) -> BlockLists:
@@ -55,12 +57,17 @@ def block_lists(index: SparseIndex, placement: Placement, key_major: bool) -> Bl
         rows, cols = cols, rows
     shape, device = (*index.diagonals.shape[:2], rows.numel()), index.diagonals.device
     full = torch.empty(*shape, cols.numel(), dtype=torch.int32, device=device)
-    own = torch.empty(*shape, 1, dtype=torch.int32, device=device)
-    full_counts, own_counts = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
-    lists = BlockLists(full_counts, full, own_counts, own)
+    full_from = None
+    if index.starts is not None:
+        last = index.starts[:, index.block_size - 1 :: index.block_size]
+        full_from = (last + (index.block_size - 1)) // index.block_size
+    most = 1 if full_from is None else cols.numel()
+    masked = torch.empty(*shape, most, dtype=torch.int32, device=device)
+    full_counts, masked_counts = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
+    lists = BlockLists(full_counts, full, masked_counts, masked)
     selected, row_bytes = bitmaps(index, placement.q_blocks)
     _block_lists_kernel[(full_counts.numel(),)](
-        selected, rows, cols, lists, index.num_blocks, rows.numel(), cols.numel(), row_bytes,
+        selected, rows, cols, lists, full_from, index.num_blocks, rows.numel(), cols.numel(), row_bytes,
         HAS_BLOCKS=row_bytes > 0, KEY_MAJOR=key_major, CHUNK=min(_CHUNK, triton.next_power_of_2(cols.numel())),
     )  # fmt: skip
     return lists
@@ -95,14 +102,18 @@ def merge_partial(
 
 @triton.jit(do_not_specialize=["num_blocks", "rows", "cols", "row_bytes"])
 def _block_lists_kernel(
-    selected: Bitmaps, row_blocks, col_blocks, lists: BlockLists, num_blocks, rows, cols, row_bytes,
+    selected: Bitmaps, row_blocks, col_blocks, lists: BlockLists, full_from, num_blocks, rows, cols, row_bytes,
     HAS_BLOCKS: tl.constexpr, KEY_MAJOR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row of a head."""
+    """One program a row of a head.
+
+    ``full_from`` int32 (batch, num_blocks), the first key block that all queries of a block may attend to throughout;
+    None without starts.
+    """
     pid = tl.program_id(0).to(tl.int64)
     row = Row(pid, pid // rows, tl.load(row_blocks + pid % rows))
     count = 0
-    own_count = 0
+    mask_count = 0
     own_slot = 0
     for start in range(0, cols, CHUNK):
         slot = start + tl.arange(0, CHUNK)
@@ -111,16 +122,28 @@ def _block_lists_kernel(
         bit = selected_tiles(
             selected, num_blocks, row_bytes, row, slot, other, there, cols, HAS_BLOCKS, KEY_MAJOR
         )
-        own_bit = tl.where(other == row.block, bit, 0)
-        own_count += tl.sum(own_bit, 0)
-        own_slot += tl.sum(own_bit * slot, 0)
-        bit -= own_bit
+        if full_from is None:
+            mask_bit = tl.where(other == row.block, bit, 0)
+            own_slot += tl.sum(mask_bit * slot, 0)
+        else:
+            query, key = (other, row.block) if KEY_MAJOR else (row.block, other)
+            bounds = full_from + row.head // selected.heads * num_blocks
+            if KEY_MAJOR:
+                full = key >= tl.load(bounds + query, mask=there, other=0)
+            else:
+                full = key >= tl.load(bounds + query)
+            mask_bit = tl.where((other == row.block) | ~full, bit, 0)
+            place = mask_count + tl.cumsum(mask_bit, 0)
+            tl.store(lists.masked + pid * cols + place - 1, slot, mask=mask_bit != 0)
+        mask_count += tl.sum(mask_bit, 0)
+        bit -= mask_bit
         upto = count + tl.cumsum(bit, 0)
         tl.store(lists.full + pid * cols + upto - 1, slot, mask=bit != 0)
         count += tl.sum(bit, 0)
     tl.store(lists.full_counts + pid, count)
-    tl.store(lists.own_counts + pid, own_count)
-    tl.store(lists.own + pid, own_slot)
+    tl.store(lists.masked_counts + pid, mask_count)
+    if full_from is None:
+        tl.store(lists.masked + pid, own_slot)
 
 
 @triton.jit(do_not_specialize=["rows", "heads"])
