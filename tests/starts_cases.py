@@ -1,4 +1,4 @@
-"""Starts of many kinds, and a softmax under them that shares no code with the project."""
+"""Starts of many kinds, a plain softmax under them that shares no code with the project, and the reference's results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from mtraining.kernel import ReferenceBackend, SparseIndex
+from triton_cases import tiles_gradients
 
 
 def of_documents(*rows: Sequence[int]) -> Tensor:
@@ -63,3 +66,16 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Ten
     seen = mask.any(-1)
     weights = torch.where(seen[..., None], scores, 0.0).softmax(-1) * seen[..., None]
     return (weights @ values).transpose(1, 2), scores.logsumexp(-1)
+
+
+def run_reference(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, index: SparseIndex) -> list[Tensor]:
+    """out, lse, dq, dk, dv of tiles and columns by the reference."""
+    backend, place, scale = ReferenceBackend(), index.placement(), q.shape[-1] ** -0.5
+    slots = torch.arange(index.seq_len)
+    ck, cv = backend.gather_columns(k, v, index.columns, slots)
+    out, lse = backend.tiles_forward(q, k, v, index, place, scale, None, None, columns=(ck, cv))
+    delta = backend.row_delta(out, dout)
+    dq, dkv = tiles_gradients(backend, dout, q, k, v, lse, delta, index, place, scale, None, columns=(ck, cv))
+    grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, place.q_blocks, scale)
+    backend.scatter_columns(grads, index.columns, slots, dkv)
+    return [out, lse, dq, *dkv]

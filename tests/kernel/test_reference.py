@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, dense_index, merge, select_backend
 from mtraining.kernel.reference.attention import accumulation_dtype
-from triton_cases import tiles_gradients
+from starts_cases import masked_attention, run_reference
 
 SIZE = 8
 
@@ -29,36 +27,10 @@ def random_index(
     return SparseIndex(seq_len, SIZE, diagonals, picked.sort().values[None].int())
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    group = q.shape[2] // k.shape[2]
-    keys, values = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
-    scores = (q.transpose(1, 2) @ keys.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(
-        ~mask, -torch.inf
-    )
-    seen = mask.any(-1)
-    prob = torch.where(seen[..., None], scores, 0.0).softmax(-1) * seen[..., None]
-    return (prob @ values).transpose(1, 2), scores.logsumexp(-1)
-
-
 def inputs(heads: int, kv_heads: int, seq_len: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     q, dout = (torch.randn(1, seq_len, heads, 16, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(1, seq_len, kv_heads, 16, dtype=dtype) for _ in range(2))
     return [q, k, v, dout]
-
-
-def run_backend(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, index: SparseIndex
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Tiles and columns; all results of forward and backward."""
-    backend, place, scale = ReferenceBackend(), index.placement(), 1 / math.sqrt(q.shape[-1])
-    slots = torch.arange(index.seq_len)
-    ck, cv = backend.gather_columns(k, v, index.columns, slots)
-    out, lse = backend.tiles_forward(q, k, v, index, place, scale, None, None, columns=(ck, cv))
-    delta = backend.row_delta(out, dout)
-    dq, dkv = tiles_gradients(backend, dout, q, k, v, lse, delta, index, place, scale, None, columns=(ck, cv))
-    grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, place.q_blocks, scale)
-    backend.scatter_columns(grads, index.columns, slots, dkv)
-    return out, lse, dq, *dkv.unbind(0)
 
 
 @pytest.fixture
@@ -82,7 +54,7 @@ def test_equals_masked_attention(poisoned: None, seed: int, heads: int, kv_heads
     index = random_index(64, heads, seed)
     mask = index.to_mask()
     assert not mask.any(-1).all(), "the case must hold rows that see nothing"
-    got = run_backend(q, k, v, dout, index)
+    got = run_reference(q, k, v, dout, index)
     for x in (q, k, v):
         x.requires_grad_()
     out, lse = masked_attention(q, k, v, mask)
@@ -100,7 +72,7 @@ def test_no_key_counts_twice() -> None:
     q, k, v, dout = inputs(1, 1, 32)
     diagonals = torch.tensor([[[True, True, False, False]]])
     index = SparseIndex(32, SIZE, diagonals, torch.arange(32, dtype=torch.int32)[None, None])
-    _, lse, *_ = run_backend(q, k, v, dout, index)
+    _, lse, *_ = run_reference(q, k, v, dout, index)
     _, dense_lse = masked_attention(q, k, v, torch.ones(32, 32, dtype=torch.bool).tril())
     torch.testing.assert_close(lse, dense_lse, rtol=1e-12, atol=1e-12)
 
@@ -109,7 +81,7 @@ def test_one_block_dense() -> None:
     q, k, v, dout = inputs(2, 1, SIZE)
     index = dense_index(1, 2, SIZE, SIZE, q.device)
     assert index.density().tolist() == [[1.0, 1.0]]
-    out, *_ = run_backend(q, k, v, dout, index)
+    out, *_ = run_reference(q, k, v, dout, index)
     torch.testing.assert_close(
         out, masked_attention(q, k, v, torch.ones(SIZE, SIZE, dtype=torch.bool).tril())[0]
     )
@@ -118,8 +90,8 @@ def test_one_block_dense() -> None:
 def test_low_precision_accumulates_in_fp32() -> None:
     q, k, v, dout = inputs(2, 1, 64, torch.bfloat16)
     index = random_index(64, 2, 0)
-    low = run_backend(q, k, v, dout, index)
-    high = run_backend(*(x.double() for x in (q, k, v, dout)), index)
+    low = run_reference(q, k, v, dout, index)
+    high = run_reference(*(x.double() for x in (q, k, v, dout)), index)
     for a, b in zip(low, high, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)

@@ -11,8 +11,7 @@ from torch import Tensor
 from mtraining import UserError
 from mtraining.kernel import ReferenceBackend, SparseIndex, pack_blocks
 from mtraining.kernel.starts import check_starts, first_local_keys, window_starts
-from starts_cases import STARTS, allowed, masked_attention, of_documents, of_window
-from triton_cases import tiles_gradients
+from starts_cases import STARTS, allowed, masked_attention, of_documents, of_window, run_reference
 
 SIZE, TOKENS = 8, 128
 
@@ -46,19 +45,6 @@ def plain_mask(index: SparseIndex, starts: Tensor) -> Tensor:
                         selected = selected or bool(byte >> (k // SIZE % 8) & 1)
                     mask[b, h, q, k] = selected
     return mask
-
-
-def run_reference(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, index: SparseIndex) -> list[Tensor]:
-    """out, lse, dq, dk, dv of tiles and columns."""
-    backend, place, scale = ReferenceBackend(), index.placement(), q.shape[-1] ** -0.5
-    slots = torch.arange(index.seq_len)
-    ck, cv = backend.gather_columns(k, v, index.columns, slots)
-    out, lse = backend.tiles_forward(q, k, v, index, place, scale, None, None, columns=(ck, cv))
-    delta = backend.row_delta(out, dout)
-    dq, dkv = tiles_gradients(backend, dout, q, k, v, lse, delta, index, place, scale, None, columns=(ck, cv))
-    grads = backend.columns_backward(dout, q, ck, cv, lse, delta, index, place.q_blocks, scale)
-    backend.scatter_columns(grads, index.columns, slots, dkv)
-    return [out, lse, dq, *dkv]
 
 
 @pytest.mark.parametrize("listed", [False, True])

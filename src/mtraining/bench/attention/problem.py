@@ -75,8 +75,8 @@ def useful_areas(index: SparseIndex) -> tuple[Tensor, Tensor]:
     """Query-key entries worth computing, of slash tiles and of columns: float64 (batch, q_heads) each.
 
     Slash tiles whole, the masked half of the diagonal one included; of a column the entries at and below its diagonal
-    that no slash tile covers. With starts, entries before them count nowhere, so that a kernel that computes whole
-    tiles at the edge of a window is compared with one that does not by the same operations.
+    that no slash tile covers. Entries before a query's start count nowhere. So a kernel that
+    computes whole tiles at the edge of a window is compared with another by the same operations.
     """
     if index.starts is not None:
         return _areas_from_starts(index)

@@ -56,38 +56,22 @@ def _query_program(n_rows, kv_heads, GROUP: tl.constexpr, SUBTILES: tl.constexpr
 
 
 @triton.jit
-def _first_keys(lists: RowLists, n_rows, batch, i, part, SIZE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of tile ``part`` of a block of queries: the first local key that each may attend [BLOCK_M], the least and the
-    greatest of them.
+def _reach(lists: RowLists, n_rows, batch, token, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """Bounds of COUNT tokens of the rows from local ``token`` on [COUNT], the least of them and the greatest.
 
-    Zeros without starts, which nobody reads.
+    Of queries, the first local key that each may attend; of keys, the end of the local queries that may attend to
+    each. Both ascend. Zeros without starts, which nobody reads.
     """
     if lists.reach is not None:
-        reach = lists.reach + batch * n_rows * SIZE + i * SIZE + part * BLOCK_M
-        first = tl.load(reach + tl.arange(0, BLOCK_M))
+        reach = lists.reach + batch * n_rows * SIZE + token
+        bounds = tl.load(reach + tl.arange(0, COUNT))
         least = tl.load(reach)
-        greatest = tl.load(reach + BLOCK_M - 1)
+        greatest = tl.load(reach + COUNT - 1)
     else:
-        first = tl.zeros([BLOCK_M], tl.int32)
+        bounds = tl.zeros([COUNT], tl.int32)
         least = 0
         greatest = 0
-    return first, least, greatest
-
-
-@triton.jit
-def _query_ends(lists: RowLists, n_rows, batch, first_key, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of a tile of keys: the end of the local queries that may attend to each [BLOCK_N], and the least and the
-    greatest end. Zeros without starts, which nobody reads."""
-    if lists.reach is not None:
-        reach = lists.reach + batch * n_rows * SIZE + first_key
-        ends = tl.load(reach + tl.arange(0, BLOCK_N))
-        least = tl.load(reach)
-        greatest = tl.load(reach + BLOCK_N - 1)
-    else:
-        ends = tl.zeros([BLOCK_N], tl.int32)
-        least = 0
-        greatest = 0
-    return ends, least, greatest
+    return bounds, least, greatest
 
 
 @triton.jit
@@ -120,7 +104,7 @@ def forward_kernel(
     # Prologue: find the tiles that these queries visit, and load what stays for the whole loop.
     batch, head, kv_head, i, part = _query_program(n_rows, kv_heads, GROUP, SIZE // BLOCK_M)
     bh = batch * kv_heads * GROUP + head
-    first, least, greatest = _first_keys(lists, n_rows, batch, i, part, SIZE, BLOCK_M)
+    first, least, greatest = _reach(lists, n_rows, batch, i * SIZE + part * BLOCK_M, SIZE, BLOCK_M)
     limit = n_cols if lists.reach is None else n_cols - least // SIZE
     row = tile_row(lists, n_rows, n_cols, limit, diagonal, bh, i, TOEPLITZ, False)
     if HAS_PREV and row.hi == row.lo:
@@ -186,7 +170,7 @@ def query_gradient_kernel(
     # Prologue: find the tiles that these queries visit, and load what stays for the whole loop.
     batch, head, kv_head, i, part = _query_program(n_rows, kv_heads, GROUP, SIZE // BLOCK_M)
     bh = batch * kv_heads * GROUP + head
-    first, least, greatest = _first_keys(lists, n_rows, batch, i, part, SIZE, BLOCK_M)
+    first, least, greatest = _reach(lists, n_rows, batch, i * SIZE + part * BLOCK_M, SIZE, BLOCK_M)
     limit = n_cols if lists.reach is None else n_cols - least // SIZE
     row = tile_row(lists, n_rows, n_cols, limit, diagonal, bh, i, TOEPLITZ, False)
     if ADD and row.hi == row.lo:
@@ -268,7 +252,7 @@ def key_gradient_kernel(
     do_offsets = tile_offsets(do.row, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     lane = tl.arange(0, BLOCK_M)
 
-    ends, least, greatest = _query_ends(lists, n_rows, batch, first_key, SIZE, BLOCK_N)
+    ends, least, greatest = _reach(lists, n_rows, batch, first_key, SIZE, BLOCK_N)
     limit = n_cols if lists.reach is None else tl.cdiv(greatest, SIZE)
 
     scale_log2 = scale * LOG2E
