@@ -1,4 +1,4 @@
-"""Starts of many kinds, a plain softmax under them that shares no code with the project, and the reference's results."""
+"""Starts of many kinds, a plain softmax under them that shares no code with the project, and the reference results."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from mtraining.kernel.placement import progression
 @dataclass(frozen=True)
 class Case:
     """One problem: ``q_blocks`` and ``k_blocks`` are global block numbers of a sequence of ``num_blocks``; block lists
-    are given for the rows of ``q_blocks`` only, as a rank has them. ``starts`` is one of :data:`STARTS`."""
+    are given for the rows of ``q_blocks`` only, as a rank has them. ``starts`` is a key of ``STARTS``."""
 
     q_blocks: Sequence[int]
     k_blocks: Sequence[int]
