@@ -99,6 +99,23 @@ def test_two_processes_score_as_one(home: Path) -> None:
     assert one["nll"] == pytest.approx(two["nll"], rel=1e-12) and one["tokens"] == 999
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the harness and of what it imports
+@pytest.mark.parametrize("task", ["passkey", "niah_single_2"])
+def test_the_harness_has_a_runs_own_tokenizer_and_files(
+    task: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's name is no tokenizer that the harness could load; its essays are this command's."""
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: make setup EXTRAS=dev,lm-eval")
+    out = tmp_path / "out"
+    asked = ["runs/first", "--suite", f"lm-eval:mtraining_{task}", "--lengths", "1k", "--samples", "2"]
+    told = invoke(home, monkeypatch, *asked, "--essays", "book.txt", "--out", str(out))
+    assert told.exit_code == 0, (told.output, told.exception)
+    found = json.loads((out / "lm-eval.json").read_text())["runs/first"]["dense"]
+    assert found[f"mtraining_{task}"]["1024,none"] == 0.0  # a random model finds nothing
+    assert f"runs/first, dense: lm-eval mtraining_{task}: " in told.output
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -340,7 +340,13 @@ def _harness(request: Request, process: Any, generator: Any, model: str, attenti
 
     from mtraining.evaluate.harness import run_harness
 
-    metadata = {"max_seq_lengths": list(request.lengths), "tokenizer": request.tokenizer or model}
+    files = asdict(request.sources)
+    metadata = {
+        "max_seq_lengths": list(request.lengths),
+        "samples": request.samples,
+        "seed": request.seed,
+        **{name: str(path) for name, path in files.items() if isinstance(path, Path)},
+    }
     found = run_harness(generator, request.harness, request.batch, metadata, limit=request.samples)
     if process.is_main:
         path = request.out / "lm-eval.json"

@@ -204,10 +204,35 @@ class SparseIndex:
         blocks_reading_column[self.columns >= self.seq_len] = 0
         return slash + blocks_reading_column.sum(-1) * size
 
+    def cost(self) -> Tensor:
+        """:meth:`computed_area` over the area of all causal tiles: float64 (batch, q_heads). Time goes by it.
+
+        It is more than the density, and on short sequences may be more than 1: a column inside a selected tile is
+        multiplied a second time, and masked.
+        """
+        return self.computed_area() / self._causal_area
+
     def density(self) -> Tensor:
-        """Computed area over the area of all causal tiles: float64 (batch, q_heads), 1.0 for dense attention."""
-        causal_tiles = self.num_blocks * (self.num_blocks + 1) / 2
-        return self.computed_area() / (causal_tiles * self.block_size**2)
+        """Share of the causal tiles' area that is selected: float64 (batch, q_heads), 0.0 to 1.0, 1.0 for dense.
+
+        Whole tiles, and each column from its own block down to the last row; tiles own the overlap.
+        """
+        n, size = self.num_blocks, self.block_size
+        # What tiles hold of a block of keys, in tiles: diagonal d crosses it unless it leaves the matrix before.
+        if self.blocks is None:
+            held = self.diagonals.double().cumsum(-1).flip(-1)
+        else:
+            counts = [tiles.sum(0, dtype=torch.float64) for _, _, tiles in self.tiles_by_head()]
+            held = torch.stack(counts).view(self.diagonals.shape)
+        used = self.columns < self.seq_len
+        block = (self.columns // size).long().clamp(max=n - 1)
+        alone = (n - block - held.gather(-1, block)) * used
+        return (held.sum(-1) * size * size + alone.sum(-1) * size) / self._causal_area
+
+    @property
+    def _causal_area(self) -> float:
+        """Query-key entries of all causal tiles."""
+        return self.num_blocks * (self.num_blocks + 1) / 2 * self.block_size**2
 
     def nbytes(self) -> int:
         """Bytes that the index holds on its device."""
