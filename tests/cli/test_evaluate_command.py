@@ -78,6 +78,28 @@ def test_the_pages_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (home / "evaluation" / "results.jsonl").read_text().splitlines() == lines
 
 
+def test_a_dry_run_tells_the_memory_of_the_longest_length(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["runs/first", "--suite", "needle", "--lengths", "1k,2k", "--essays", "book.txt", "--batch", "4"]
+    asked += ["--attention", "dense", "--attention", "sparse", "--out", str(tmp_path / "out"), "--dry-run"]
+    told = invoke(home, monkeypatch, *asked)
+    assert told.exit_code == 0, (told.output, told.exception)
+    said = " ".join(told.output.split())
+    assert "runs/first, dense: needle needle_" in said and "runs/first, sparse: needle needle_" in said
+    # Twice 16 numbers in fp32 for each of 2,048 tokens, 2 layers, one kv head and 4 prompts.
+    assert "1 process, 2K tokens" in said and "keys and values │ 2.00 MiB" in said
+    assert not (tmp_path / "out").exists()
+    page = "runs/first --suite ppl --text book.txt --lengths 2k --nproc 2 --dry-run --memory-gib 80"
+    losses = invoke(home, monkeypatch, *page.split())
+    assert "runs/first, dense: ppl, 2 processes, 2K tokens" in " ".join(losses.output.split())
+    assert "keys and values" not in losses.output and "fits into 80.0 GiB" in losses.output
+    wrong = invoke(home, monkeypatch, *asked, "--memory-gib", "1")
+    assert isinstance(wrong.exception, UserError) and "a prompt of" in str(wrong.exception)
+    longer = invoke(home, monkeypatch, *asked, "--lengths", "4k")
+    assert "beyond the 2048 positions of the model" in str(longer.exception)
+
+
 @pytest.mark.slow
 def test_two_processes_score_as_one(home: Path) -> None:
     common = [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mtraining.cli.dry_run import DryRun, MemoryGib, refuse_memory
 from mtraining.cli.on_ring import (
     Device,
     Dtype,
@@ -62,6 +63,11 @@ class Request:
     rope: dict[str, Any]
     beyond_positions: bool
     chart: bool
+
+    @property
+    def needed(self) -> int:
+        """Positions that stretched rotary embeddings must cover; 1 where nothing is stretched."""
+        return max(self.lengths) if self.rope.get("type") else 1
 
 
 def evaluate(
@@ -129,6 +135,8 @@ def evaluate(
         bool, typer.Option(help="Also lengths that the model has no positions for, to see it fail.")
     ] = False,
     chart: Annotated[bool, typer.Option(help="Draw the needle's heat maps (needs matplotlib).")] = True,
+    dry_run: DryRun = False,
+    memory_gib: MemoryGib = None,
 ) -> None:
     """Evaluate MODEL at the lengths it was trained for, read by the ring attention of training.
 
@@ -177,6 +185,12 @@ def evaluate(
     if os.environ.get("RANK", "0") == "0":
         for reason in absent.values():
             typer.echo(f"left out: {reason}", err=True)
+    if dry_run:
+        from mtraining.cli.evaluate_memory import show_prediction
+
+        show_prediction(request, memory_gib)
+        return
+    refuse_memory(memory_gib)
     on_every(run, request, request.processes.world, "the same command goes on where this one ended.")
 
 
@@ -229,8 +243,8 @@ def run(request: Request) -> None:
         results = Results(request.out, writes=process.is_main)
         for name in request.models:
             named = find_model(name, rope_options(request.rope), request.tokenizer)
-            needed = max(request.lengths) if request.rope.get("type") else 1
-            hf_model = named.build(request.processes.dtype_on(process.device), process.device, seq_len=needed)
+            dtype = request.processes.dtype_on(process.device)
+            hf_model = named.build(dtype, process.device, seq_len=request.needed)
             _one_model(
                 request,
                 process,
@@ -263,7 +277,7 @@ def _one_model(
     tokenizer = named.tokenizer()
     maker = SampleMaker(tokenizer, request.template, request.seed)
     plan = _plan(request, tokenizer)
-    _check_positions(request, hf_model.config)
+    check_positions(request, hf_model.config)
     identity = {
         "settings": {
             "seed": request.seed,
@@ -326,7 +340,7 @@ def _plan(request: Request, tokenizer: Any) -> Plan:
     return plan
 
 
-def _check_positions(request: Request, config: Any) -> None:
+def check_positions(request: Request, config: Any) -> None:
     covered, longest = int(config.max_position_embeddings), max(request.lengths)
     if longest > covered and not request.beyond_positions:
         raise UserError(
