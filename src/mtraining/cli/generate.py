@@ -125,9 +125,11 @@ def generate(
 
 def read_prompt(path: Path) -> str:
     """A prompt's text, without the line break that editors put at a file's end."""
+    from mtraining.inputs.text import read_text
+
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--prompt {path} cannot be read as text ({error}); give a text file in UTF-8."
         ) from None

@@ -22,6 +22,7 @@ from torch import Tensor
 from mtraining.errors import UserError
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
+from mtraining.inputs.text import read_text, text_files
 from mtraining.kernel import SparseIndex, select_backend
 from mtraining.pattern import AShape, Dense, Pattern, SequenceShard, VerticalSlash
 from mtraining.pattern.probe import column_and_slash_mass, probe_positions
@@ -233,12 +234,12 @@ def read_sequences(path: Path, tokenizer: Any, tokens: int, samples: int) -> Ten
     Raises:
         UserError: no text there, or too little.
     """
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    files = text_files(path)
     ids: list[int] = []
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(file)
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"DATA: {file} cannot be read as text ({error}); give a text file or a folder of them."
             ) from None

@@ -18,6 +18,7 @@ from mtraining.evaluate.results import SUMMARY, Key, Results
 from mtraining.evaluate.summary import summarise
 from mtraining.evaluate.tasks import Sample, SampleMaker, Task
 from mtraining.generate import Generator
+from mtraining.inputs.text import read_text, text_files
 from mtraining.ring import Observer
 
 Tell = Callable[[Key, int, int], None]
@@ -139,20 +140,21 @@ def read_documents(paths: Sequence[Path], tokenizer: Any, longest: int | None = 
     for path in paths:
         if not path.exists():
             raise UserError(f"--text {path} does not exist; give a text file or a folder of .txt files.")
-        found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        found = text_files(path)
         if not found:
             raise UserError(f"--text {path} holds no .txt file; give a text file or a folder of them.")
         files += found
     documents = []
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(file)
+        except (OSError, ValueError) as error:
             raise UserError(f"--text {file} cannot be read as text ({error}); leave it out.") from None
         words = len(text.split())
         # No tokenizer needs 16 characters a token.
         shown = text if longest is None else text[: 16 * longest]
-        documents.append(Document(file.stem, list(tokenizer(shown, verbose=False).input_ids), words))
+        name = file.name.removesuffix(".gz").removesuffix(".txt")
+        documents.append(Document(name, list(tokenizer(shown, verbose=False).input_ids), words))
     return documents
 
 
