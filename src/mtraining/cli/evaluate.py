@@ -289,6 +289,9 @@ def _one_model(
     maker = SampleMaker(tokenizer, request.template, request.seed)
     plan = _plan(request, tokenizer)
     check_positions(request, hf_model.config)
+    for task in plan.tasks:
+        for length in plan.lengths:
+            maker.check(task, length)
     identity = {
         "settings": {
             "seed": request.seed,

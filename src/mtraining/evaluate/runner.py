@@ -22,6 +22,7 @@ from mtraining.inputs.text import read_text, text_files
 from mtraining.ring import Observer
 
 Tell = Callable[[Key, int, int], None]
+Unit = tuple[str, str, int, int]  # suite, task or document, length, number
 _RECALL_ROWS = 128  # where a plan asks for recall and names no number
 
 
@@ -53,7 +54,7 @@ class Plan:
         recall: share of attention mass that the pattern keeps, by layer.
         bucket, last: positions a bucket of perplexity spans; last tokens that are summed apart.
         recall_rows: query rows of each sequence whose recall is measured; 0 measures density alone.
-        batch: prompts answered together.
+        batch: prompts answered together; each is read by itself, so answers do not depend on it.
     """
 
     tasks: Sequence[Task]
@@ -68,9 +69,9 @@ class Plan:
     recall_rows: int = 0
     batch: int = 1
 
-    def units(self) -> list[tuple[str, str, int, int]]:
+    def units(self) -> list[Unit]:
         """(suite, task, length, number) of every sample, short ones first, so that mistakes show early."""
-        found: list[tuple[str, str, int, int]] = []
+        found: list[Unit] = []
         for length in sorted(self.lengths):
             for task in self.tasks:
                 count = self.samples if task.samples is None else min(self.samples, task.samples)
@@ -103,13 +104,13 @@ def evaluate(
     units = plan.units()
     todo = [unit for unit in units if Key(model, attention, *unit) not in done]
     finished = len(units) - len(todo)
-    for group in _together(todo, plan.batch):
-        suite, name, length, _ = group[0]
-        if name in tasks and suite == tasks[name].suite:
-            samples = [maker.make(tasks[name], length, number) for *_, number in group]
+    for group in _together(todo, tasks, plan.batch):
+        suite, _, length, number = group[0]
+        if _is_answered(group[0], tasks):
+            samples = [maker.make(tasks[unit[1]], *unit[2:]) for unit in group]
             records = _answered(generator, samples, plan.recall_rows)
         else:
-            records = [_read(generator, suite, plan.documents[group[0][3]], length, plan)]
+            records = [_read(generator, suite, plan.documents[number], length, plan)]
         for unit, record in zip(group, records, strict=True):
             key = Key(model, attention, *unit)
             results.add(key, record)
@@ -158,25 +159,30 @@ def read_documents(paths: Sequence[Path], tokenizer: Any, longest: int | None = 
     return documents
 
 
-def _together(
-    units: Sequence[tuple[str, str, int, int]], batch: int
-) -> Iterator[list[tuple[str, str, int, int]]]:
-    """Neighbours of the same task and length, at most ``batch``; perplexity and recall one by one."""
-    group: list[tuple[str, str, int, int]] = []
-    for unit in units:
-        fits = group and group[0][:3] == unit[:3] and len(group) < batch
-        if group and not fits:
-            yield group
-            group = []
-        group.append(unit)
-    if group:
-        yield group
+def _is_answered(unit: Unit, tasks: Mapping[str, Task]) -> bool:
+    suite, name, *_ = unit
+    return name in tasks and tasks[name].suite == suite
+
+
+def _together(units: Sequence[Unit], tasks: Mapping[str, Task], batch: int) -> Iterator[list[Unit]]:
+    """What is answered at one length, at most ``batch`` at a time; perplexity and recall one by one.
+
+    A batch is decoded until its longest answer ends, so samples stand beside those with answers as long as their own.
+    """
+    for length in sorted({unit[2] for unit in units}):
+        mine = [unit for unit in units if unit[2] == length]
+        answered = [unit for unit in mine if _is_answered(unit, tasks)]
+        answered.sort(key=lambda unit: tasks[unit[1]].answer_tokens(length))
+        for start in range(0, len(answered), batch):
+            yield answered[start : start + batch]
+        for unit in mine:
+            if not _is_answered(unit, tasks):
+                yield [unit]
 
 
 def _answered(generator: Generator, samples: Sequence[Sample], recall_rows: int) -> list[dict[str, Any]]:
-    task = samples[0].task
     answers = generator.generate(
-        [sample.ids for sample in samples], samples[0].new_tokens, recall_rows=recall_rows
+        [sample.ids for sample in samples], [sample.new_tokens for sample in samples], recall_rows=recall_rows
     )
     return [
         {
@@ -184,7 +190,7 @@ def _answered(generator: Generator, samples: Sequence[Sample], recall_rows: int)
             "removed": sample.removed,
             "prediction": answer.text,
             "references": list(sample.draft.references),
-            "score": task.score(answer.text or "", sample.draft.references),
+            "score": sample.task.score(answer.text or "", sample.draft.references),
             "details": dict(sample.draft.details),
             "new_tokens": len(answer.tokens),
             "finish_reason": answer.finish_reason,
