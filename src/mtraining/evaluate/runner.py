@@ -98,25 +98,25 @@ def evaluate(
     Args:
         model, attention: names under which the results stand.
         done: keys that have a line already, the same on every rank.
-        tell: called after each sample with its key, and how many of how many are done.
+        tell: called after each batch with its last key, and how many of how many are done.
     """
     tasks = {task.name: task for task in plan.tasks}
     units = plan.units()
     todo = [unit for unit in units if Key(model, attention, *unit) not in done]
     finished = len(units) - len(todo)
-    for group in _together(todo, tasks, plan.batch):
+    for group in together(todo, tasks, plan.batch):
         suite, _, length, number = group[0]
         if _is_answered(group[0], tasks):
             samples = [maker.make(tasks[unit[1]], *unit[2:]) for unit in group]
             records = _answered(generator, samples, plan.recall_rows)
         else:
             records = [_read(generator, suite, plan.documents[number], length, plan)]
-        for unit, record in zip(group, records, strict=True):
-            key = Key(model, attention, *unit)
+        keys = [Key(model, attention, *unit) for unit in group]
+        for key, record in zip(keys, records, strict=True):
             results.add(key, record)
-            finished += 1
-            if tell is not None:
-                tell(key, finished, len(units))
+        finished += len(group)
+        if tell is not None:
+            tell(keys[-1], finished, len(units))
 
 
 def summary(results: Results, about: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -164,7 +164,7 @@ def _is_answered(unit: Unit, tasks: Mapping[str, Task]) -> bool:
     return name in tasks and tasks[name].suite == suite
 
 
-def _together(units: Sequence[Unit], tasks: Mapping[str, Task], batch: int) -> Iterator[list[Unit]]:
+def together(units: Sequence[Unit], tasks: Mapping[str, Task], batch: int) -> Iterator[list[Unit]]:
     """What is answered at one length, at most ``batch`` at a time; perplexity and recall one by one.
 
     A batch is decoded until its longest answer ends, so samples stand beside those with answers as long as their own.
