@@ -112,9 +112,8 @@ def test_rows_that_choose_do_not_report(monkeypatch: pytest.MonkeyPatch) -> None
         visitor(0, *heads(0), 32**-0.5)
 
     def lucky(tried: list[Any], *rest: Any) -> Tensor:
-        found = torch.zeros(
-            4, len(tried), 5
-        )  # heads, candidates: recall that chooses, that reports, cost of tiles and of columns, density
+        # Heads, candidates: recall that chooses, that reports, cost of tiles and of columns, density.
+        found = torch.zeros(4, len(tried), 5)
         found[..., 2] = 0.5
         found[:, 0, 0], found[:, 1, 1] = 1.0, 1.0
         return found
