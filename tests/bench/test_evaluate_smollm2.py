@@ -14,16 +14,12 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from mtraining.data.tokenizer import save_byte_tokenizer
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import evaluate_smollm2  # type: ignore[import-not-found]
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import evaluate_smollm2  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(BENCHMARKS))
     return evaluate_smollm2
 
 

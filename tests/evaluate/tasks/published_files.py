@@ -108,7 +108,7 @@ def infinitebench_folder(folder: Path, suffix: str = "") -> Path:
 
 
 def pg19_folder(folder: Path) -> Path:
-    """test/NUMBER.txt beside metadata.csv, as the corpus is laid out."""
+    """One folder of numbered books for each split, beside metadata.csv, as the corpus is laid out."""
     (folder / "test").mkdir(parents=True)
     write(folder / "test" / "10146.txt", BOOK, bom=True)
     write(folder / "test" / "10321.txt.gz", BOOK.replace("rain", "snow"))
