@@ -175,6 +175,8 @@ def main() -> int:
 
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Refused before the work, where the commit is not known.
+    about = dataclasses.asdict(provenance(device))
     hf_model = named.build("bfloat16" if device.type == "cuda" else "float32", device)
     results = Results(args.folder, writes=True)
     settings = {"seed": maker.seed, "template": maker.template, "tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -208,7 +210,6 @@ def main() -> int:
         complete = True
     except TimeIsUp:
         print(f"{args.minutes:g} minutes are over; the same command goes on from here", flush=True)
-    about = dataclasses.asdict(provenance(device))
     rows = list(rows_of(summary(results, about), about))
     print(side_by_side(rows, attentions))
     if not complete:
