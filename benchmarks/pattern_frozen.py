@@ -93,7 +93,7 @@ def main() -> None:
                 held = index[name, estimated, layer]
                 recall = index_recall(held, attention.float(), rows).mean(1)
                 common = overlap(held, index[name, measured, layer])
-                found[name, estimated, measured].append((recall, held.density()[0], common))
+                found[name, estimated, measured].append((recall, held.cost()[0], common))
     source = [date.today(), code_version(), options.model, options.tokens, " ".join(map(str, options.layers))]
     with appended(options.out, FIELDS.split()) as write:
         for key, layers in found.items():

@@ -61,7 +61,7 @@ def measure(q: Tensor, k: Tensor, scale: float, rows: Tensor) -> dict[VerticalSl
         for pattern in patterns:
             columns, diagonals = pattern.select(verticals, slashes, backend)
             index = SparseIndex(shard.seq_len, pattern.block_size, diagonals[None], columns[None].int())
-            found[pattern] = index_recall(index, attention, rows), index.density()[0]
+            found[pattern] = index_recall(index, attention, rows), index.cost()[0]
     return found
 
 

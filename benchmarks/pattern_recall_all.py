@@ -151,7 +151,7 @@ class Measured:
             self.times[curve].append(seconds(partial(middle.estimate, q, k, shard, scale)))
             for pattern, index in zip(patterns, indices(patterns, q, k, scale, shard), strict=True):
                 recall = index_recall(index, truth, self.rows)
-                self.found[curve, pattern].append((recall.mean(1), index.density()[0]))
+                self.found[curve, pattern].append((recall.mean(1), index.cost()[0]))
 
     def points(self) -> dict[tuple[Curve, Pattern], tuple[float, float, float]]:
         """(density, recall, recall of the worst decile of heads), means over heads, rows and layers."""

@@ -1,4 +1,4 @@
-"""Sizes are told in a unit in which they are not 0.00."""
+"""Sizes are told in a unit in which they are not 0.00, and lengths in whole K and M."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from mtraining.bench.train.record import TrainRow, table
 from mtraining.predict.memory import Prediction
-from mtraining.sizes import size_text
+from mtraining.sizes import size_text, tokens_text
 from mtraining.train.memory_report import render, render_measured
 
 
@@ -24,6 +24,22 @@ from mtraining.train.memory_report import render, render_measured
 )
 def test_the_unit_fits(size: float, text: str) -> None:
     assert size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (1, "1"),
+        (1000, "1000"),
+        (1024, "1K"),
+        (1536, "1536"),
+        (2**19, "512K"),
+        (2**20, "1M"),
+        (3 * 2**19, "1536K"),
+    ],
+)
+def test_lengths(count: int, text: str) -> None:
+    assert tokens_text(count) == text
 
 
 def test_a_small_models_prediction_has_no_zeros() -> None:

@@ -52,7 +52,7 @@ def test_every_budget_is_measured_against_the_exact_mask(bench: ModuleType) -> N
         kept = (truth * index.to_mask()[0][:, rows]).sum(-1).mean(1)
         assert recall == pytest.approx(kept.mean().item(), abs=1e-5), curve
         assert worst == pytest.approx(kept.min().item(), abs=1e-5), curve
-        assert density == pytest.approx(index.density().mean().item()), curve
+        assert density == pytest.approx(index.cost().mean().item()), curve
 
 
 def test_a_description_names_what_a_budget_is(bench: ModuleType) -> None:

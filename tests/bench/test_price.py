@@ -9,6 +9,7 @@ import torch
 
 from mtraining.bench.attention import price as module
 from mtraining.bench.timing import Timing
+from mtraining.kernel import SparseIndex
 
 
 def test_price_of_a_column_is_its_time_over_its_area(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,14 +20,9 @@ def test_price_of_a_column_is_its_time_over_its_area(monkeypatch: pytest.MonkeyP
         ran.append(run())
         return Timing(next(times), None)
 
-    shares = iter(
-        [
-            (torch.tensor([[0.3, 0.1]]), torch.zeros(1, 2)),
-            (torch.tensor([[0.3, 0.1]]), torch.tensor([[0.1, 0.1]])),
-        ]
-    )
+    shares = iter([torch.tensor([[0.3, 0.1]]), torch.tensor([[0.4, 0.2]])])
     monkeypatch.setattr(module, "measure", measured)
-    monkeypatch.setattr(module, "densities", lambda index: next(shares))
+    monkeypatch.setattr(SparseIndex, "cost", lambda index: next(shares))
     price = module.column_price((4, 2, 16), 512, 32, torch.empty(0))
     assert price == pytest.approx((9 / 0.2) / (3 / 0.4))
     (out, _), _, (more, _), (dq, dk, _) = ran

@@ -17,7 +17,7 @@ from mtraining.bench.record import Provenance
 from mtraining.bench.train import gate as train_gate
 from mtraining.bench.train import model as train_model
 from mtraining.bench.train import worker as train_worker
-from mtraining.bench.train.cases import SHAPES, TrainCase, parse_tokens, tokens
+from mtraining.bench.train.cases import SHAPES, TrainCase, parse_tokens
 from mtraining.bench.train.progress import Effort, Progress
 from mtraining.bench.train.record import TrainRow, draw
 from mtraining.bench.train.run import cases_of, check
@@ -25,6 +25,7 @@ from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.pattern import Dense, VerticalSlash
 from mtraining.ring import attention
+from mtraining.sizes import tokens_text
 
 TOLD = Provenance("2026-01-01", "abc123", "cpu test", torch.__version__, "none")
 TINY = SHAPES["tiny"]
@@ -171,7 +172,7 @@ def test_cases_vary_one_option_at_a_time() -> None:
     ]
     assert {case.layers for case in cases} == {4} and {case.seq_len for case in cases} == {131072}
     everything = cases_of(TrainOptions(preset="table"))
-    assert {(tokens(case.seq_len), case.layers) for case in everything if case.density is None} == {
+    assert {(tokens_text(case.seq_len), case.layers) for case in everything if case.density is None} == {
         ("512K", 36), ("128K", 36), ("256K", 36), ("1M", 4),
     }  # fmt: skip
     for case in everything:
@@ -216,7 +217,7 @@ def test_bad_input_is_refused_before_anything_starts(options: dict[str, Any], to
 
 def test_lengths_are_written_and_read() -> None:
     assert [parse_tokens(text) for text in ("512K", "1m", "300")] == [524288, 1048576, 300]
-    assert [tokens(number) for number in (524288, 1048576, 300)] == ["512K", "1M", "300"]
+    assert [tokens_text(number) for number in (524288, 1048576, 300)] == ["512K", "1M", "300"]
 
 
 def test_a_chart_has_a_bar_for_each_row(tmp_path: Path) -> None:

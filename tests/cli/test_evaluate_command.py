@@ -78,6 +78,80 @@ def test_the_pages_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (home / "evaluation" / "results.jsonl").read_text().splitlines() == lines
 
 
+def test_a_dry_run_tells_the_memory_of_the_longest_length(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["runs/first", "--suite", "needle", "--lengths", "1k,2k", "--essays", "book.txt", "--batch", "4"]
+    asked += ["--attention", "dense", "--attention", "sparse", "--out", str(tmp_path / "out"), "--dry-run"]
+    told = invoke(home, monkeypatch, *asked)
+    assert told.exit_code == 0, (told.output, told.exception)
+    said = " ".join(told.output.split())
+    assert "runs/first, dense: needle needle_" in said and "runs/first, sparse: needle needle_" in said
+    # Twice 16 numbers in fp32 for each of 2,048 tokens, 2 layers, one kv head and 4 prompts.
+    assert "1 process, 2K tokens" in said and "keys and values │ 2.00 MiB" in said
+    assert not (tmp_path / "out").exists()
+    page = "runs/first --suite ppl --text book.txt --lengths 2k --nproc 2 --dry-run --memory-gib 80"
+    losses = invoke(home, monkeypatch, *page.split())
+    assert "runs/first, dense: ppl, 2 processes, 2K tokens" in " ".join(losses.output.split())
+    assert "keys and values" not in losses.output and "fits into 80.0 GiB" in losses.output
+    wrong = invoke(home, monkeypatch, *asked, "--memory-gib", "1")
+    assert isinstance(wrong.exception, UserError) and "a prompt of" in str(wrong.exception)
+    longer = invoke(home, monkeypatch, *asked, "--lengths", "4k")
+    assert "beyond the 2048 positions of the model" in str(longer.exception)
+
+
+@pytest.mark.slow
+def test_answers_do_not_depend_on_the_batch(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks with answers of different lengths together, dense and sparse."""
+    asked = [
+        "runs/first",
+        "--suite",
+        "needle",
+        "--suite",
+        "infinitebench",
+        "--tasks",
+        "needle_words,passkey,math_find",
+    ]
+    asked += [
+        "--lengths",
+        "900,1k",
+        "--samples",
+        "2",
+        "--essays",
+        "book.txt",
+        "--dtype",
+        "float64",
+        "--no-chart",
+    ]
+    asked += ["--attention", "dense", "--attention", "sparse"]
+    found = []
+    for batch in ("1", "4"):
+        told = invoke(home, monkeypatch, *asked, "--batch", batch, "--out", f"batch{batch}")
+        assert told.exit_code == 0, (told.output, told.exception)
+        lines = [
+            json.loads(line) for line in (home / f"batch{batch}" / "results.jsonl").read_text().splitlines()
+        ]
+        for line in lines:
+            del line["prefill_seconds"], line["decode_seconds"]
+        found.append(sorted(lines, key=lambda line: json.dumps(line, sort_keys=True)))
+    assert len(found[0]) == 2 * 2 * 3 * 2 and found[0] == found[1]
+
+
+def test_results_of_another_model_are_refused(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    asked = ["runs/first", "--suite", "ppl", "--text", "book.txt", "--lengths", "100", "--out", str(out)]
+    assert invoke(home, monkeypatch, *asked).exit_code == 0
+    noted = json.loads((out / "run.json").read_text())
+    noted["models"]["runs/first"] = "another"
+    (out / "run.json").write_text(json.dumps(noted))
+    told = invoke(home, monkeypatch, *asked)
+    assert f"--out {out} holds results of another model called runs/first; give another folder." in str(
+        told.exception
+    )
+
+
 @pytest.mark.slow
 def test_two_processes_score_as_one(home: Path) -> None:
     common = [
@@ -99,6 +173,23 @@ def test_two_processes_score_as_one(home: Path) -> None:
     assert one["nll"] == pytest.approx(two["nll"], rel=1e-12) and one["tokens"] == 999
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the harness and of what it imports
+@pytest.mark.parametrize("task", ["passkey", "niah_single_2"])
+def test_the_harness_has_a_runs_own_tokenizer_and_files(
+    task: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's name is no tokenizer that the harness could load; its essays are this command's."""
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: make setup EXTRAS=dev,lm-eval")
+    out = tmp_path / "out"
+    asked = ["runs/first", "--suite", f"lm-eval:mtraining_{task}", "--lengths", "1k", "--samples", "2"]
+    told = invoke(home, monkeypatch, *asked, "--essays", "book.txt", "--out", str(out))
+    assert told.exit_code == 0, (told.output, told.exception)
+    found = json.loads((out / "lm-eval.json").read_text())["runs/first"]["dense"]
+    assert found[f"mtraining_{task}"]["1024,none"] == 0.0  # a random model finds nothing
+    assert f"runs/first, dense: lm-eval mtraining_{task}: " in told.output
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -106,18 +197,35 @@ def test_two_processes_score_as_one(home: Path) -> None:
         (["--suite", "ppl"], "--suite ppl reads text of your own; give it as --text"),
         (
             ["--suite", "needle", "--lengths", "4k"],
-            "--lengths: 4096 tokens are beyond the 2048 positions of the model",
+            "--lengths: 4096 tokens are beyond the 2048 positions of the model; ask for shorter ones, stretch",
         ),
         (["--suite", "needle", "--lengths", "many"], "--lengths 'many' is not a list of lengths"),
-        (["--suite", "ruler", "--tasks", "qa_1"], "task qa_1 asks questions of SQuAD 2.0"),
+        (
+            ["--suite", "ruler", "--tasks", "qa_1"],
+            "task qa_1 asks questions of SQuAD 2.0, which is not here; give its development file as --squad FILE",
+        ),
+        (
+            ["--suite", "infinitebench", "--tasks", "code_debug"],
+            "xinrongzhang2022/InfiniteBench into a folder and give it as --infinitebench FOLDER, or leave the task out",
+        ),
+        (
+            ["--suite", "ruler", "--squad", "nowhere.json"],
+            "--squad nowhere.json does not exist; correct the path",
+        ),
         (["--suite", "ruler", "--tasks", "vtt"], "--tasks 'vtt' is not a task of ruler"),
-        (["--suite", "needle", "--template", "chat"], "this tokenizer has no chat template"),
+        (
+            ["--suite", "needle", "--template", "chat"],
+            "--template chat: this tokenizer has no chat template; use --template base, or a tokenizer with one",
+        ),
         (
             ["--suite", "ppl", "--text", "book.txt", "--lengths", "2k", "--out", "x", "--bucket", "0"],
             "bucket",
         ),
         (["--suite", "needle", "--attention", "sprse"], "--attention 'sprse' is not known"),
-        (["--suite", "needle", "--lengths", "100"], "task needle_numbers at 100 tokens: its smallest sample"),
+        (
+            ["--suite", "needle", "--lengths", "100"],
+            "--lengths: task needle_numbers and its answer of 32 tokens do not fit into 100; use a longer length",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(

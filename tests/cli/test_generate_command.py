@@ -162,6 +162,19 @@ def test_what_cannot_be_answered_is_one_sentence(run: Path, prompt: Path, tmp_pa
     assert "has no complete checkpoint" in refused(tmp_path, "--prompt", prompt)
 
 
+def test_a_dry_run_tells_the_memory_and_answers_nothing(run: Path, prompt: Path) -> None:
+    asked = (run, "--prompt", prompt, "--prompt", prompt, "--attention", "sparse", "--nproc", 2, "--dry-run")
+    one = told(invoke(*asked))
+    assert "2 processes, 2 of up to 109 tokens, sparse" in " ".join(one.split())
+    assert "keys and values" in one and "parameters" in one and "needed" in one
+    page = (run, "--prompt", prompt, "--nproc", 2, "--dry-run", "--memory-gib", 80)
+    assert "fits into 80.0 GiB" in told(invoke(*page))
+    sentence = refused(*asked, "--memory-gib", 1)
+    assert sentence.startswith("a prompt of 109 tokens needs 2.00 GiB on each GPU (in the ")
+    assert "use" in sentence and "more processes (--nproc, or torchrun), fewer prompts together" in sentence
+    assert "add --dry-run, or leave it out" in refused(run, "--prompt", prompt, "--memory-gib", 1)
+
+
 def test_positions_are_stretched_on_demand(run: Path, prompt: Path) -> None:
     arguments = (run / "export", "--prompt", prompt, "--max-new-tokens", 160, "--device", "cpu")
     assert "beyond the 256 positions" in refused(*arguments)

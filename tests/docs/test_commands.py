@@ -32,6 +32,12 @@ RUN_BY_TEST = {
     "mtraining generate runs/first --prompt a.txt --attention sparse --nproc 2": (
         "tests/cli/test_generate_command.py::test_processes_of_its_own_give_the_same_answer"
     ),
+    "mtraining generate runs/first --prompt a.txt --nproc 2 --dry-run --memory-gib 80": (
+        "tests/cli/test_generate_command.py::test_a_dry_run_tells_the_memory_and_answers_nothing"
+    ),
+    "mtraining evaluate runs/first --suite ppl --text book.txt --lengths 2k --nproc 2 --dry-run --memory-gib 80": (
+        "tests/cli/test_evaluate_command.py::test_a_dry_run_tells_the_memory_of_the_longest_length"
+    ),
     "mtraining bench train": "tests/bench/test_train_bench.py::test_the_command",
     "mtraining train recipes/qwen2.5-3b-512k.yaml --dry-run --memory-gib 80": (
         "tests/predict/test_memory.py::test_readmes_dry_run"

@@ -35,13 +35,14 @@ WRITTEN = set(
     metrics.jsonl balance.json balance.csv config.yaml config.json demo.json meta.json report.html report/report.html
     tokenizer.json tokenizer_config.json model.safetensors training.svg density.svg ring.svg patterns.yaml first.yaml
     generation_config.json mtraining_export.json
-    changes.jsonl results.jsonl summary.json run.json lm-eval.json longbook_qa_eng.jsonl
+    changes.jsonl results.jsonl summary.json run.json lm-eval.json longbook_qa_eng.jsonl code_debug.jsonl
     index.html site/index.html prepare.json manifest.json shard-00000.json
     """.split()
 )
 # Names that a reader puts a name of his own for, and files of other projects.
 ELSEWHERE = set(
-    "TABLE.yaml book.txt moby-dick.txt emma.txt NOVEL.txt OUT.csv flash_fwd_sm90.py a.txt a.jsonl".split()
+    "TABLE.yaml NAME.jsonl metadata.csv book.txt moby-dick.txt emma.txt NOVEL.txt OUT.csv flash_fwd_sm90.py a.txt "
+    "a.jsonl".split()
 )
 # Flags of other programs, and whose they are.
 FOREIGN_FLAGS = {

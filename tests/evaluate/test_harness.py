@@ -108,8 +108,8 @@ def test_every_task_has_its_file() -> None:
 
 
 @pytest.mark.slow
-def test_our_task_through_the_harness(generator: Generator, tokenizer_folder: Path) -> None:
-    metadata = {"tokenizer": str(tokenizer_folder), "max_seq_lengths": [1024], "samples": 2}
+def test_our_task_through_the_harness(generator: Generator) -> None:
+    metadata = {"max_seq_lengths": [1024], "samples": 2}
     found = run_harness(generator, ["mtraining_passkey"], batch=1, metadata=metadata)
     (result,) = found.values()
     assert result["score,none"] == 0.0 and result["1024,none"] == 0.0  # a random model finds nothing

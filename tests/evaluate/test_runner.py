@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,7 @@ class Parrot:
         self.asked: list[list[int]] = []
         self.left = dies_after
 
-    def generate(self, prompts: Sequence[list[int]], limit: int, **options: Any) -> list[Any]:
+    def generate(self, prompts: Sequence[list[int]], limits: Sequence[int], **options: Any) -> list[Any]:
         if self.left is not None:
             if self.left == 0:
                 raise KeyboardInterrupt
@@ -85,15 +86,19 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == [first, second, average]
 
 
-def test_prompts_of_a_task_are_answered_together(tmp_path: Path) -> None:
+def test_prompts_of_a_length_are_answered_together_beside_answers_as_long(tmp_path: Path) -> None:
     class Batches(Parrot):
-        def generate(self, prompts: Sequence[list[int]], limit: int, **options: Any) -> list[Any]:
-            sizes.append(len(prompts))
-            return super().generate(prompts, limit, **options)
+        def generate(self, prompts: Sequence[list[int]], limits: Sequence[int], **options: Any) -> list[Any]:
+            asked.append(list(limits))
+            return super().generate(prompts, limits, **options)
 
-    sizes: list[int] = []
-    run(tmp_path, Batches(), Plan([word(), word("other")], [64], samples=5, batch=4))
-    assert sizes == [4, 1, 4, 1]
+    asked: list[list[int]] = []
+    long = replace(word("long"), new_tokens=9)
+    plan = Plan([word(), long, word("other")], [64, 128], samples=3, batch=4)
+    results = run(tmp_path / "batches", Batches(), plan)
+    assert asked == [[4] * 4, [4, 4, 9, 9], [9]] * 2
+    alone = run(tmp_path / "alone", Parrot(), replace(plan, batch=1))
+    assert dict(results.lines()) == dict(alone.lines())
 
 
 def test_a_task_with_few_samples_gives_them_all(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from answers import MESHES, generator_for, prompts, world_of
@@ -142,6 +144,43 @@ def test_rows_end_by_themselves(ahead: bool, monkeypatch: pytest.MonkeyPatch) ->
         assert one.finish_reason == ("length" if kept == 8 and whole.tokens[-1] not in ends else "eos")
         assert one.logits is not None and len(one.logits) == kept
     assert len(found[0].tokens) <= 3 and any(len(one.tokens) == 8 for one in found)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_every_row_has_its_own_limit(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that has ended asks for no position beyond its own last one."""
+    monkeypatch.setattr(generator, "_runs_ahead", lambda device: ahead)
+    made = generator_for(None, "qwen2")
+    free = made.generate(prompts(), 8, eos=())
+    highest: list[int] = []
+    read_out = made.model.read_out
+
+    def watched(ids: torch.Tensor, positions: torch.Tensor, read: Any) -> torch.Tensor:
+        if ids.shape[0] == 3:
+            highest[:] = torch.cat([positions, torch.tensor(highest or [0] * 3)[:, None]], 1).amax(1).tolist()
+        return read_out(ids, positions, read)
+
+    monkeypatch.setattr(made.model, "read_out", watched)
+    limits = [3, 8, 1]
+    found = made.generate(prompts(), limits, eos=())
+    for one, whole, limit in zip(found, free, limits, strict=True):
+        assert one.tokens == whole.tokens[:limit] and one.finish_reason == "length"
+    assert all(place < len(row) + limit for place, row, limit in zip(highest, prompts(), limits, strict=True))
+    with pytest.raises(
+        UserError, match="max_new_tokens: 2 numbers for 3 prompts; give one each, or one for all"
+    ):
+        made.generate(prompts(), [1, 2], eos=())
+    with pytest.raises(UserError, match="max_new_tokens: 0 leaves no answer"):
+        made.generate(prompts(), [3, 0, 1], eos=())
+
+
+def test_dense_prompts_are_not_looked_at_for_their_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = generator_for(None, "qwen2")
+    (one,) = made.generate(prompts()[:1], 1, recall_rows=4)
+    assert one.density == 1 and one.recall == pytest.approx(1)
+    monkeypatch.setattr(generator, "Observer", None)
+    (same,) = made.generate(prompts()[:1], 1, recall_rows=0)
+    assert same.density == 1 and same.recall is None
 
 
 def test_a_single_token_needs_no_decoding() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, dense_index, merge, select_backend
+from mtraining.kernel.index import pack_blocks
 from mtraining.kernel.reference.attention import accumulation_dtype
 from starts_cases import masked_attention, run_reference
 
@@ -119,7 +120,7 @@ def test_merge_of_halves_is_the_whole() -> None:
 
 
 def test_computed_area_is_what_the_kernel_multiplies() -> None:
-    """Density must come from work done: count the reference's multiply-adds and compare."""
+    """Cost must come from work done: count the reference's multiply-adds and compare."""
     from torch.utils.flop_counter import FlopCounterMode
 
     q, k, v, _ = inputs(4, 2, 64)
@@ -129,6 +130,30 @@ def test_computed_area_is_what_the_kernel_multiplies() -> None:
     with FlopCounterMode(display=False) as counter:
         backend.tiles_forward(q, k, v, index, place, 1.0, None, None, columns=(ck, cv))
     assert counter.get_total_flops() == 4 * q.shape[-1] * int(index.computed_area().sum())
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("columns", [0, 5, 64])
+def test_density_counts_what_is_selected_once(listed: bool, columns: int) -> None:
+    """Against a mask of whole tiles and whole strips of columns; with every column it is dense, and not more."""
+    torch.manual_seed(columns)
+    diagonals = torch.rand(2, 3, 8) < 0.4
+    blocks = torch.rand(2, 3, 8, 8) < 0.3
+    chosen = torch.stack([torch.randperm(64)[:columns].sort().values for _ in range(6)]).view(2, 3, -1)
+    padded = torch.nn.functional.pad(chosen, (0, 2), value=64).int()
+    index = SparseIndex(64, 8, diagonals, padded, pack_blocks(blocks) if listed else None)
+    block = torch.arange(64) // 8
+    distance = block[:, None] - block
+    tiles = diagonals[..., distance.clamp(min=0)]
+    if listed:
+        tiles = tiles | blocks[..., block, :][..., block]
+    strips = torch.zeros(2, 3, 64, dtype=torch.bool).scatter(-1, chosen, True)[:, :, None]
+    selected = (tiles | strips) & (distance >= 0)
+    expected = selected.sum((-2, -1)) / (distance >= 0).sum()
+    torch.testing.assert_close(index.density(), expected.double(), rtol=1e-6, atol=0)
+    assert (index.cost() >= index.density()).all()
+    if columns == 64:
+        assert (index.density() == 1).all() and (index.cost() > 1).all()
 
 
 def test_placement_tables() -> None:

@@ -99,6 +99,26 @@ def test_computed_area_is_what_the_reference_multiplies(name: str, listed: bool)
     assert counter.get_total_flops() == 4 * 8 * int(index.computed_area().sum())
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("name", STARTS)
+def test_density_counts_what_is_selected_once(name: str, listed: bool) -> None:
+    """Against whole tiles, and strips of columns over the blocks of queries that may attend to them."""
+    index = replace(random_index(4, listed=listed), starts=STARTS[name])
+    every = torch.arange(TOKENS // SIZE)
+    tiles = index.tile_mask(every, every).repeat_interleave(SIZE, -1)
+    column = torch.zeros(2, 4, TOKENS + 1, dtype=torch.bool).scatter(-1, index.columns.long(), True)[
+        ..., :TOKENS
+    ]
+    token = torch.arange(TOKENS)
+    reads = (every[:, None] >= token // SIZE) & (token >= STARTS[name][:, ::SIZE, None])
+    selected = (tiles | column[:, :, None] & reads[:, None]).sum((2, 3), dtype=torch.float64) * SIZE
+    whole = allowed(STARTS[name]).unflatten(3, (-1, SIZE)).unflatten(2, (-1, SIZE)).any(5).any(3)
+    left = whole.sum((2, 3), dtype=torch.float64) * SIZE**2
+    torch.testing.assert_close(index.density(), selected / left, rtol=1e-12, atol=0)
+    torch.testing.assert_close(index.cost(), index.computed_area() / left, rtol=1e-12, atol=0)
+    assert (index.cost() >= index.density()).all()
+
+
 def test_a_part_and_an_extension_keep_the_starts() -> None:
     index = replace(random_index(1), starts=STARTS["documents anywhere"])
     part = index.upto(64)

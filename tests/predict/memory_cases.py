@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,13 +116,18 @@ def measured(worker: Worker, case: MemoryCase) -> int:
             for p in model.parameters()
             for x in (p.to_local(), *(s.to_local() for s in stepper._optimizer.state[p].values() if s.ndim))
         )
-        # PyTorch 2.11's profiler warns that it keeps the events of one cycle; there is one.
-        quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
-        with quiet, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-            stepper.run(iter([batch] * case.accumulation), 1)
+        return standing + most_allocated(lambda: stepper.run(iter([batch] * case.accumulation), 1))
+
+
+def most_allocated(work: Callable[[], object]) -> int:
+    """Most bytes that torch had allocated on the CPU at a time while ``work`` ran, beside what was there before."""
+    # PyTorch 2.11's profiler warns that it keeps the events of one cycle; there is one.
+    quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
+    with quiet, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        work()
     changes = [event.nbytes() for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
     total = highest = 0
     for change in changes:
         total += change
         highest = max(highest, total)
-    return standing + highest
+    return highest

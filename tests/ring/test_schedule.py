@@ -12,7 +12,7 @@ from torch import Tensor
 from distributed import ProcessPool, Worker
 from mtraining.layout import build_layout
 from mtraining.pattern import VerticalSlash
-from mtraining.predict.trace import META, LiveBytes, _ShapeRing, shape_call
+from mtraining.predict.trace import META, LiveBytes, ShapeRing, shape_call
 from mtraining.ring import Ring, attention, links, sparse_ring_attention
 from mtraining.ring.schedule import GradientRing, ring_steps
 from mtraining.ring.topology import Hop
@@ -112,7 +112,7 @@ def test_transfers_are_double_buffered(topology: tuple[int, int], most: int, own
     with live:
         for _, payload in ring_steps(
             torch.zeros(size, dtype=torch.uint8, device=META),
-            _ShapeRing(*topology),
+            ShapeRing(*topology),
             own_node_last=own_node_last,
         ):
             del payload

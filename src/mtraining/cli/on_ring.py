@@ -71,6 +71,26 @@ class Processes:
         with joined_processes(here) as process:
             yield process
 
+    @property
+    def ring(self) -> tuple[int, int]:
+        """(outer, inner)."""
+        return self.outer, self.world // self.outer
+
+    @property
+    def predicted_dtype(self) -> torch.dtype:
+        """Of the parameters where there is no device yet to ask: that of a GPU, unless the CPU was asked for."""
+        import torch
+
+        found: torch.dtype = getattr(
+            torch, self.dtype_on(torch.device("cpu" if self.device == "cpu" else "cuda"))
+        )
+        return found
+
+    @property
+    def shown(self) -> str:
+        """How many there are, for a title."""
+        return f"{self.world} process{'es' if self.world > 1 else ''}"
+
     def dtype_on(self, device: torch.device) -> str:
         """Of the model's parameters: bfloat16 on a GPU and float32 elsewhere, unless it was said."""
         if self.dtype != "auto":

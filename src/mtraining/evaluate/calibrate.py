@@ -22,6 +22,7 @@ from torch import Tensor
 from mtraining.errors import UserError
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
+from mtraining.inputs.text import read_text, text_files
 from mtraining.kernel import SparseIndex, select_backend
 from mtraining.pattern import AShape, Dense, Pattern, SequenceShard, VerticalSlash
 from mtraining.pattern.probe import column_and_slash_mass, probe_positions
@@ -39,8 +40,8 @@ class Calibration:
     Attributes:
         candidates: the patterns tried.
         chosen: for each layer, the number of each head's candidate.
-        density: mean density over layers and heads: computed area, a share of full attention's.
-        cost: the same with columns at their price; equal to the density at a price of 1.
+        density: mean density over layers and heads: what is attended, a share of full attention's tiles.
+        cost: mean cost over layers and heads: what is multiplied, with columns at their price.
         recall: mean recall over layers and heads, on rows that did not choose.
         curve: (cost, recall) of the search at every cost up to full attention.
         uniform: (cost, recall) of every candidate given to all heads alike.
@@ -56,7 +57,7 @@ class Calibration:
 
     @property
     def best_uniform(self) -> tuple[float, float]:
-        """(density, recall) of the best one budget for all heads that costs no more than what was chosen."""
+        """(cost, recall) of the best one budget for all heads that costs no more than what was chosen."""
         affordable = [point for point in self.uniform if point[0] <= self.cost]
         return max(affordable or [min(self.uniform)], key=lambda point: point[1])
 
@@ -123,10 +124,10 @@ def calibrate(
             layers.setdefault(layer, []).append(_try(tried, base, q, k, scale, sampled).cpu())
 
         visit_attention(hf_model, sequence[None], visit)
-    # (layers, heads, candidates) of recall that chooses, recall that reports, density of tiles, density of columns
+    # (layers, heads, candidates) of recall that chooses, recall that reports, cost of tiles, cost of columns, density
     means = torch.stack([torch.stack(layers[n]).mean(0) for n in sorted(layers)])
     shape = means.shape[:2]
-    chooses, reports, tiles, columns = means.flatten(0, 1).unbind(-1)
+    chooses, reports, tiles, columns, densities = means.flatten(0, 1).unbind(-1)
     cost = tiles + price * columns
     least = cost.amin(1).mean().item()
     if density < least:
@@ -145,7 +146,7 @@ def calibrate(
     return Calibration(
         candidates=tried,
         chosen=chosen.view(shape).tolist(),
-        density=(tiles + columns).gather(1, chosen[:, None]).mean().item(),
+        density=densities.gather(1, chosen[:, None]).mean().item(),
         cost=cost.gather(1, chosen[:, None]).mean().item(),
         recall=reports.gather(1, chosen[:, None]).mean().item(),
         curve=curve,
@@ -191,8 +192,8 @@ def bargains(recall: Tensor, cost: Tensor) -> list[Tensor]:
 def _try(
     tried: Sequence[Pattern], base: VerticalSlash, q: Tensor, k: Tensor, scale: float, rows: Tensor
 ) -> Tensor:
-    """Every candidate on one layer: fp32 (q_heads, candidates, 4), recall on even rows, on odd rows, and density of
-    tiles and of columns."""
+    """Every candidate on one layer: fp32 (q_heads, candidates, 5), recall on even rows, on odd rows, cost of tiles and
+    of columns, and density."""
     positions = torch.arange(q.shape[1], device=q.device)[None]
     shard = SequenceShard(positions, backend=select_backend("auto", q.device, q.dtype, q.shape[3]))
     attention = torch.stack([attention_rows(q, k, rows, head, scale) for head in range(q.shape[2])])
@@ -206,15 +207,16 @@ def _try(
         else:
             index = pattern.estimate(q, k, shard, scale)
         recall = index_recall(index, attention, rows)
-        tiles, columns = densities(index)
-        found.append(torch.stack([recall[:, ::2].mean(1), recall[:, 1::2].mean(1), tiles[0], columns[0]], -1))
+        parts = [recall[:, ::2].mean(1), recall[:, 1::2].mean(1)]
+        parts += [x[0].float() for x in (*costs(index), index.density())]
+        found.append(torch.stack(parts, -1))
     return torch.stack(found, 1)
 
 
-def densities(index: SparseIndex) -> tuple[Tensor, Tensor]:
-    """:meth:`SparseIndex.density` of tiles and of columns: fp32 (batch, q_heads) each."""
-    tiles = replace(index, columns=index.columns[..., :0]).density()
-    return tiles.float(), (index.density() - tiles).float()
+def costs(index: SparseIndex) -> tuple[Tensor, Tensor]:
+    """:meth:`SparseIndex.cost` of tiles and of columns: float64 (batch, q_heads) each."""
+    tiles = replace(index, columns=index.columns[..., :0]).cost()
+    return tiles, index.cost() - tiles
 
 
 def _name(pattern: Pattern) -> str:
@@ -232,12 +234,12 @@ def read_sequences(path: Path, tokenizer: Any, tokens: int, samples: int) -> Ten
     Raises:
         UserError: no text there, or too little.
     """
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    files = text_files(path)
     ids: list[int] = []
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(file)
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"DATA: {file} cannot be read as text ({error}); give a text file or a folder of them."
             ) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mtraining.errors import UserError
@@ -140,11 +141,22 @@ def run_harness(
 ) -> dict[str, Any]:
     """Results of ``lm_eval.simple_evaluate`` on some of its tasks, ours included.
 
+    Tasks that make their own data load a tokenizer by name. They are given a folder with the generator's own, so the
+    model may be of any kind.
+
     Args:
         metadata: for tasks that make their own data, as ``lm_eval --metadata`` takes it.
         options: passed on, such as ``limit``.
     """
     model = harness_model(generator, batch)
+    with TemporaryDirectory() as folder:
+        generator.tokenizer.save_pretrained(folder)
+        return _evaluated(model, tasks, (metadata or {}) | {"tokenizer": folder}, options)
+
+
+def _evaluated(
+    model: Any, tasks: Sequence[str], metadata: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

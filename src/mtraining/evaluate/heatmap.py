@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtraining.errors import UserError
 from mtraining.evaluate.results import Key
-from mtraining.evaluate.summary import tokens
+from mtraining.sizes import tokens_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def needle_figure(grid: dict[tuple[int, float], float], title: str) -> Figure:
     figure = Figure(figsize=(1.6 + 0.7 * len(lengths), 1.4 + 0.35 * len(depths)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [tokens(length) for length in lengths])
+    axes.set_xticks(range(len(lengths)), [tokens_text(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set(xlabel="tokens", ylabel="depth of the needle", title=title)
     for row, line in enumerate(values):

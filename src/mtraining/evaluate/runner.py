@@ -18,9 +18,11 @@ from mtraining.evaluate.results import SUMMARY, Key, Results
 from mtraining.evaluate.summary import summarise
 from mtraining.evaluate.tasks import Sample, SampleMaker, Task
 from mtraining.generate import Generator
+from mtraining.inputs.text import read_text, text_files
 from mtraining.ring import Observer
 
 Tell = Callable[[Key, int, int], None]
+Unit = tuple[str, str, int, int]  # suite, task or document, length, number
 _RECALL_ROWS = 128  # where a plan asks for recall and names no number
 
 
@@ -52,7 +54,7 @@ class Plan:
         recall: share of attention mass that the pattern keeps, by layer.
         bucket, last: positions a bucket of perplexity spans; last tokens that are summed apart.
         recall_rows: query rows of each sequence whose recall is measured; 0 measures density alone.
-        batch: prompts answered together.
+        batch: prompts answered together; each is read by itself, so answers do not depend on it.
     """
 
     tasks: Sequence[Task]
@@ -67,9 +69,9 @@ class Plan:
     recall_rows: int = 0
     batch: int = 1
 
-    def units(self) -> list[tuple[str, str, int, int]]:
+    def units(self) -> list[Unit]:
         """(suite, task, length, number) of every sample, short ones first, so that mistakes show early."""
-        found: list[tuple[str, str, int, int]] = []
+        found: list[Unit] = []
         for length in sorted(self.lengths):
             for task in self.tasks:
                 count = self.samples if task.samples is None else min(self.samples, task.samples)
@@ -96,25 +98,25 @@ def evaluate(
     Args:
         model, attention: names under which the results stand.
         done: keys that have a line already, the same on every rank.
-        tell: called after each sample with its key, and how many of how many are done.
+        tell: called after each batch with its last key, and how many of how many are done.
     """
     tasks = {task.name: task for task in plan.tasks}
     units = plan.units()
     todo = [unit for unit in units if Key(model, attention, *unit) not in done]
     finished = len(units) - len(todo)
-    for group in _together(todo, plan.batch):
-        suite, name, length, _ = group[0]
-        if name in tasks and suite == tasks[name].suite:
-            samples = [maker.make(tasks[name], length, number) for *_, number in group]
+    for group in together(todo, tasks, plan.batch):
+        suite, _, length, number = group[0]
+        if _is_answered(group[0], tasks):
+            samples = [maker.make(tasks[unit[1]], *unit[2:]) for unit in group]
             records = _answered(generator, samples, plan.recall_rows)
         else:
-            records = [_read(generator, suite, plan.documents[group[0][3]], length, plan)]
-        for unit, record in zip(group, records, strict=True):
-            key = Key(model, attention, *unit)
+            records = [_read(generator, suite, plan.documents[number], length, plan)]
+        keys = [Key(model, attention, *unit) for unit in group]
+        for key, record in zip(keys, records, strict=True):
             results.add(key, record)
-            finished += 1
-            if tell is not None:
-                tell(key, finished, len(units))
+        finished += len(group)
+        if tell is not None:
+            tell(keys[-1], finished, len(units))
 
 
 def summary(results: Results, about: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -139,42 +141,48 @@ def read_documents(paths: Sequence[Path], tokenizer: Any, longest: int | None = 
     for path in paths:
         if not path.exists():
             raise UserError(f"--text {path} does not exist; give a text file or a folder of .txt files.")
-        found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        found = text_files(path)
         if not found:
             raise UserError(f"--text {path} holds no .txt file; give a text file or a folder of them.")
         files += found
     documents = []
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(file)
+        except (OSError, ValueError) as error:
             raise UserError(f"--text {file} cannot be read as text ({error}); leave it out.") from None
         words = len(text.split())
         # No tokenizer needs 16 characters a token.
         shown = text if longest is None else text[: 16 * longest]
-        documents.append(Document(file.stem, list(tokenizer(shown, verbose=False).input_ids), words))
+        name = file.name.removesuffix(".gz").removesuffix(".txt")
+        documents.append(Document(name, list(tokenizer(shown, verbose=False).input_ids), words))
     return documents
 
 
-def _together(
-    units: Sequence[tuple[str, str, int, int]], batch: int
-) -> Iterator[list[tuple[str, str, int, int]]]:
-    """Neighbours of the same task and length, at most ``batch``; perplexity and recall one by one."""
-    group: list[tuple[str, str, int, int]] = []
-    for unit in units:
-        fits = group and group[0][:3] == unit[:3] and len(group) < batch
-        if group and not fits:
-            yield group
-            group = []
-        group.append(unit)
-    if group:
-        yield group
+def _is_answered(unit: Unit, tasks: Mapping[str, Task]) -> bool:
+    suite, name, *_ = unit
+    return name in tasks and tasks[name].suite == suite
+
+
+def together(units: Sequence[Unit], tasks: Mapping[str, Task], batch: int) -> Iterator[list[Unit]]:
+    """What is answered at one length, at most ``batch`` at a time; perplexity and recall one by one.
+
+    A batch is decoded until its longest answer ends, so samples stand beside those with answers as long as their own.
+    """
+    for length in sorted({unit[2] for unit in units}):
+        mine = [unit for unit in units if unit[2] == length]
+        answered = [unit for unit in mine if _is_answered(unit, tasks)]
+        answered.sort(key=lambda unit: tasks[unit[1]].answer_tokens(length))
+        for start in range(0, len(answered), batch):
+            yield answered[start : start + batch]
+        for unit in mine:
+            if not _is_answered(unit, tasks):
+                yield [unit]
 
 
 def _answered(generator: Generator, samples: Sequence[Sample], recall_rows: int) -> list[dict[str, Any]]:
-    task = samples[0].task
     answers = generator.generate(
-        [sample.ids for sample in samples], samples[0].new_tokens, recall_rows=recall_rows
+        [sample.ids for sample in samples], [sample.new_tokens for sample in samples], recall_rows=recall_rows
     )
     return [
         {
@@ -182,7 +190,7 @@ def _answered(generator: Generator, samples: Sequence[Sample], recall_rows: int)
             "removed": sample.removed,
             "prediction": answer.text,
             "references": list(sample.draft.references),
-            "score": task.score(answer.text or "", sample.draft.references),
+            "score": sample.task.score(answer.text or "", sample.draft.references),
             "details": dict(sample.draft.details),
             "new_tokens": len(answer.tokens),
             "finish_reason": answer.finish_reason,

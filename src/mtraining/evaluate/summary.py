@@ -9,6 +9,7 @@ from typing import Any
 
 from mtraining.evaluate.perplexity import merged, perplexity
 from mtraining.evaluate.results import Key
+from mtraining.sizes import tokens_text
 
 Lines = Iterable[tuple[Key, dict[str, Any]]]
 ANSWERED = ("needle", "ruler", "infinitebench")
@@ -123,12 +124,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         line += [_shown(row["suite"], row["lengths"].get(str(length))) for length in lengths]
         line.append(_shown_density(row))
         cells.append(line)
-    return ["model", "attention", "task", *(tokens(length) for length in lengths), "density"], cells
-
-
-def tokens(length: int) -> str:
-    """A length in tokens, as people write it: 4K, 512K, 1000."""
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+    return ["model", "attention", "task", *(tokens_text(length) for length in lengths), "density"], cells
 
 
 def _shown(suite: str, cell: dict[str, Any] | None) -> str:

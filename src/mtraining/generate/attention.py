@@ -28,6 +28,11 @@ class AttentionChoice:
     pattern: Pattern | tuple[Pattern, ...] | None
     layout: str
 
+    def by_layer(self, layers: int, own: Sequence[Pattern] | None = None) -> list[Pattern]:
+        """One pattern a layer; ``own`` as :meth:`patterns` takes it."""
+        found = self.patterns(own)
+        return [found] * layers if isinstance(found, Pattern) else list(found)
+
     def patterns(self, own: Pattern | Sequence[Pattern] | None = None) -> Pattern | Sequence[Pattern]:
         """What `Generator` takes as its pattern; ``own``: what the model was trained with, None where unknown."""
         if self.pattern is not None:

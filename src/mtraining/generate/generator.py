@@ -123,7 +123,7 @@ class Generator:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         *,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -137,7 +137,7 @@ class Generator:
 
         Args:
             prompts: token ids, of any lengths from 1 on.
-            max_new_tokens: that an answer has at most.
+            max_new_tokens: that an answer has at most: one number for each prompt, or one for all.
             temperature, top_p: see :class:`mtraining.generate.sampling.Chooser`; greedy by default.
             seed: of the draws: one for each prompt, or one from which prompt i gets ``seed + i``.
             stop: strings that end an answer.
@@ -148,13 +148,12 @@ class Generator:
         Raises:
             UserError: a prompt that is empty, too long or of another vocabulary; an option out of range.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: {max_new_tokens} leaves no answer; use at least 1.")
+        limits = self._limits(max_new_tokens, len(prompts))
         if stop and self.tokenizer is None:
             raise UserError("stop: stop strings need a tokenizer; give the generator one, or use eos.")
         if not all(stop):
             raise UserError("stop: an empty string ends every answer at once; leave it out.")
-        rows = [self._checked(prompt, row, max_new_tokens) for row, prompt in enumerate(prompts)]
+        rows = [self._checked(prompt, row, limits[row]) for row, prompt in enumerate(prompts)]
         if not rows:
             return []
         seeds = [seed + row for row in range(len(rows))] if isinstance(seed, int) else list(seed)
@@ -163,11 +162,11 @@ class Generator:
                 f"seed: {len(seeds)} seeds for {len(rows)} prompts; give one each, or one for all."
             )
         ends = self.eos if eos is None else frozenset(eos)
-        answers = [Answer(max_new_tokens, ends, stop, self.tokenizer) for _ in rows]
-        chooser = Chooser(temperature, top_p, seeds, max_new_tokens, self._device)
+        answers = [Answer(limit, ends, stop, self.tokenizer) for limit in limits]
+        chooser = Chooser(temperature, top_p, seeds, max(limits), self._device)
         with self._inference():
             dealt = [self.attention.deal(len(row)) for row in rows]
-            cache = Cache(self.attention, dealt, max_new_tokens - 1, self._device)
+            cache = Cache(self.attention, dealt, max(limits) - 1, self._device)
             with attached(self.model, cache):
                 read = [self._prefill(cache, row, tokens, recall_rows) for row, tokens in enumerate(rows)]
                 logits = torch.cat([one.logits for one in read])
@@ -251,6 +250,18 @@ class Generator:
             pattern.check_heads(layer, self._config.num_attention_heads)
         return tuple(patterns)
 
+    def _limits(self, given: int | Sequence[int], prompts: int) -> list[int]:
+        """New tokens at most of each prompt's answer."""
+        limits = [given] * prompts if isinstance(given, int) else list(given)
+        if len(limits) != prompts:
+            raise UserError(
+                f"max_new_tokens: {len(limits)} numbers for {prompts} prompts; give one each, or one for all."
+            )
+        for limit in limits:
+            if limit < 1:
+                raise UserError(f"max_new_tokens: {limit} leaves no answer; use at least 1.")
+        return limits
+
     def _checked(self, prompt: Sequence[int], row: int, new_tokens: int) -> Tensor:
         """A prompt as int64 (tokens,) on the CPU."""
         if len(prompt) == 0:
@@ -303,7 +314,9 @@ class Generator:
     def _prefill(self, cache: Cache, row: int, tokens: Tensor, recall_rows: int | None) -> _Read:
         start = time.perf_counter()
         cache.prefill(row)
-        watch = Observer(recall_rows) if recall_rows is not None else nullcontext()
+        # Dense attention needs no look: its density is 1, and looking waits for the device in every layer.
+        dense = recall_rows == 0 and all(pattern.name == "dense" for pattern in self.attention.patterns)
+        watch = nullcontext() if dense or recall_rows is None else Observer(recall_rows)
         with watch as observer:
             logits = self._read_prompt(cache.dealt[row], tokens)
         if logits.is_cuda:
@@ -311,7 +324,8 @@ class Generator:
         seconds = time.perf_counter() - start
         stats = [] if observer is None else observer.stats
         recalls = [one.recall for one in stats if one.recall is not None]
-        return _Read(logits, seconds, _mean([one.density for one in stats]), _mean(recalls))
+        density = 1.0 if dense else _mean([one.density for one in stats])
+        return _Read(logits, seconds, density, _mean(recalls))
 
     def _decode(
         self,
@@ -329,7 +343,9 @@ class Generator:
         """
         start, kept, seconds = time.perf_counter(), [logits] if keep else [], [0.0] * len(answers)
         positions = torch.tensor(lengths, device=self._device)
-        limit, ahead = answers[0].limit, _runs_ahead(logits.device)
+        # A row that has ended stays where it is: it must not lead beyond the model's positions.
+        final = positions + torch.tensor([answer.limit - 1 for answer in answers], device=self._device)
+        limit, ahead = max(answer.limit for answer in answers), _runs_ahead(logits.device)
         token = self._agreed(chooser(logits, 0))
         for step in range(limit):
             coming, following = _Coming(token), None
@@ -341,7 +357,8 @@ class Generator:
                             seconds[row] = time.perf_counter() - start
                 elif step + 1 < limit and not all(answer.finish_reason for answer in answers):
                     cache.next_token()
-                    logits = self.model.read_out(token[:, None], (positions + step)[:, None], _last_logits)
+                    place = torch.minimum(positions + step, final)[:, None]
+                    logits = self.model.read_out(token[:, None], place, _last_logits)
                     kept += [logits] if keep else []
                     following = self._agreed(chooser(logits, step + 1))
             if following is None or all(answer.finish_reason for answer in answers):

@@ -235,19 +235,54 @@ class SparseIndex:
         else:
             counts = [tiles.sum(dtype=torch.float64) for _, _, tiles in self.tiles_by_head()]
             slash = torch.stack(counts).view(self.diagonals.shape[:2]) * size * size
-        columns = self.columns.long()
-        ends = torch.full_like(columns, self.num_blocks)
-        if self.starts is not None:
-            ends = self._blocks_up_to(query_ends(self.starts, columns.flatten(1))).view_as(columns)
-        blocks_reading_column = (ends - columns // size).clamp(min=0).double()
+        blocks_reading_column = (self._column_ends - self.columns // size).clamp(min=0).double()
         blocks_reading_column[self.columns >= self.seq_len] = 0
         return slash + blocks_reading_column.sum(-1) * size
 
+    def cost(self) -> Tensor:
+        """:meth:`computed_area` over the area of all tiles that causality and ``starts`` leave: float64 (batch,
+        q_heads). Time goes by it.
+
+        It is more than the density, and on short sequences may be more than 1: a column inside a selected tile is
+        multiplied a second time, and masked.
+        """
+        return self.computed_area() / self._whole_area
+
     def density(self) -> Tensor:
-        """Computed area over the area of all tiles that causality and ``starts`` leave: float64 (batch, q_heads), 1.0
-        for dense attention."""
-        tiles = (self._reach + 1).sum(-1, dtype=torch.float64)
-        return self.computed_area() / (tiles[:, None] * self.block_size**2)
+        """Share that is selected of the area of all tiles that causality and ``starts`` leave: float64 (batch,
+        q_heads), 0.0 to 1.0, 1.0 for dense.
+
+        Whole tiles, and each column from its own block down to the last row that may attend to it; tiles own the
+        overlap.
+        """
+        size, used = self.block_size, self.columns < self.seq_len
+        block = (self.columns // size).long().clamp(max=self.num_blocks - 1)
+        last = (self._column_ends - 1).clamp(min=block)
+        # Of each head its tiles, and of each column those that hold it.
+        if self.blocks is None:
+            upto = self.diagonals.double().cumsum(-1)
+            tiles = upto.gather(-1, self._reach[:, None].expand_as(self.diagonals)).sum(-1)
+            held = upto.gather(-1, last - block)
+        else:
+            grids = [tiles.cumsum(0, dtype=torch.float64) for _, _, tiles in self.tiles_by_head()]
+            tiles = torch.stack([grid[-1].sum() for grid in grids]).view(self.diagonals.shape[:2])
+            places = zip(grids, last.flatten(0, 1), block.flatten(0, 1), strict=True)
+            held = torch.stack([grid[rows, keys] for grid, rows, keys in places]).view_as(last)
+        alone = (last + 1 - block - held) * used
+        return (tiles * size * size + alone.sum(-1) * size) / self._whole_area
+
+    @property
+    def _column_ends(self) -> Tensor:
+        """int64, like ``columns``: the end (exclusive) of the query blocks that may attend to each."""
+        columns = self.columns.long()
+        if self.starts is None:
+            return torch.full_like(columns, self.num_blocks)
+        return self._blocks_up_to(query_ends(self.starts, columns.flatten(1))).view_as(columns)
+
+    @property
+    def _whole_area(self) -> Tensor:
+        """Query-key entries of all tiles that causality and ``starts`` leave: float64 (batch, 1)."""
+        return (self._reach + 1).sum(-1, keepdim=True, dtype=torch.float64) * self.block_size**2
 
     @property
     def _reach(self) -> Tensor:

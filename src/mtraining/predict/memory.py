@@ -7,7 +7,8 @@ optimizer's state follow from FSDP2's sharding. A step has a few moments that ma
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -69,14 +70,18 @@ class Prediction:
     Attributes:
         moment: which one it is. components: what is there then, by name; they add up to the peak. moments: the total
         of every moment. attention: what one pass of ring attention has at a time (keys in flight, sums in fp32,
-        columns). It is a part of
-            a layer's working set, at the peak or at another moment.
+        columns). It is a part of a layer's working set, at the peak or at another moment. work: what needs the memory,
+        as the subject of a sentence. remedies: what a user may do where there is too little.
     """
 
     moment: str
     components: dict[str, float]
     moments: dict[str, float]
     attention: float
+    work: str = "a step"
+    remedies: str = (
+        "train.recompute=full, train.offload=true, more GPUs (parallel.cp), or a shorter train.seq_len"
+    )
 
     @property
     def peak(self) -> float:
@@ -103,9 +108,8 @@ class Prediction:
             return
         expand = "" if segments_expand() else f"{VARIABLES[0]}={EXPANDABLE}, "
         raise UserError(
-            f"a step needs {size_text(self.needed)} on each GPU ({self.moment}; {size_text(self.reserve)} of them for "
-            f"memory that breaks into pieces) and there are {size_text(memory)}: use {expand}train.recompute=full, "
-            "train.offload=true, more GPUs (parallel.cp), or a shorter train.seq_len."
+            f"{self.work} needs {size_text(self.needed)} on each GPU ({self.moment}; {size_text(self.reserve)} of them "
+            f"for memory that breaks into pieces) and there are {size_text(memory)}: use {expand}{self.remedies}."
         )
 
     def table(self) -> list[tuple[str, float]]:
@@ -203,7 +207,7 @@ class _Parameters:
 
 def _traced(work: Workload, largest: int) -> Trace:
     """Activations of a short model of the same shape, on the meta device, with layers like number ``largest``."""
-    short = _shortened(work.hf_model, largest).to(work.compute)
+    short = shortened(work.hf_model, largest).to(work.compute)
     pattern = max(work.patterns, key=lambda pattern: columns_of(pattern, work.seq_len))
     model = parallelize(
         short,
@@ -218,18 +222,29 @@ def _traced(work: Workload, largest: int) -> Trace:
     call = shape_call(
         pattern, work.layout, ring, work.seq_len, work.batch, heads, columns_of(pattern, work.seq_len)
     )
-    try:
+    with on_shapes(short, "run two steps, after which the log tells the measured peak"):
         return trace(model, call, work.batch, work.seq_len // (ring[0] * ring[1]))
+
+
+@contextmanager
+def on_shapes(hf_model: Any, remedy: str) -> Iterator[None]:
+    """Run a meta model inside.
+
+    Raises:
+        Unpredictable: the model's own code reads numbers.
+    """
+    try:
+        yield
     except (NotImplementedError, RuntimeError) as error:
         if "meta" not in str(error):
             raise
         raise Unpredictable(
-            f"memory cannot be predicted for {short.config.model_type}, whose own code reads numbers where only shapes "
-            "are known; run two steps, after which the log tells the measured peak."
+            f"memory cannot be predicted for {hf_model.config.model_type}, whose own code reads numbers where only "
+            f"shapes are known; {remedy}."
         ) from error
 
 
-def _shortened(hf_model: Any, largest: int) -> Any:
+def shortened(hf_model: Any, largest: int) -> Any:
     """A model of :data:`LAYERS` layers, each like number ``largest`` of ``hf_model``: experts may begin after a few."""
     config, depth = copy.deepcopy(hf_model.config), len(decoder_of(hf_model).layers)
     config.num_hidden_layers = largest + 1

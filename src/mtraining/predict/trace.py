@@ -171,7 +171,7 @@ class _Arrived:
         return self._received
 
 
-class _ShapeRing(Ring):
+class ShapeRing(Ring):
     """The first rank of a ring whose other ranks do not exist."""
 
     def __init__(self, outer: int, inner: int) -> None:
@@ -238,7 +238,7 @@ def shape_call(
     Args:
         columns: capacity of the index's column lists, 0 for none.
     """
-    plan = make_plan(_ShapeRing(*ring), layout, seq_len, pattern.block_size, device)
+    plan = make_plan(ShapeRing(*ring), layout, seq_len, pattern.block_size, device)
     blocks = seq_len // pattern.block_size
     index = SparseIndex(
         seq_len,

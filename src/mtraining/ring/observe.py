@@ -23,7 +23,7 @@ class AttentionStats:
     """One attention call, over all heads and the whole sequence.
 
     Attributes:
-        density: computed area over the area of all causal tiles, of the blocks that hold a real token.
+        density: as `SparseIndex.density` has it, of the blocks that hold a real token; mean over heads.
         columns: mean columns a head.
         recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled.
         balance: imbalance in the layout and ring in use.

@@ -61,6 +61,14 @@ class NamedModel:
             )
         return found
 
+    def shapes(self, seq_len: int = 1) -> Any:
+        """The transformers model on the meta device: shapes without numbers.
+
+        Args:
+            seq_len: as :meth:`build` takes it.
+        """
+        return build_model(self.options, seq_len if self.run is None else self.run.train.seq_len, "meta")[0]
+
     def build(self, dtype: str, device: torch.device, seq_len: int = 1) -> Any:
         """The transformers model, whole, with parameters of ``dtype``. Collective where a process group exists.
 

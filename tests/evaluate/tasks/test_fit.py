@@ -47,10 +47,38 @@ def test_a_haystack_that_grows_unevenly(maker: SampleMaker) -> None:
 
 def test_a_sample_that_cannot_fit_is_said(maker: SampleMaker, essays: Path) -> None:
     for task in generated(essays):
-        with pytest.raises(
-            UserError, match=f"task {task.name} at 40 tokens: .* do not fit; use a longer length"
-        ):
+        message = f"--lengths: task {task.name} and its answer .* do not fit into 40; use a longer length"
+        with pytest.raises(UserError, match=message):
             maker.make(task, 40, 0)
+        with pytest.raises(UserError, match=message):
+            maker.check(task, 40)
+        maker.check(task, 16384)
+
+
+def test_an_answer_longer_than_the_length_is_said(maker: SampleMaker) -> None:
+    """Even where a document could be cut to nothing."""
+    task = Task(
+        "sum", "infinitebench", 1200, lambda a, b: 0.0, lambda *of: Draft("a book", "", ("x",)), fixed=True
+    )
+    for refused in (maker.check, lambda task, length: maker.make(task, length, 0)):
+        with pytest.raises(UserError, match="task sum and its answer of 1200 tokens do not fit into 1024"):
+            refused(task, 1024)
+    maker.check(task, 1300)
+
+
+def test_samples_are_made_once_for_every_attention(maker: SampleMaker, essays: Path) -> None:
+    made = []
+
+    def draft(size: int, rng: Any, number: int) -> Draft:
+        made.append(number)
+        return Draft("ab " * size, "?", ("x",))
+
+    task = Task("words", "ruler", 10, lambda a, b: 0.0, draft)
+    first = [maker.make(task, 500, number) for number in range(3)]
+    tries = len(made)
+    assert [maker.make(task, 500, number) for number in range(3)] == first and len(made) == tries
+    maker.make(task, 600, 0)
+    assert len(made) > tries
 
 
 def test_documents_lose_their_middle(maker: SampleMaker) -> None:

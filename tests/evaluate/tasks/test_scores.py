@@ -37,13 +37,28 @@ from mtraining.evaluate.tasks.base import Score
         (metrics.running_values, "5, 7", ("5", "7", "8", "4"), 0.5),
         (metrics.running_values, "x", ("5",), 0.0),
         (metrics.option_chosen, "B", ("B", "the cat"), 1.0),
-        (metrics.option_chosen, "I think A, no: B", ("B", "the cat"), 1.0),
-        (metrics.option_chosen, "I think B, no: A", ("B", "the cat"), 0.0),
+        (metrics.option_chosen, " B. A was tempting", ("B", "the cat"), 1.0),  # the first letter counts
+        (metrics.option_chosen, "A. B was tempting", ("B", "the cat"), 0.0),
+        (metrics.option_chosen, "Bob", ("B", "the cat"), 1.0),  # as published: a letter, whatever follows
+        (metrics.option_chosen, "I think B, not A", ("B", "the cat"), 1.0),
+        (metrics.option_chosen, "I think A, no: B", ("B", "the cat"), 0.0),
+        (metrics.option_chosen, "The answer is: B", ("B", "the cat"), 1.0),
+        (metrics.option_chosen, "The option is A, not B", ("B", "the cat"), 0.0),
+        (metrics.option_chosen, "none of them", ("B", "the cat"), 0.0),
         (metrics.option_chosen, "the cat", ("B", "the cat"), 1.0),
         (metrics.option_chosen, "the answer is: the cat", ("B", "the cat"), 1.0),
         (metrics.option_chosen, "the answer is: the dog", ("B", "the cat"), 0.0),
         (metrics.option_chosen, "", ("B", "the cat"), 0.0),
         (metrics.bug_named, "J", ("J", "parse"), 1.0),
+        (metrics.bug_named, " B. parse", ("B", "parse"), 1.0),
+        (metrics.bug_named, "B: it", ("B", "parse"), 1.0),
+        (metrics.bug_named, "Option B", ("B", "parse"), 1.0),
+        (metrics.bug_named, "Because", ("B", "parse"), 0.0),  # no letter of its own
+        (metrics.bug_named, "parser", ("B", "parse"), 0.0),
+        (metrics.bug_named, "A. render, not B", ("B", "parse"), 0.0),  # the first one counts
+        (metrics.bug_named, "My answer is: B", ("B", "parse"), 1.0),
+        (metrics.bug_named, "My answer is: A or B", ("B", "parse"), 0.0),
+        (metrics.bug_named, "", ("B", "parse"), 0.0),
         (metrics.bug_named, "parse is wrong", ("J", "parse"), 1.0),
         (metrics.bug_named, "The correct option is: parse", ("J", "parse"), 1.0),
         (metrics.bug_named, "`render`", ("J", "parse"), 0.0),
@@ -58,6 +73,7 @@ from mtraining.evaluate.tasks.base import Score
         ),  # a word counts as often as it is there
         (metrics.character_f1, "红 楼梦。", ("红楼梦",), 1.0),
         (metrics.character_f1, "红楼", ("红楼梦",), pytest.approx(0.8)),
+        (metrics.character_f1, "贾宝玉", ("宝玉", "贾宝玉"), 1.0),
     ],
 )
 def test_scores(score: Score, prediction: str, references: tuple[str, ...], expected: float) -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 from mtraining.bench.attention.cases import Case
 from mtraining.bench.attention.problem import Layer, build
 from mtraining.bench.timing import measure
-from mtraining.evaluate.calibrate import densities
 from mtraining.kernel import select_backend
 
 
@@ -29,5 +28,5 @@ def column_price(shape: tuple[int, int, int], tokens: int, block_size: int, like
         case = Case(tokens, *shape, blocks, columns, block_size=block_size, dtype=like.dtype)
         layer = Layer(backend, build(case, like.device, seed=0))
         times.append(sum(measure(run, like.device).ms for run in layer.phases().values()))
-        areas.append(sum(density.double().sum().item() for density in densities(layer.p.index)))
+        areas.append(layer.p.index.cost().sum().item())
     return ((times[1] - times[0]) / (areas[1] - areas[0])) / (times[0] / areas[0])

@@ -9,6 +9,7 @@ from typing import Any
 
 from mtraining.errors import UserError
 from mtraining.pattern import Dense, Pattern, ToeplitzRandom
+from mtraining.sizes import tokens_text
 
 RECOMPUTE = ("full", "keep_attention", "none")
 LAYOUTS = ("striped", "zigzag", "contiguous")
@@ -154,7 +155,7 @@ class TrainCase:
         extras = [f"fused {self.fused}"] * (self.fused != "none") + ["offload"] * self.offload
         return ", ".join(
             [
-                f"{tokens(self.seq_len)} {what}",
+                f"{tokens_text(self.seq_len)} {what}",
                 f"{self.layout} {self.ring}",
                 f"recompute {self.recompute}",
                 f"{self.layers} layers",
@@ -208,14 +209,6 @@ PRESETS: dict[str, tuple[str, tuple[Group, ...]]] = {
     ),
     "tiny": ("tiny", (Group((512,), (0.4,), LAYOUTS),)),
 }
-
-
-def tokens(seq_len: int) -> str:
-    """524288 -> 512K."""
-    for unit, size in (("M", _K * _K), ("K", _K)):
-        if seq_len >= size and seq_len % size == 0:
-            return f"{seq_len // size}{unit}"
-    return str(seq_len)
 
 
 def parse_tokens(text: str) -> int:

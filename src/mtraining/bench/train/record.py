@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtraining.bench.train.cases import tokens
-from mtraining.sizes import size_text
+from mtraining.sizes import size_text, tokens_text
 
 
 @dataclass(frozen=True)
 class TrainRow:
     """One timed case.
 
-    ``density`` is the index's own, slashes and columns (1 for dense); ``step_seconds`` the median over steps of the
+    ``density`` is the index's cost, slashes and columns (1 for dense); ``step_seconds`` the median over steps of the
     slowest rank; ``peak_gib`` of the rank that took most, ``predicted_gib`` what `mtraining.predict.memory` expects.
     ``dense_step_seconds`` and ``speedup`` are against the dense step of the same run with the same length, layers,
     recompute policy, fusion and offload. ``estimate_seconds``: the index estimates of all layers, measured alone.
@@ -75,7 +74,7 @@ def table(rows: Sequence[TrainRow]) -> tuple[list[str], list[list[str]]]:
 
     cells = [
         [
-            tokens(row.seq_len),
+            tokens_text(row.seq_len),
             str(row.layers),
             f"{row.density:.1%}",
             row.pattern,
@@ -113,7 +112,7 @@ def draw(rows: Sequence[TrainRow], path: Path) -> None:
         gain = f"  {row.speedup:.1f}x" if row.speedup and not dense else ""
         axes.text(row.step_seconds, place, f" {row.step_seconds:.3g} s{gain}", va="center", fontsize=8)
         what = "dense" if dense else f"{row.density:.1%}"
-        labels.append(f"{tokens(row.seq_len)}, {row.layers} layers, {what}, {row.layout} {row.ring}")
+        labels.append(f"{tokens_text(row.seq_len)}, {row.layers} layers, {what}, {row.layout} {row.ring}")
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * max(row.step_seconds for row in rows))  # room for the numbers

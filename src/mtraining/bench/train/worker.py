@@ -216,7 +216,7 @@ def _density(case: TrainCase, device: torch.device) -> float:
     shard = make_plan(ring, build_layout("contiguous", 1), case.seq_len, case.shape.block_size, device)
     heads = torch.empty(1, 1, case.shape.heads, 1, device=device)
     whole = shard.shard(_backend(case, device))
-    return float(case.pattern(estimate=False).estimate(heads, heads, whole, 1.0).density().mean())
+    return float(case.pattern(estimate=False).estimate(heads, heads, whole, 1.0).cost().mean())
 
 
 def _backend(case: TrainCase, device: torch.device) -> Backend:

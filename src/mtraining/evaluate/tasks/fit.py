@@ -14,6 +14,7 @@ from mtraining.evaluate.tasks.base import Draft, Task, generator
 
 _CLOSE = 0.002  # a haystack is large enough when this share of the budget, or less, is left
 _TRIES = 24
+_KEPT = 4_000_000  # tokens of samples that are kept for the next attention, about 150 MB
 TEMPLATES = ("base", "chat")
 
 
@@ -60,17 +61,45 @@ class SampleMaker:
         self.template = template
         self.seed = seed
         self._sizes: dict[tuple[str, int], int] = {}
+        self._made: dict[tuple[str, int, int], Sample] = {}
+        self._room = _KEPT
+
+    def check(self, task: Task, length: int) -> None:
+        """Say beforehand that a task does not fit.
+
+        Raises:
+            UserError: its smallest sample and its answer are longer than ``length``.
+        """
+        budget = length - task.answer_tokens(length)
+        if budget < 1 or (
+            not task.fixed and len(self.encode(self._draft(task, length, 0, task.least))) > budget
+        ):
+            raise self._too_short(task, length)
 
     def make(self, task: Task, length: int, number: int) -> Sample:
         """Sample ``number`` of a task, for ``length`` tokens of prompt and answer together.
 
+        The first samples are kept, since several attentions are asked the same.
+
         Raises:
             UserError: the smallest sample of the task is longer than that, or a sample that does not exist.
         """
+        key = (task.name, length, number)
+        if key in self._made:
+            return self._made[key]
+        sample = self._fresh(task, length, number)
+        if len(sample.ids) <= self._room:
+            self._room -= len(sample.ids)
+            self._made[key] = sample
+        return sample
+
+    def _fresh(self, task: Task, length: int, number: int) -> Sample:
         if task.samples is not None and number >= task.samples:
             raise UserError(f"--samples: {task.name} has {task.samples} samples; ask for no more.")
         new_tokens = task.answer_tokens(length)
         budget = length - new_tokens
+        if budget < 1:
+            raise self._too_short(task, length)
         if task.fixed:
             draft = self._draft(task, length, number, 0)
             ids, removed = cut_middle(self.encode(draft), budget)
@@ -93,6 +122,13 @@ class SampleMaker:
 
     def _draft(self, task: Task, length: int, number: int, size: int) -> Draft:
         return task.make(size, generator(self.seed, task.name, length, number), number, length)
+
+    def _too_short(self, task: Task, length: int) -> UserError:
+        answer = task.answer_tokens(length)
+        return UserError(
+            f"--lengths: task {task.name} and its answer of {answer} tokens do not fit into {length}; use a longer "
+            f"length, or leave the task out of --tasks."
+        )
 
     def _filled(self, task: Task, length: int, number: int, budget: int) -> tuple[Draft, list[int]]:
         """The largest sample found that fits the budget.
@@ -124,10 +160,7 @@ class SampleMaker:
             aim = size + (budget * (1 - _CLOSE / 4) - used[size]) / slope
             size = _between(int(aim), low, high, task.least, size)
         if best is None or low is None:
-            raise UserError(
-                f"task {task.name} at {length} tokens: its smallest sample and {task.answer_tokens(length)} tokens of "
-                f"answer do not fit; use a longer length."
-            )
+            raise self._too_short(task, length)
         if number == 0:
             self._sizes[task.name, length] = low
         return best

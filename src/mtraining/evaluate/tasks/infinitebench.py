@@ -7,17 +7,17 @@ with the beginning of the answer, as the published ones for base models do. They
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from mtraining.errors import UserError
-from mtraining.evaluate.tasks import metrics
-from mtraining.evaluate.tasks.base import Draft, Score, Task
+from mtraining.evaluate.tasks import metrics, published
+from mtraining.evaluate.tasks.base import Absent, Draft, Score, Task
 from mtraining.evaluate.tasks.haystack import NOISE, with_needles
 from mtraining.evaluate.tasks.words import magic
 
@@ -31,16 +31,20 @@ _QUESTIONS = (
     "third smallest",
     "median",
 )
+_LETTERS = "ABCDEFGHIJ"
 _LAYERS = (2, 4, 6, 8, 10)  # depth of calls in code_run
-_HUB = "xinrongzhang2022/InfiniteBench"
 
 
-def infinitebench_tasks(folder: Path | None) -> list[Task]:
+def infinitebench_tasks(source: Path | None, names: Sequence[str] = ()) -> list[Task]:
     """All twelve tasks.
 
     Args:
-        folder: where the published .jsonl files lie (``longbook_qa_eng.jsonl`` and so on); tasks on documents refuse
-            without it.
+        source: the folder of the published .jsonl files (``longbook_qa_eng.jsonl`` and so on), or the data set's hub
+            id; tasks on documents refuse without it.
+        names: tasks that will be kept; of others no file is read. Empty for all.
+
+    Raises:
+        UserError: no such folder, or a damaged file.
     """
     suite = "infinitebench"
     generated = [
@@ -51,7 +55,9 @@ def infinitebench_tasks(folder: Path | None) -> list[Task]:
         Task("math_calc", suite, 30_000, metrics.running_values, _calculation, least=2, scales=True),
         Task("code_run", suite, 5, metrics.last_integer, _code_run, least=12),
     ]
-    return generated + [document_task(kind, folder) for kind in DOCUMENTS]
+    return generated + [
+        document_task(kind, source if not names or kind.name in names else None) for kind in DOCUMENTS
+    ]
 
 
 def _passkey(digits: int, doubled: int, size: int, rng: Random, number: int) -> Draft:
@@ -169,15 +175,14 @@ def _answers(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _lettered(row: dict[str, Any]) -> tuple[str, ...]:
-    """The letter of the right option and its text."""
-    (answer,) = _answers(row)[:1]
-    return "ABCDEFGHIJ"[row["options"].index(answer)], answer
+    """The letter of the right option and its text; rows give the text, the text and its letter, or the letter."""
+    answer, options = _answers(row)[0], row["options"]
+    place = options.index(answer) if answer in options else _LETTERS.index(answer)
+    return _LETTERS[place], options[place]
 
 
 def _options(row: dict[str, Any]) -> str:
-    return "\n".join(
-        f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", row["options"], strict=False)
-    )
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(_LETTERS, row["options"], strict=False))
 
 
 DOCUMENTS = (
@@ -214,38 +219,30 @@ DOCUMENTS = (
 )  # fmt: skip
 
 
-def document_task(kind: Documents, folder: Path | None) -> Task:
+def document_task(kind: Documents, source: Path | None) -> Task:
     """The task on the documents of one file; without the file, a task that says what is missing."""
-    source = None if folder is None else folder / f"{kind.name}.jsonl"
-    count = len(_rows(source)) if source is not None and source.exists() else None
+    rows = None if source is None else published.infinitebench(source, kind.name)
     draft = partial(_document, kind, source)
+    count = None if rows is None else len(rows)
     return Task(kind.name, "infinitebench", kind.new_tokens, kind.score, draft, fixed=True, samples=count)
 
 
 def _document(kind: Documents, source: Path | None, size: int, rng: Random, number: int) -> Draft:
-    if source is None or not source.exists():
-        raise UserError(
-            f"task {kind.name} asks about documents that are not here; put {kind.name}.jsonl of {_HUB} into a folder "
-            f"and give it as --infinitebench FOLDER, or leave the task out."
+    rows = None if source is None else published.infinitebench(source, kind.name)
+    if rows is None:
+        raise Absent(
+            f"task {kind.name} asks about documents that are not here; put {kind.name}.jsonl of "
+            f"{published.INFINITEBENCH} into a folder and give it as --infinitebench FOLDER, or leave the task out."
         )
-    row = _rows(source)[number]
+    if kind.score is metrics.rouge_lsum:
+        metrics.rouge_scorer()
     try:
+        row = rows[number]
         before, after, cue = kind.ask(row)
         prompt = "\n\n".join(part for part in (before, row["context"], after) if part)
         return Draft(prompt, f"\n{cue}", kind.references(row), {"id": row.get("id", number)})
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--infinitebench: row {number + 1} of {source} is not as published ({type(error).__name__}: {error}); "
-            f"fetch the file again."
-        ) from None
-
-
-@cache
-def _rows(source: Path) -> tuple[dict[str, Any], ...]:
-    try:
-        with open(source, encoding="utf-8") as file:
-            return tuple(json.loads(line) for line in file if line.strip())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--infinitebench: {source} cannot be read ({error}); fetch the file again."
+            f"--infinitebench: row {number + 1} of {kind.name}.jsonl in {source} is not as published "
+            f"({type(error).__name__}: {error}); fetch the file again."
         ) from None

@@ -10,13 +10,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from mtraining.errors import UserError
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _ENGLISH_ARTICLES = re.compile(r"\b(a|an|the)\b")
 _CHINESE_PUNCTUATION = (
-    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃《》「」『』【】〔〕"
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕"
 )
 _MORE_PUNCTUATION = "〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 
@@ -81,46 +82,46 @@ def running_values(prediction: str, references: Sequence[str]) -> float:
 
 
 def option_chosen(prediction: str, references: Sequence[str]) -> float:
-    """1 if the option that the prediction settles on is right (longbook_choice_eng).
+    """1 if the option that the prediction names first is right (longbook_choice_eng).
 
     Args:
         references: (letter, text of the option).
     """
     text = prediction.strip()
-    letters = re.findall(r"\b[A-D]\b", text)
-    if letters:
-        return float(letters[-1] == references[0])
-    if not text:
-        return 0.0
-    if text[0] in "ABCD":
+    if text[:1] in tuple("ABCD"):
         return float(text[0] == references[0])
     if text in references:
         return 1.0
     text = " ".join(_words(text, "\n\"'.,?!{}"))
-    for phrase in ("answer is:", "answer:", "answer is", "option is"):
-        _, found, rest = text.partition(phrase)
-        if found:
-            return float(rest.lstrip().startswith(tuple(references)))
-    return 0.0
+    told = _after(text, ("answer is:", "answer:", "answer is", "option is"), references)
+    if told is not None:
+        return told
+    letters = [word for word in text.split() if word in tuple("ABCD")]
+    return float(letters[:1] == [references[0]])
 
 
 def bug_named(prediction: str, references: Sequence[str]) -> float:
     """1 if the prediction names the right option, by letter or by function (code_debug).
 
+    The published scorer counts a letter at the beginning only before '.' or ':', and no function there. Prompts here
+    end where the option begins, so both count as they stand.
+
     Args:
         references: (letter, name of the function).
     """
-    letters = re.findall(r"\b[A-J]\b", prediction)
-    if letters and letters[-1] == references[0]:
+    text = " ".join(_words(prediction.replace("Option", " ").replace("option", " "), "\n`'\"-*"))
+    if re.match(rf"(?:{'|'.join(map(re.escape, references))})(?!\w)", text):
         return 1.0
-    text = " ".join(_words(prediction.strip().replace("Option", " ").replace("option", " "), "\n`'\"-*"))
-    if text.startswith(tuple(references)):
-        return 1.0
-    for phrase in ("answer is:", "is:", "answer:", "correct option is:"):
+    return _after(text, ("answer is:", "is:", "answer:", "correct option is:"), references) or 0.0
+
+
+def _after(text: str, phrases: Sequence[str], references: Sequence[str]) -> float | None:
+    """Whether a reference follows the first phrase that is there; None where there is none."""
+    for phrase in phrases:
         _, found, rest = text.partition(phrase)
         if found:
             return float(rest.lstrip().startswith(tuple(references)))
-    return 0.0
+    return None
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
@@ -141,14 +142,23 @@ def rouge_lsum(prediction: str, references: Sequence[str]) -> float:
     Raises:
         UserError: the package rouge-score is missing.
     """
+    scorer = rouge_scorer()
+    return float(max(scorer.score(reference, prediction)["rougeLsum"].fmeasure for reference in references))
+
+
+def rouge_scorer() -> Any:
+    """What computes ROUGE-Lsum.
+
+    Raises:
+        UserError: the package rouge-score is missing.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise UserError(
             "task longbook_sum_eng: ROUGE needs the package rouge-score; install mtraining[evaluate]."
         ) from None
-    scorer = RougeScorer(["rougeLsum"], use_stemmer=False)
-    return float(max(scorer.score(reference, prediction)["rougeLsum"].fmeasure for reference in references))
+    return RougeScorer(["rougeLsum"], use_stemmer=False)
 
 
 def _words(text: str, punctuation: str) -> list[str]:

