@@ -102,7 +102,7 @@ def too_early(ptx: str) -> list[str]:
     return early
 
 
-@pytest.mark.parametrize("starts", [False, True], ids=["", "starts"])
+@pytest.mark.parametrize("starts", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "starts"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", KERNELS)
 def test_assembles_well(name: str, dim: int, starts: bool, tmp_path: Path) -> None:

@@ -26,12 +26,15 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 import mtraining.kernel as kernel_package
+from decode_cases import decode_case
+from mtraining.kernel.external.partial import block_lists
 from mtraining.kernel.hopper import backend as hopper_backend
 from mtraining.kernel.hopper.backend import HopperBackend
 from mtraining.kernel.triton import backend as triton_backend
 from mtraining.kernel.triton import delta
 from mtraining.kernel.triton.backend import TritonBackend
 from mtraining.kernel.triton.common import strided
+from mtraining.kernel.triton.decode import decode_attention
 from triton_cases import Case, build, solve, whole
 
 pytestmark = pytest.mark.skipif(
@@ -148,6 +151,22 @@ def test_portable(case: str, launches: dict[str, dict[str, Any]], monkeypatch: p
         assert {types[size] for size in ("kv_heads", "n_rows", "n_cols", "diagonal")} == {"i32"}
     assert ("columns.forward_kernel" in launches) == (case in ("columns", "starts"))
     assert launches["slashes.forward_kernel"]["lists"].reach == ("*i32" if "starts" in case else "constexpr")
+
+
+@pytest.mark.parametrize("case", ["columns", "starts", "block lists with starts"])
+def test_block_lists_for_foreign_kernels(case: str, launches: dict[str, dict[str, Any]]) -> None:
+    p = build(CASES[case])
+    for key_major in (False, True):
+        block_lists(p.index, p.place, key_major)
+        bounds = launches["partial._block_lists_kernel"]["full_from"]
+        assert bounds == ("*i32" if "starts" in case else "constexpr")
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_decode(bounded: bool, launches: dict[str, dict[str, Any]]) -> None:
+    q, k, v, lengths = decode_case(8, 2, 64, (90, 300), dtype=torch.bfloat16)
+    decode_attention(q, k, v, lengths, 300, 0.125, lengths - 50 if bounded else None)
+    assert launches["decode.decode_kernel"]["firsts_ptr"] == ("*i32" if bounded else "constexpr")
 
 
 @pytest.mark.slow
