@@ -28,6 +28,7 @@ from mtraining.data.options import PrepareOptions, PrepareSummary, flag
 from mtraining.data.resolve import resolve_sources
 from mtraining.data.shards import (
     FORMAT,
+    FORMAT_MASKED,
     HOLDOUT,
     META,
     STATE,
@@ -278,7 +279,7 @@ class _Run:
     def _meta(self, folder: Path, writer: ShardWriter) -> dict[str, Any]:
         aside = [entry for source in self.sources for entry in source.left_aside]
         return {
-            "format": FORMAT,
+            "format": FORMAT_MASKED if any(writer.masked) else FORMAT,
             "tokenizer": self.options.tokenizer,
             "tokenizer_folder": TOKENIZER if folder == self.options.out else f"../{TOKENIZER}",
             "vocab_size": self.state["vocab_size"],
@@ -291,7 +292,9 @@ class _Run:
             "documents": writer.documents,
             "tokens": writer.tokens,
             "shards": writer.shards,
-            "content": content_digest(folder, [shard["tokens"] for shard in writer.shards], writer.dtype),
+            "content": content_digest(
+                folder, [shard["tokens"] for shard in writer.shards], writer.dtype, writer.masked
+            ),
             "sources": list(self.options.sources),
             "options": self.state["options"],
             "left_aside": [asdict(entry) for entry in aside],
