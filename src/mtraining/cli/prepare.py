@@ -39,6 +39,22 @@ def prepare(
             help="Column of token ids, read in place of text; default: input_ids, of rows without a text."
         ),
     ] = None,
+    messages_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of conversations; default: messages, or prompt and completion, of rows without a text."
+        ),
+    ] = None,
+    train_on: Annotated[
+        str | None,
+        typer.Option(
+            help="Conversations: train on all that the 'assistant' says (default), its 'last' turn, or 'all'."
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="File with the template of conversations, in place of the tokenizer's own."),
+    ] = None,
     name_column: Annotated[str | None, typer.Option(help="Column with document names.")] = None,
     dataset_config: Annotated[
         str | None, typer.Option(help="Configuration of a Hugging Face dataset.")
@@ -53,6 +69,19 @@ def prepare(
     ] = None,
     max_documents: Annotated[int | None, typer.Option(help="Stop after this many documents.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after the document that reaches this.")] = None,
+    min_length: Annotated[
+        int | None, typer.Option(help="Leave out documents of fewer tokens, and count them.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Leave out documents of more tokens, and count them.")
+    ] = None,
+    bad_rows: Annotated[
+        str | None,
+        typer.Option(
+            help="'skip' counts and names every bad row, 'refuse' ends at the first; default: skip, but end at token "
+            "ids outside the vocabulary."
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Tokenising processes.")] = 1,
 ) -> None:
     """Turn text, code or a dataset into memory-mapped token shards. Run again to continue an interrupted run."""
@@ -74,6 +103,12 @@ def prepare(
             add_bos=add_bos,
             text_column=text_column,
             ids_column=ids_column,
+            messages_column=messages_column,
+            train_on=train_on,
+            chat_template=chat_template,
+            min_length=min_length,
+            max_length=max_length,
+            bad_rows=bad_rows,
             name_column=name_column,
             dataset_config=dataset_config,
             split=split,

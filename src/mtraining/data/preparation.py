@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from mtraining.data.encoding import EncodeSetup, encode_all
-from mtraining.data.options import PrepareOptions, PrepareSummary, flag
+from mtraining.data.options import TRAIN_ON, PrepareOptions, PrepareSummary, flag
 from mtraining.data.resolve import resolve_sources
 from mtraining.data.shards import (
     FORMAT,
@@ -37,7 +37,7 @@ from mtraining.data.shards import (
     shard_file,
     token_dtype,
 )
-from mtraining.data.sources import Item, Skipped, Source
+from mtraining.data.sources import Item, Note, Skipped, Source
 from mtraining.data.tokenizer import Separators, save_tokenizer
 from mtraining.data.writer import ShardWriter, write_json
 from mtraining.errors import UserError, nearest
@@ -118,7 +118,11 @@ def _begin(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
     for leftover in (temporary, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    state |= asdict(save_tokenizer(options.tokenizer, options.eos_token, temporary, options.add_bos))
+    state |= asdict(
+        save_tokenizer(
+            options.tokenizer, options.eos_token, temporary, options.add_bos, options.template_text()
+        )
+    )
     temporary.rename(folder)
     write_json(out / STATE, state)
     return state
@@ -167,9 +171,21 @@ def _prepare(
         holdout_documents=held_out,
         separators=meta.get("separators", ""),
         ready_documents=meta.get("ready", 0),
+        conversations=meta.get("conversations", 0),
+        trained_tokens=sum(shard.get("trained", shard["tokens"]) for shard in meta["shards"]),
+        train_on=options.train_on,
         skipped=[Skipped(**entry) for entry in meta["skipped"]],
         left_aside=[Skipped(**entry) for entry in meta.get("left_aside", ())],
     )
+
+
+def _refuse_bad(skipped: list[Skipped]) -> None:
+    """Refuse the first row that is bad, not left out by choice."""
+    bad = next((entry for entry in skipped if not isinstance(entry, Note)), None)
+    if bad is not None:
+        raise UserError(
+            f"'{bad.name}' cannot be used ({bad.reason}); mend it, or leave out and count such rows by --bad-rows skip"
+        )
 
 
 def _check_holdout(options: PrepareOptions, sources: list[Source]) -> None:
@@ -209,6 +225,10 @@ class _Run:
             options.tokenizer,
             self.state.get("bos_token_id"),  # a folder that an older version began has none
             bool(options.add_bos),
+            options.train_on or TRAIN_ON[0],
+            options.min_length,
+            options.max_length,
+            options.bad_rows == "skip",
         )
         # An entry that is not kept still counts as read, so that positions agree between runs.
         remaining = islice(self._entries(), writer.consumed, None)
@@ -222,9 +242,11 @@ class _Run:
                 for encoded in encode_all(
                     (e if keep(e) else None for e in remaining), setup, options.workers
                 ):
+                    if options.bad_rows == "refuse":
+                        _refuse_bad(encoded.skipped)
                     writer.skip(encoded.skipped)
                     if encoded.ids is not None:
-                        writer.add(encoded.name, encoded.ids, ready=encoded.ready)
+                        writer.add(encoded)
                     writer.item_done()
                     if bar is not None and task is not None:
                         detail = f"{writer.tokens:,} tokens, {len(writer.skipped)} skipped"
@@ -287,6 +309,7 @@ class _Run:
             "bos_token_id": self.state.get("bos_token_id"),
             "separators": self._separators(),
             "ready": writer.ready,
+            "conversations": writer.conversations,
             "max_token_id": writer.max_token_id,
             "dtype": writer.dtype.str,
             "documents": writer.documents,

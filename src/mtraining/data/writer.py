@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mtraining.data.encoding import Encoded
 from mtraining.data.shards import offsets_file, shard_file, tokens_file, trained_file
 from mtraining.data.sources import Skipped
 from mtraining.errors import UserError
@@ -40,6 +41,7 @@ class ShardWriter:
         shards: {"documents", "tokens"} of each finished shard, and "trained" tokens where not all are.
         reused: how many of them were there before.
         ready: documents that came as token ids.
+        conversations: documents that were conversations, or a prompt and its completion.
         skipped: everything reported through `skip`, over all shards.
     """
 
@@ -47,14 +49,14 @@ class ShardWriter:
         self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
         self.consumed = 0
         self.max_token_id = 0
-        self.ready = 0
+        self.ready = self.conversations = 0
         self.shards: list[dict[str, int]] = []
         self.skipped: list[Skipped] = []
         self._names: list[str] = []
         self._ids: list[np.ndarray] = []
         # of the same length as _ids
         self._trained: list[np.ndarray | None] = []
-        self._open_tokens = self._open_ready = 0
+        self._open_tokens = self._open_ready = self._open_conversations = 0
         self._open_skipped: list[Skipped] = []
         while (file := folder / shard_file(len(self.shards))).exists():
             state = json.loads(file.read_text())
@@ -65,6 +67,7 @@ class ShardWriter:
             self.consumed = state["consumed"]
             self.max_token_id = max(self.max_token_id, state["max_token_id"])
             self.ready += state.get("ready", 0)
+            self.conversations += state.get("conversations", 0)
         self.reused = len(self.shards)
 
     @property
@@ -87,27 +90,25 @@ class ShardWriter:
         self.skipped += entries
         self._open_skipped += entries
 
-    def add(
-        self, name: str, ids: np.ndarray, *, trained: np.ndarray | None = None, ready: bool = False
-    ) -> None:
-        """Append a document (its end-of-text id included); `ready` if it came as token ids.
-
-        Args:
-            trained: bool, of the shape of ``ids``: whether the loss counts a token's prediction; None where it always
-                does.
+    def add(self, made: Encoded) -> None:
+        """Append a document, of which there are ids.
 
         Raises:
             UserError: an id that the stored width cannot hold.
         """
+        ids, trained = made.ids, made.trained
+        assert ids is not None
         largest = int(ids.max())
         if largest > np.iinfo(self.dtype).max:
             raise UserError(
-                f"document '{name}' has token id {largest}, beyond the largest that its tokenizer names; mend the "
+                f"document '{made.name}' has token id {largest}, beyond the largest that its tokenizer names; mend the "
                 "tokenizer's vocabulary, or name another by --tokenizer"
             )
-        self.ready += ready
-        self._open_ready += ready
-        self._names.append(name)
+        self.ready += made.ready
+        self._open_ready += made.ready
+        self.conversations += made.is_chat
+        self._open_conversations += made.is_chat
+        self._names.append(made.name)
         self._ids.append(ids.astype(self.dtype))
         self._trained.append(None if trained is None or trained.all() else trained)
         self._open_tokens += ids.size
@@ -131,6 +132,7 @@ class ShardWriter:
             "tokens": self._open_tokens,
             "max_token_id": self.max_token_id,
             "ready": self._open_ready,
+            "conversations": self._open_conversations,
             "skipped": [[entry.name, entry.reason] for entry in self._open_skipped],
             "names": self._names,
         }
@@ -147,4 +149,4 @@ class ShardWriter:
         write_json(self.folder / shard_file(number), state)  # last: a shard counts only once this is there
         self.shards.append(entry)
         self._names, self._ids, self._trained, self._open_skipped = [], [], [], []
-        self._open_tokens = self._open_ready = 0
+        self._open_tokens = self._open_ready = self._open_conversations = 0
