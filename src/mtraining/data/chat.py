@@ -1,14 +1,16 @@
 """Conversations -> token ids by a chat template, and which of the tokens are trained.
 
 The ids are those of transformers' `apply_chat_template`. Where the template marks what the assistant says by
-``{% generation %}``, so are the trained tokens. Any other template is asked for its rendering of each turn's prompt
-(the messages before the turn, and the words that ask the assistant to speak) and of the conversation up to the turn's
-end. Both must begin the whole rendering, else nobody can tell which tokens the turn is.
+``{% generation %}``, the trained tokens are those that overlap a mark, as in transformers. Any other template is asked
+for its rendering of each turn's prompt (the messages before the turn, and the words that ask the assistant to speak)
+and of the conversation up to the turn's end. Both must begin the whole rendering, else nobody can tell which tokens
+the turn is. The turn begins where the whole's tokens depart from those of its prompt, as a completion does in TRL.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +25,15 @@ REFUSED = "the chat template refuses it"
 NO_TRAINED = "no token of it is trained: the chat template leaves out what the assistant says"
 FORGED = "its text spells a special token of the tokenizer"
 NO_START = "it begins with the assistant, and the chat template has no marks to tell where"
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A rendered conversation: its text, ids (tokens,), and each token's characters (tokens, 2)."""
+
+    text: str
+    ids: np.ndarray
+    offsets: np.ndarray
 
 
 class ChatEncoder:
@@ -76,64 +87,70 @@ class ChatEncoder:
             return f"{REFUSED}: {first_line(error)}"
 
     def _encode(self, name: str, chat: Conversation) -> tuple[np.ndarray, np.ndarray | None] | str:
-        template = self._tokenizer.get_chat_template(None, chat.tools)
-        marked = self.train_on != "all" and _MARK.search(template) is not None
-        encoded = self._tokenizer.apply_chat_template(
-            chat.messages,
-            tools=chat.tools,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=marked,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-            **chat.options,
-        )
+        text, marks = self._render(chat, len(chat.messages))
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.asarray(encoded["input_ids"], dtype=np.uint32)
         if not ids.size:
             return f"{REFUSED}: nothing is rendered"
         if self.train_on == "all":
             return ids, None
         # (tokens, 2): where each token begins and ends in the rendered text, in characters
-        offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        whole = _Whole(text, ids, np.asarray(encoded["offset_mapping"], dtype=np.int64))
         turns = chat.turns[-1:] if self.train_on == "last" else chat.turns
-        if marked:
-            trained = np.asarray(encoded["assistant_masks"], dtype=bool)
-            if self.train_on == "last":
-                trained &= offsets[:, 1] > self._start(name, chat, turns[0])
-            elif chat.prompt:
-                trained &= offsets[:, 1] > self._start(name, chat, chat.prompt)
+        trained = np.zeros(ids.size, dtype=bool)
+        if marks is not None:
+            for first, end in marks:
+                trained |= (whole.offsets[:, 1] > first) & (whole.offsets[:, 0] < end)
+            least = turns[0] if self.train_on == "last" else chat.prompt
+            trained[: self._tokens(name, chat, whole, least, asks=True)] = False
+        elif turns[0] == 0:
+            return NO_START
         else:
-            if turns[0] == 0:
-                return NO_START
-            trained = np.zeros(ids.size, dtype=bool)
             for turn in turns:
-                start, end = self._start(name, chat, turn), self._end(name, chat, turn)
-                trained |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+                start = self._tokens(name, chat, whole, turn, asks=True)
+                end = self._tokens(name, chat, whole, turn + 1, asks=False)
+                trained[start:end] = True
         return (ids, trained) if trained.any() else NO_TRAINED
 
-    def _start(self, name: str, chat: Conversation, turn: int) -> int:
-        """Where a turn begins in the rendered text: after what the model is given to answer."""
-        return self._prefix(name, chat, turn, asks=True) if turn else 0
+    def _render(
+        self, chat: Conversation, messages: int, *, asks: bool = False
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """The first messages as text, and which characters the template marks; None for a template without marks.
 
-    def _end(self, name: str, chat: Conversation, turn: int) -> int:
-        return self._prefix(name, chat, turn + 1, asks=False)
+        What `apply_chat_template` does inside. Its own mask is not used: in older releases of transformers, a mark that
+        ends in white space could reach to the end of the conversation.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-    def _prefix(self, name: str, chat: Conversation, messages: int, *, asks: bool) -> int:
-        """The length of the first messages' rendering, which must begin the whole one."""
-        whole = self._render(chat, len(chat.messages), asks=False)
-        part = self._render(chat, messages, asks=asks)
-        if not whole.startswith(part):
-            self._refuse(name, chat, messages, asks)
-        return len(part)
-
-    def _render(self, chat: Conversation, messages: int, *, asks: bool) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            chat.messages[:messages],
+        template = self._tokenizer.get_chat_template(None, chat.tools)
+        marked = self.train_on != "all" and _MARK.search(template) is not None
+        texts, marks = render_jinja_template(
+            conversations=[chat.messages[:messages]],
             tools=chat.tools,
-            tokenize=False,
+            chat_template=template,
+            return_assistant_tokens_mask=marked,
             add_generation_prompt=asks,
-            **chat.options,
+            **{**self._tokenizer.special_tokens_map, **chat.options},
         )
-        return text
+        return texts[0], marks[0] if marked else None
+
+    def _tokens(self, name: str, chat: Conversation, whole: _Whole, messages: int, *, asks: bool) -> int:
+        """How many tokens of the whole are those of its first messages, rendered and encoded alone."""
+        if messages == 0:
+            return 0
+        if messages == len(chat.messages) and not asks:
+            return int(whole.ids.size)
+        part, _ = self._render(chat, messages, asks=asks)
+        if not whole.text.startswith(part):
+            self._refuse(name, chat, messages, asks)
+        # Text is cut at special tokens before it is encoded, so what stands before the last one is encoded alike.
+        cut = max((match.start() for match in self._special.finditer(part)), default=0)
+        same = int(np.argmax(whole.offsets[:, 1] > cut)) if cut else 0
+        start = int(whole.offsets[same, 0]) if cut else 0
+        tail = self._tokenizer(part[start:], add_special_tokens=False)["input_ids"]
+        rest = whole.ids[same : same + len(tail)]
+        differs = np.flatnonzero(rest != np.asarray(tail[: rest.size], dtype=np.uint32))
+        return same + (int(differs[0]) if differs.size else int(rest.size))
 
     def _refuse(self, name: str, chat: Conversation, messages: int, asks: bool) -> NoReturn:
         what = "and a request for an answer" if asks else "alone"

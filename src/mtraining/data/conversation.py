@@ -1,4 +1,4 @@
-"""Conversations as rows hold them (messages with roles, or a prompt and its completion), and what is wrong with a row."""
+"""Conversations as rows hold them, messages with roles or a prompt and its completion, and what is wrong with a row."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def _conversation(row: Mapping[str, Any], messages: Any, prompt: int) -> Convers
         return NOT_TOOLS
     if not isinstance(options, dict):
         return NOT_OPTIONS
-    return Conversation(list(messages), prompt, tools or None, options)
+    # Interfaces write null for what a message lacks, and templates would print it as a word.
+    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return Conversation(given, prompt, tools or None, options)
 
 
 def _fault(messages: Any) -> str:
