@@ -19,7 +19,10 @@ SPECIAL = (
 ).split()
 # How Llama-3 and Qwen2.5 cut text into words: line breaks stay together, whatever follows.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TEXT = "What is the weather in Paris today? The weather in Paris is sunny and warm, with 21 degrees.\n\n" * 3
+TEXT = (
+    "What is the weather in Paris today? The weather in Paris is sunny and warm, with 21 degrees.\n\nYes\n\n"
+    * 3
+)
 
 # As SmolLM2's and Qwen2.5's, with tools. The byte tokenizer has its special tokens.
 CHATML_MARKED = """

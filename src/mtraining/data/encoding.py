@@ -16,7 +16,7 @@ import numpy as np
 from mtraining.data.chat import ChatEncoder
 from mtraining.data.conversation import Completion, Conversation
 from mtraining.data.reading import read_item
-from mtraining.data.sources import UNDECODABLE, Item, Note, Skipped
+from mtraining.data.sources import EMPTY, UNDECODABLE, Item, Note, Skipped
 from mtraining.data.tokenizer import Encoder
 from mtraining.errors import UserError
 
@@ -46,7 +46,7 @@ class EncodeSetup:
 
     `bos_token_id` goes before each document of text, and before token ids that lack it if `bos_before_ids`; None for
     neither. Conversations train on the tokens that `train_on` says. Documents of fewer than `min_length` or more than
-    `max_length` tokens are left out.
+    `max_length` tokens are left out. Token ids that rows bring are of `ids_tokenizer`, if one is given.
     """
 
     tokenizer_folder: Path
@@ -59,6 +59,8 @@ class EncodeSetup:
     min_length: int | None = None
     max_length: int | None = None
     skip_unknown_ids: bool = False
+    ids_tokenizer: str | None = None
+    ids_tokenizer_folder: Path | None = None
 
 
 _worker: ItemEncoder | None = None
@@ -147,20 +149,34 @@ class ItemEncoder:
     def _ready(self, name: str, ids: np.ndarray) -> Encoded:
         """Token ids that a row brought, ending in end-of-text once."""
         setup = self._setup
-        unknown = self._encoder.unknown(ids)
+        named, option = setup.ids_tokenizer, "--ids-tokenizer"
+        if named is None:
+            named, option = setup.tokenizer, "--tokenizer"
+        unknown = self._of_ids.unknown(ids)
         if unknown is not None and setup.skip_unknown_ids:
-            return Encoded(
-                name, None, [Skipped(name, f"holds token ids that {setup.tokenizer!r} does not have")]
-            )
+            return Encoded(name, None, [Skipped(name, f"holds token ids that '{named}' does not have")])
         if unknown is not None:
             raise UserError(
-                f"document '{name}' holds token id {unknown}, which tokenizer '{setup.tokenizer}' does not have; name "
-                "by --tokenizer the one that the ids are of, or leave such rows out by --bad-rows skip"
+                f"document '{name}' holds token id {unknown}, which tokenizer '{named}' does not have; name by "
+                f"{option} the one that the ids are of, or leave such rows out by --bad-rows skip"
             )
+        if setup.ids_tokenizer is not None:
+            text = self._of_ids.decode(ids)
+            if not text.strip():
+                return Encoded(name, None, [Skipped(name, EMPTY)])
+            return Encoded(name, self._around(text), ready=True)
         before = [setup.bos_token_id] if setup.bos_before_ids and ids[0] != setup.bos_token_id else []
         after = [setup.eos_token_id] if ids[-1] != setup.eos_token_id else []
         whole = np.concatenate([np.array(part, np.uint32) for part in (before, ids, after)])
         return Encoded(name, whole, ready=True)
+
+    @cached_property
+    def _of_ids(self) -> Encoder:
+        """What knows the token ids that rows bring."""
+        folder = self._setup.ids_tokenizer_folder
+        return (
+            self._encoder if folder is None else Encoder(folder, is_byte=self._setup.ids_tokenizer == "byte")
+        )
 
 
 def encode_all(

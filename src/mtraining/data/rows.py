@@ -47,8 +47,8 @@ def json_source(path: Path, shown: str, options: PrepareOptions) -> Source:
                 if columns is None:  # the first row stands for all: a wrong option must not skip a whole file
                     kinds = kinds_of_row(row)
                     columns = choose_columns(str(path), kinds, options)
-                    yield from _notes(shown, columns, kinds)
-                yield _row_item(row, name, columns)
+                    yield from column_notes(shown, columns, kinds)
+                yield row_item(row, name, columns)
         except DAMAGED as error:
             if isinstance(error, UserError):
                 raise
@@ -122,7 +122,7 @@ def parquet_source(path: Path, shown: str, options: PrepareOptions) -> Source:
         with file:
             kinds = kinds_of_schema(file.schema_arrow)
             columns = choose_columns(str(path), kinds, options)
-            yield from _notes(shown, columns, kinds)
+            yield from column_notes(shown, columns, kinds)
             start = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
@@ -132,7 +132,7 @@ def parquet_source(path: Path, shown: str, options: PrepareOptions) -> Source:
                     yield Skipped(f"{shown}:{start}-{start + size - 1}", f"{UNREADABLE} parquet row group")
                 else:
                     for offset, row in enumerate(rows):
-                        yield _row_item(row, f"{shown}:{start + offset}", columns)
+                        yield row_item(row, f"{shown}:{start + offset}", columns)
                 start += size
 
     return Source(str(path), items, files_signature([path], path.parent))
@@ -203,21 +203,22 @@ def _dataset_source(label: str, shown: str, dataset: Any, options: PrepareOption
     narrow = dataset.select_columns(columns.all)
 
     def items() -> Iterator[Item | Skipped]:
-        yield from _notes(shown, columns, kinds)
+        yield from column_notes(shown, columns, kinds)
         for number, row in enumerate(narrow):
-            yield _row_item(without_nulls(row) if columns.is_chat else row, f"{shown}:{number}", columns)
+            yield row_item(without_nulls(row) if columns.is_chat else row, f"{shown}:{number}", columns)
 
     described = f"{label}\0{options.split}\0{len(dataset)}\0{dataset.features}"
     return Source(label, items, hashlib.sha256(described.encode()).hexdigest(), len(dataset))
 
 
-def _notes(shown: str, columns: Columns, kinds: Mapping[str, str]) -> Iterator[Skipped]:
+def column_notes(shown: str, columns: Columns, kinds: Mapping[str, str]) -> Iterator[Skipped]:
     """What is told of a whole source: columns that are left aside."""
     for note in unread(columns, kinds):
         yield Note(shown, note)
 
 
-def _row_item(row: dict[str, Any], place: str, columns: Columns) -> Item | Skipped:
+def row_item(row: dict[str, Any], place: str, columns: Columns) -> Item | Skipped:
+    """The document of a row, named by its name column or by its place."""
     name = place
     if columns.name and row.get(columns.name) is not None:
         name = str(row[columns.name])

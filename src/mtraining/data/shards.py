@@ -9,6 +9,7 @@
     meta.json           tokenizer, vocabulary, counts, sources, a digest of the content; written last, so its presence
                         means complete
     tokenizer/          Hugging Face tokenizer folder
+    ids-tokenizer/      that of the token ids that rows brought, where they were decoded and encoded again
     prepare.json        the options, so that a rerun can continue or refuse
 Documents are never cut by a shard; the shards in order are one stream of tokens. Documents of text end with the
 end-of-text id, conversations as their chat template ends them.
@@ -34,6 +35,7 @@ FORMAT_MASKED = "mtraining-shards-2"
 META = "meta.json"
 STATE = "prepare.json"
 TOKENIZER = "tokenizer"
+IDS_TOKENIZER = "ids-tokenizer"
 HOLDOUT = "holdout"
 IGNORE = -100
 """The label of a token that is not trained."""

@@ -148,6 +148,14 @@ def save_tokenizer(
     )
 
 
+def save_as_it_is(name: str, folder: Path) -> None:
+    """Save a tokenizer that nothing is encoded by, only decoded. UserError if it cannot be loaded."""
+    if name == "byte":
+        save_byte_tokenizer(folder)
+    else:
+        _load_fast(name).save_pretrained(folder)
+
+
 def _load_fast(name: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import: only when needed
 
@@ -196,6 +204,15 @@ class Encoder:
         inside = (ids >= 0) & (ids < self._known.size)
         bad = ~inside | ~self._known[np.where(inside, ids, 0)]
         return int(ids[bad.argmax()]) if bad.any() else None
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of ids (tokens,) without special tokens. Halves of characters at either end are left out: documents are
+        cut between tokens, not between characters."""
+        if self._tokenizer is None:
+            text = bytes(ids[ids < 256].tolist()).decode("utf-8", errors="replace")
+        else:
+            text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return text.strip("\N{REPLACEMENT CHARACTER}")
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 ids of shape (tokens,); UnicodeEncodeError for lone surrogates."""
