@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from chat_cases import chat_tokenizer
 from mds_folders import needs_streaming, packed, write_mds
 from prepared import tree
 
+from docs_pages import page_commands
 from mtraining.data import PrepareOptions, PrepareSummary, TokenShards, prepare
 from mtraining.data import writer as writer_module
 from mtraining.errors import UserError
@@ -204,7 +208,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
 @needs_streaming
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_damaged_shards_are_named(tmp_path: Path, compression: str | None) -> None:
-    rows = [packed("x", [n, *range(65, 90)]) for n in range(66, 72)]
+    rows = [packed("x", [n, *range(65, 90)]) for n in range(66, 96)]
     write_mds(tmp_path / "mds", rows, size_limit=700, compression=compression)
     shards = sorted(file for file in (tmp_path / "mds").glob("shard.*"))
     per_shard = json.loads((tmp_path / "mds" / "index.json").read_text())["shards"][0]["samples"]
@@ -259,3 +263,64 @@ def test_ids_of_other_rows_are_decoded_too(tmp_path: Path, llama: Any) -> None:
     (tmp_path / "a.txt").write_text("words")
     told = run(tmp_path / "a.txt", tmp_path / "text", ids_tokenizer="byte").render()
     assert "no token ids: --ids-tokenizer byte had nothing to decode" in told
+
+
+@needs_streaming
+def test_the_pages_command(tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtraining.cli import main
+
+    [command] = [line for line in page_commands("data.md") if "prolong/book" in line]
+    rows = [
+        packed("book", ids(llama, str(n) * length)) for n, length in enumerate([8192, 8192, 9, 9, 9000, 9])
+    ]
+    write_mds(tmp_path / "prolong" / "book-524288", rows)
+    (tmp_path / "llama").rename(tmp_path / "llama-3")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with contextlib.suppress(SystemExit):
+        main()
+    assert {name: len(text) for name, text in texts(Path("data/books")).items()} == {
+        "book-524288:0": 8192, "book-524288:4": 9000}  # fmt: skip
+
+
+@needs_streaming
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2.5-3b-512k", "llama3.1-8b-512k"])
+def test_the_commands_of_the_recipes(
+    tmp_path: Path, llama: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are written, with local folders where the hub's would be, and full lengths."""
+    import huggingface_hub
+
+    from mtraining.cli import main
+    from mtraining.data import SequenceDataset, save_byte_tokenizer, tokenizer
+    from mtraining.train.config import load_config
+
+    recipe = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+    comments = re.sub(r" \\\n#", "", recipe.read_text())
+    [command] = re.findall(r"^#\s+(mtraining prepare .*)$", comments, flags=re.MULTILINE)
+    config = load_config(recipe)
+    full = config.train.seq_len
+    # every digit is one token of both tokenizers
+    for domain in ("book-524288", "thestackv1_concat_by_repo-524288", "wiki"):
+        rows = [packed(domain, llama.encode("12" * (full // 2)))] * 5
+        rows[4] = packed(domain, llama.encode("1" * (full - 1)))
+        write_mds(tmp_path / "hub" / domain, rows)
+    named = {"Qwen/Qwen2.5-3B": "qwen"}
+    save_byte_tokenizer(tmp_path / "qwen")
+    known = tokenizer._load_fast
+    monkeypatch.setattr(tokenizer, "_load_fast", lambda name: known(str(tmp_path / named.get(name, "llama"))))
+    monkeypatch.setattr(hub, "_ask", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
+    monkeypatch.setattr(sys, "argv", [word if word != "16" else "1" for word in shlex.split(command)])
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):
+        main()
+    dataset = SequenceDataset(config.data.path, full, mode=config.data.mode)
+    assert len(dataset) == 2  # of each domain the first row; the fifth is one token short
+    assert [name for name, _ in dataset.shards.documents()] == [
+        "princeton-nlp/prolong-data-512K/thestackv1_concat_by_repo-524288:0",
+        "princeton-nlp/prolong-data-512K/book-524288:0",
+    ]
+    reasons = {entry["reason"] for entry in dataset.shards.meta["skipped"]}
+    assert reasons == {f"shorter than --min-length {full + 1:,}"}

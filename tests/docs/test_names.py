@@ -36,7 +36,7 @@ WRITTEN = set(
     tokenizer.json tokenizer_config.json model.safetensors training.svg density.svg ring.svg patterns.yaml first.yaml
     generation_config.json mtraining_export.json
     changes.jsonl results.jsonl summary.json run.json lm-eval.json longbook_qa_eng.jsonl code_debug.jsonl
-    index.html site/index.html prepare.json manifest.json shard-00000.json
+    index.html site/index.html index.json prepare.json manifest.json shard-00000.json
     """.split()
 )
 # Names that a reader puts a name of his own for, and files of other projects.

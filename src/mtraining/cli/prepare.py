@@ -71,6 +71,9 @@ def prepare(
     holdout: Annotated[
         list[str] | None, typer.Option(help="Documents to keep apart, names or patterns.")
     ] = None,
+    every: Annotated[
+        int | None, typer.Option(help="Take the first of each so many documents of a source.")
+    ] = None,
     max_documents: Annotated[int | None, typer.Option(help="Stop after this many documents.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after the document that reaches this.")] = None,
     min_length: Annotated[
@@ -120,6 +123,7 @@ def prepare(
             group_by=group_by,
             extensions=tuple(extension) if extension else None,
             holdout=tuple(holdout or ()),
+            every=every,
             max_documents=max_documents,
             max_tokens=max_tokens,
             workers=workers,

@@ -49,6 +49,7 @@ class PrepareOptions:
         lies directly in the source is its own document; ``file`` makes every file a document.
     extensions: suffixes of the source-code files to take.
     holdout: document names (or patterns with ``*``) that go to ``out/holdout`` instead of ``out``.
+    every: take the first of each so many documents of a source, and leave out the others.
     max_documents, max_tokens: stop after the document that reaches either.
     shard_tokens: a shard is closed by the document that reaches this size; documents are never cut.
     workers: tokenising processes; the output does not depend on it.
@@ -75,6 +76,7 @@ class PrepareOptions:
     group_by: str = "folder"
     extensions: tuple[str, ...] | None = None
     holdout: tuple[str, ...] = ()
+    every: int | None = None
     max_documents: int | None = None
     max_tokens: int | None = None
     shard_tokens: int = 2**25
@@ -99,7 +101,15 @@ class PrepareOptions:
             _choice("bad_rows", self.bad_rows, BAD_ROWS)
         if self.chat_template is not None:
             object.__setattr__(self, "chat_template", Path(self.chat_template))
-        for name in ("max_documents", "max_tokens", "min_length", "max_length", "shard_tokens", "workers"):
+        for name in (
+            "every",
+            "max_documents",
+            "max_tokens",
+            "min_length",
+            "max_length",
+            "shard_tokens",
+            "workers",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{flag(name)} is {value}; it must be at least 1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,23 @@ _SUFFIXES = {
 
 def resolve_sources(options: PrepareOptions) -> list[Source]:
     """The streams of every source, in order. UserError names a source that does not exist or cannot be understood."""
-    return [stream for name in options.sources for stream in _resolve(name, options)]
+    streams = [stream for name in options.sources for stream in _resolve(name, options)]
+    return [_thinned(stream, options.every) for stream in streams] if options.every else streams
+
+
+def _thinned(source: Source, every: int) -> Source:
+    """A source of the first of each `every` documents; what is no document is told as before."""
+
+    def items() -> Iterator[Item | Skipped]:
+        number = 0
+        for entry in source.items():
+            if isinstance(entry, Item):
+                number += 1
+                if (number - 1) % every:
+                    continue
+            yield entry
+
+    return replace(source, items=items, count=None if source.count is None else -(-source.count // every))
 
 
 def _resolve(name: str, options: PrepareOptions) -> list[Source]:
