@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from chat_cases import ASK, CHATML_MARKED, CONVERSATIONS, END, MORE, SAY, TOOL, chat_tokenizer, turn, unmarked
-from prepared import tree
+from prepared import stopped_at_write, tree
 
 from mtraining.data import PrepareOptions, PrepareSummary, SequenceDataset, TokenShards, prepare
-from mtraining.data import writer as writer_module
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 
@@ -247,24 +246,13 @@ def test_the_given_template_goes_with_the_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_interrupted_and_whole_runs_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
+def test_interrupted_and_whole_runs_are_the_same(tmp_path: Path, workers: int) -> None:
     options: dict[str, Any] = {"shard_tokens": 150, "train_on": "assistant"}
     rows = [{"messages": [ASK]}, *ROWS, *ROWS]
     source = write(tmp_path / "rows.jsonl", rows)
     run(source, tmp_path / "whole", **options)
-    real, calls = writer_module.write_atomic, iter(range(100))
-
-    def stops(path: Path, fill: Any) -> None:
-        if next(calls) == 7:
-            raise KeyboardInterrupt
-        real(path, fill)
-
-    monkeypatch.setattr(writer_module, "write_atomic", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at_write(7):
         run(source, tmp_path / "parts", **options)
-    monkeypatch.setattr(writer_module, "write_atomic", real)
     summary = run(source, tmp_path / "parts", **options, workers=workers)
     assert 0 < summary.reused_shards < summary.shards
     assert summary.conversations == 2 * len(ROWS)

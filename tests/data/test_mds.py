@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 from chat_cases import chat_tokenizer
 from mds_folders import needs_streaming, packed, write_mds
-from prepared import tree
+from prepared import stopped_at_write, tree
 
 from docs_pages import page_commands
 from mtraining.data import PrepareOptions, PrepareSummary, TokenShards, prepare
-from mtraining.data import writer as writer_module
 from mtraining.errors import UserError
 from mtraining.inputs import hub
 
@@ -57,9 +56,7 @@ def texts(out: Path) -> dict[str, str]:
 
 @needs_streaming
 @pytest.mark.parametrize("compression", [None, "zstd", "gz", "br", "snappy", "bz2"])
-def test_domains_are_decoded_and_encoded_again(
-    tmp_path: Path, llama: Any, compression: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_domains_are_decoded_and_encoded_again(tmp_path: Path, llama: Any, compression: str | None) -> None:
     source = published(tmp_path / "prolong", llama, compression=compression, size_limit=700, hashes=["xxh64"])
     before = tree(source)
     assert len([name for name in before if name.startswith("book/shard")]) > 1
@@ -99,23 +96,12 @@ def test_one_domain_and_one_tokenizer(tmp_path: Path, llama: Any) -> None:
 
 @needs_streaming
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_interrupted_run_goes_on(
-    tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
+def test_an_interrupted_run_goes_on(tmp_path: Path, llama: Any, workers: int) -> None:
     source = published(tmp_path / "prolong", llama)
     options = {"ids_tokenizer": str(tmp_path / "llama"), "shard_tokens": 150}
     run(source, tmp_path / "whole", **options)
-    real, calls = writer_module.write_atomic, iter(range(100))
-
-    def stops(path: Path, fill: Any) -> None:
-        if next(calls) == 7:
-            raise KeyboardInterrupt
-        real(path, fill)
-
-    monkeypatch.setattr(writer_module, "write_atomic", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at_write(7):
         run(source, tmp_path / "parts", **options)
-    monkeypatch.setattr(writer_module, "write_atomic", real)
     assert run(source, tmp_path / "parts", **options, workers=workers).reused_shards > 0
     assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
 

@@ -1,10 +1,11 @@
 """Conversations -> token ids by a chat template, and which of the tokens are trained.
 
 The ids are those of transformers' `apply_chat_template`. Where the template marks what the assistant says by
-``{% generation %}``, the trained tokens are those that overlap a mark, as in transformers. Any other template is asked
-for its rendering of each turn's prompt (the messages before the turn, and the words that ask the assistant to speak)
-and of the conversation up to the turn's end. Both must begin the whole rendering, else nobody can tell which tokens
-the turn is. The turn begins where the whole's tokens depart from those of its prompt, as a completion does in TRL.
+``{% generation %}``, the trained tokens are those that overlap a mark, as in transformers.
+
+Any other template is asked for two renderings of each turn. One is its prompt: the messages before it, and the words
+that ask the assistant to speak. The other is the conversation up to the turn's end. Both must begin the whole
+rendering, else nobody can tell which tokens the turn is. The turn begins where the whole's tokens depart from those of its prompt, as a completion does in TRL.
 """
 
 from __future__ import annotations

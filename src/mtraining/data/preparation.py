@@ -43,12 +43,8 @@ from mtraining.data.tokenizer import Separators, save_as_it_is, save_tokenizer
 from mtraining.data.writer import ShardWriter, write_json
 from mtraining.errors import UserError, nearest
 
-_BEFORE_STATE = {
-    TOKENIZER,
-    TOKENIZER + ".tmp",
-    IDS_TOKENIZER,
-    STATE + ".tmp",
-}  # what a stop before prepare.json can leave
+# What a stop before prepare.json can leave.
+_BEFORE_STATE = {TOKENIZER, TOKENIZER + ".tmp", IDS_TOKENIZER, STATE + ".tmp"}
 
 
 def prepare(options: PrepareOptions, *, progress: bool = True) -> PrepareSummary:

@@ -9,7 +9,7 @@
     meta.json           tokenizer, vocabulary, counts, sources, a digest of the content; written last, so its presence
                         means complete
     tokenizer/          Hugging Face tokenizer folder
-    ids-tokenizer/      that of the token ids that rows brought, where they were decoded and encoded again
+    ids-tokenizer/      that of the token ids that rows brought, if they were decoded
     prepare.json        the options, so that a rerun can continue or refuse
 Documents are never cut by a shard; the shards in order are one stream of tokens. Documents of text end with the
 end-of-text id, conversations as their chat template ends them.
