@@ -38,9 +38,10 @@ def stopped_at_write(number: int) -> Iterator[None]:
             raise KeyboardInterrupt
         real(path, fill)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer_module, "write_atomic", stops)
-        yield
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def save_llama_like(folder: Path, *, with_bos: bool) -> Path:

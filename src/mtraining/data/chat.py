@@ -5,7 +5,8 @@ The ids are those of transformers' `apply_chat_template`. Where the template mar
 
 Any other template is asked for two renderings of each turn. One is its prompt: the messages before it, and the words
 that ask the assistant to speak. The other is the conversation up to the turn's end. Both must begin the whole
-rendering, else nobody can tell which tokens the turn is. The turn begins where the whole's tokens depart from those of its prompt, as a completion does in TRL.
+rendering, else nobody can tell which tokens the turn is. The turn begins where the whole's tokens depart from those of
+its prompt, as a completion does in TRL.
 """
 
 from __future__ import annotations
