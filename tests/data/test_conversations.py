@@ -98,6 +98,39 @@ def test_a_saved_dataset_and_tools_of_parquet(tmp_path: Path) -> None:
     assert json.dumps(TOOL).encode() in bytes(i for i in expected[0][0] if i < 256)
 
 
+@pytest.mark.parametrize("form", ["parquet", "saved", "hub"])
+def test_messages_that_a_table_keeps_as_json(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` does so where arguments of calls differ from row to row. A null among them was meant."""
+    datasets = pytest.importorskip("datasets", minversion="4.7")
+    call = {"type": "function", "function": {"name": "b", "arguments": {"y": [1, "2"], "z": None}}}
+    rows = [
+        CONVERSATIONS["tools"],
+        {"messages": [ASK, turn("assistant", "", tool_calls=[call])], "tools": None},
+    ]
+    source = write(tmp_path / "rows.jsonl", rows)
+    run(source, tmp_path / "plain")
+    made = datasets.load_dataset(
+        "json", data_files=str(source), split="train", cache_dir=str(tmp_path / "hub")
+    )
+    assert "arrow.json" in str(made.features.arrow_schema)
+    found: str | Path = tmp_path / "rows.parquet"
+    if form == "parquet":
+        made.to_parquet(found)
+    elif form == "saved":
+        found = tmp_path / "saved"
+        made.save_to_disk(found)
+    else:
+        found = tmp_path / "folder"
+        found.mkdir()
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: made)
+    run(found, tmp_path / "out", kind="dataset" if form == "hub" else "auto")
+    assert list(stored(tmp_path / "out").values()) == list(stored(tmp_path / "plain").values())
+    said_of = said(list(stored(tmp_path / "out").values())[1][1])
+    assert b'"arguments": {"y": [1, "2"], "z": null}' in said_of
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_prompts_and_completions(tmp_path: Path, form: str) -> None:
     texts = [{"prompt": "What is ", "completion": "the weather?"}]

@@ -5,6 +5,7 @@ A wrong choice names a right one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -176,3 +177,30 @@ def _kind_of_type(kind: Any) -> str:
     if types.is_struct(kind) or types.is_map(kind):
         return "mappings"
     return "bytes" if types.is_binary(kind) or types.is_large_binary(kind) else SCALARS
+
+
+def plain(value: Any, kind: Any, *, decoded: bool) -> Any:
+    """A value of a typed table as it was before it came there.
+
+    A table gives every message the keys of all others, as nulls, which are left out again. What differs too much from
+    row to row is kept as JSON text (``arrow.json``), in which a null is one that was written.
+
+    Args:
+        kind: its pyarrow type.
+        decoded: whether such text has been read already, as `datasets` does.
+    """
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return value if decoded else json.loads(value)
+    if types.is_struct(kind):
+        return {
+            field.name: plain(value[field.name], field.type, decoded=decoded)
+            for field in kind
+            if value.get(field.name) is not None
+        }
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [plain(item, kind.value_type, decoded=decoded) for item in value]
+    return value

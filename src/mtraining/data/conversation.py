@@ -124,10 +124,3 @@ def _fault_of_message(message: Any) -> str:
     # A tool may answer nothing, and a system message is often left empty; nobody asks or says nothing.
     blank_is_wrong = role in ("user", ASSISTANT) and not acts
     return NO_CONTENT if blank_is_wrong and not content.strip() else ""
-
-
-def without_nulls(value: Any) -> Any:
-    """A value of a typed table without keys that are null: there every message has the keys of all others."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value

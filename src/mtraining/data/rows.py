@@ -14,8 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from mtraining.data.columns import CHATS, Columns, choose_columns, kinds_of_row, kinds_of_schema, unread
-from mtraining.data.conversation import read_messages, read_pair, without_nulls
+from mtraining.data.columns import (
+    CHATS,
+    Columns,
+    choose_columns,
+    kinds_of_row,
+    kinds_of_schema,
+    plain,
+    unread,
+)
+from mtraining.data.conversation import read_messages, read_pair
 from mtraining.data.files import DAMAGED, damage, open_file, suffixes
 from mtraining.data.options import PrepareOptions
 from mtraining.data.sources import EMPTY, UNREADABLE, Item, Note, Skipped, Source, files_signature
@@ -142,12 +150,16 @@ def _table_rows(table: Any, columns: Columns) -> list[dict[str, Any]]:
     """The rows of a pyarrow table; token ids as arrays, since a list of Python's numbers takes ten times the memory."""
     if not columns.is_ids:
         rows: list[dict[str, Any]] = table.to_pylist()
-        return [without_nulls(row) for row in rows] if columns.is_chat else rows
+        return [_plain_row(row, table.schema, decoded=False) for row in rows] if columns.is_chat else rows
     names = table.column(columns.name).to_pylist() if columns.name else [None] * table.num_rows
     return [
         {columns.content: _ids_of_scalar(scalar), **({columns.name: name} if columns.name else {})}
         for scalar, name in zip(table.column(columns.content), names, strict=True)
     ]
+
+
+def _plain_row(row: dict[str, Any], schema: Any, *, decoded: bool) -> dict[str, Any]:
+    return {name: plain(value, schema.field(name).type, decoded=decoded) for name, value in row.items()}
 
 
 def _ids_of_scalar(scalar: Any) -> Any:
@@ -198,14 +210,19 @@ def hub_dataset_source(name: str, options: PrepareOptions) -> Source:
 
 
 def _dataset_source(label: str, shown: str, dataset: Any, options: PrepareOptions) -> Source:
-    kinds = kinds_of_schema(dataset.features.arrow_schema)
+    schema = dataset.features.arrow_schema
+    kinds = kinds_of_schema(schema)
     columns = choose_columns(label, kinds, options)
     narrow = dataset.select_columns(columns.all)
 
     def items() -> Iterator[Item | Skipped]:
         yield from column_notes(shown, columns, kinds)
         for number, row in enumerate(narrow):
-            yield row_item(without_nulls(row) if columns.is_chat else row, f"{shown}:{number}", columns)
+            yield row_item(
+                _plain_row(row, schema, decoded=True) if columns.is_chat else row,
+                f"{shown}:{number}",
+                columns,
+            )
 
     described = f"{label}\0{options.split}\0{len(dataset)}\0{dataset.features}"
     return Source(label, items, hashlib.sha256(described.encode()).hexdigest(), len(dataset))
