@@ -185,6 +185,14 @@ def test_a_template_that_changes_earlier_turns_is_refused_by_name(tmp_path: Path
     )
 
 
+def test_a_template_that_ends_every_conversation(tmp_path: Path) -> None:
+    """As Phi-3's: what ends it stands after the last turn only, and is that turn's."""
+    template = unmarked(CHATML_MARKED).removesuffix("{% endif %}") + "{% else %}{{ eos_token }}{% endif %}"
+    chat = conversation(CONVERSATIONS["two turns"])
+    made = encoded(encoder(tmp_path, template), chat)
+    assert said(template, made) == [f"{SAY['content']}<|im_end|>\n", f"{END['content']}<|im_end|>\n</s>"]
+
+
 def test_thoughts_of_a_single_turn_are_trained(tmp_path: Path) -> None:
     chat = conversation({"messages": [ASK, {**END, "reasoning_content": "Look it up."}]})
     made = encoded(encoder(tmp_path, THINKING), chat)

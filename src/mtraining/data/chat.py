@@ -143,6 +143,9 @@ class ChatEncoder:
         if messages == len(chat.messages) and not asks:
             return int(whole.ids.size)
         part, _ = self._render(chat, messages, asks=asks)
+        if not asks and not whole.text.startswith(part):
+            # Some templates, such as Phi-3's, end every conversation, so the first messages alone too.
+            part = part.removesuffix(self._tokenizer.eos_token or "")
         if not whole.text.startswith(part):
             self._refuse(name, chat, messages, asks)
         # Text is cut at special tokens before it is encoded, so what stands before the last one is encoded alike.
