@@ -86,7 +86,8 @@ def test_a_saved_dataset_and_tools_of_parquet(tmp_path: Path) -> None:
     from datasets import Dataset
 
     row = CONVERSATIONS["tools"]
-    rows = [row, {"messages": [ASK, END], "tools": None}]
+    other = {"type": "function", "function": {"name": "weather", "arguments": {"day": "Monday"}}}
+    rows = [row, {"messages": [ASK, turn("assistant", "", tool_calls=[other])], "tools": None}]
     run(write(tmp_path / "rows.jsonl", rows), tmp_path / "plain")
     Dataset.from_list([{**r, "tools": json.dumps(r["tools"])} for r in rows]).save_to_disk(tmp_path / "saved")
     run(tmp_path / "saved", tmp_path / "out")
@@ -94,7 +95,7 @@ def test_a_saved_dataset_and_tools_of_parquet(tmp_path: Path) -> None:
     expected = list(stored(tmp_path / "plain").values())
     assert list(stored(tmp_path / "out").values()) == expected
     assert list(stored(tmp_path / "table").values()) == expected
-    assert said(expected[0][1]).count(b"weather") == 1 and b"None" not in said(expected[0][0])
+    assert said(expected[0][1]).count(b"weather") == 1 and b"null" not in said(expected[1][0])
     assert json.dumps(TOOL).encode() in bytes(i for i in expected[0][0] if i < 256)
 
 

@@ -236,6 +236,8 @@ def test_an_index_of_something_else_is_no_mds(tmp_path: Path) -> None:
     assert run(tmp_path, tmp_path.parent / f"{tmp_path.name}-out").documents == 1
     with pytest.raises(UserError, match="holds no index.json of MDS shards"):
         run(tmp_path, tmp_path.parent / f"{tmp_path.name}-none", kind="mds")
+    with pytest.raises(UserError, match="source '/tmp/no/such/folder' does not exist; correct the path"):
+        run("/tmp/no/such/folder", tmp_path.parent / f"{tmp_path.name}-none", kind="mds")
     with pytest.raises(UserError, match="is a file, but --kind is 'mds'"):
         run(tmp_path / "a.txt", tmp_path.parent / f"{tmp_path.name}-none", kind="mds")
 

@@ -57,11 +57,11 @@ def _resolve(name: str, options: PrepareOptions) -> list[Source]:
         return [_file_source(path, kind, path.name, options)]
     if path.is_dir():
         return _resolve_folder(path, options)
-    if options.kind == "mds":
-        return _mds_sources(hub_folder(name), name, options)
     # "org/name" could be a mistyped path too; these shapes can only be one.
     if options.kind in ("text", "jsonl", "parquet", "code") or kind_of(path) or name[:1] in "./~":
         raise UserError(f"source '{name}' does not exist; correct the path")
+    if options.kind == "mds":
+        return _mds_sources(hub_folder(name), name, options)
     return [hub_dataset_source(name, options)]
 
 
