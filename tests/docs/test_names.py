@@ -39,10 +39,10 @@ WRITTEN = set(
     index.html site/index.html index.json prepare.json manifest.json shard-00000.json
     """.split()
 )
-# Names that a reader puts a name of his own for, and files of other projects.
+# Names that a reader puts a name of his own for, files of other projects, and a type of Arrow's.
 ELSEWHERE = set(
     "TABLE.yaml NAME.jsonl metadata.csv book.txt moby-dick.txt emma.txt NOVEL.txt OUT.csv flash_fwd_sm90.py a.txt "
-    "a.jsonl".split()
+    "a.jsonl arrow.json".split()
 )
 # Flags of other programs, and whose they are.
 FOREIGN_FLAGS = {

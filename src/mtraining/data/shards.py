@@ -201,11 +201,8 @@ class TokenShards:
         return f"{self.num_documents:,} documents of {self.num_tokens:,} tokens{trained} (content {digest})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_maps": {},
-            "_masks": {},
-        }  # a pickled memory map would carry the tokens themselves
+        # A pickled memory map would carry the tokens themselves.
+        return {**self.__dict__, "_maps": {}, "_masks": {}}
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
