@@ -74,15 +74,16 @@ class MemoryCase:
     def layout(self) -> str:
         return "zigzag" if self.pattern == "dense" else "striped"
 
-    def predicted(self) -> Prediction:
+    def work(self) -> Workload:
         cp = self.world // self.dp
-        return predict(
-            Workload(
-                self.model(META), self.world, (self.cp_outer, cp // self.cp_outer), self.seq_len, self.batch,
-                self.accumulation, [self.build()], build_layout(self.layout, 16), self.recompute, False, "none",
-                self.dtype, self.loss_chunk,
-            )
+        return Workload(
+            self.model(META), self.world, (self.cp_outer, cp // self.cp_outer), self.seq_len, self.batch,
+            self.accumulation, [self.build()], build_layout(self.layout, 16), self.recompute, False, "none",
+            self.dtype, self.loss_chunk,
         )  # fmt: skip
+
+    def predicted(self) -> Prediction:
+        return predict(self.work())
 
 
 def measured(worker: Worker, case: MemoryCase) -> int:

@@ -136,15 +136,10 @@ def predict(work: Workload) -> Prediction:
     """
     sizes = _Parameters.of(work)
     seen = _traced(work, sizes.largest)
-    layers, standing = sizes.layers, work.accumulation > 1
+    layers, outlives = sizes.layers, work.accumulation > 1
     compute, reduce = work.compute.itemsize, work.reduce.itemsize
     stored = sizes.stored / work.world
-    owned = {
-        "parameters (shard)": stored,
-        "optimizer state (shard)": 2 * stored,
-    }
-    # The layer that runs, and the next one on its way.
-    gathered = {"gathered parameters": compute * (sizes.root + min(2, layers) * sizes.layer)}
+    owned, gathered = _owned(work, sizes), _gathered(work, sizes)
     # Of the layer whose backward runs; and of the one before it, on their way round.
     whole = {"gradients (whole, of a layer)": compute * sizes.layer}
     summed = {"gradients being summed": reduce * sizes.layer} if layers > 1 else {}
@@ -159,7 +154,7 @@ def predict(work: Workload) -> Prediction:
 
     def shards(done: int) -> dict[str, float]:
         """Gradients of the layers whose backward is done."""
-        share = 1.0 if standing else done * sizes.layer / sizes.total
+        share = 1.0 if outlives else done * sizes.layer / sizes.total
         return {"gradients (shard)": share * stored}
 
     def activations(name: str, peak: int) -> dict[str, float]:
@@ -181,6 +176,22 @@ def predict(work: Workload) -> Prediction:
     totals = {name: sum(parts.values()) for name, parts in moments.items()}
     moment = max(totals, key=lambda name: totals[name])
     return Prediction(moment, dict(moments[moment]), totals, seen.attention)
+
+
+def standing(work: Workload) -> dict[str, float]:
+    """What is on a rank during any forward, without activations and gradients: its shards, and gathered parameters."""
+    sizes = _Parameters.of(work)
+    return _owned(work, sizes) | _gathered(work, sizes)
+
+
+def _owned(work: Workload, sizes: _Parameters) -> dict[str, float]:
+    stored = sizes.stored / work.world
+    return {"parameters (shard)": stored, "optimizer state (shard)": 2 * stored}
+
+
+def _gathered(work: Workload, sizes: _Parameters) -> dict[str, float]:
+    """The layer that runs, and the next one on its way."""
+    return {"gathered parameters": work.compute.itemsize * (sizes.root + min(2, sizes.layers) * sizes.layer)}
 
 
 @dataclass(frozen=True)
