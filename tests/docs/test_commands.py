@@ -14,6 +14,7 @@ from torch.distributed.run import get_args_parser
 from docs_pages import PAGES, ROOT, Block, blocks, command_lines
 from mtraining.pattern import build_pattern, load_table
 from mtraining.train.config import load_config, parse_config
+from mtraining.train.evaluate_section import EvaluateSection
 
 README = ROOT / "README.md"
 TOUR = ROOT / "docs" / "tour.md"
@@ -163,6 +164,8 @@ def test_yaml_block_reads(block: Block, tmp_path: Path) -> None:
         parse_config(content, source=block.where)
     elif set(content) == {"pattern"}:
         build_pattern(**content["pattern"])
+    elif set(content) == {"evaluate"}:
+        EvaluateSection(**content["evaluate"])
     elif set(content) == {"patterns", "layers"}:
         (tmp_path / "table.yaml").write_text(block.body)
         assert len(load_table(tmp_path / "table.yaml")) == len(content["layers"])
