@@ -195,18 +195,20 @@ class _Attention(torch.autograd.Function):
     """Attention under an index that is given, its memory measured."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runtime: ShapeRuntime) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, runtime: ShapeRuntime
+    ) -> Tensor:
         with runtime.live.in_attention():
-            out, lse, _ = attend_prepared(q, k, v, runtime.prepare)
+            out, lse, _ = attend_prepared(q, k, v, runtime.prepare, sinks=sinks)
         ctx.runtime = runtime
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, sinks = ctx.saved_tensors
         with ctx.runtime.live.in_attention():
-            return *attend_backward(grads[0], q, k, v, out, lse, ctx.runtime.call), None
+            return *attend_backward(grads[0], q, k, v, out, lse, ctx.runtime.call, sinks), None
 
 
 @dataclass
@@ -216,8 +218,10 @@ class ShapeRuntime:
     call: PreparedCall
     live: LiveBytes
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        return _Attention.apply(q, k, v, self)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        return _Attention.apply(q, k, v, sinks, self)
 
     def prepare(self, index: SparseIndex | None) -> PreparedCall:
         """The call with an index of its own, as each layer's estimate makes, or with the one of the first pass."""
