@@ -21,7 +21,8 @@ from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import parallelize
 from mtraining.model.allocator import EXPANDABLE, VARIABLES, reserve_share, segments_expand
-from mtraining.model.support import decoder_of, head_dim_of
+from mtraining.model.fixed_rope import fix_rope
+from mtraining.model.support import head_dim_of, layers_of
 from mtraining.pattern import Pattern
 from mtraining.predict.fused import fuse_shapes
 from mtraining.predict.trace import LAYERS, META, Trace, shape_call, trace
@@ -209,7 +210,7 @@ class _Parameters:
     @staticmethod
     def of(work: Workload) -> _Parameters:
         model = work.hf_model
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_of(model).layers]
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
         total = sum(p.numel() for p in model.parameters())
         stored = sum(p.numel() * p.element_size() for p in model.parameters())
         largest = max(layers)
@@ -219,6 +220,7 @@ class _Parameters:
 def _traced(work: Workload, largest: int) -> Trace:
     """Activations of a short model of the same shape, on the meta device, with layers like number ``largest``."""
     short = shortened(work.hf_model, largest).to(work.compute)
+    fix_rope(short, work.seq_len)
     pattern = max(work.patterns, key=lambda pattern: columns_of(pattern, work.seq_len))
     model = parallelize(
         short,
@@ -257,15 +259,16 @@ def on_shapes(hf_model: Any, remedy: str) -> Iterator[None]:
 
 def shortened(hf_model: Any, largest: int) -> Any:
     """A model of :data:`LAYERS` layers, each like number ``largest`` of ``hf_model``: experts may begin after a few."""
-    config, depth = copy.deepcopy(hf_model.config), len(decoder_of(hf_model).layers)
+    config, depth = copy.deepcopy(hf_model.config), len(layers_of(hf_model))
     config.num_hidden_layers = largest + 1
     config._attn_implementation = "eager"  # not yet ours: parallelize sets that
     # A run on its way to the same weights on every rank is not disturbed.
     with torch.random.fork_rng(devices=[]), META:
         model = type(hf_model)(config)
-    decoder, shared = decoder_of(model), {id(config): config}
-    layer = decoder.layers[largest]
-    decoder.layers = nn.ModuleList([layer, *(copy.deepcopy(layer, shared) for _ in range(LAYERS - 1))])
+    layers, shared = layers_of(model), {id(config): config}
+    layer = layers[largest]
+    del layers[:]
+    layers.extend([layer, *(copy.deepcopy(layer, shared) for _ in range(LAYERS - 1))])
     config.num_hidden_layers = LAYERS
     for field, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == depth:  # of each layer

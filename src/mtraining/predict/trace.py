@@ -24,7 +24,7 @@ from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import ParallelLM
 from mtraining.model.attention import attach
-from mtraining.model.support import attention_modules, decoder_of
+from mtraining.model.support import attention_modules, layers_of
 from mtraining.pattern import Pattern
 from mtraining.ring.attention import PreparedCall, attend_backward, attend_prepared
 from mtraining.ring.plan import make_plan
@@ -278,7 +278,7 @@ def trace(model: ParallelLM, call: PreparedCall, batch: int, local_tokens: int) 
     live = LiveBytes()
     for _, module in attention_modules(model.hf_model):
         attach(module, ShapeRuntime(call, live))
-    layers = decoder_of(model.hf_model).layers
+    layers = layers_of(model.hf_model)
     tokens = {
         name: torch.zeros(batch, local_tokens, dtype=torch.int64, device=META)
         for name in ("input_ids", "position_ids", "labels")
