@@ -69,7 +69,7 @@ def check_config(config: Any) -> None:
         )
     if not getattr(config, "is_causal", True):
         raise UserError(f"model: {name} has is_causal=False; only causal attention is supported.")
-    _check_windows(config, name)
+    check_windows(config)
     fields = fields_of(config)
     for field, value in fields.items():
         if value and field not in CAPS and _SOFTCAP.search(field):
@@ -162,7 +162,13 @@ def check_rope(config: Any) -> None:
             )
 
 
-def _check_windows(config: Any, name: str) -> None:
+def check_windows(config: Any) -> None:
+    """Refuse layers that are not full attention.
+
+    Raises:
+        UserError: names the layers and the field.
+    """
+    name = config.model_type
     layer_types = getattr(config, "layer_types", None)
     for layer_type in layer_types or ():
         if layer_type != FULL:
@@ -190,6 +196,11 @@ def head_dim_of(config: Any) -> int:
 
 
 def _check_heads(config: Any, name: str) -> None:
+    for field in ("head_dim", "num_attention_heads", "num_key_value_heads"):
+        if field in (getattr(config, "per_layer_attributes", None) or ()):
+            raise UserError(
+                f"model: {name} has another {field} in some layers; use a model whose layers share one."
+            )
     heads = getattr(config, "num_attention_heads", None)
     if heads is None:
         raise UserError(
@@ -215,8 +226,20 @@ def _check_heads(config: Any, name: str) -> None:
 
 
 def decoder_of(hf_model: Any) -> Any:
-    """The base decoder (embeddings, layers, final norm, rotary embedding) inside a causal language model."""
-    return hf_model.get_decoder() if hasattr(hf_model, "get_decoder") else None
+    """The base decoder (embeddings, layers, final norm, rotary embedding) inside a causal language model.
+
+    transformers finds it by name, and sometimes finds the head or the model itself.
+    """
+    found = hf_model.get_decoder() if hasattr(hf_model, "get_decoder") else None
+    for decoder in (found, getattr(hf_model, "model", None)):
+        if decoder is not hf_model and _layer_list(decoder) is not None:
+            return decoder
+    return found
+
+
+def _layer_list(decoder: Any) -> nn.ModuleList | None:
+    lists = (getattr(decoder, name, None) for name in _LAYERS)
+    return next((layers for layers in lists if isinstance(layers, nn.ModuleList)), None)
 
 
 def layers_of(hf_model: Any) -> nn.ModuleList:
@@ -225,11 +248,9 @@ def layers_of(hf_model: Any) -> nn.ModuleList:
     Raises:
         UserError: it has none.
     """
-    decoder = decoder_of(hf_model)
-    for name in _LAYERS:
-        layers = getattr(decoder, name, None)
-        if isinstance(layers, nn.ModuleList) and decoder is not hf_model:
-            return layers
+    layers = _layer_list(decoder_of(hf_model))
+    if layers is not None and decoder_of(hf_model) is not hf_model:
+        return layers
     raise UserError(
         f"model: {hf_model.config.model_type} has no base decoder with `layers`; use a causal language model of the "
         "Llama kind."
@@ -259,7 +280,7 @@ def check_supported(hf_model: Any) -> None:
             f"model: {name} has no linear lm_head; use a causal language model (AutoModelForCausalLM)."
         )
     # Off the attention interface, a layer would go on computing its own dense attention.
-    if not getattr(hf_model, "_supports_attention_backend", False):
+    if not getattr(hf_model, "_supports_attention_backend", False) and not _asks_the_interface(hf_model):
         raise UserError(
             f"model: {name} does not use transformers' attention interface; use a model that does."
         )
@@ -281,6 +302,14 @@ def check_supported(hf_model: Any) -> None:
                 f"model: layer {index} of {name} has heads of size {own} where its config says head_dim={told}; "
                 f"correct model.config."
             )
+
+
+def _asks_the_interface(hf_model: Any) -> bool:
+    """Whether the code of every attention looks its function up; some that do are not marked so."""
+    return all(
+        "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
+        for _, attention in attention_modules(hf_model)
+    )
 
 
 def _check_rotary(hf_model: Any) -> None:
