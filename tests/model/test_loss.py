@@ -37,6 +37,12 @@ def test_equals_plain_cross_entropy(chunk: int) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), expected, rtol=1e-11, atol=1e-14)
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Each shape and form is a compilation of its own, and one function has a limited number."""
+    torch._dynamo.reset()
+
+
 FORMS = [LogitForm(0.0625), LogitForm(cap=1.5), LogitForm(3.0, 2.0), LogitForm(-1.5, 4.0)]
 
 

@@ -327,6 +327,12 @@ def _flat_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh if mesh.ndim == 1 else mesh._flatten()
 
 
+def _no_view(_: nn.Module, args: Any, output: Any) -> Any:
+    """A layer's output as a tensor of its own: FSDP2 hangs the layer's backward on it, and an in-place operation on a
+    view, as some layers (OPT's) return, would lose that."""
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
+
+
 def _shard(
     wrapped: ParallelLM, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
 ) -> None:
@@ -339,6 +345,7 @@ def _shard(
     )
     embeddings = wrapped.hf_model.get_input_embeddings()
     for layer in layers_of(wrapped.hf_model):
+        layer.register_forward_hook(_no_view)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if embeddings.weight is not wrapped.hf_model.get_output_embeddings().weight:
         fully_shard(embeddings, mesh=mesh, mp_policy=policy)

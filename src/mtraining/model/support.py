@@ -33,7 +33,8 @@ OLDER_NAMES = {"gpt_neox": _NEOX_NAMES, "gpt_neox_japanese": _NEOX_NAMES}
 """By model type: what configs of before transformers 5 call ``rope_theta`` and ``partial_rotary_factor``, if not so."""
 
 _DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
-_SOFTCAP = re.compile(r"soft_?cap|logit_cap")
+# Caps of gates and routers are the model's own code.
+_SOFTCAP = re.compile(r"^softcap$|att\w*(soft_?cap|logit_cap)")
 _LAYERS = ("layers", "h", "blocks")
 """What decoders call the list of their layers."""
 _KINDS = {
@@ -72,7 +73,7 @@ def check_config(config: Any) -> None:
     check_windows(config)
     fields = fields_of(config)
     for field, value in fields.items():
-        if value and field not in CAPS and _SOFTCAP.search(field):
+        if value and _SOFTCAP.search(field):
             raise UserError(
                 f"model: {name} caps its attention scores ({field}={value}), which sparse attention does not compute; "
                 f"use a model without soft-capping in attention."
@@ -343,6 +344,12 @@ def _check_rotary(hf_model: Any) -> None:
             )
 
 
+class _Decoded(MoeModelOutputWithPast):
+    """A decoder's output with all that the heads of any architecture look for."""
+
+    cross_attentions = None
+
+
 @torch.no_grad()
 def _check_logits(hf_model: Any) -> None:
     """Refuse a model whose logits are not those of `mtraining.model.logits`, whatever its config calls what it does.
@@ -357,8 +364,8 @@ def _check_logits(hf_model: Any) -> None:
     hidden = torch.linspace(-2, 2, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
     hidden = hidden.roll(1, -1)
 
-    def decode(*_: Any, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=hidden)
+    def decode(*_: Any, **__: Any) -> _Decoded:
+        return _Decoded(last_hidden_state=hidden)
 
     own = vars(decoder).get("forward")
     decoder.forward = decode
