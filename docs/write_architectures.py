@@ -13,8 +13,9 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-import architectures  # noqa: E402
 import transformers  # noqa: E402
+
+import architectures  # noqa: E402
 
 PAGE = HERE / "reference" / "architectures.md"
 HEAD = """\
@@ -23,10 +24,10 @@ HEAD = """\
 *This page is written by `docs/write_architectures.py`, which builds each architecture small and asks
 `mtraining.model.check_supported`.*
 
-transformers {version} knows {count} causal architectures by `AutoModelForCausalLM`. {yes} are accepted as they come, {set}
-with the settings that the table names, and {no} are refused. `tests/model/test_architectures.py` compares each accepted
-one with plain transformers. On a ring of two processes, loss, every gradient, and generated tokens with their logits are
-those of one process. An exported folder loads with the same logits.
+transformers {version} knows {count} causal architectures by `AutoModelForCausalLM`. {yes} are accepted as they come,
+{set} with the settings that the table names, and {no} are refused. `tests/model/test_architectures.py` compares each
+accepted one with plain transformers. On a ring of two processes, loss, every gradient, and generated tokens with their
+logits are those of one process. An exported folder loads with the same logits.
 
 | verdict | architectures |
 |---|---|
@@ -35,9 +36,9 @@ those of one process. An exported folder loads with the same logits.
 | accepted with other settings | {other} |
 | refused | {no} |
 
-Attention sinks, factors and soft caps of logits, a bias on `lm_head`, and rotary settings by layer type are computed. So
-are learned positions, layers without positions, and rotary types that depend on the length (`longrope`, `dynamic`). Their
-frequencies are fixed at the length of the whole sequence.
+Attention sinks, factors and soft caps of logits, a bias on `lm_head`, and rotary settings by layer type are computed.
+So are learned positions, layers without positions, and rotary types that depend on the length (`longrope`, `dynamic`).
+The frequencies of these are fixed at the length of the whole sequence.
 """
 
 

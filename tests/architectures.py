@@ -50,16 +50,24 @@ SIZES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {
         kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}},
-    "dbrx": {"d_model": 32, "n_heads": 2, "n_layers": LAYERS, "max_seq_len": 128, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+    "dbrx": {"d_model": 32, "n_heads": 2, "n_layers": LAYERS, "max_seq_len": 128,
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
              "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 0},
     "dots1": {"n_shared_experts": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB,
+                     "hidden_size_per_layer_input": 8, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": LAYERS},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "mamba2": {"num_heads": 4, "head_dim": 16},
+    "phi4_multimodal": {
+        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+                          "image_size": 28, "crop_size": 28},
+        "audio_config": {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 1,
+                         "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "nemo_conv_channels": 16}},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "xlnet": {"d_model": 32, "n_head": 2, "d_head": 16},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
@@ -68,12 +76,16 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Sizes of single architectures: fields that `SMALL` does not name, or that must fit each other."""
 
-_EVERY_LAYER_FULL = {"layer_types": ["full_attention"] * LAYERS}
-_REMEDIES: tuple[tuple[str, Callable[[re.Match[str]], dict[str, Any]]], ...] = (
-    (r"\(layer_types contains '(?:sliding_attention|chunked_attention|conv)'\)", lambda found: _EVERY_LAYER_FULL),
-    (r"\((sliding_window)=\d+\)", lambda found: {found[1]: None}),
-    (r"attention dropout.*; set (\w+) to 0", lambda found: {found[1]: 0.0}),
-    (r"caps its attention scores \((\w+)=", lambda found: {found[1]: None}),
+_REMEDIES: tuple[tuple[str, Callable[[re.Match[str], str], dict[str, Any]]], ...] = (
+    (
+        r"\(layer_types contains '(?:sliding_attention|chunked_attention|conv)'\)",
+        lambda found, name: {
+            "layer_types": ["full_attention"] * SIZES.get(name, SMALL).get("num_hidden_layers", LAYERS)
+        },
+    ),
+    (r"\((sliding_window)=\d+\)", lambda found, name: {found[1]: None}),
+    (r"attention dropout.*; set (\w+) to 0", lambda found, name: {found[1]: 0.0}),
+    (r"caps its attention scores \((\w+)=", lambda found, name: {found[1]: None}),
 )
 """What a refusal says, and the settings that mend it: another configuration of the same architecture."""
 
@@ -137,7 +149,7 @@ def verdict(name: str) -> Verdict:
     settings: dict[str, Any] = {}
     first = reason = _refusal(name, settings) or _refusal_by_default(name)
     while reason is not None:
-        mended = [make(found) for pattern, make in _REMEDIES if (found := re.search(pattern, reason))]
+        mended = [make(found, name) for pattern, make in _REMEDIES if (found := re.search(pattern, reason))]
         if not mended or mended[0].items() <= settings.items():
             return Verdict("no", {}, reason)
         settings |= mended[0]

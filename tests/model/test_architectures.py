@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from architectures import NAMES, SEQ_LEN, VOCAB, Verdict, quiet, small_config, small_model, verdict
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from architectures import NAMES, SEQ_LEN, VOCAB, Verdict, quiet, small_config, small_model, verdict
 from distributed import ProcessPool, Worker
 from mtraining.generate import Generator
 from mtraining.layout import build_layout
@@ -25,7 +25,7 @@ from mtraining.pattern import Dense
 
 BLOCK, PROMPT, NEW = 8, 43, 3
 # One of each kind: what their attention, positions, logits or blocks have of their own.
-KINDS = ("cohere", "gpt2", "gpt_oss", "gptj", "granite", "llama", "mellum", "nanochat", "opt", "phi", "phi3", "qwen3_moe", "smollm3")  # fmt: skip
+KINDS = "cohere gpt2 gpt_oss gptj granite llama mellum nanochat opt phi phi3 qwen3_moe smollm3".split()
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -63,13 +63,21 @@ def plain(name: str, settings: dict[str, Any]) -> tuple[float, dict[str, Tensor]
     return loss.item(), gradients, ids[0, PROMPT:].tolist(), torch.cat(answers)
 
 
-def on_ring(worker: Worker, name: str, settings: dict[str, Any]) -> tuple[float, dict[str, Any], list[int], Tensor]:
+def on_ring(
+    worker: Worker, name: str, settings: dict[str, Any]
+) -> tuple[float, dict[str, Any], list[int], Tensor]:
     """Job: the same of our model, on a ring."""
     mesh, layout = worker.mesh(), build_layout("striped", BLOCK)
+    model = small_model(name, exact_dtype(name, settings), **settings)
     made = parallelize(
-        small_model(name, exact_dtype(name, settings), **settings), mesh, pattern=Dense(block_size=BLOCK), layout=layout,
-        recompute="full", reduce_dtype=torch.float64, loss_chunk=20,
-    ).eval()  # fmt: skip
+        model,
+        mesh,
+        pattern=Dense(block_size=BLOCK),
+        layout=layout,
+        recompute="full",
+        reduce_dtype=torch.float64,
+        loss_chunk=20,
+    ).eval()
     tokens, positions, labels = batch()
     inputs = (layout.shard(part, worker.rank, worker.world) for part in (tokens, positions, labels))
     share = made(*inputs, int((labels != -100).sum()))
@@ -100,6 +108,7 @@ def check(pool: ProcessPool, name: str, found: Verdict, folder: Path) -> None:
         if gradient is None:
             assert gradients[key] is None or not gradients[key].any(), key
             continue
+        assert gradients[key] is not None, key
         error = (gradients[key] - gradient).abs().max() / max(gradient.abs().max(), floor)
         assert error < tolerance, f"{key}: {error:.1e}"
     assert answer == tokens
@@ -131,6 +140,6 @@ def test_every_architecture_equals_transformers_or_is_refused(
 ) -> None:
     found = verdict(name)
     if found.kind == "no":
-        assert found.reason.startswith("model: ") or "attention dropout" in found.reason
+        assert found.reason.startswith(("model: ", "transformers cannot build a small one: "))
     else:
         check(pool, name, found, tmp_path / "model")

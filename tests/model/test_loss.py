@@ -64,7 +64,9 @@ def test_factor_cap_and_bias(form: LogitForm, compiled: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
     assert min(gradient.abs().max() for gradient in found) > 1e-3
     head = Head(weight, bias, form)
-    torch.testing.assert_close(chunked_token_losses(hidden, head, labels, 7)[0], losses, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        chunked_token_losses(hidden, head, labels, 7)[0], losses, rtol=1e-12, atol=1e-14
+    )
     greedy = chunked_token_scores(hidden, head, labels, 7)[1]
     assert torch.equal(greedy > 0, logits.argmax(-1) == labels)
 

@@ -285,7 +285,9 @@ LONG = {
 
 
 @pytest.mark.parametrize(
-    "parameters", [LONG, {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}], ids=["longrope", "dynamic"]
+    "parameters",
+    [LONG, {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}],
+    ids=["longrope", "dynamic"],
 )
 @pytest.mark.parametrize("seq_len", [2048, 4096, 4097, 32768, 65536])
 def test_frequencies_by_length_are_fixed_at_the_whole_length(parameters: Any, seq_len: int) -> None:
@@ -313,8 +315,16 @@ def test_a_length_holds_inside_and_the_one_before_comes_back() -> None:
 
 
 def by_layer_type() -> Any:
-    small = {"vocab_size": 11, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 4096}  # fmt: skip
+    small: dict[str, Any] = {
+        "vocab_size": 11,
+        "hidden_size": 32,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+    }
     return Gemma3TextConfig(**small, layer_types=["sliding_attention", "full_attention"])
 
 
@@ -339,7 +349,11 @@ def test_full_layers_alone_are_stretched() -> None:
 @pytest.mark.parametrize(
     ("options", "seq_len", "message"),
     [
-        ({}, 200, "beyond the 128 positions of the model, which are not rotary and cannot be stretched; set train.seq"),
+        (
+            {},
+            200,
+            "beyond the 128 positions of the model, which are not rotary and cannot be stretched; set train.seq",
+        ),
         ({"type": "yarn"}, 256, "gpt2 has no rotary embedding in its layers of full attention"),
         ({"theta": 1e6}, 128, "gpt2 has no rotary embedding"),
     ],

@@ -53,6 +53,8 @@ def build(model_type: str, **fields: Any) -> Any:
         ("llama", {"num_attention_heads": 2, "head_dim": 12}, "head_dim=12, which is not supported; use a multi"),
         ("llama", {"num_attention_heads": 2, "head_dim": 264}, "head_dim=264, which is not supported"),
         ("gemma4_text", {"head_dim": 16, "layer_types": ["full_attention"] * 2}, "another head_dim in some layers"),
+        ("dory", {"head_dim": 16, "layer_types": ["full_attention"] * 2, "n_input_layers": 1, "n_recurrent_layers": 1,
+                  "n_output_layers": 0}, r"computes more than a linear lm_head .*\(lm_head.logit_scale\)"),
         ("bloom", {"n_head": 2}, r"how many positions it knows"),
         ("bart", {"is_encoder_decoder": False}, "the decoder of bart takes no position_ids"),
         ("qwen3_moe", {"output_router_logits": True, "head_dim": 16}, "output_router_logits=True"),
@@ -76,7 +78,9 @@ MINICPM3: dict[str, Any] = {
 
 def test_what_a_config_computes_is_read_too() -> None:
     """MiniCPM3's factor is a property, absent from `to_dict()`: its loss was 4.905 where ours was 6.429."""
-    with pytest.raises(UserError, match=r"heads of qk_head_dim=32 beside head_dim=16 \(multi-head latent att"):
+    with pytest.raises(
+        UserError, match=r"heads of qk_head_dim=32 beside head_dim=16 \(multi-head latent att"
+    ):
         check_supported(build("minicpm3", **{**MINICPM3, "qk_nope_head_dim": 16, "dim_model_base": 32}))
     model = build("minicpm3", **MINICPM3)
     fields = fields_of(model.config)
@@ -112,7 +116,9 @@ def test_logits_are_asked_of_the_model_itself(model_type: str, fields: Any) -> N
         mock.patch("mtraining.model.logits.DIVISORS", ()),
         mock.patch("mtraining.model.logits.CAPS", ()),
     ):
-        with pytest.raises(UserError, match=rf"the logits of {model_type} are not those of its lm_head: its own"):
+        with pytest.raises(
+            UserError, match=rf"the logits of {model_type} are not those of its lm_head: its own"
+        ):
             check_supported(model)
         check_supported(build(model_type, **fields))  # on the meta device there are no numbers
 
@@ -136,9 +142,15 @@ LONGROPE = {
 
 def test_frequencies_by_length_are_refused_until_the_length_is_said() -> None:
     """Each process would take its own from the positions that it sees."""
-    fields = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32, "max_position_embeddings": 256}
+    fields = {
+        "rope_parameters": LONGROPE,
+        "original_max_position_embeddings": 32,
+        "max_position_embeddings": 256,
+    }
     model = build("phi3", **fields)
-    with pytest.raises(UserError, match=r"rope type 'longrope' of phi3 takes its frequencies .*fix_rope\(model"):
+    with pytest.raises(
+        UserError, match=r"rope type 'longrope' of phi3 takes its frequencies .*fix_rope\(model"
+    ):
         check_supported(model)
     fix_rope(model, 256)
     check_supported(model)

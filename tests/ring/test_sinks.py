@@ -48,9 +48,7 @@ def job(worker: Worker, name: str, topology: tuple[int, ...], recompute: str | N
     """This rank's [out, dq, dk, dv], its share of the sinks' gradient, the index, and its rank."""
     mesh = worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
     layout, rank = build_layout("striped", SIZE), Ring.over(mesh).rank
-    q, k, v, dout = (
-        layout.shard(x, rank, worker.world) for x in peaked_inputs({"seed": 5, "shape": SHAPE})
-    )
+    q, k, v, dout = (layout.shard(x, rank, worker.world) for x in peaked_inputs({"seed": 5, "shape": SHAPE}))
     learned = sinks()
     for x in (q, k, v):
         x.requires_grad_()
@@ -81,9 +79,7 @@ def job(worker: Worker, name: str, topology: tuple[int, ...], recompute: str | N
 def test_equals_a_softmax_with_one_more_logit(
     pool: ProcessPool, name: str, topology: tuple[int, ...], recompute: str | None
 ) -> None:
-    results = pool.run(
-        job, world=math.prod(topology), name=name, topology=topology, recompute=recompute
-    )
+    results = pool.run(job, world=math.prod(topology), name=name, topology=topology, recompute=recompute)
     results.sort(key=lambda result: result[-1])
     ours = [build_layout("striped", SIZE).unshard([tensors[i] for tensors, *_ in results]) for i in range(4)]
     shares = torch.stack([share for _, share, *_ in results])
@@ -118,14 +114,22 @@ def test_recall_is_of_the_keys_alone() -> None:
     q, k, v, _ = peaked_inputs({"seed": 5, "shape": SHAPE})
     with Observer(recall_rows=16) as seen:
         mtraining.sparse_ring_attention(
-            q, k, v, pattern=build_pattern("dense", block_size=SIZE), layout="contiguous", mesh=None, sinks=sinks()
+            q,
+            k,
+            v,
+            pattern=build_pattern("dense", block_size=SIZE),
+            layout="contiguous",
+            mesh=None,
+            sinks=sinks(),
         )
     assert seen.stats[0].recall == pytest.approx(1.0)
 
 
 def test_one_sink_for_each_head() -> None:
     q, k, v, _ = peaked_inputs({"seed": 5, "shape": SHAPE})
-    with pytest.raises(UserError, match=r"sinks: shape \(3,\) does not fit q .*one number for each query head"):
+    with pytest.raises(
+        UserError, match=r"sinks: shape \(3,\) does not fit q .*one number for each query head"
+    ):
         mtraining.sparse_ring_attention(
             q, k, v, pattern="dense", layout="contiguous", mesh=None, sinks=torch.zeros(3)
         )

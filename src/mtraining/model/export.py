@@ -116,7 +116,10 @@ def older_keys(config: Any) -> dict[str, Any]:
         for name in ("rope_theta", "partial_rotary_factor")
         if name in parameters
     }
-    return {**keys, "rope_scaling": None if parameters.get("rope_type", "default") == "default" else parameters}
+    return {
+        **keys,
+        "rope_scaling": None if parameters.get("rope_type", "default") == "default" else parameters,
+    }
 
 
 def _name_older_class(path: Path) -> None:

@@ -12,9 +12,9 @@ from mtraining.model.support import LENGTH_ROPE_TYPES
 
 
 def fix_rope(hf_model: Any, seq_len: int) -> None:
-    """Give rotary embeddings that take their frequencies from the length of each forward those of ``seq_len``, in place.
+    """Fix the frequencies of rotary embeddings that take them from the length of each forward, in place.
 
-    Such are of the types ``longrope`` (Phi-3) and ``dynamic``; others stay as they are. The config, and so an export,
+    They get those of ``seq_len``. Such are of the types ``longrope`` (Phi-3) and ``dynamic``; others stay as they are. The config, and so an export,
     keeps its type: plain transformers chooses the same at this length. Call it again for another length.
 
     Args:
@@ -24,7 +24,9 @@ def fix_rope(hf_model: Any, seq_len: int) -> None:
     for module in hf_model.modules():
         kind = getattr(module, "mtraining_rope_type", getattr(module, "rope_type", None))
         if isinstance(kind, str) and kind in LENGTH_ROPE_TYPES:
-            frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](module.config, module.inv_freq.device, seq_len=seq_len)
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](
+                module.config, module.inv_freq.device, seq_len=seq_len
+            )
             module.inv_freq, module.attention_scaling = frequencies, scaling
             # transformers looks at the type in every forward, and chooses by it.
             module.mtraining_rope_type, module.rope_type = kind, "default"

@@ -16,7 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FACTORS = ("logit_scale", "logits_scale", "logits_mup_width_multiplier", "lm_head_multiplier", "output_multiplier")
+FACTORS = (
+    "logit_scale",
+    "logits_scale",
+    "logits_mup_width_multiplier",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 """Fields of configs by which logits are multiplied."""
 DIVISORS = ("logits_scaling",)
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "final_logits_soft_cap", "output_logit_soft_cap")

@@ -199,9 +199,9 @@ def chunked_cross_entropy(
         form: the factor and the soft cap of the logits.
 
     Returns:
-        Scalar in fp32 (fp64 for fp64 inputs). Differentiable once, in ``hidden``, ``weight`` and ``bias``. Where labels are on a
-        GPU, one that is neither -100 nor in 0 .. vocabulary - 1 makes it NaN, with its gradients: to look at labels
-        there would wait for the device.
+        Scalar in fp32 (fp64 for fp64 inputs). Differentiable once, in ``hidden``, ``weight`` and ``bias``. Where labels
+        are on a GPU, one that is neither -100 nor in 0 .. vocabulary - 1 makes it NaN, with its gradients: to look at
+        labels there would wait for the device.
 
     Raises:
         UserError: such a label on a CPU.

@@ -33,7 +33,14 @@ from mtraining.model.loss import (
 )
 from mtraining.model.positions import PositionCheck
 from mtraining.model.recompute import recompute_layers
-from mtraining.model.support import attention_modules, check_supported, decoder_of, fields_of, head_dim_of, layers_of
+from mtraining.model.support import (
+    attention_modules,
+    check_supported,
+    decoder_of,
+    fields_of,
+    head_dim_of,
+    layers_of,
+)
 from mtraining.model.weights import settle_tied
 from mtraining.pattern import Pattern, build_pattern
 from mtraining.ring import AttentionRuntime

@@ -2,8 +2,8 @@
 
 Whatever the method, the frequencies are fixed before the first step. transformers' own ``dynamic`` and
 ``longrope`` types choose frequencies in each forward from the largest position *this process* sees. Under
-context parallelism ranks see different positions, so :func:`mtraining.model.fix_rope` chooses once, from the length of the whole
-sequence. Our ``dynamic`` is resolved at the training length into a plain theta.
+context parallelism ranks see different positions, so :func:`mtraining.model.fix_rope` chooses once, from the length of
+the whole sequence. Our ``dynamic`` is resolved at the training length into a plain theta.
 
 Where rotary settings differ by layer type, as in Gemma 3, those of full attention alone are stretched: a window's
 distances stay what they were.
@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import Field
+
 from mtraining.errors import UserError
 from mtraining.inputs.sections import Section
 from mtraining.model.support import FULL, check_rope, ropes_of
@@ -75,8 +76,8 @@ def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:
     kind = None if None in ropes else FULL
     if changed and kind not in ropes:
         raise UserError(
-            f"model.rope: {config.model_type} has no rotary embedding in its layers of full attention (rope_parameters) "
-            "to change; remove model.rope, or use a model with rotary positions."
+            f"model.rope: {config.model_type} has no rotary embedding in its layers of full attention "
+            "(rope_parameters) to change; remove model.rope, or use a model with rotary positions."
         )
     if options.type == "none":
         _keep(config, kind, options, seq_len)

@@ -280,6 +280,14 @@ def check_supported(hf_model: Any) -> None:
         raise UserError(
             f"model: {name} has no linear lm_head; use a causal language model (AutoModelForCausalLM)."
         )
+    # The loss computes with weight and bias alone. Whatever else the head learns may begin as 1, and not show yet.
+    known = {id(part) for part in (*decoder_of(hf_model).parameters(), head.weight, head.bias)}
+    others = [key for key, parameter in hf_model.named_parameters() if id(parameter) not in known]
+    if others or type(head).forward is not nn.Linear.forward:
+        raise UserError(
+            f"model: {name} computes more than a linear lm_head after its decoder "
+            f"({', '.join(others[:3]) or type(head).__name__}), which the chunked loss does not; use a model without."
+        )
     # Off the attention interface, a layer would go on computing its own dense attention.
     if not getattr(hf_model, "_supports_attention_backend", False) and not _asks_the_interface(hf_model):
         raise UserError(
@@ -314,10 +322,13 @@ def _asks_the_interface(hf_model: Any) -> bool:
 
 
 def _check_rotary(hf_model: Any) -> None:
-    """Refuse rotary embeddings whose frequencies follow the positions that a process happens to see, and
-    ``partial_rotary_factor`` where the model's own code does not read it: part of a head would be rotated by frequencies
-    of another size, or all of it in silence."""
-    config, rotary = hf_model.config, getattr(decoder_of(hf_model), "rotary_emb", None)
+    """Refuse rotary embeddings that a process would compute otherwise than the whole sequence asks.
+
+    Frequencies may follow the positions that a process happens to see. A ``partial_rotary_factor`` that the model's own
+    code does not read would rotate part of a head by frequencies of another size, or all of it in silence.
+    """
+    config = hf_model.config
+    rotary: Any = getattr(decoder_of(hf_model), "rotary_emb", None)
     for module in hf_model.modules():
         kinds = getattr(module, "rope_type", None)
         for rope_type in kinds.values() if isinstance(kinds, dict) else (kinds,):
@@ -334,7 +345,11 @@ def _check_rotary(hf_model: Any) -> None:
             continue
         # Scaled types share one function, which reads it for all models; the plain type is each model's own code.
         plain = copy.deepcopy(config)
-        kept = {"rope_type": "default", "rope_theta": parameters["rope_theta"], "partial_rotary_factor": partial}
+        kept = {
+            "rope_type": "default",
+            "rope_theta": parameters["rope_theta"],
+            "partial_rotary_factor": partial,
+        }
         plain.rope_parameters = kept if kind is None else {**config.rope_parameters, kind: kept}
         pairs = getattr(type(rotary)(plain), buffer).shape[-1]
         if pairs != (int(head_dim_of(config) * partial) + 1) // 2:

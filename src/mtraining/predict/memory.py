@@ -14,7 +14,6 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import nn
 
 from mtraining.errors import UserError
 from mtraining.kernel.reference.attention import accumulation_dtype

@@ -103,9 +103,10 @@ class PreparedCall:
 class _SparseRingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *settings: Any
-    ) -> tuple[Tensor, PreparedCall]:
-        out, lse, ctx.call = attend(q, k, v, *settings, sinks=sinks)
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, pattern: Pattern, layout: Layout,
+        mesh: DeviceMesh | None, scale: float | None, kernel: str, padding: int,
+    ) -> tuple[Tensor, PreparedCall]:  # fmt: skip
+        out, lse, ctx.call = attend(q, k, v, pattern, layout, mesh, scale, kernel, padding, sinks)
         ctx.save_for_backward(q, k, v, out, lse, sinks)
         return out, ctx.call
 
