@@ -22,7 +22,7 @@ from mtraining.errors import UserError
 from mtraining.model import check_supported, fix_rope
 from mtraining.model.support import check_config, check_windows
 
-VOCAB, SEQ_LEN, LAYERS = 64, 64, 2
+VOCAB, SEQ_LEN, LAYERS, WINDOW = 64, 64, 2, 16
 NAMES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 SMALL: dict[str, Any] = {
@@ -79,9 +79,12 @@ SIZES: dict[str, dict[str, Any]] = {
 _REMEDIES: tuple[tuple[str, Callable[[re.Match[str], str], dict[str, Any]]], ...] = (
     (
         r"\(layer_types contains '(?:sliding_attention|chunked_attention|conv)'\)",
-        lambda found, name: {
-            "layer_types": ["full_attention"] * SIZES.get(name, SMALL).get("num_hidden_layers", LAYERS)
-        },
+        lambda found, name: _every_layer_full(name),
+    ),
+    # Granite 4 comes in both kinds.
+    (
+        r"granitemoehybrid .*\(layer_types contains 'linear_attention'\)",
+        lambda found, name: _every_layer_full(name),
     ),
     (r"\((sliding_window)=\d+\)", lambda found, name: {found[1]: None}),
     (r"attention dropout.*; set (\w+) to 0", lambda found, name: {found[1]: 0.0}),
@@ -116,10 +119,26 @@ def known_fields(name: str) -> set[str]:
     return found
 
 
+@functools.cache
+def default_config(name: str) -> Any:
+    """Its config as it comes; None for an architecture without a default."""
+    try:
+        with quiet():
+            return CONFIG_MAPPING[name]()
+    except Exception:
+        return None
+
+
 def small_config(name: str, **settings: Any) -> Any:
-    """A config of the sizes above, and all else as it comes, but for ``settings``."""
+    """A config of the sizes above, and all else as it comes, but for ``settings``.
+
+    Windows and chunks are shorter than the sequence, so that one which nobody honours would show.
+    """
     known = known_fields(name)
     fields = {field: value for field, value in SMALL.items() if field in known}
+    for field in ("sliding_window", "attention_chunk_size"):
+        if getattr(default_config(name), field, None) is not None:
+            fields[field] = WINDOW
     with quiet():
         config = AutoConfig.for_model(name, **{**fields, **SIZES.get(name, {}), **settings})
     return config
@@ -143,6 +162,10 @@ def small_model(name: str, dtype: torch.dtype = torch.float32, **settings: Any) 
     return model.eval()
 
 
+def _every_layer_full(name: str) -> dict[str, Any]:
+    return {"layer_types": ["full_attention"] * SIZES.get(name, SMALL).get("num_hidden_layers", LAYERS)}
+
+
 @functools.cache
 def verdict(name: str) -> Verdict:
     """Asked of its config as it comes, and then with settings for which its refusals ask."""
@@ -151,20 +174,16 @@ def verdict(name: str) -> Verdict:
     while reason is not None:
         mended = [make(found, name) for pattern, make in _REMEDIES if (found := re.search(pattern, reason))]
         if not mended or mended[0].items() <= settings.items():
-            return Verdict("no", {}, reason)
+            return Verdict("no", {}, first or "")
         settings |= mended[0]
-        before, reason = reason, _refusal(name, settings)
-        if reason is not None and reason.startswith("transformers"):
-            return Verdict("no", {}, before)  # it knows no such variant
+        reason = _refusal(name, settings)
     return Verdict("set" if settings else "yes", settings, first or "")
 
 
 def _refusal_by_default(name: str) -> str | None:
     """Of the config as it comes in its own size: two layers may hide of what kinds the others are."""
-    try:
-        with quiet():
-            config = CONFIG_MAPPING[name]()
-    except Exception:  # an architecture without a default
+    config = default_config(name)
+    if config is None:
         return None
     try:
         check_windows(config)

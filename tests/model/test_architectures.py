@@ -5,6 +5,7 @@ A fast subset has one architecture of each kind. The whole sweep takes minutes, 
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from architectures import NAMES, SEQ_LEN, VOCAB, Verdict, quiet, small_config, small_model, verdict
 from distributed import ProcessPool, Worker
+from docs_pages import ROOT
 from mtraining.generate import Generator
 from mtraining.layout import build_layout
 from mtraining.model import export_model, fix_rope, parallelize
@@ -133,12 +136,24 @@ def test_one_of_each_kind_equals_transformers(pool: ProcessPool, name: str, tmp_
     check(pool, name, found, tmp_path / "model")
 
 
+def page_rows() -> dict[str, str]:
+    """The rows of the page by architecture, where it is of the transformers installed here."""
+    text = (ROOT / "docs" / "reference" / "architectures.md").read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__} knows" not in text:
+        return {}
+    return {found[1]: found[0] for found in re.finditer(r"^\| `([^`]+)` \|.*$", text, re.MULTILINE)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(KINDS)))
 def test_every_architecture_equals_transformers_or_is_refused(
     pool: ProcessPool, name: str, tmp_path: Path
 ) -> None:
     found = verdict(name)
+    page = page_rows()
+    if page:
+        accepted = "| accepted |" if found.kind != "no" else "| refused |"
+        assert accepted in page[name], f"{name}: run docs/write_architectures.py"
     if found.kind == "no":
         assert found.reason.startswith(("model: ", "transformers cannot build a small one: "))
     else:
