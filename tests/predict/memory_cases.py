@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NanoChatConfig,
+    NanoChatForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from distributed import Worker
 from mtraining.bench.train.model import Optimisation
@@ -52,6 +61,8 @@ class MemoryCase:
     loss_chunk: int = 512
     dtype: torch.dtype = torch.bfloat16
     experts: int = 0
+    cap: float | None = None
+    sinks: bool = False
 
     def model(self, device: torch.device | str) -> Any:
         sizes = {
@@ -64,6 +75,11 @@ class MemoryCase:
                 return MixtralForCausalLM(
                     MixtralConfig(**sizes, num_local_experts=self.experts, sliding_window=None)
                 )
+            if self.sinks:
+                full = {"head_dim": self.hidden // 4, "layer_types": ["full_attention"] * self.layers}
+                return GptOssForCausalLM(GptOssConfig(**sizes, **full, num_local_experts=4))
+            if self.cap is not None:
+                return NanoChatForCausalLM(NanoChatConfig(**sizes, final_logit_softcapping=self.cap))
             return Qwen2ForCausalLM(Qwen2Config(**sizes))
 
     def build(self) -> Pattern:

@@ -14,8 +14,9 @@ from mtraining.model.support import LENGTH_ROPE_TYPES
 def fix_rope(hf_model: Any, seq_len: int) -> None:
     """Fix the frequencies of rotary embeddings that take them from the length of each forward, in place.
 
-    They get those of ``seq_len``. Such are of the types ``longrope`` (Phi-3) and ``dynamic``; others stay as they are. The config, and so an export,
-    keeps its type: plain transformers chooses the same at this length. Call it again for another length.
+    They get those of ``seq_len``. Such are of the types ``longrope`` (Phi-3) and ``dynamic``; others stay as they are.
+    The config, and so an export, keeps its type: plain transformers chooses the same at this length. Call it again for
+    another length.
 
     Args:
         hf_model: a transformers model.
