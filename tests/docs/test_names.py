@@ -314,6 +314,8 @@ def test_names_in_code_spans_exist() -> None:
     """A code span that is one name with an underscore, a dot, a capital or a call: some code here has that name."""
     wrong, seen = [], 0
     for said in [*TEXTS, *DOCSTRINGS]:
+        if said.path.name == "architectures.md":
+            continue  # names of transformers' own, written by code
         for span in spans(said.text):
             if not NAME.match(span) or FILE.fullmatch(span):
                 continue

@@ -158,3 +158,13 @@ def test_every_architecture_equals_transformers_or_is_refused(
         assert found.reason.startswith(("model: ", "transformers cannot build a small one: "))
     else:
         check(pool, name, found, tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_padding_may_stand_beyond_learned_positions(name: str) -> None:
+    """Of 45 positions, 43 are the prompt's; blocks of 8 make it 48."""
+    settings = {**verdict(name).settings, "max_position_embeddings": PROMPT + 2}
+    model, tokens = small_model(name, **settings), batch()[0][0, :PROMPT]
+    expected = model(tokens[None], use_cache=False).logits[0, -1]
+    made = Generator(parallelize(small_model(name, **settings), pattern=Dense(block_size=BLOCK)).eval())
+    torch.testing.assert_close(made.prefill(tokens.tolist()), expected, rtol=1e-4, atol=1e-4)

@@ -300,8 +300,12 @@ class Generator:
                 module.training = True
 
     def _inputs(self, dealt: Dealt, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's token and position ids, (1, local tokens)."""
-        return dealt.take(tokens, 0).to(self._device), dealt.positions[None].to(self._device)
+        """This rank's token and position ids, (1, local tokens).
+
+        Padding may stand beyond the model's positions, of which a learned table has no more. It takes the last token's.
+        """
+        positions = dealt.positions.clamp(max=dealt.length - 1)
+        return dealt.take(tokens, 0).to(self._device), positions[None].to(self._device)
 
     def _read_prompt(self, dealt: Dealt, tokens: Tensor) -> Tensor:
         """(1, vocabulary) logits after the last token, the same on every rank."""
