@@ -164,6 +164,9 @@ def plain_gradients(
         masks: for each layer the boolean (batch, heads, seq, seq) of what may be attended; None is causal.
     """
     model.set_attn_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "mtraining_rope_type"):
+            module.rope_type = module.mtraining_rope_type  # transformers' own choice of frequencies
     hooks = []
     for layer, mask in zip(model.base_model.layers, masks or (), strict=False):
         bias = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, float("-inf"))

@@ -3,7 +3,8 @@
     logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap)
 
 Cohere multiplies by ``logit_scale``, Granite and MiniCPM divide by ``logits_scaling``, Gemma 2 and later cap. The form
-is read from the config, where each family has a name of its own for it: a dry build on the meta device knows it too. `mtraining.model.support` asks the model itself whether the form is right.
+is read from the config, where each family has a name of its own for it: a dry build on the meta device knows it too.
+`mtraining.model.support` asks the model itself whether the form is right.
 """
 
 from __future__ import annotations
