@@ -164,7 +164,7 @@ def test_gradients_in_other_layouts(pool: ProcessPool, oracle: dict[Any, Any], l
 def test_a_rank_of_early_positions_takes_the_frequencies_of_the_whole(
     pool: ProcessPool, oracle: dict[Any, Any]
 ) -> None:
-    """The first of four contiguous ranks sees no position beyond Phi-3's original context: alone it would take others."""
+    """The first of four contiguous ranks sees no position beyond Phi-3's original context."""
     assert tiny_model("phi3").config.rope_parameters["original_max_position_embeddings"] == SEQ_LEN // 4
     check(pool, oracle, "phi3", "cp4", pattern=DENSE, layout="contiguous")
 

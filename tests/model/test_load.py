@@ -163,7 +163,9 @@ def test_a_rope_that_the_architecture_does_not_know_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"model.rope.type=yarn: transformers refuses .* for phi3 \(.*'longrope'"
     ):
-        build_model(tiny_options("phi3", type="yarn", factor=4.0, original_max_position_embeddings=32), SEQ_LEN)
+        build_model(
+            tiny_options("phi3", type="yarn", factor=4.0, original_max_position_embeddings=32), SEQ_LEN
+        )
 
 
 def test_a_head_dim_that_a_model_does_not_take_is_refused() -> None:

@@ -166,7 +166,8 @@ class Generator:
         ends = self.eos if eos is None else frozenset(eos)
         answers = [Answer(limit, ends, stop, self.tokenizer) for limit in limits]
         chooser = Chooser(temperature, top_p, seeds, max(limits), self._device)
-        with self._inference(max(map(len, rows)) + max(limits)):
+        longest = max(len(row) + limit for row, limit in zip(rows, limits, strict=True))
+        with self._inference(longest):
             dealt = [self.attention.deal(len(row)) for row in rows]
             cache = Cache(self.attention, dealt, max(limits) - 1, self._device)
             with attached(self.model, cache):
