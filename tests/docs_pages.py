@@ -46,6 +46,11 @@ def command_lines(text: str) -> list[str]:
     return [line if "$(" in line else shlex.join(words) for line, words in found if words]
 
 
+def page_commands(name: str) -> list[str]:
+    """The commands of the page with this file name."""
+    return [line for block in blocks("bash") if block.page.name == name for line in command_lines(block.body)]
+
+
 def prose(text: str) -> str:
     """A page without its fenced blocks."""
     return FENCE.sub("", text)

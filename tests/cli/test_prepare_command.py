@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
+from docs_pages import page_commands
 from mtraining.cli import main
 from mtraining.data import TokenShards
 from mtraining.inputs import hub
@@ -108,6 +112,31 @@ def test_the_installed_command_and_a_second_run(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_the_pages_command_for_conversations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [command] = [line for line in page_commands("data.md") if "chats.jsonl" in line]
+    rows = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}]},
+        {"messages": [{"role": "user", "content": "hi" * 3000}, {"role": "assistant", "content": "Hello."}]},
+        {"messages": []},
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m.role + ': ' }}{{ m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert mtraining(monkeypatch, *shlex.split(command)[1:]) == 0
+    shards = TokenShards("data/chats")
+    labels = shards.labels(np.arange(shards.num_tokens))
+    assert bytes(shards.document(0).tolist()) == b"user: hi\nassistant: Hello.\n"
+    assert bytes(labels[labels >= 0].tolist()) == b"Hello.\n"
+    told = capsys.readouterr().out
+    assert "skipped 1 (no messages): chats.jsonl:3" in told
+    assert "skipped 1 (longer than --max-length 4,096): chats.jsonl:2" in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -123,6 +152,12 @@ def test_the_installed_command_and_a_second_run(tmp_path: Path) -> None:
             ["{t}/rows.jsonl", "{t}/out", "--add-bos"],
             "--add-bos: the byte tokenizer has no beginning-of-text token",
         ),
+        (["{t}/rows.jsonl", "{t}/out", "--train-on", "asistant"], "did you mean 'assistant'"),
+        (
+            ["{t}/rows.jsonl", "{t}/out", "--bad-rows", "refuse"],
+            "'rows.jsonl:2' cannot be used (not valid JSON)",
+        ),
+        (["{t}/rows.jsonl", "{t}/out", "--chat-template", "{t}/none"], "--chat-template"),
         (["{t}/rows.jsonl", "{t}/out", "--max-tokens", "0"], "--max-tokens is 0; it must be at least 1"),
         (["{t}/rows.jsonl", "{t}/out", "--tokenizer", "{t}/none"], "tokenizer"),
         (["{t}/rows.jsonl", "{t}/rows.jsonl/out"], "cannot be made: Not a directory; name another folder"),

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtraining.data import writer as writer_module
 
 
 def write_rows(path: Path, documents: Mapping[str, str]) -> Path:
@@ -20,6 +26,22 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
+
+
+@contextmanager
+def stopped_at_write(number: int) -> Iterator[None]:
+    """`prepare` in this block is interrupted before it writes this file of shards, counted from 0."""
+    real, calls = writer_module.write_atomic, iter(range(100))
+
+    def stops(path: Path, fill: Any) -> None:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        real(path, fill)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer_module, "write_atomic", stops)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def save_llama_like(folder: Path, *, with_bos: bool) -> Path:

@@ -44,23 +44,23 @@ def run(source: Path, **options: Any) -> tuple[dict[str, list[int]], PrepareSumm
 def test_a_hint_leads_to_text(tmp_path: Path, form: str) -> None:
     """Not to lists, mappings or numbers, however near their names."""
     source = write(tmp_path, form, [CHAT])
-    for column, fault in (("message", "is not there"), ("messages", "holds lists, not text"),
+    for column, fault in (("message", "is not there"), ("messages", "holds conversations, not text"),
                           ("meta", "holds mappings, not text"), ("n", "holds numbers, .* not text")):  # fmt: skip
         with pytest.raises(
             UserError,
             match=rf"^--text-column: '{column}' {fault} in .*; set it to '(story|title)' or another of",
         ):
             run(source, text_column=column)
-    with pytest.raises(UserError, match="^--name-column: 'messages' holds lists, not names"):
+    with pytest.raises(UserError, match="^--name-column: 'messages' holds conversations, not names"):
         run(source, text_column="story", name_column="messages")
     assert run(source, text_column="story", name_column="n")[0]["1"] == [*b"once", 256]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_where_no_column_is_text_there_is_no_hint(tmp_path: Path, form: str) -> None:
-    source = write(tmp_path, form, [{"messages": [{"a": 1}], "n": 1}])
+    source = write(tmp_path, form, [{"words": [{"a": 1}], "n": 1}])
     with pytest.raises(
-        UserError, match=r"no column holds text: there are messages \(lists\), n \(numbers, .*\)$"
+        UserError, match=r"no column holds text: there are words \(lists\), n \(numbers, .*\)$"
     ):
         run(source)
 
@@ -185,11 +185,12 @@ def test_ids_are_as_wide_as_the_largest(tmp_path: Path) -> None:
 
 
 def test_an_id_that_does_not_fit_is_never_cut(tmp_path: Path) -> None:
+    from mtraining.data.encoding import Encoded
     from mtraining.data.shards import token_dtype
     from mtraining.data.writer import ShardWriter
 
     assert token_dtype(2**16) == np.uint16 and token_dtype(2**16 + 1) == np.uint32
     writer = ShardWriter(tmp_path, token_dtype(100), 10)
-    writer.add("fits", np.array([2**16 - 1], np.uint32))
+    writer.add(Encoded("fits", np.array([2**16 - 1], np.uint32)))
     with pytest.raises(UserError, match="document 'far' has token id 65536"):
-        writer.add("far", np.array([2**16], np.uint32))
+        writer.add(Encoded("far", np.array([2**16], np.uint32)))

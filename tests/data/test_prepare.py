@@ -53,6 +53,19 @@ def test_output_does_not_depend_on_workers(tmp_path: Path, source: Path) -> None
     assert one.skipped == two.skipped and one.tokens == two.tokens
 
 
+def test_every_so_many_documents(tmp_path: Path, source: Path) -> None:
+    other = write_rows(tmp_path / "other.jsonl", {"x": "1", "y": "2", "z": "3"})
+    taken = options(source, tmp_path / "out", sources=(source, other), every=3)
+    summary = prepare(taken, progress=False)
+    assert [name for name, _ in TokenShards(tmp_path / "out").documents()] == [
+        *[name for number, name in enumerate(TEXTS) if number % 3 == 0 and TEXTS[name]], "x"]  # fmt: skip
+    assert [entry.name for entry in summary.skipped] == ["doc-03"]
+    with pytest.raises(UserError, match="--holdout 'y' names no document"):
+        prepare(options(source, tmp_path / "none", sources=(other,), every=3, holdout=("y",)), progress=False)
+    with pytest.raises(UserError, match="--every is 0; it must be at least 1"):
+        options(source, tmp_path, every=0)
+
+
 def test_limits_end_after_the_document_that_reaches_them(tmp_path: Path, source: Path) -> None:
     assert prepare(options(source, tmp_path / "five", max_documents=5), progress=False).documents == 5
     five = TokenShards(tmp_path / "five")

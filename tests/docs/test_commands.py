@@ -14,6 +14,7 @@ from torch.distributed.run import get_args_parser
 from docs_pages import PAGES, ROOT, Block, blocks, command_lines
 from mtraining.pattern import build_pattern, load_table
 from mtraining.train.config import load_config, parse_config
+from mtraining.train.evaluate_section import EvaluateSection
 
 README = ROOT / "README.md"
 TOUR = ROOT / "docs" / "tour.md"
@@ -38,6 +39,12 @@ RUN_BY_TEST = {
     "mtraining evaluate runs/first --suite ppl --text book.txt --lengths 2k --nproc 2 --dry-run --memory-gib 80": (
         "tests/cli/test_evaluate_command.py::test_a_dry_run_tells_the_memory_of_the_longest_length"
     ),
+    "mtraining prepare chats.jsonl data/chats --chat-template chat.jinja --train-on assistant --max-length 4096": (
+        "tests/cli/test_prepare_command.py::test_the_pages_command_for_conversations"
+    ),
+    "mtraining prepare prolong/book-524288 data/books --ids-tokenizer llama-3 --min-length 8193 --every 4": (
+        "tests/data/test_mds.py::test_the_pages_command"
+    ),
     "mtraining bench train": "tests/bench/test_train_bench.py::test_the_command",
     "mtraining train recipes/qwen2.5-3b-512k.yaml --dry-run --memory-gib 80": (
         "tests/predict/test_memory.py::test_readmes_dry_run"
@@ -47,6 +54,8 @@ RUN_BY_TEST = {
 NOT_RUN = {
     "pip install '.[gpu]'": "would install Triton into the environment that runs the tests",
     "pip install 'mtraining[gpu] @ git+file:///path/to/mtraining'": "the path is the reader's",
+    "pip install 'mtraining[mds]'": "would install into the environment that runs the tests",
+    "pip install --no-deps mosaicml-streaming": "would install into the environment that runs the tests",
     'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)': "needs a Slurm cluster",
     "srun": "needs a Slurm cluster; test_torchrun_lines_parse reads its torchrun line",
 }
@@ -155,6 +164,8 @@ def test_yaml_block_reads(block: Block, tmp_path: Path) -> None:
         parse_config(content, source=block.where)
     elif set(content) == {"pattern"}:
         build_pattern(**content["pattern"])
+    elif set(content) == {"evaluate"}:
+        EvaluateSection(**content["evaluate"])
     elif set(content) == {"patterns", "layers"}:
         (tmp_path / "table.yaml").write_text(block.body)
         assert len(load_table(tmp_path / "table.yaml")) == len(content["layers"])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
-from mtraining.evaluate.perplexity import bucketed, document_losses, merged, perplexity, whole_document_nll
+from mtraining.evaluate.perplexity import document_losses, whole_document_nll
+from mtraining.generate.losses import bucketed, merged, perplexity
 
 
 class Counting:

@@ -86,7 +86,7 @@ def test_nothing_waits_for_the_device_within_a_token() -> None:
 
     def token() -> torch.Tensor:
         cache.next_token()
-        return made.model.read_out(tokens, positions, lambda hidden, weight: hidden[:, -1] @ weight.T)
+        return made.model.read_out(tokens, positions, lambda hidden, head: head.logits(hidden[:, -1]))
 
     with attached(made.model, cache):
         token()  # compiles

@@ -161,6 +161,14 @@ def test_gradients_in_other_layouts(pool: ProcessPool, oracle: dict[Any, Any], l
     check(pool, oracle, "qwen2", "cp2", pattern=SPARSE, layout=layout)
 
 
+def test_a_rank_of_early_positions_takes_the_frequencies_of_the_whole(
+    pool: ProcessPool, oracle: dict[Any, Any]
+) -> None:
+    """The first of four contiguous ranks sees no position beyond Phi-3's original context."""
+    assert tiny_model("phi3").config.rope_parameters["original_max_position_embeddings"] == SEQ_LEN // 4
+    check(pool, oracle, "phi3", "cp4", pattern=DENSE, layout="contiguous")
+
+
 def submesh(worker: Worker) -> tuple[float, dict[str, Tensor]]:
     """Job: two copies of dp 1 x cp 2 in a world of four, on slices of one mesh."""
     mesh = worker.mesh((2, 1, 2), ("copy", "dp", "cp"))["dp", "cp"]

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtraining.errors import UserError
 from mtraining.model import loss as loss_module
+from mtraining.model.logits import Head, LogitForm
 from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses, chunked_token_scores
 
 TOKENS, VOCAB, HIDDEN = 37, 23, 8
@@ -34,6 +35,50 @@ def test_equals_plain_cross_entropy(chunk: int) -> None:
     loss = chunked_cross_entropy(hidden, weight, labels, 19, chunk)
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), expected, rtol=1e-11, atol=1e-14)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Each shape and form is a compilation of its own, and one function has a limited number."""
+    torch._dynamo.reset()
+
+
+FORMS = [LogitForm(0.0625), LogitForm(cap=1.5), LogitForm(3.0, 2.0), LogitForm(-1.5, 4.0)]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is :DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_factor_cap_and_bias(form: LogitForm, compiled: bool) -> None:
+    """Against autograd through whole logits, with gradients in all three of their inputs."""
+    hidden, weight, labels = inputs()
+    bias = torch.randn(VOCAB, dtype=torch.float64, requires_grad=True)
+    logits = (hidden @ weight.T + bias) * form.scale
+    if form.cap is not None:
+        logits = form.cap * torch.tanh(logits / form.cap)
+    losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    expected = torch.autograd.grad(losses.sum() / 19, (hidden, weight, bias))
+    loss = chunked_cross_entropy(hidden, weight, labels, 19, 16, compiled, bias=bias, form=form)
+    torch.testing.assert_close(loss, losses.sum() / 19, rtol=1e-12, atol=0)
+    found = torch.autograd.grad(loss, (hidden, weight, bias))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    assert min(gradient.abs().max() for gradient in found) > 1e-3
+    head = Head(weight, bias, form)
+    torch.testing.assert_close(
+        chunked_token_losses(hidden, head, labels, 7)[0], losses, rtol=1e-12, atol=1e-14
+    )
+    greedy = chunked_token_scores(hidden, head, labels, 7)[1]
+    assert torch.equal(greedy > 0, logits.argmax(-1) == labels)
+
+
+def test_only_what_is_trained_has_a_gradient() -> None:
+    """A head's bias alone, as a recipe that freezes the rest."""
+    hidden, weight, labels = (x.detach() for x in inputs())
+    bias = torch.zeros(VOCAB, dtype=torch.float64, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, weight, labels, 19, 16, bias=bias)
+    plain = cross_entropy((hidden @ weight.T + bias)[0], labels[0], reduction="sum") / 19
+    (found,), (expected,) = (torch.autograd.grad(x, (bias,)) for x in (loss, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is :DeprecationWarning")
@@ -115,7 +160,7 @@ def test_a_label_outside_of_the_vocabulary_is_refused(label: int) -> None:
         rf"labels: 1 of them \(such as {label}\) are neither -100, .* among the model's 23 words, 0 to 22;"
     )
     for call in (lambda: chunked_cross_entropy(hidden, weight, labels, 30, 7),
-                 lambda: chunked_token_losses(hidden, weight, labels, 7)):  # fmt: skip
+                 lambda: chunked_token_losses(hidden, Head(weight), labels, 7)):  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             call()
 
@@ -134,7 +179,7 @@ def test_where_labels_cannot_be_looked_at_such_a_label_makes_the_loss_nan(
     loss.backward()
     assert loss.isnan() and hidden.grad is not None and weight.grad is not None
     assert hidden.grad[0, 30].isnan().all() and weight.grad.isnan().any()
-    losses = chunked_token_losses(hidden, weight, labels, 7)
+    losses = chunked_token_losses(hidden, Head(weight), labels, 7)
     assert losses.isnan().nonzero().tolist() == [[0, 30]]
 
 
@@ -150,7 +195,7 @@ def test_the_words_at_the_ends_of_the_vocabulary_are_labels() -> None:
 def test_token_losses() -> None:
     hidden, weight, labels = inputs()
     expected = cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none")
-    losses = chunked_token_losses(hidden, weight, labels, 6)
+    losses = chunked_token_losses(hidden, Head(weight), labels, 6)
     assert losses.shape == labels.shape and not losses.requires_grad
     torch.testing.assert_close(losses.flatten(), expected.detach())
 
@@ -187,4 +232,4 @@ def test_scores_refuse_labels_outside_of_the_vocabulary() -> None:
     hidden, weight = torch.randn(1, 3, 4), torch.randn(7, 4)
     for wrong in (-1, 7):
         with pytest.raises(UserError, match="labels"):
-            chunked_token_scores(hidden, weight, torch.tensor([[0, wrong, -100]]))
+            chunked_token_scores(hidden, Head(weight), torch.tensor([[0, wrong, -100]]))

@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mtraining.errors import UserError
-from mtraining.model import RopeOptions
+from mtraining.model import RopeOptions, fix_rope
+from mtraining.model.fixed_rope import rope_fixed
 from mtraining.model.rope import apply_rope, check_rope, stretched
 
 
@@ -261,32 +269,97 @@ def test_lengths_and_options_that_do_not_fit_are_refused(options: Any, seq_len: 
         apply_rope(config(), RopeOptions(**options), seq_len)
 
 
+def test_multi_axis_positions_are_refused() -> None:
+    axes = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}
+    with pytest.raises(UserError, match="mrope_section"):
+        check_rope(config(rope_parameters=axes))
+
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + pair / 64 for pair in range(64)],
+    "long_factor": [2.0 + pair for pair in range(64)],
+    "original_max_position_embeddings": 4096,
+}
+
+
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    "parameters",
+    [LONG, {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}],
+    ids=["longrope", "dynamic"],
+)
+@pytest.mark.parametrize("seq_len", [2048, 4096, 4097, 32768, 65536])
+def test_frequencies_by_length_are_fixed_at_the_whole_length(parameters: Any, seq_len: int) -> None:
+    """Those of transformers for a process that sees the last position, for every process whatever it sees."""
+    model = Qwen2ForCausalLM(config(rope_parameters=dict(parameters)))
+    rotary, x = model.model.rotary_emb, torch.zeros(1, 1, 8)
+    last = torch.tensor([[seq_len - 1]])
+    theirs = rotary(x, last)
+    fix_rope(model, seq_len)
+    ours = rotary(x, last)
+    rotary(x, torch.tensor([[3]]))  # the first rank of a contiguous layout
+    again = rotary(x, last)
+    for cosines in (ours, again):
+        torch.testing.assert_close(cosines, theirs, rtol=0, atol=0)
+    assert model.config.rope_parameters["rope_type"] == parameters["rope_type"]  # what an export says
+
+
+def test_a_length_holds_inside_and_the_one_before_comes_back() -> None:
+    model = Qwen2ForCausalLM(config(rope_parameters=dict(LONG)))
+    fix_rope(model, 32768)
+    long = model.model.rotary_emb.inv_freq.clone()
+    with rope_fixed(model, 100):
+        assert not torch.equal(model.model.rotary_emb.inv_freq, long)
+    assert torch.equal(model.model.rotary_emb.inv_freq, long)
+
+
+def by_layer_type() -> Any:
+    small: dict[str, Any] = {
+        "vocab_size": 11,
+        "hidden_size": 32,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+    }
+    return Gemma3TextConfig(**small, layer_types=["sliding_attention", "full_attention"])
+
+
+def test_full_layers_alone_are_stretched() -> None:
+    """A window's distances stay what they were."""
+    stretched_config, before = by_layer_type(), by_layer_type()
+    apply_rope(stretched_config, RopeOptions(type="yarn", factor=4.0), seq_len=16384)
+    assert stretched_config.max_position_embeddings == 16384
+    found, native = stretched_config.rope_parameters, before.rope_parameters
+    assert found["sliding_attention"] == native["sliding_attention"]
+    assert found["full_attention"]["rope_type"] == "yarn" and found["full_attention"]["factor"] == 4.0
+    assert found["full_attention"]["rope_theta"] == native["full_attention"]["rope_theta"]
+    rotary, plain = (Gemma3ForCausalLM(one).model.rotary_emb for one in (stretched_config, before))
+    assert torch.equal(rotary.sliding_attention_inv_freq, plain.sliding_attention_inv_freq)
+    assert not torch.equal(rotary.full_attention_inv_freq, plain.full_attention_inv_freq)
+    raised = by_layer_type()
+    apply_rope(raised, RopeOptions(theta=5e7), seq_len=8192)
+    assert raised.rope_parameters["full_attention"]["rope_theta"] == 5e7
+    assert raised.rope_parameters["sliding_attention"] == native["sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("options", "seq_len", "message"),
     [
         (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "'dynamic' of qwen2 is not supp",
+            {},
+            200,
+            "beyond the 128 positions of the model, which are not rotary and cannot be stretched; set train.seq",
         ),
-        (
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 64,
-                    "long_factor": [2.0] * 64,
-                    "original_max_position_embeddings": 4096,
-                    "factor": 8.0,
-                }
-            },
-            "'longrope' of qwen2 is not supported",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}},
-            "mrope_section",
-        ),
+        ({"type": "yarn"}, 256, "gpt2 has no rotary embedding in its layers of full attention"),
+        ({"theta": 1e6}, 128, "gpt2 has no rotary embedding"),
     ],
 )
-def test_frequencies_that_depend_on_the_process_are_refused(fields: Any, message: str) -> None:
+def test_learned_positions_cannot_be_stretched(options: Any, seq_len: int, message: str) -> None:
+    learned = GPT2Config(n_positions=128)
+    apply_rope(learned, RopeOptions(), 128)
     with pytest.raises(UserError, match=message):
-        check_rope(config(**fields))
+        apply_rope(learned, RopeOptions(**options), seq_len)

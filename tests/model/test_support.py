@@ -11,7 +11,8 @@ from tiny_models import BLOCK, DENSE, FAMILIES, MORE_FAMILIES, SPARSE, tiny_batc
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from mtraining.errors import UserError
-from mtraining.model import check_supported, parallelize
+from mtraining.model import check_supported, fix_rope, parallelize
+from mtraining.model.logits import LogitForm
 from mtraining.model.support import SUPPORTED_HEAD_DIMS, fields_of
 from mtraining.pattern import Dense, build_pattern
 
@@ -36,19 +37,26 @@ def build(model_type: str, **fields: Any) -> Any:
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
-        ("mistral", {"sliding_window": 8}, r"mistral has sliding window attention \(sliding_window=8\)"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding window"),
-        ("gemma2", {"head_dim": 16, "layer_types": ["full_attention"] * 2}, r"caps its logits \(\w+_logit_soft"),
-        ("gemma2", {"head_dim": 16}, "sliding window attention"),
+        ("mistral", {"sliding_window": 8}, r"mistral has sliding-window attention \(sliding_window=8\)"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding-window att"),
+        ("gemma2", {"head_dim": 16, "layer_types": ["full_attention"] * 2}, r"caps its attention scores \(attn_logi"),
+        ("gemma2", {"head_dim": 16}, "layers of sliding-window attention"),
+        ("llama4_text", {"head_dim": 16, "layer_types": ["chunked_attention"] * 2}, "of attention within chunks"),
+        ("qwen3_next", {"head_dim": 16}, r"layers of linear attention or a state space \(layer_types contains 'lin"),
+        ("falcon_h1", {"head_dim": 16}, r"layers of a state space beside attention \(layer_types contains 'hybrid'"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, r"v_head_dim=128 .*\(multi-head latent attention\)"),
+        ("falcon", {"alibi": True}, r"adds a bias by distance to its attention scores \(alibi\)"),
         ("llama", {"attention_dropout": 0.1}, r"attention dropout is not supported \(attention_dropout=0.1\)"),
-        ("cohere", {}, r"scales its logits \(logit_scale=0.0625\)"),
-        ("granite", {"logits_scaling": 4.0}, r"scales its logits \(logits_scaling=4.0\)"),
-        ("gpt_oss", {"head_dim": 16, "layer_types": ["full_attention"] * 2, "num_local_experts": 2}, r"sinks"),
         ("gpt2", {"n_embd": 32, "n_head": 2, "n_layer": 2}, "attention dropout"),
-        ("gpt2", {"n_embd": 32, "n_head": 2, "n_layer": 2, "attn_pdrop": 0.0}, "no rotary embedding"),
+        ("gpt2", {"n_embd": 32, "n_head": 2, "n_layer": 2, "attn_pdrop": 0.0, "reorder_and_upcast_attn": True},
+         r"attention of its own in fp32 \(reorder_and_upcast_attn\); set it to False"),
         ("llama", {"num_attention_heads": 2, "head_dim": 12}, "head_dim=12, which is not supported; use a multi"),
         ("llama", {"num_attention_heads": 2, "head_dim": 264}, "head_dim=264, which is not supported"),
-        ("phi", {}, "bias on its lm_head"),
+        ("gemma4_text", {"head_dim": 16, "layer_types": ["full_attention"] * 2}, "another head_dim in some layers"),
+        ("dory", {"head_dim": 16, "layer_types": ["full_attention"] * 2, "n_input_layers": 1, "n_recurrent_layers": 1,
+                  "n_output_layers": 0}, r"computes more than a linear lm_head .*\(lm_head.logit_scale\)"),
+        ("bloom", {"n_head": 2}, r"how many positions it knows"),
+        ("bart", {"is_encoder_decoder": False}, "the decoder of bart takes no position_ids"),
         ("qwen3_moe", {"output_router_logits": True, "head_dim": 16}, "output_router_logits=True"),
     ],
 )  # fmt: skip
@@ -70,25 +78,46 @@ MINICPM3: dict[str, Any] = {
 
 def test_what_a_config_computes_is_read_too() -> None:
     """MiniCPM3's factor is a property, absent from `to_dict()`: its loss was 4.905 where ours was 6.429."""
-    with pytest.raises(UserError, match=r"minicpm3 scales its logits \(logits_scaling=4.0\)"):
-        check_supported(build("minicpm3", **MINICPM3))
-    with pytest.raises(UserError, match=r"heads of qk_head_dim=32 beside head_dim=16"):
+    with pytest.raises(
+        UserError, match=r"heads of qk_head_dim=32 beside head_dim=16 \(multi-head latent att"
+    ):
         check_supported(build("minicpm3", **{**MINICPM3, "qk_nope_head_dim": 16, "dim_model_base": 32}))
     model = build("minicpm3", **MINICPM3)
     fields = fields_of(model.config)
     assert fields["logits_scaling"] == 4.0 and fields["hidden_size"] == 32
+    assert LogitForm.of_fields(fields) == LogitForm(scale=0.25)
     assert fields_of(build("qwen3_moe", head_dim=16).config)["num_experts"] == 128  # by its other name
 
 
 @pytest.mark.parametrize(
-    ("model_type", "fields"), [("minicpm3", MINICPM3), ("granite", {"logits_scaling": 4.0}), ("cohere", {})]
+    ("model_type", "fields"),
+    [
+        ("minicpm3", MINICPM3),
+        ("granite", {"logits_scaling": 4.0}),
+        ("cohere", {}),
+        ("nanochat", {"final_logit_softcapping": 0.5}),
+        ("phi", {}),
+    ],
 )
 def test_logits_are_asked_of_the_model_itself(model_type: str, fields: Any) -> None:
-    """Whatever the field is called that scales them."""
+    """Whatever the field is called that changes them: one whose name is not known is found out."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **fields}))
-    with mock.patch("mtraining.model.support._LOGIT_FACTORS", ()):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "lm_head.bias":
+                parameter.fill_(0.3)
+            elif "lm_head" in name or "embed_tokens" in name:
+                parameter.mul_(30)  # a cap changes large logits only
+    check_supported(model)
+    if model_type == "phi":
+        model.lm_head.forward = lambda x: torch.nn.functional.linear(x, model.lm_head.weight)
+    with (
+        mock.patch("mtraining.model.logits.FACTORS", ()),
+        mock.patch("mtraining.model.logits.DIVISORS", ()),
+        mock.patch("mtraining.model.logits.CAPS", ()),
+    ):
         with pytest.raises(
-            UserError, match=rf"the logits of {model_type} are not lm_head\(hidden\): its own code"
+            UserError, match=rf"the logits of {model_type} are not those of its lm_head: its own"
         ):
             check_supported(model)
         check_supported(build(model_type, **fields))  # on the meta device there are no numbers
@@ -100,6 +129,31 @@ def test_asking_leaves_the_model_as_it_was() -> None:
     before = model(tokens).logits
     check_supported(model)
     assert "forward" not in vars(model.model) and torch.equal(model(tokens).logits, before)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [float(2 + pair) for pair in range(8)],
+    "original_max_position_embeddings": 32,
+}
+
+
+def test_frequencies_by_length_are_refused_until_the_length_is_said() -> None:
+    """Each process would take its own from the positions that it sees."""
+    fields = {
+        "rope_parameters": LONGROPE,
+        "original_max_position_embeddings": 32,
+        "max_position_embeddings": 256,
+    }
+    model = build("phi3", **fields)
+    with pytest.raises(
+        UserError, match=r"rope type 'longrope' of phi3 takes its frequencies .*fix_rope\(model"
+    ):
+        check_supported(model)
+    fix_rope(model, 256)
+    check_supported(model)
 
 
 def test_attention_dropout_is_asked_of_the_layers() -> None:
@@ -137,6 +191,12 @@ def test_other_kinds_of_model_are_refused(attribute: str) -> None:
         ("granite", {"logits_scaling": 1.0, "attention_dropout": 0.0}),
         ("llama", {"head_dim": 256}),
         ("olmo2", {}),
+        ("cohere", {}),
+        ("phi", {}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("gpt_oss", {"head_dim": 16, "layer_types": ["full_attention"] * 2, "num_local_experts": 2}),
+        ("gpt2", {"n_embd": 32, "n_head": 2, "n_layer": 2, "attn_pdrop": 0.0}),
+        ("stablelm", {}),
         (
             "qwen3_moe",
             {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},

@@ -50,6 +50,7 @@ _TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id":
 MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "apertus": {},
     "bitnet": {},
+    "cohere": _TOKENS,  # logits times a factor
     "diffllama": {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -68,16 +69,38 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
     },
     "lfm2": {"layer_types": ["full_attention"] * 2},
+    "nanochat": {"num_key_value_heads": 3, "final_logit_softcapping": 2.0},  # a soft cap on its logits
     "nemotron": {},
     "olmo2": {},
     "persimmon": {"num_key_value_heads": None},
-    "phi3": _TOKENS,
+    "phi": {},  # a bias on its lm_head
+    # frequencies that depend on the length: the long ones here
+    "phi3": {
+        **_TOKENS,
+        "original_max_position_embeddings": 32,
+        "max_position_embeddings": 2 * SEQ_LEN,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.0 + pair / 2 for pair in range(8)],
+            "original_max_position_embeddings": 32,
+        },
+    },
     "smollm3": {**_TOKENS, "no_rope_layers": [1, 0]},
     "starcoder2": {},
 }
 # Whose experts transformers multiplies in fp32 or less.
 EXPERTS: dict[str, dict[str, Any]] = {
     "flex_olmo": {**_TOKENS, "num_experts": 4, "num_experts_per_tok": 2},
+    # sinks in the softmax of attention
+    "gpt_oss": {
+        **_TOKENS,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention"] * 2,
+    },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
@@ -103,6 +126,8 @@ def tiny_model(family: str, dtype: str | None = None) -> Any:
         for name, parameter in model.named_parameters():
             if re.search(r"\b(q_proj|k_proj|qkv_proj|kv_proj|query_key_value)\.weight", name):
                 parameter.mul_(12)
+            elif name.endswith("sinks"):
+                parameter.copy_(torch.linspace(-1, 2, len(parameter)))
     return model
 
 
@@ -139,6 +164,9 @@ def plain_gradients(
         masks: for each layer the boolean (batch, heads, seq, seq) of what may be attended; None is causal.
     """
     model.set_attn_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "mtraining_rope_type"):
+            module.rope_type = module.mtraining_rope_type  # transformers' own choice of frequencies
     hooks = []
     for layer, mask in zip(model.base_model.layers, masks or (), strict=False):
         bias = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, float("-inf"))

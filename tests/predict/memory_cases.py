@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NanoChatConfig,
+    NanoChatForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from distributed import Worker
 from mtraining.bench.train.model import Optimisation
@@ -52,6 +61,8 @@ class MemoryCase:
     loss_chunk: int = 512
     dtype: torch.dtype = torch.bfloat16
     experts: int = 0
+    cap: float | None = None
+    sinks: bool = False
 
     def model(self, device: torch.device | str) -> Any:
         sizes = {
@@ -64,6 +75,11 @@ class MemoryCase:
                 return MixtralForCausalLM(
                     MixtralConfig(**sizes, num_local_experts=self.experts, sliding_window=None)
                 )
+            if self.sinks:
+                full = {"head_dim": self.hidden // 4, "layer_types": ["full_attention"] * self.layers}
+                return GptOssForCausalLM(GptOssConfig(**sizes, **full, num_local_experts=4))
+            if self.cap is not None:
+                return NanoChatForCausalLM(NanoChatConfig(**sizes, final_logit_softcapping=self.cap))
             return Qwen2ForCausalLM(Qwen2Config(**sizes))
 
     def build(self) -> Pattern:
@@ -74,15 +90,16 @@ class MemoryCase:
     def layout(self) -> str:
         return "zigzag" if self.pattern == "dense" else "striped"
 
-    def predicted(self) -> Prediction:
+    def work(self) -> Workload:
         cp = self.world // self.dp
-        return predict(
-            Workload(
-                self.model(META), self.world, (self.cp_outer, cp // self.cp_outer), self.seq_len, self.batch,
-                self.accumulation, [self.build()], build_layout(self.layout, 16), self.recompute, False, "none",
-                self.dtype, self.loss_chunk,
-            )
+        return Workload(
+            self.model(META), self.world, (self.cp_outer, cp // self.cp_outer), self.seq_len, self.batch,
+            self.accumulation, [self.build()], build_layout(self.layout, 16), self.recompute, False, "none",
+            self.dtype, self.loss_chunk,
         )  # fmt: skip
+
+    def predicted(self) -> Prediction:
+        return predict(self.work())
 
 
 def measured(worker: Worker, case: MemoryCase) -> int:

@@ -47,6 +47,8 @@ CASES = {
     "experts, fp32": MemoryCase(
         experts=4, mlp=128, seq_len=2048, dtype=torch.float32, recompute="keep_attention"
     ),
+    "capped logits": MemoryCase(vocab=16384, seq_len=1024, cap=15.0),
+    "attention sinks": MemoryCase(sinks=True, mlp=128, seq_len=2048),
     "hierarchical, kept": MemoryCase(world=4, cp_outer=2, recompute="keep_attention", layers=8),
 }
 

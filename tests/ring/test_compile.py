@@ -42,15 +42,18 @@ def test_operators_are_what_they_say(dtype: torch.dtype) -> None:
     attend, backward = torch.ops.mtraining.attend.default, torch.ops.mtraining.attend_backward.default
     made = runtime()
     q, k, v = inputs(dtype)
-    opcheck(attend, (q, k, v, made.number, None))
+    opcheck(attend, (q, k, v, None, made.number, None))
     apart = [
         x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)
     ]  # as transformers has them
-    opcheck(attend, (*apart, made.number, 0.3), test_utils=SHAPES)
-    saved = [x.detach() for x in (q, k, v, *attend(q, k, v, made.number, None))]
-    call = op._recall(saved[4])
-    with mock.patch.object(op, "_recall", return_value=call):  # opcheck passes copies
-        opcheck(backward, (torch.randn_like(saved[3]), *saved), test_utils=SHAPES)
+    opcheck(attend, (*apart, None, made.number, 0.3), test_utils=SHAPES)
+    sinks = torch.randn(4, dtype=dtype, requires_grad=True)
+    opcheck(attend, (q, k, v, sinks, made.number, None))
+    for used in (None, sinks.detach()):
+        saved = [x.detach() for x in (q, k, v, *attend(q, k, v, used, made.number, None))]
+        call = op._recall(saved[4])
+        with mock.patch.object(op, "_recall", return_value=call):  # opcheck passes copies
+            opcheck(backward, (torch.randn_like(saved[3]), *saved, used), test_utils=SHAPES)
 
 
 def test_layers_of_different_settings_share_one_graph() -> None:
@@ -82,6 +85,23 @@ def test_layers_of_different_settings_share_one_graph() -> None:
     assert not any(torch.equal(results[0], other) for other in results[1:])
     assert torch.equal(results[2], results[3])
     assert compiler.frame_count == 1
+
+
+def test_sinks_in_compiled_code() -> None:
+    made = runtime()
+
+    def layer(x: Tensor, sinks: Tensor) -> Tensor:
+        return made(x.sin(), x[:, :, :2] * 1.5, x[:, :, 2:].cos(), 0.2, sinks).square()
+
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        x = torch.randn(1, 64, 4, 16, dtype=torch.float64, requires_grad=True)
+        sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+        out = call(x, sinks)
+        results.append((out.detach(), *torch.autograd.grad(out.sum(), (x, sinks))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][2].abs().min() > 0
 
 
 @pytest.mark.parametrize("keep_outputs", [False, True])
@@ -117,13 +137,13 @@ def test_tape_and_observer_work_around_compiled_code(keep_outputs: bool) -> None
 def test_an_index_lives_as_long_as_what_backward_saved() -> None:
     q, k, v = inputs()
     made = runtime()
-    out, lse = torch.ops.mtraining.attend(q, k, v, made.number, None)
+    out, lse = torch.ops.mtraining.attend(q, k, v, None, made.number, None)
     held = len(op._calls)
     for _ in range(3):
-        torch.ops.mtraining.attend(q, k, v, made.number, None)
+        torch.ops.mtraining.attend(q, k, v, None, made.number, None)
     assert len(op._calls) == held + 1  # the last one's, until the next call
     with pytest.raises(RuntimeError, match="given a copy of what its forward saved"):
-        torch.ops.mtraining.attend_backward(out, q, k, v, out, lse.clone())
+        torch.ops.mtraining.attend_backward(out, q, k, v, out, lse.clone(), None)
     out.sum().backward()
     assert q.grad is not None
 
@@ -134,4 +154,4 @@ def test_a_runtime_that_is_gone_is_an_error() -> None:
     del made
     gc.collect()
     with pytest.raises(RuntimeError, match="AttentionRuntime .* no longer exists"):
-        torch.ops.mtraining.attend(*inputs(), number, None)
+        torch.ops.mtraining.attend(*inputs(), None, number, None)

@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtraining.errors import UserError
+from mtraining.train.evaluation import curves as evaluation_curves
 from mtraining.train.metrics import METRICS, MetricsWriter, read_metrics
 from mtraining.train.store import full_disk_told
 
@@ -38,6 +39,30 @@ def test_tensorboard_shows_what_the_file_holds(tmp_path: Path) -> None:
     for key in ("loss", "lr"):
         assert found[key] == [(step, pytest.approx(record(step)[key])) for step in (1, 2, 3)]
     assert found["layer_density/00"] == [(1, 0.25), (2, 0.5), (3, 0.75)]
+
+
+def test_evaluations_have_lines_and_curves_of_their_own(tmp_path: Path) -> None:
+    """A run that is begun anew drops the evaluation of step 0 from both, as it does steps."""
+    evaluation = {
+        "step": 0, "evaluation": "abc", "held_out_loss": 3.0, "evaluation_seconds": 1.0,
+        "held_out": [{"attention": "train", "length": 256, "loss": 3.0, "by_position": [4.0, 2.0]}],
+        "suites": [{"suite": "needle", "attention": "dense", "task": "needle_words", "length": 256, "score": 40.0}],
+    }  # fmt: skip
+    for loss in (9.0, 3.0):
+        with MetricsWriter(tmp_path) as writer:
+            evaluation["held_out_loss"] = loss
+            writer.write(evaluation, evaluation_curves(evaluation))
+            writer.write(record(1))
+    assert read_metrics(tmp_path) == [evaluation, record(1)]
+    found = curves(tmp_path)
+    assert found["held_out_loss"] == [(0, 3.0)]
+    assert found["held_out/train/256/loss"] == [(0, 3.0)]
+    assert found["held_out/train/256/by_position/00"] == [(0, 4.0)]
+    assert found["held_out/train/256/by_position/01"] == [(0, 2.0)]
+    assert found["needle/dense/needle_words/256"] == [(0, 40.0)]
+    with MetricsWriter(tmp_path, step=1) as writer:
+        assert writer.kept == [evaluation, record(1)]
+    assert curves(tmp_path)["held_out_loss"] == [(0, 3.0)]
 
 
 def test_resuming_drops_what_lay_ahead_in_both(tmp_path: Path) -> None:

@@ -84,6 +84,18 @@ OTHER: dict[str, Any] = {
     "checkpoint.resume": "step_00000003",
     "checkpoint.allow": ["data"],
     "checkpoint.export": True,
+    "evaluate.every": 2,
+    "evaluate.at_start": False,
+    "evaluate.data": "other/text",
+    "evaluate.suites": ["needle"],
+    "evaluate.lengths": [64],
+    "evaluate.attention": ["dense"],
+    "evaluate.max_sequences": 3,
+    "evaluate.bucket": 16,
+    "evaluate.keep_best": True,
+    "evaluate.needle_samples": 2,
+    "evaluate.essays": "essays.txt",
+    "evaluate.seed": 1,
     "log.every": 1,
     "log.tensorboard": True,
     "log.recall_rows": 8,
@@ -91,7 +103,16 @@ OTHER: dict[str, Any] = {
     "distributed.silence_seconds": 60.0,
     "distributed.device": "auto",
 }
-TOGETHER = {"parallel.cp_outer": {"parallel.cp": 2}, "parallel.dp": {"train.micro_batch_size": 2}}
+TOGETHER: dict[str, dict[str, Any]] = {
+    "parallel.cp_outer": {"parallel.cp": 2},
+    "parallel.dp": {"train.micro_batch_size": 2},
+    # which has no effect on its own
+    **{
+        option: {"evaluate.every": 3, "evaluate.data": "text"}
+        for option in OTHER
+        if option.startswith("evaluate.")
+    },
+}
 
 
 def config_with(tmp_path: Path, changes: dict[str, Any]) -> Config:

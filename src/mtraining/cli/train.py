@@ -40,27 +40,33 @@ def train(
         _dry_run(settings, memory_gib)
         return
     refuse_memory(memory_gib)
+    from mtraining.evaluate.in_training import build_suite
     from mtraining.train.display import quiet_libraries
     from mtraining.train.launch import launch, run_launched
     from mtraining.train.loop import train as run
 
+    suites = build_suite if settings.evaluate.suites else None
     if "RANK" in os.environ:
         if nproc is not None:
             raise UserError(
                 "--nproc starts processes of its own; leave it out under torchrun or another launcher."
             )
-        run_launched(settings)
+        run_launched(settings, suites)
     elif nproc is not None and nproc > 1:
-        launch(settings, nproc)
+        launch(settings, nproc, suites=suites)
     else:
         quiet_libraries()
-        run(settings)
+        run(settings, suites)
 
 
 def _dry_run(settings: Config, memory_gib: float | None) -> None:
-    """Print what a step takes of each GPU, and refuse what does not fit. Needs no data and no GPU."""
-    from mtraining.train.memory_report import predict_config
+    """Print what a step takes of each GPU, and an evaluation; refuse what does not fit. Needs no data and no GPU."""
+    from mtraining.train.memory_report import predict_config, predict_evaluations
 
     world = settings.parallel.world
     title = f"{world} GPU{'s' if world > 1 else ''}, {settings.train.seq_len} tokens"
-    show_memory([(title, predict_config(settings))], memory_gib)
+    shown = [(title, predict_config(settings))]
+    evaluated = predict_evaluations(settings)
+    if evaluated is not None:
+        shown.append((f"evaluation: {evaluated[0]}", evaluated[1]))
+    show_memory(shown, memory_gib)

@@ -9,29 +9,36 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mtraining.data.shards import TokenShards
+from mtraining.data.shards import IGNORE, TokenShards
 from mtraining.errors import UserError
 from mtraining.layout import Layout
 
 MODES = ("documents", "concat")
-IGNORE = -100
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a dataset uses and what it leaves aside. Tokens are input tokens of one epoch."""
+    """What a dataset uses and what it leaves aside. Tokens are input tokens of one epoch.
+
+    Attributes:
+        windows: sequences of an epoch.
+        windows_untrained: sequences that are left out because no token of theirs is trained, as of a long prompt.
+    """
 
     windows: int
     documents_used: int
     documents_too_short: int
     tokens_used: int
     tokens_unused: int
+    windows_untrained: int = 0
 
     def render(self) -> str:
         """One line."""
+        untrained = f"; {self.windows_untrained:,} sequences without a trained token left out"
         return (
             f"{self.windows:,} sequences ({self.tokens_used:,} tokens an epoch) of {self.documents_used:,} documents; "
             f"{self.documents_too_short:,} documents too short, {self.tokens_unused:,} tokens unused"
+            f"{untrained if self.windows_untrained else ''}"
         )
 
 
@@ -94,6 +101,11 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         )
         if self._length == 0:
             self._refuse_short()
+        # the windows to use, of those that lie in the stream; None for all
+        self._kept: np.ndarray | None = None
+        found = self._length
+        if self.shards.masked:
+            self._keep_trained()
         used = per_document > 0 if mode == "documents" else np.ones(self.shards.num_documents, dtype=bool)
         self.report = DatasetReport(
             windows=self._length,
@@ -101,7 +113,21 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
             documents_too_short=int((~used).sum()),
             tokens_used=self._length * seq_len,
             tokens_unused=self.shards.num_tokens - self._length * seq_len,
+            windows_untrained=found - self._length,
         )
+
+    def _keep_trained(self) -> None:
+        """Leave out windows without a trained label: a step of nothing else would have no loss."""
+        starts = (self._start(window) for window in range(self._length))
+        trained = [self.shards.any_trained(start + 1, start + self.seq_len + 1) for start in starts]
+        kept = np.flatnonzero(trained)
+        if not kept.size:
+            raise UserError(
+                f"dataset '{self.shards.path}' has no sequence of train.seq_len {self.seq_len:,} with a trained token; "
+                "prepare it again with --train-on all, or raise train.seq_len"
+            )
+        if kept.size < self._length:
+            self._kept, self._length = kept, int(kept.size)
 
     def _refuse_short(self) -> None:
         shards = self.shards
@@ -139,6 +165,10 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         """Where a window begins in the token stream."""
         if not 0 <= window < self._length:
             raise IndexError(f"sequence {window} of {self._length}")
+        return self._start(window if self._kept is None else int(self._kept[window]))
+
+    def _start(self, window: int) -> int:
+        """Where a window begins, of all that lie in the stream."""
         if self.mode == "concat":
             return window * self.seq_len
         document = int(np.searchsorted(self._last_windows, window, side="right"))
@@ -147,7 +177,7 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, window: int) -> dict[str, torch.Tensor]:
         at = self.start(window) + self._positions
-        ids, labels = self.shards.gather(at), self.shards.gather(at + 1)
+        ids, labels = self.shards.gather(at), self.shards.labels(at + 1)
         if self.vocab_size is not None and max(ids.max(), labels.max()) >= self.vocab_size:
             self._refuse_vocabulary(self.vocab_size)  # the files changed after the check at the start
         if self.mode == "concat" and self.mask_boundaries:

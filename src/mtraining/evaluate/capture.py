@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mtraining.errors import UserError
 from mtraining.model.support import decoder_of
 
 Visitor = Callable[[int, Tensor, Tensor, float], None]
@@ -37,6 +38,11 @@ def visit_attention(hf_model: Any, input_ids: Tensor, visitor: Visitor) -> None:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, None]:
+        if options.get("s_aux") is not None or options.get("sliding_window") is not None:
+            raise UserError(
+                f"model: {hf_model.config.model_type} has attention sinks or a sliding window, which calibration does "
+                "not compute; calibrate another model, or choose a pattern without a table."
+            )
         scale = options.get("scaling") or query.shape[-1] ** -0.5
         visitor(int(module.layer_idx), query.transpose(1, 2), key.transpose(1, 2), float(scale))  # type: ignore[arg-type]
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -1,68 +1,16 @@
-"""How well a model foresees held-out text, by position: whether a longer context helps, and where it stops to help.
+"""How well a model foresees held-out text, by position and by word.
 
-Perplexities are exp of the token-weighted mean negative log-likelihood, never means of perplexities. PG-19's own metric
-divides by words instead of tokens (arXiv 1911.05507, section 4): it compares models with different tokenizers.
+PG-19's own metric divides by words instead of tokens (arXiv 1911.05507, section 4): it compares models with different
+tokenizers.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from mtraining.errors import UserError
 from mtraining.generate import Generator
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Sums of negative log-likelihood (natural log) of one stretch of text.
-
-    Attributes:
-        tokens, nll: tokens that were foreseen, and the sum of their losses.
-        bucket: positions a bucket spans.
-        bucket_tokens, bucket_nll: the same by position, bucket after bucket.
-        last_tokens, last_nll: the same of the last tokens alone.
-    """
-
-    tokens: int
-    nll: float
-    bucket: int
-    bucket_tokens: tuple[int, ...]
-    bucket_nll: tuple[float, ...]
-    last_tokens: int
-    last_nll: float
-
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
-
-def bucketed(nll: Tensor, bucket: int, last: int) -> Losses:
-    """Sums of a sequence's token losses.
-
-    Args:
-        nll: (tokens - 1,); entry i is the loss of the token at position i + 1.
-        bucket: positions a bucket spans; the token at position p belongs to bucket p // bucket.
-        last: how many of the last tokens are summed apart.
-    """
-    nll = nll.double()
-    edges = range(0, len(nll) + 1, bucket)
-    # Position 0 has no loss, so bucket b holds entries b * bucket - 1 to (b + 1) * bucket - 2.
-    parts = [nll[max(edge - 1, 0) : edge + bucket - 1] for edge in edges]
-    tail = nll[-last:]
-    return Losses(
-        tokens=len(nll),
-        nll=float(nll.sum()),
-        bucket=bucket,
-        bucket_tokens=tuple(len(part) for part in parts),
-        bucket_nll=tuple(float(part.sum()) for part in parts),
-        last_tokens=len(tail),
-        last_nll=float(tail.sum()),
-    )
+from mtraining.generate.losses import Losses, bucketed
 
 
 def document_losses(
@@ -93,37 +41,3 @@ def whole_document_nll(generator: Generator, tokens: Sequence[int], length: int)
     for start in range(0, len(tokens) - 1, length - 1):
         total += float(generator.token_nll(tokens[start : start + length]).double().sum())
     return total, len(tokens) - 1
-
-
-def perplexity(nll: float, count: int) -> float:
-    """exp(nll / count); NaN for nothing."""
-    return math.exp(nll / count) if count else math.nan
-
-
-def merged(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Perplexities over several documents of one length, from the records of their `Losses`.
-
-    Returns:
-        ``perplexity``, ``last`` and ``by_position``: a list of {"from", "to", "perplexity", "tokens"}.
-    """
-    records = list(records)
-    buckets: dict[int, list[float]] = {}
-    for record in records:
-        for place, (nll, count) in enumerate(zip(record["bucket_nll"], record["bucket_tokens"], strict=True)):
-            total = buckets.setdefault(place * record["bucket"], [0.0, 0, record["bucket"]])
-            total[0] += nll
-            total[1] += count
-    return {
-        "perplexity": perplexity(sum(r["nll"] for r in records), sum(r["tokens"] for r in records)),
-        "last": perplexity(sum(r["last_nll"] for r in records), sum(r["last_tokens"] for r in records)),
-        "by_position": [
-            {
-                "from": start,
-                "to": start + int(width),
-                "perplexity": perplexity(nll, int(count)),
-                "tokens": int(count),
-            }
-            for start, (nll, count, width) in sorted(buckets.items())
-            if count
-        ],
-    }

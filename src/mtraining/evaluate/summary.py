@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mtraining.evaluate.perplexity import merged, perplexity
 from mtraining.evaluate.results import Key
+from mtraining.generate.losses import merged, perplexity
 from mtraining.sizes import tokens_text
 
 Lines = Iterable[tuple[Key, dict[str, Any]]]

@@ -27,7 +27,7 @@ from mtraining.model.attention import attach
 from mtraining.model.parallel import ParallelLM
 from mtraining.model.support import attention_modules
 from mtraining.pattern import Pattern
-from mtraining.ring import Ring, merge_over_ring, sparse_ring_attention
+from mtraining.ring import Ring, merge_over_ring, sparse_ring_attention, with_sinks
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,19 @@ class Attention:
         return Dealt(self.layout.positions(padded, world)[self.ring.rank], length, padded - length)
 
     def on_ring(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, padding: int
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        padding: int,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention over a whole sequence; shapes as :func:`mtraining.ring.sparse_ring_attention` has them."""
         return sparse_ring_attention(
             q, k, v, pattern=self.patterns[layer], layout=self.layout, mesh=self.mesh, scale=scale,
-            kernel=self.kernel, padding=padding,
+            kernel=self.kernel, padding=padding, sinks=sinks,
         )  # fmt: skip
 
 
@@ -98,7 +105,9 @@ class Dealt:
 class Attends(Protocol):
     """What can be attached to a model: it computes every attention call of its forwards."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None
+    ) -> Tensor:
         """Shapes are those of :func:`mtraining.ring.sparse_ring_attention`."""
         ...
 
@@ -110,8 +119,10 @@ class _LayerRuntime:
     owner: Attends
     layer: int
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        return self.owner.attend(self.layer, q, k, v, scale)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        return self.owner.attend(self.layer, q, k, v, scale, sinks)
 
 
 @contextmanager
@@ -139,8 +150,10 @@ class Reading:
     attention: Attention
     dealt: Dealt
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        return self.attention.on_ring(layer, q, k, v, scale, self.dealt.padding)
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        return self.attention.on_ring(layer, q, k, v, scale, self.dealt.padding, sinks)
 
 
 class Cache:
@@ -187,16 +200,18 @@ class Cache:
             self._lengths += 1
         self._places = self._lengths.long() - 1  # where this rank's new keys go
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None
+    ) -> Tensor:
         call, self._call = self._call, self._call + 1
         if self._row is None:
-            return self._decode(self._calls[call], q, k, v, scale)
+            return self._decode(self._calls[call], q, k, v, scale, sinks)
         if call == len(self._calls):
             self._calls.append((self._empty(k), self._empty(v)))
         dealt = self.dealt[self._row]
         for kept, x in zip(self._calls[call], (k, v), strict=True):
             kept[self._row, : dealt.held] = x[0, : dealt.held]
-        return self.attention.on_ring(layer, q, k, v, scale, dealt.padding)
+        return self.attention.on_ring(layer, q, k, v, scale, dealt.padding, sinks)
 
     def _empty(self, x: Tensor) -> Tensor:
         """(batch, room, kv_heads, head_dim), a head's keys together in memory: long reads for one program."""
@@ -204,7 +219,13 @@ class Cache:
         return x.new_empty(len(self.dealt), kv_heads, self._room, dim).transpose(1, 2)
 
     def _decode(
-        self, cache: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float | None
+        self,
+        cache: tuple[Tensor, Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Attention of (batch, 1, q_heads, head_dim) over the keys of all ranks, the new ones included."""
         keys, values = cache
@@ -214,4 +235,8 @@ class Cache:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         decode = select_decode(self.attention.kernel, q.device, q.dtype)
         out, lse = decode(q[:, 0], keys, values, self._lengths, max(self._counts), scale)
+        # A sink is one key more, of one rank.
+        if sinks is not None and self._ring.rank == 0:
+            rows, row_lse = with_sinks(out[:, None], lse[..., None], sinks)
+            out, lse = rows[:, 0], row_lse[..., 0]
         return merge_over_ring(out, lse, self._ring)[:, None].to(q.dtype)

@@ -23,6 +23,8 @@ from mtraining.generate.cache import Attention, Cache, Dealt, Reading, attached
 from mtraining.generate.sampling import Chooser
 from mtraining.layout import Layout, build_layout
 from mtraining.model import ParallelLM, parallelize
+from mtraining.model.fixed_rope import rope_fixed
+from mtraining.model.logits import Head
 from mtraining.model.loss import IGNORED, chunked_token_scores
 from mtraining.model.support import attention_modules
 from mtraining.pattern import Pattern, build_pattern
@@ -164,7 +166,8 @@ class Generator:
         ends = self.eos if eos is None else frozenset(eos)
         answers = [Answer(limit, ends, stop, self.tokenizer) for limit in limits]
         chooser = Chooser(temperature, top_p, seeds, max(limits), self._device)
-        with self._inference():
+        longest = max(len(row) + limit for row, limit in zip(rows, limits, strict=True))
+        with self._inference(longest):
             dealt = [self.attention.deal(len(row)) for row in rows]
             cache = Cache(self.attention, dealt, max(limits) - 1, self._device)
             with attached(self.model, cache):
@@ -194,7 +197,7 @@ class Generator:
         """The logits after the last of ``tokens``: (vocabulary,), fp32 (fp64 for fp64 models), on the device."""
         row = self._checked(tokens, 0, 0)
         dealt = self.attention.deal(len(row))
-        with self._inference(), attached(self.model, Reading(self.attention, dealt)):
+        with self._inference(len(row)), attached(self.model, Reading(self.attention, dealt)):
             return self._read_prompt(dealt, row)[0]
 
     def score(self, tokens: Sequence[int]) -> Scores:
@@ -205,10 +208,10 @@ class Generator:
         dealt = self.attention.deal(len(row))
         labels = dealt.take(torch.cat([row[1:], torch.tensor([IGNORED])]), IGNORED).to(self._device)
 
-        def read(hidden: Tensor, weight: Tensor) -> Tensor:
-            return chunked_token_scores(hidden, weight, labels, self.model.loss_chunk)
+        def read(hidden: Tensor, head: Head) -> Tensor:
+            return chunked_token_scores(hidden, head, labels, self.model.loss_chunk)
 
-        with self._inference(), attached(self.model, Reading(self.attention, dealt)):
+        with self._inference(len(row)), attached(self.model, Reading(self.attention, dealt)):
             local = self.model.read_out(*self._inputs(dealt, row), read)[:, 0]  # [2, local tokens]
             shards = list(self.attention.ring.all_gather(local.contiguous()))
         whole = self.attention.layout.unshard(shards)[:, : len(row) - 1].cpu()
@@ -285,29 +288,33 @@ class Generator:
         return tokens
 
     @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """No gradient, no dropout; modules that were training are again afterwards."""
+    def _inference(self, length: int) -> Iterator[None]:
+        """No gradient, no dropout, rotary frequencies for ``length`` tokens; all is as it was afterwards."""
         training = [module for module in self.model.modules() if module.training]
         for module in training:
             module.training = False
         try:
-            with torch.no_grad():
+            with torch.no_grad(), rope_fixed(self.model.hf_model, length):
                 yield
         finally:
             for module in training:
                 module.training = True
 
     def _inputs(self, dealt: Dealt, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's token and position ids, (1, local tokens)."""
-        return dealt.take(tokens, 0).to(self._device), dealt.positions[None].to(self._device)
+        """This rank's token and position ids, (1, local tokens).
+
+        Padding may stand beyond the model's positions, of which a learned table has no more. It takes the last token's.
+        """
+        positions = dealt.positions.clamp(max=dealt.length - 1)
+        return dealt.take(tokens, 0).to(self._device), positions[None].to(self._device)
 
     def _read_prompt(self, dealt: Dealt, tokens: Tensor) -> Tensor:
         """(1, vocabulary) logits after the last token, the same on every rank."""
         slot, ring = dealt.slot(dealt.length - 1), self.attention.ring
 
-        def read(hidden: Tensor, weight: Tensor) -> Tensor:
+        def read(hidden: Tensor, head: Head) -> Tensor:
             last = hidden.new_zeros(1, hidden.shape[-1]) if slot is None else hidden[:, slot]
-            return _logits(ring.all_sum(last) if ring.world > 1 else last, weight)
+            return head.logits(ring.all_sum(last) if ring.world > 1 else last)
 
         return self.model.read_out(*self._inputs(dealt, tokens), read)
 
@@ -410,14 +417,8 @@ def _runs_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(batch, vocabulary) in fp32 (fp64 for fp64)."""
-    product = hidden @ weight.T
-    return product.to(torch.promote_types(product.dtype, torch.float32))
-
-
-def _last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return _logits(hidden[:, -1], weight)
+def _last_logits(hidden: Tensor, head: Head) -> Tensor:
+    return head.logits(hidden[:, -1])
 
 
 def _mean(values: Sequence[float]) -> float | None:

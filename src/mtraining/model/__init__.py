@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtraining.model.allocator import use_expandable_segments
 from mtraining.model.export import export_model
+from mtraining.model.fixed_rope import fix_rope
 from mtraining.model.indices import Refresh
 from mtraining.model.loss import chunked_cross_entropy
 from mtraining.model.parallel import ParallelLM, parallelize
@@ -29,6 +30,7 @@ __all__ = [
     "check_supported",
     "chunked_cross_entropy",
     "export_model",
+    "fix_rope",
     "parallelize",
     "use_expandable_segments",
 ]

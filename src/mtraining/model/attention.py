@@ -19,8 +19,10 @@ ATTENTION_NAME = "mtraining"
 class BoundAttention(Protocol):
     """Attention with its settings bound: :class:`mtraining.ring.AttentionRuntime`, or what stands in for it."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        """(batch, local tokens, heads, head_dim), three times -> the same shape as q."""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """(batch, local tokens, heads, head_dim), three times, and sinks (q_heads,) -> the same shape as q."""
         ...
 
 
@@ -51,6 +53,7 @@ def sparse_attention(
         key, value: (batch, kv_heads, local tokens, head_dim).
         attention_mask: must be None; causality is by global position.
         scaling: softmax scale; None is head_dim ** -0.5.
+        s_aux: attention sinks, (q_heads,): logits that take part in each row's softmax and have no value.
 
     Returns:
         (batch, local tokens, q_heads, head_dim) in query's dtype, contiguous, and None for the weights, which never
@@ -69,7 +72,6 @@ def sparse_attention(
         "attention dropout": dropout != 0.0,
         "a sliding window": sliding_window is not None,
         "soft-capping": softcap is not None,
-        "attention sinks": s_aux is not None,
         "non-causal attention": is_causal is False,
         "a key-value cache": query.shape[-2] != key.shape[-2],
         "a value size other than head_dim": query.shape[-1] != value.shape[-1],
@@ -79,7 +81,7 @@ def sparse_attention(
             raise UserError(
                 f"model: this forward asks for {what}, which sparse attention does not honour; remove it."
             )
-    out = runtime(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling)
+    out = runtime(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling, s_aux)
     return out.contiguous(), None  # as transformers' own leave it, since some models take a view
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from mtraining.errors import UserError
 from mtraining.model.export_folder import CONFIG, check_target, put_in_place
 from mtraining.model.parallel import ParallelLM
-from mtraining.model.support import OLDER_NAMES
+from mtraining.model.support import OLDER_NAMES, ropes_of
 
 
 def export_model(
@@ -102,15 +102,24 @@ def _add_older_keys(path: Path, config: Any) -> None:
 
 
 def older_keys(config: Any) -> dict[str, Any]:
-    """The rotary settings of a config as transformers 4 names them: a theta, and a scaling (None without one)."""
-    parameters = dict(config.rope_parameters)
+    """The rotary settings of a config as transformers 4 names them: a theta, and a scaling (None without one).
+
+    Empty for a model without rotary settings, and for one whose settings differ by layer type.
+    """
+    ropes = ropes_of(config)
+    if None not in ropes:
+        return {}
+    parameters = dict(ropes[None])
     theirs = OLDER_NAMES.get(config.model_type, {})
     keys = {
         theirs.get(name, name): parameters.pop(name)
         for name in ("rope_theta", "partial_rotary_factor")
         if name in parameters
     }
-    return {**keys, "rope_scaling": None if parameters["rope_type"] == "default" else parameters}
+    return {
+        **keys,
+        "rope_scaling": None if parameters.get("rope_type", "default") == "default" else parameters,
+    }
 
 
 def _name_older_class(path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mtraining.errors import UserError
-from mtraining.model.support import attention_modules, decoder_of
+from mtraining.model.support import attention_modules, decoder_of, layers_of
 
 FUSED = ("none", "compile", "liger")
 _LIGER_PARTS = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # the chunked loss is ours
@@ -44,7 +44,7 @@ def fuse(model: Any, how: str, device: torch.device, backend: str = "inductor") 
     if how == "compile":
         decoder = decoder_of(model)
         norm = getattr(decoder, "norm", None)
-        for module in (*decoder.layers, *([norm] if isinstance(norm, nn.Module) else ())):
+        for module in (*layers_of(model), *([norm] if isinstance(norm, nn.Module) else ())):
             # One graph serves all layers, since they differ in tensors only.
             module.forward = compiled_whole(
                 module.forward, f"the layers of {model.config.model_type}", backend

@@ -16,6 +16,7 @@ from mtraining.errors import UserError, nearest
 from mtraining.inputs import hub
 from mtraining.inputs.sections import Section
 from mtraining.inputs.smollm2 import SMOLLM2, SmolLM2
+from mtraining.model.fixed_rope import fix_rope
 from mtraining.model.rope import RopeOptions, apply_rope
 from mtraining.model.support import OLDER_NAMES, check_config, check_supported, head_dim_of
 from mtraining.model.weights import check_not_quantized, load_weights, said
@@ -95,6 +96,7 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         found = hub.find(options.init, f"model.init={options.init!r}", "model", _INIT)
         model = load_weights(options.init, config, dtype, options.weights_prefix or "", found)
     _cast_parameters(model, dtype)
+    fix_rope(model, seq_len)
     check_supported(model)
     tokenizer = None if dry else load_tokenizer(options)
     return model.to(device).train(), tokenizer

@@ -13,7 +13,7 @@ weight's gradient is read and written whole for each chunk: chunks of a few thou
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mtraining.errors import UserError
 from mtraining.model.fused import compiled_whole
+from mtraining.model.logits import PLAIN, Head, LogitForm, product, shaped, wide
 
 IGNORED = -100
 """The label of a token that is not trained on."""
@@ -60,14 +61,9 @@ def labels_sentence(count: int, words: int, example: int | None = None) -> str:
     )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax and of sums: fp32, fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each token, 0 where ignored, in the wide dtype."""
-    lse = torch.logsumexp(logits.to(_wide(logits.dtype)), dim=-1)
+    """The loss of each token, 0 where ignored; ``logits`` are in the wide dtype."""
+    lse = torch.logsumexp(logits, dim=-1)
     return torch.where(labels != IGNORED, lse - _at_label(logits, labels), 0.0)
 
 
@@ -78,23 +74,35 @@ def _at_label(logits: Tensor, labels: Tensor) -> Tensor:
     return found.masked_fill(unknown_labels(labels, words), torch.nan)
 
 
-def _softmax_in_place(logits: Tensor, labels: Tensor, at_label: Tensor) -> Tensor:
-    """Token losses; ``logits`` become their softmax, and 0 for ignored tokens.
+def _softmax_in_place(
+    logits: Tensor, labels: Tensor, at_label: Tensor, scale: float, cap: float | None
+) -> Tensor:
+    """Token losses; the head's product becomes the softmax of its logits, and 0 for ignored tokens.
+
+    With a cap, each entry is also multiplied by the cap's derivative, 1 - (logit / cap)^2. The factor's own derivative
+    is one for all, and waits for the end.
 
     ``at_label`` was read from the logits apart: compiled together with what writes over them, PyTorch 2.11's inductor
     reads it afterwards on a CPU.
     """
-    wide = logits.to(_wide(logits.dtype))
-    lse = torch.logsumexp(wide, dim=-1)
+    full = shaped(logits, scale, cap)
+    lse = torch.logsumexp(full, dim=-1)
     ignored = labels == IGNORED
-    logits.copy_(wide.sub_(lse[:, None]).exp_().masked_fill_(ignored[:, None], 0.0))
+    if cap is None:
+        softmax = full.sub_(lse[:, None]).exp_()
+    else:
+        softmax = (full - lse[:, None]).exp_().mul_(1 - (full / cap).square_())
+    logits.copy_(softmax.masked_fill_(ignored[:, None], 0.0))
     return torch.where(ignored, 0.0, lse - at_label)
 
 
-def _less_onehot(softmax: Tensor, losses: Tensor, labels: Tensor) -> None:
+def _less_onehot(
+    softmax: Tensor, losses: Tensor, labels: Tensor, at_label: Tensor, cap: float | None
+) -> None:
     """From softmax to d loss / d logits, in place; apart from it, for compiled together they need a second buffer."""
-    at_label = torch.where(labels != IGNORED, (-losses).exp() - 1, 0.0).to(softmax.dtype)
-    softmax.scatter_(-1, labels.clamp(0, softmax.shape[-1] - 1)[:, None], at_label[:, None])
+    slope = 1.0 if cap is None else 1 - (at_label / cap).square()
+    entry = torch.where(labels != IGNORED, ((-losses).exp() - 1) * slope, 0.0).to(softmax.dtype)
+    softmax.scatter_(-1, labels.clamp(0, softmax.shape[-1] - 1)[:, None], entry[:, None])
 
 
 @functools.cache
@@ -108,42 +116,52 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         labels: Tensor,
+        form: LogitForm,
         chunk: int,
         with_grad: bool,
         compiled: bool,
     ) -> Tensor:
-        hidden_needed, weight_needed = (with_grad and needed for needed in ctx.needs_input_grad[:2])
+        hidden_needed, weight_needed, bias_needed = (
+            with_grad and needed for needed in ctx.needs_input_grad[:3]
+        )
         softmax_in_place = _compiled(_softmax_in_place) if compiled else _softmax_in_place
-        total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+        total = hidden.new_zeros((), dtype=wide(hidden.dtype))
         d_hidden = torch.empty_like(hidden) if hidden_needed else None
-        d_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if weight_needed else None
+        d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype)) if weight_needed else None
+        d_bias = weight.new_zeros(weight.shape[0], dtype=wide(weight.dtype)) if bias_needed else None
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            logits = hidden[rows] @ weight.T
-            if d_hidden is None and d_weight is None:
-                total += _token_losses(logits, labels[rows]).sum()
+            logits = product(hidden[rows], weight, bias)
+            if d_hidden is None and d_weight is None and d_bias is None:
+                total += _token_losses(form(logits), labels[rows]).sum()
                 continue
-            losses = softmax_in_place(logits, labels[rows], _at_label(logits, labels[rows]))
+            at_label = form(_at_label(logits, labels[rows]))
+            losses = softmax_in_place(logits, labels[rows], at_label, form.scale, form.cap)
             total += losses.sum()
-            _less_onehot(logits, losses, labels[rows])
+            _less_onehot(logits, losses, labels[rows], at_label, form.cap)
             if d_hidden is not None:
                 torch.mm(logits, weight, out=d_hidden[rows])
             if d_weight is not None:
                 _add_product(d_weight, logits.T, hidden[rows])
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
+            if d_bias is not None:
+                d_bias += logits.sum(0, dtype=d_bias.dtype)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.weight_dtype, ctx.scale = weight.dtype, form.scale
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        d_hidden, d_weight = ctx.saved_tensors
+        grad = grads[0] * ctx.scale
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = d_hidden * grad.to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None
+        if d_bias is not None:
+            d_bias = (d_bias * grad).to(ctx.weight_dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -163,6 +181,9 @@ def chunked_cross_entropy(
     num_labels: int | Tensor,
     chunk: int = 8192,
     compiled: bool = False,
+    *,
+    bias: Tensor | None = None,
+    form: LogitForm = PLAIN,
 ) -> Tensor:
     """Sum of the token losses over all labels that are not -100, divided by ``num_labels``.
 
@@ -174,11 +195,13 @@ def chunked_cross_entropy(
         chunk: tokens whose logits exist at one time; memory is 2 bytes (bf16) * chunk * vocabulary when compiled, and
             about 8 more in eager mode.
         compiled: fuse the softmax and its gradient by torch.compile, once for each size of a chunk.
+        bias: (vocabulary,), of lm_head; None for none.
+        form: the factor and the soft cap of the logits.
 
     Returns:
-        Scalar in fp32 (fp64 for fp64 inputs). Differentiable once, in ``hidden`` and ``weight``. Where labels are on a
-        GPU, one that is neither -100 nor in 0 .. vocabulary - 1 makes it NaN, with its gradients: to look at labels
-        there would wait for the device.
+        Scalar in fp32 (fp64 for fp64 inputs). Differentiable once, in ``hidden``, ``weight`` and ``bias``. Where labels
+        are on a GPU, one that is neither -100 nor in 0 .. vocabulary - 1 makes it NaN, with its gradients: to look at
+        labels there would wait for the device.
 
     Raises:
         UserError: such a label on a CPU.
@@ -187,7 +210,9 @@ def chunked_cross_entropy(
     total = _ChunkedCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
+        bias,
         labels.reshape(-1),
+        form,
         chunk,
         torch.is_grad_enabled(),
         compiled,
@@ -196,7 +221,7 @@ def chunked_cross_entropy(
 
 
 @torch.no_grad()
-def chunked_token_scores(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 8192) -> Tensor:
+def chunked_token_scores(hidden: Tensor, head: Head, labels: Tensor, chunk: int = 8192) -> Tensor:
     """The loss of each token, and whether its label is what greedy decoding would have taken. No gradient.
 
     Returns:
@@ -205,26 +230,26 @@ def chunked_token_scores(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
 
     Labels outside of the vocabulary are treated as :func:`chunked_cross_entropy` does.
     """
-    refuse_labels(labels, weight.shape[0])
-    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     parts = []
-    for start in range(0, flat.shape[0], chunk):
-        logits, rows = flat[start : start + chunk] @ weight.T, flat_labels[start : start + chunk]
+    for logits, rows in _chunks(hidden, head, labels, chunk):
         losses = _token_losses(logits, rows)
         parts.append(torch.stack([losses, (logits.argmax(-1) == rows).to(losses.dtype)]))
     return torch.cat(parts, 1).view(2, *labels.shape)
 
 
 @torch.no_grad()
-def chunked_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 8192) -> Tensor:
+def chunked_token_losses(hidden: Tensor, head: Head, labels: Tensor, chunk: int = 8192) -> Tensor:
     """The loss of each token, shaped like ``labels``, fp32 (fp64 for fp64 inputs), 0 where ignored. No gradient.
 
     Labels outside of the vocabulary are treated as :func:`chunked_cross_entropy` does.
     """
-    refuse_labels(labels, weight.shape[0])
-    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    parts = [
-        _token_losses(flat[start : start + chunk] @ weight.T, flat_labels[start : start + chunk])
-        for start in range(0, flat.shape[0], chunk)
-    ]
+    parts = [_token_losses(logits, rows) for logits, rows in _chunks(hidden, head, labels, chunk)]
     return torch.cat(parts).view(labels.shape)
+
+
+def _chunks(hidden: Tensor, head: Head, labels: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The logits of some tokens, in the wide dtype, and their labels."""
+    refuse_labels(labels, head.weight.shape[0])
+    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    for start in range(0, flat.shape[0], chunk):
+        yield head.logits(flat[start : start + chunk]), flat_labels[start : start + chunk]

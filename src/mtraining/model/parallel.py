@@ -24,6 +24,7 @@ from mtraining.model.allocator import use_expandable_segments
 from mtraining.model.attention import ATTENTION_NAME, attach, refuse_mask
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
+from mtraining.model.logits import Head, LogitForm
 from mtraining.model.loss import (
     chunked_cross_entropy,
     chunked_token_losses,
@@ -32,7 +33,14 @@ from mtraining.model.loss import (
 )
 from mtraining.model.positions import PositionCheck
 from mtraining.model.recompute import recompute_layers
-from mtraining.model.support import attention_modules, check_supported, decoder_of, head_dim_of
+from mtraining.model.support import (
+    attention_modules,
+    check_supported,
+    decoder_of,
+    fields_of,
+    head_dim_of,
+    layers_of,
+)
 from mtraining.model.weights import settle_tied
 from mtraining.pattern import Pattern, build_pattern
 from mtraining.ring import AttentionRuntime
@@ -73,6 +81,7 @@ class ParallelLM(nn.Module):
         self.indices = indices
         self.positions = positions
         self._compiled_loss = compiled_loss
+        self._logit_form = LogitForm.of_fields(fields_of(hf_model.config))
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, num_labels: int | Tensor
@@ -102,8 +111,9 @@ class ParallelLM(nn.Module):
                 "`with model.training_step(step):`, steps counted from 1."
             )
         hidden = self._run_layers(input_ids, position_ids)
+        weight, bias, form = self._head()
         return chunked_cross_entropy(
-            hidden, self._head_weight(), labels, num_labels, self.loss_chunk, self._compiled_loss
+            hidden, weight, labels, num_labels, self.loss_chunk, self._compiled_loss, bias=bias, form=form
         )
 
     def training_step(self, step: int) -> AbstractContextManager[None]:
@@ -129,7 +139,7 @@ class ParallelLM(nn.Module):
         dropout."""
         with self._measuring():
             hidden = self._run_layers(input_ids, position_ids)
-        return chunked_token_losses(hidden, self._head_weight(), labels, self.loss_chunk)
+        return chunked_token_losses(hidden, self._head(), labels, self.loss_chunk)
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -140,20 +150,20 @@ class ParallelLM(nn.Module):
 
     @torch.no_grad()
     def read_out(
-        self, input_ids: Tensor, position_ids: Tensor, read: Callable[[Tensor, Tensor], Tensor]
+        self, input_ids: Tensor, position_ids: Tensor, read: Callable[[Tensor, Head], Tensor]
     ) -> Tensor:
-        """What ``read`` makes of the decoder's output and the head's weight. Collective, no gradient, no dropout.
+        """What ``read`` makes of the decoder's output and the head. Collective, no gradient, no dropout.
 
         Both are whole inside ``read``, under FSDP too. Tokens are taken as they are given, at any positions: it is
         the attention's runtime that knows which they are.
 
         Args:
             input_ids, position_ids: (batch, local tokens) int64.
-            read: from hidden states (batch, local tokens, hidden size) and weight (vocabulary, hidden size).
+            read: from hidden states (batch, local tokens, hidden size) and the head.
         """
         with self.positions.lifted(), self._measuring():
             hidden = self._run_layers(input_ids, position_ids)
-        return read(hidden, self._head_weight())
+        return read(hidden, self._head())
 
     @property
     def num_parameters(self) -> int:
@@ -176,8 +186,9 @@ class ParallelLM(nn.Module):
         output = decoder_of(self.hf_model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return output.last_hidden_state
 
-    def _head_weight(self) -> Tensor:
-        return self.hf_model.get_output_embeddings().weight
+    def _head(self) -> Head:
+        head = self.hf_model.get_output_embeddings()
+        return Head(head.weight, head.bias, self._logit_form)
 
 
 def parallelize(
@@ -277,7 +288,7 @@ def _set_attention(
     indices: IndexMemory,
 ) -> None:
     """Name our attention in the config and hang each layer's runtime on its attention module."""
-    layers = len(decoder_of(model).layers)
+    layers = len(layers_of(model))
     for index in layer_patterns:
         if not 0 <= index < layers:
             raise UserError(
@@ -323,6 +334,12 @@ def _flat_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh if mesh.ndim == 1 else mesh._flatten()
 
 
+def _no_view(_: nn.Module, args: Any, output: Any) -> Any:
+    """A layer's output as a tensor of its own: FSDP2 hangs the layer's backward on it, and an in-place operation on a
+    view, as some layers (OPT's) return, would lose that."""
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
+
+
 def _shard(
     wrapped: ParallelLM, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
 ) -> None:
@@ -334,7 +351,8 @@ def _shard(
         param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
     embeddings = wrapped.hf_model.get_input_embeddings()
-    for layer in decoder_of(wrapped.hf_model).layers:
+    for layer in layers_of(wrapped.hf_model):
+        layer.register_forward_hook(_no_view)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if embeddings.weight is not wrapped.hf_model.get_output_embeddings().weight:
         fully_shard(embeddings, mesh=mesh, mp_policy=policy)

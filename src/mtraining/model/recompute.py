@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtraining.errors import UserError
 from mtraining.model.offload import Kept, OffloadedTape, make_offloader
-from mtraining.model.support import decoder_of
+from mtraining.model.support import layers_of
 from mtraining.ring import IndexTape
 
 RECOMPUTE = ("full", "keep_attention", "none")
@@ -42,7 +42,7 @@ def recompute_layers(model: Any, mode: str, offload: bool, device: torch.device)
         )
     if mode == "none":
         return
-    layers = decoder_of(model).layers
+    layers = layers_of(model)
     offloader = make_offloader(len(layers), device) if offload else None
     for index, layer in enumerate(layers):
         keeper = functools.partial(offloader.layer, index) if offloader is not None else lambda: None

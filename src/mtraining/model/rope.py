@@ -1,9 +1,12 @@
 """Context extension: rotary settings written into the model's config before it is built.
 
 Whatever the method, the frequencies are fixed before the first step. transformers' own ``dynamic`` and
-``longrope`` types choose frequencies in each forward from the largest position *this process* sees; under
-context parallelism ranks see different positions, so they are refused, and our ``dynamic`` is resolved once,
-at the training length, into a plain theta.
+``longrope`` types choose frequencies in each forward from the largest position *this process* sees. Under
+context parallelism ranks see different positions, so :func:`mtraining.model.fix_rope` chooses once, from the length of
+the whole sequence. Our ``dynamic`` is resolved at the training length into a plain theta.
+
+Where rotary settings differ by layer type, as in Gemma 3, those of full attention alone are stretched: a window's
+distances stay what they were.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from pydantic import Field
 
 from mtraining.errors import UserError
 from mtraining.inputs.sections import Section
-from mtraining.model.support import check_rope
+from mtraining.model.support import FULL, check_rope, ropes_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +70,22 @@ def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:
         UserError: the options do not cover ``seq_len``, or contradict each other or the model.
     """
     _refuse_idle_options(options)
-    if (
-        not getattr(config, "rope_parameters", None)
-        or getattr(config, "max_position_embeddings", None) is None
-    ):
-        check_rope(config)
-    if options.type == "none":
-        _keep(config, options, seq_len)
-    else:
-        _extend(config, options, seq_len)
     check_rope(config)
+    ropes = ropes_of(config)
+    changed = options.type != "none" or options.theta is not None
+    kind = None if None in ropes else FULL
+    if changed and kind not in ropes:
+        raise UserError(
+            f"model.rope: {config.model_type} has no rotary embedding in its layers of full attention "
+            "(rope_parameters) to change; remove model.rope, or use a model with rotary positions."
+        )
+    if options.type == "none":
+        _keep(config, kind, options, seq_len)
+    else:
+        _extend(config, kind, options, seq_len)
+    check_rope(config)
+    if not ropes:
+        return
     try:
         config.validate_rope()
     except (KeyError, TypeError, ValueError) as error:
@@ -101,11 +110,21 @@ def _refuse_idle_options(options: RopeOptions) -> None:
             )
 
 
-def _keep(config: Any, options: RopeOptions, seq_len: int) -> None:
+def _replace(config: Any, kind: str | None, parameters: dict[str, Any]) -> None:
+    """New rotary settings of the layers of type ``kind``; None: of all."""
+    config.rope_parameters = parameters if kind is None else {**config.rope_parameters, kind: parameters}
+
+
+def _keep(config: Any, kind: str | None, options: RopeOptions, seq_len: int) -> None:
     if options.theta is not None:
-        config.rope_parameters = {**config.rope_parameters, "rope_theta": float(options.theta)}
+        _replace(config, kind, {**ropes_of(config)[kind], "rope_theta": float(options.theta)})
         config.max_position_embeddings = max(config.max_position_embeddings, seq_len)
     covered = config.max_position_embeddings
+    if seq_len > covered and not ropes_of(config):
+        raise UserError(
+            f"model.rope: the training length {seq_len} is beyond the {covered} positions of the model, which are not "
+            f"rotary and cannot be stretched; set train.seq_len to at most {covered}."
+        )
     if seq_len > covered:
         raise UserError(
             f"model.rope: the training length {seq_len} is beyond the {covered} positions of the model; set "
@@ -114,13 +133,13 @@ def _keep(config: Any, options: RopeOptions, seq_len: int) -> None:
         )
 
 
-def _extend(config: Any, options: RopeOptions, seq_len: int) -> None:
-    present = config.rope_parameters
+def _extend(config: Any, kind: str | None, options: RopeOptions, seq_len: int) -> None:
+    present = ropes_of(config)[kind]
     again = options.type == present.get("rope_type") == "yarn"
     native = options.original_max_position_embeddings
     if native is None and again:
         native = int(present["original_max_position_embeddings"])
-    if native is None and present.get("rope_type") != "default":
+    if native is None and present.get("rope_type", "default") != "default":
         raise UserError(
             f"model.rope: the model already has rope type {present.get('rope_type')!r}; to replace it by "
             f"{options.type} set model.rope.original_max_position_embeddings to the context that factor counts from."
@@ -148,7 +167,7 @@ def _extend(config: Any, options: RopeOptions, seq_len: int) -> None:
         parameters["original_max_position_embeddings"] = native
         kept = {name: present[name] for name in _YARN if again and present.get(name) is not None}
         parameters |= _yarn_options(options, kept)
-    config.rope_parameters = parameters
+    _replace(config, kind, parameters)
     config.max_position_embeddings = covered
     logger.info("rope: %s from %d to %d positions: %s", options.type, native, covered, parameters)
 

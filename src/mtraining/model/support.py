@@ -6,6 +6,7 @@ Everything here runs before the first step: what would be computed wrongly is re
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -16,26 +17,37 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from mtraining.errors import UserError
+from mtraining.model.logits import CAPS, DIVISORS, FACTORS, Head, LogitForm
 
 SUPPORTED_HEAD_DIMS = range(16, 257, 8)
 """Head sizes of the reference kernel; the GPU kernels take a subset and say so themselves."""
 
-STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3", "proportional")
+"""Types whose frequencies are the same for every forward."""
+LENGTH_ROPE_TYPES = ("longrope", "dynamic")
+"""Types that take their frequencies from the length of the sequence; `mtraining.model.fix_rope` gives them one."""
+FULL = "full_attention"
 
 _NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 OLDER_NAMES = {"gpt_neox": _NEOX_NAMES, "gpt_neox_japanese": _NEOX_NAMES}
 """By model type: what configs of before transformers 5 call ``rope_theta`` and ``partial_rotary_factor``, if not so."""
 
 _DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
-_SOFTCAP = re.compile(r"soft_?cap|logit_cap")
-_LOGIT_FACTORS = (
-    "logit_scale",
-    "logits_scale",
-    "logits_scaling",
-    "logits_mup_width_multiplier",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
+# Caps of gates and routers are the model's own code.
+_SOFTCAP = re.compile(r"^softcap$|att\w*(soft_?cap|logit_cap)")
+_LAYERS = ("layers", "h", "blocks")
+"""What decoders call the list of their layers."""
+_KINDS = {
+    "sliding_attention": "sliding-window attention",
+    "chunked_attention": "attention within chunks",
+    "linear_attention": "linear attention or a state space",
+    "conv": "a convolution in place of attention",
+    "hybrid": "a state space beside attention",
+    "mamba": "a state space",
+    "recurrent": "a recurrence",
+    "moe": "no attention",
+}
+"""In words, what layers do that `layer_types` names so; other names speak for themselves."""
 
 
 def check_config(config: Any) -> None:
@@ -58,20 +70,24 @@ def check_config(config: Any) -> None:
         )
     if not getattr(config, "is_causal", True):
         raise UserError(f"model: {name} has is_causal=False; only causal attention is supported.")
-    _check_windows(config, name)
+    check_windows(config)
     fields = fields_of(config)
     for field, value in fields.items():
         if value and _SOFTCAP.search(field):
             raise UserError(
-                f"model: {name} caps its logits ({field}={value}), which sparse attention and the chunked loss do not "
-                f"compute; use a model without soft-capping."
+                f"model: {name} caps its attention scores ({field}={value}), which sparse attention does not compute; "
+                f"use a model without soft-capping in attention."
             )
-    for field in _LOGIT_FACTORS:
-        if fields.get(field) not in (None, 1, 1.0):
-            raise UserError(
-                f"model: {name} scales its logits ({field}={fields[field]}), which the chunked loss does not compute; "
-                f"use a model whose logits are lm_head(hidden)."
-            )
+    if fields.get("alibi"):
+        raise UserError(
+            f"model: {name} adds a bias by distance to its attention scores (alibi), which sparse attention does not "
+            "compute; use a model with rotary or learned positions."
+        )
+    if fields.get("reorder_and_upcast_attn"):
+        raise UserError(
+            f"model: {name} has attention of its own in fp32 (reorder_and_upcast_attn); set it to False, since sparse "
+            "attention sums in fp32 anyway."
+        )
     for field in _DROPOUT_FIELDS:
         if fields.get(field):
             raise UserError(
@@ -86,9 +102,10 @@ def check_config(config: Any) -> None:
     for field in ("v_head_dim", "qk_head_dim"):
         size = fields.get(field)
         if size is not None and size != head_dim_of(config):
+            latent = " (multi-head latent attention)" if fields.get("kv_lora_rank") else ""
             raise UserError(
-                f"model: {name} has heads of {field}={size} beside head_dim={head_dim_of(config)}; use a model whose "
-                "queries, keys and values share one head_dim."
+                f"model: {name} has heads of {field}={size} beside head_dim={head_dim_of(config)}{latent}; use a model "
+                "whose queries, keys and values share one head_dim."
             )
     check_rope(config)
 
@@ -112,63 +129,65 @@ def fields_of(config: Any) -> dict[str, Any]:
     return found
 
 
+def ropes_of(config: Any) -> dict[str | None, dict[str, Any]]:
+    """The rotary settings by layer type, or one for all under None; empty for a model without."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        return {}
+    if "rope_type" in parameters or "rope_theta" in parameters:
+        return {None: parameters}
+    return {kind: one for kind, one in parameters.items() if isinstance(one, dict)}
+
+
 def check_rope(config: Any) -> None:
-    """Refuse rotary settings that are missing, differ by layer, or change with the positions a process happens to see.
+    """Refuse positions that are not text's own, and rotary settings that are not known.
 
     Raises:
         UserError: names the rope type and the remedy.
     """
-    parameters = getattr(config, "rope_parameters", None)
     name = config.model_type
-    if not parameters:
-        raise UserError(
-            f"model: {name} has no rotary embedding (rope_parameters); use a model with rotary positions."
-        )
     if getattr(config, "max_position_embeddings", None) is None:
         raise UserError(
             f"model: {name} does not say how many positions it knows (max_position_embeddings); use a model that does."
         )
-    if "rope_type" not in parameters:
-        raise UserError(
-            f"model: {name} has different rotary settings by layer type; use a model with one for all layers."
-        )
-    if parameters.get("mrope_section"):
-        raise UserError(
-            f"model: {name} has multi-axis rotary positions (mrope_section); use a text-only model."
-        )
-    rope_type = parameters["rope_type"]
-    if rope_type not in STATIC_ROPE_TYPES:
-        raise UserError(
-            f"model: rope type {rope_type!r} of {name} is not supported, since its frequencies may depend on "
-            f"the positions "
-            f"each process sees; set model.rope.type to yarn, linear or dynamic (resolved once at the "
-            f"training length), "
-            f"with model.rope.original_max_position_embeddings."
-        )
+    for parameters in ropes_of(config).values():
+        if parameters.get("mrope_section"):
+            raise UserError(
+                f"model: {name} has multi-axis rotary positions (mrope_section); use a text-only model."
+            )
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type not in STATIC_ROPE_TYPES + LENGTH_ROPE_TYPES:
+            raise UserError(
+                f"model: rope type {rope_type!r} of {name} is not known; set model.rope.type to yarn, linear or "
+                "dynamic, with model.rope.original_max_position_embeddings."
+            )
 
 
-def _check_windows(config: Any, name: str) -> None:
+def check_windows(config: Any) -> None:
+    """Refuse layers that are not full attention.
+
+    Raises:
+        UserError: names the layers and the field.
+    """
+    name = config.model_type
     layer_types = getattr(config, "layer_types", None)
     for layer_type in layer_types or ():
-        if layer_type != "full_attention":
-            kind = {"sliding_attention": "sliding window", "chunked_attention": "chunked"}.get(
-                layer_type, layer_type
-            )
+        if layer_type != FULL:
+            kind = _KINDS.get(layer_type, layer_type.replace("_", " "))
             raise UserError(
-                f"model: {name} has {kind} attention (layer_types contains {layer_type!r}), which the sparse "
-                f"path does "
+                f"model: {name} has layers of {kind} (layer_types contains {layer_type!r}), which the sparse path does "
                 f"not honour; use a model with full attention in every layer."
             )
     window = getattr(config, "sliding_window", None)
     if window is not None and not layer_types and getattr(config, "use_sliding_window", True):
         raise UserError(
-            f"model: {name} has sliding window attention (sliding_window={window}), which the sparse path does not "
+            f"model: {name} has sliding-window attention (sliding_window={window}), which the sparse path does not "
             f"honour; use a model with sliding_window null."
         )
-    if getattr(config, "attention_chunk_size", None):
+    if getattr(config, "attention_chunk_size", None) and not layer_types:
         raise UserError(
-            f"model: {name} has chunked attention (attention_chunk_size={config.attention_chunk_size}), which the "
-            f"sparse path does not honour; use a model with full attention in every layer."
+            f"model: {name} has attention within chunks (attention_chunk_size={config.attention_chunk_size}), which "
+            f"the sparse path does not honour; use a model with full attention in every layer."
         )
 
 
@@ -178,6 +197,11 @@ def head_dim_of(config: Any) -> int:
 
 
 def _check_heads(config: Any, name: str) -> None:
+    for field in ("head_dim", "num_attention_heads", "num_key_value_heads"):
+        if field in (getattr(config, "per_layer_attributes", None) or ()):
+            raise UserError(
+                f"model: {name} has another {field} in some layers; use a model whose layers share one."
+            )
     heads = getattr(config, "num_attention_heads", None)
     if heads is None:
         raise UserError(
@@ -203,8 +227,35 @@ def _check_heads(config: Any, name: str) -> None:
 
 
 def decoder_of(hf_model: Any) -> Any:
-    """The base decoder (embeddings, layers, final norm, rotary embedding) inside a causal language model."""
-    return hf_model.get_decoder() if hasattr(hf_model, "get_decoder") else None
+    """The base decoder (embeddings, layers, final norm, rotary embedding) inside a causal language model.
+
+    transformers finds it by name, and sometimes finds the head or the model itself.
+    """
+    found = hf_model.get_decoder() if hasattr(hf_model, "get_decoder") else None
+    for decoder in (found, getattr(hf_model, "model", None)):
+        if decoder is not hf_model and _layer_list(decoder) is not None:
+            return decoder
+    return found
+
+
+def _layer_list(decoder: Any) -> nn.ModuleList | None:
+    lists = (getattr(decoder, name, None) for name in _LAYERS)
+    return next((layers for layers in lists if isinstance(layers, nn.ModuleList)), None)
+
+
+def layers_of(hf_model: Any) -> nn.ModuleList:
+    """The decoder's layers.
+
+    Raises:
+        UserError: it has none.
+    """
+    layers = _layer_list(decoder_of(hf_model))
+    if layers is not None and decoder_of(hf_model) is not hf_model:
+        return layers
+    raise UserError(
+        f"model: {hf_model.config.model_type} has no base decoder with `layers`; use a causal language model of the "
+        "Llama kind."
+    )
 
 
 def check_supported(hf_model: Any) -> None:
@@ -218,39 +269,37 @@ def check_supported(hf_model: Any) -> None:
     """
     check_config(hf_model.config)
     name = hf_model.config.model_type
-    decoder = decoder_of(hf_model)
+    layers_of(hf_model)
+    if "position_ids" not in inspect.signature(decoder_of(hf_model).forward).parameters:
+        raise UserError(
+            f"model: the decoder of {name} takes no position_ids, and would take each process's tokens for the first "
+            "of the sequence; use a model with rotary or learned positions."
+        )
     head = hf_model.get_output_embeddings() if hasattr(hf_model, "get_output_embeddings") else None
-    if (
-        decoder is None
-        or decoder is hf_model
-        or not isinstance(getattr(decoder, "layers", None), nn.ModuleList)
-    ):
-        raise UserError(
-            f"model: {name} has no base decoder with `layers`; use a causal language model of the Llama kind."
-        )
-    if not isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
-        raise UserError(
-            f"model: {name} has no rotary embedding (rotary_emb); use a model with rotary positions."
-        )
     if not isinstance(head, nn.Linear):
         raise UserError(
             f"model: {name} has no linear lm_head; use a causal language model (AutoModelForCausalLM)."
         )
-    if head.bias is not None:
+    # The loss computes with weight and bias alone. Whatever else the head learns may begin as 1, and not show yet.
+    known = {id(part) for part in (*decoder_of(hf_model).parameters(), head.weight, head.bias)}
+    others = [key for key, parameter in hf_model.named_parameters() if id(parameter) not in known]
+    if others or type(head).forward is not nn.Linear.forward:
         raise UserError(
-            f"model: {name} has a bias on its lm_head, which the chunked loss does not add; use another model."
+            f"model: {name} computes more than a linear lm_head after its decoder "
+            f"({', '.join(others[:3]) or type(head).__name__}), which the chunked loss does not; use a model without."
         )
     # Off the attention interface, a layer would go on computing its own dense attention.
-    if not getattr(hf_model, "_supports_attention_backend", False):
+    if not getattr(hf_model, "_supports_attention_backend", False) and not _asks_the_interface(hf_model):
         raise UserError(
             f"model: {name} does not use transformers' attention interface; use a model that does."
         )
-    _check_partial_rotary(hf_model)
+    _check_rotary(hf_model)
     _check_logits(hf_model)
     told = head_dim_of(hf_model.config)
     for index, attention in attention_modules(hf_model):
         for field in _DROPOUT_FIELDS:
             rate = getattr(attention, field, None)
+            rate = getattr(rate, "p", rate)
             if isinstance(rate, float) and rate > 0:
                 raise UserError(
                     f"model: layer {index} of {name} has attention dropout ({field}={rate}), which is not supported; "
@@ -264,28 +313,61 @@ def check_supported(hf_model: Any) -> None:
             )
 
 
-def _check_partial_rotary(hf_model: Any) -> None:
-    """Refuse ``partial_rotary_factor`` where the model's own code does not read it: part of a head would be rotated by
-    frequencies of another size, or all of it in silence."""
-    config, rotary = hf_model.config, decoder_of(hf_model).rotary_emb
-    partial = config.rope_parameters.get("partial_rotary_factor")
-    if partial in (None, 1, 1.0) or not hasattr(rotary, "inv_freq"):
-        return
-    # Scaled types share one function, which reads it for all models; the plain type is each model's own code.
-    plain = copy.deepcopy(config)
-    theta = config.rope_parameters["rope_theta"]
-    plain.rope_parameters = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": partial}
-    pairs = type(rotary)(plain).inv_freq.shape[-1]
-    if pairs != (int(head_dim_of(config) * partial) + 1) // 2:
-        raise UserError(
-            f"model: {config.model_type} does not take partial_rotary_factor={partial}, and rotates whole heads; "
-            "remove it, or use a model that does."
-        )
+def _asks_the_interface(hf_model: Any) -> bool:
+    """Whether the code of every attention looks its function up; some that do are not marked so."""
+    return all(
+        "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(attention).forward).__code__.co_names
+        for _, attention in attention_modules(hf_model)
+    )
+
+
+def _check_rotary(hf_model: Any) -> None:
+    """Refuse rotary embeddings that a process would compute otherwise than the whole sequence asks.
+
+    Frequencies may follow the positions that a process happens to see. A ``partial_rotary_factor`` that the model's own
+    code does not read would rotate part of a head by frequencies of another size, or all of it in silence.
+    """
+    config = hf_model.config
+    rotary: Any = getattr(decoder_of(hf_model), "rotary_emb", None)
+    for module in hf_model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for rope_type in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if rope_type in LENGTH_ROPE_TYPES:
+                raise UserError(
+                    f"model: rope type {rope_type!r} of {config.model_type} takes its frequencies from the positions "
+                    "that each process sees; call mtraining.model.fix_rope(model, seq_len) first, with the length of "
+                    "the whole sequence."
+                )
+    for kind, parameters in ropes_of(config).items():
+        partial = parameters.get("partial_rotary_factor")
+        buffer = "inv_freq" if kind is None else f"{kind}_inv_freq"
+        if partial in (None, 1, 1.0) or not hasattr(rotary, buffer):
+            continue
+        # Scaled types share one function, which reads it for all models; the plain type is each model's own code.
+        plain = copy.deepcopy(config)
+        kept = {
+            "rope_type": "default",
+            "rope_theta": parameters["rope_theta"],
+            "partial_rotary_factor": partial,
+        }
+        plain.rope_parameters = kept if kind is None else {**config.rope_parameters, kind: kept}
+        pairs = getattr(type(rotary)(plain), buffer).shape[-1]
+        if pairs != (int(head_dim_of(config) * partial) + 1) // 2:
+            raise UserError(
+                f"model: {config.model_type} does not take partial_rotary_factor={partial}, and rotates whole heads; "
+                "remove it, or use a model that does."
+            )
+
+
+class _Decoded(MoeModelOutputWithPast):
+    """A decoder's output with all that the heads of any architecture look for."""
+
+    cross_attentions = None
 
 
 @torch.no_grad()
 def _check_logits(hf_model: Any) -> None:
-    """Refuse a model whose logits are not ``lm_head(hidden)``, whatever its config calls what it does with them.
+    """Refuse a model whose logits are not those of `mtraining.model.logits`, whatever its config calls what it does.
 
     Asked of the model itself, with two random hidden states in place of its decoder's. On the meta device there are no
     numbers to compare, and the fields of the config must do.
@@ -297,8 +379,8 @@ def _check_logits(hf_model: Any) -> None:
     hidden = torch.linspace(-2, 2, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
     hidden = hidden.roll(1, -1)
 
-    def decode(*_: Any, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=hidden)
+    def decode(*_: Any, **__: Any) -> _Decoded:
+        return _Decoded(last_hidden_state=hidden)
 
     own = vars(decoder).get("forward")
     decoder.forward = decode
@@ -309,12 +391,14 @@ def _check_logits(hf_model: Any) -> None:
             del decoder.forward
         else:
             decoder.forward = own
-    expected = head(hidden).float()
+    form = LogitForm.of_fields(fields_of(hf_model.config))
+    expected = Head(weight, head.bias, form).logits(hidden).float()
     same = logits.shape == expected.shape and torch.allclose(logits.float(), expected, rtol=1e-3, atol=1e-6)
     if not same:
         raise UserError(
-            f"model: the logits of {hf_model.config.model_type} are not lm_head(hidden): its own code scales, caps or "
-            "shifts them, which the chunked loss does not compute; use a model without that."
+            f"model: the logits of {hf_model.config.model_type} are not those of its lm_head: its own code changes "
+            f"them by something other than a factor ({', '.join((*FACTORS, *DIVISORS))}), a soft cap "
+            f"({', '.join(CAPS)}) and a bias, which is all that the chunked loss computes; use a model without that."
         )
 
 
@@ -325,7 +409,7 @@ def attention_modules(hf_model: Any) -> Iterator[tuple[int, nn.Module]]:
         UserError: a layer has not exactly one attention, or one that is not plain causal softmax attention.
     """
     name = hf_model.config.model_type
-    for index, layer in enumerate(decoder_of(hf_model).layers):
+    for index, layer in enumerate(layers_of(hf_model)):
         # Every attention that goes through the interface tells it whether it is causal by this attribute.
         found = [module for module in layer.modules() if hasattr(module, "is_causal")]
         if len(found) != 1:
@@ -337,10 +421,5 @@ def attention_modules(hf_model: Any) -> Iterator[tuple[int, nn.Module]]:
         if not attention.is_causal:
             raise UserError(
                 f"model: layer {index} of {name} has is_causal=False; only causal attention is supported."
-            )
-        if any(parameter_name == "sinks" for parameter_name, _ in attention.named_parameters()):
-            raise UserError(
-                f"model: layer {index} of {name} has learned attention sinks (sinks), which the sparse path does not "
-                f"compute; use a model without them."
             )
         yield index, attention

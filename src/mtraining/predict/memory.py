@@ -14,14 +14,14 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import nn
 
 from mtraining.errors import UserError
 from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import parallelize
 from mtraining.model.allocator import EXPANDABLE, VARIABLES, reserve_share, segments_expand
-from mtraining.model.support import decoder_of, head_dim_of
+from mtraining.model.fixed_rope import fix_rope
+from mtraining.model.support import head_dim_of, layers_of
 from mtraining.pattern import Pattern
 from mtraining.predict.fused import fuse_shapes
 from mtraining.predict.trace import LAYERS, META, Trace, shape_call, trace
@@ -136,15 +136,10 @@ def predict(work: Workload) -> Prediction:
     """
     sizes = _Parameters.of(work)
     seen = _traced(work, sizes.largest)
-    layers, standing = sizes.layers, work.accumulation > 1
+    layers, outlives = sizes.layers, work.accumulation > 1
     compute, reduce = work.compute.itemsize, work.reduce.itemsize
     stored = sizes.stored / work.world
-    owned = {
-        "parameters (shard)": stored,
-        "optimizer state (shard)": 2 * stored,
-    }
-    # The layer that runs, and the next one on its way.
-    gathered = {"gathered parameters": compute * (sizes.root + min(2, layers) * sizes.layer)}
+    owned, gathered = _owned(work, sizes), _gathered(work, sizes)
     # Of the layer whose backward runs; and of the one before it, on their way round.
     whole = {"gradients (whole, of a layer)": compute * sizes.layer}
     summed = {"gradients being summed": reduce * sizes.layer} if layers > 1 else {}
@@ -159,7 +154,7 @@ def predict(work: Workload) -> Prediction:
 
     def shards(done: int) -> dict[str, float]:
         """Gradients of the layers whose backward is done."""
-        share = 1.0 if standing else done * sizes.layer / sizes.total
+        share = 1.0 if outlives else done * sizes.layer / sizes.total
         return {"gradients (shard)": share * stored}
 
     def activations(name: str, peak: int) -> dict[str, float]:
@@ -183,6 +178,22 @@ def predict(work: Workload) -> Prediction:
     return Prediction(moment, dict(moments[moment]), totals, seen.attention)
 
 
+def standing(work: Workload) -> dict[str, float]:
+    """What is on a rank during any forward, without activations and gradients: its shards, and gathered parameters."""
+    sizes = _Parameters.of(work)
+    return _owned(work, sizes) | _gathered(work, sizes)
+
+
+def _owned(work: Workload, sizes: _Parameters) -> dict[str, float]:
+    stored = sizes.stored / work.world
+    return {"parameters (shard)": stored, "optimizer state (shard)": 2 * stored}
+
+
+def _gathered(work: Workload, sizes: _Parameters) -> dict[str, float]:
+    """The layer that runs, and the next one on its way."""
+    return {"gathered parameters": work.compute.itemsize * (sizes.root + min(2, sizes.layers) * sizes.layer)}
+
+
 @dataclass(frozen=True)
 class _Parameters:
     """Numbers of parameters: of the largest layer (``largest`` is its number), of FSDP's root unit and of all;
@@ -198,7 +209,7 @@ class _Parameters:
     @staticmethod
     def of(work: Workload) -> _Parameters:
         model = work.hf_model
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_of(model).layers]
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
         total = sum(p.numel() for p in model.parameters())
         stored = sum(p.numel() * p.element_size() for p in model.parameters())
         largest = max(layers)
@@ -208,6 +219,7 @@ class _Parameters:
 def _traced(work: Workload, largest: int) -> Trace:
     """Activations of a short model of the same shape, on the meta device, with layers like number ``largest``."""
     short = shortened(work.hf_model, largest).to(work.compute)
+    fix_rope(short, work.seq_len)
     pattern = max(work.patterns, key=lambda pattern: columns_of(pattern, work.seq_len))
     model = parallelize(
         short,
@@ -246,15 +258,16 @@ def on_shapes(hf_model: Any, remedy: str) -> Iterator[None]:
 
 def shortened(hf_model: Any, largest: int) -> Any:
     """A model of :data:`LAYERS` layers, each like number ``largest`` of ``hf_model``: experts may begin after a few."""
-    config, depth = copy.deepcopy(hf_model.config), len(decoder_of(hf_model).layers)
+    config, depth = copy.deepcopy(hf_model.config), len(layers_of(hf_model))
     config.num_hidden_layers = largest + 1
     config._attn_implementation = "eager"  # not yet ours: parallelize sets that
     # A run on its way to the same weights on every rank is not disturbed.
     with torch.random.fork_rng(devices=[]), META:
         model = type(hf_model)(config)
-    decoder, shared = decoder_of(model), {id(config): config}
-    layer = decoder.layers[largest]
-    decoder.layers = nn.ModuleList([layer, *(copy.deepcopy(layer, shared) for _ in range(LAYERS - 1))])
+    layers, shared = layers_of(model), {id(config): config}
+    layer = layers[largest]
+    del layers[:]
+    layers.extend([layer, *(copy.deepcopy(layer, shared) for _ in range(LAYERS - 1))])
     config.num_hidden_layers = LAYERS
     for field, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == depth:  # of each layer

@@ -18,8 +18,10 @@ from torch import Tensor
 from mtraining.generate.cache import Attends, Attention, Cache, Dealt, Reading, attached
 from mtraining.layout import Layout
 from mtraining.model import ParallelLM, parallelize
+from mtraining.model.fixed_rope import fix_rope
+from mtraining.model.logits import Head
 from mtraining.model.loss import chunked_token_scores
-from mtraining.model.support import decoder_of
+from mtraining.model.support import layers_of
 from mtraining.pattern import Pattern
 from mtraining.predict.memory import Prediction, columns_of, on_shapes, shortened
 from mtraining.predict.trace import LAYERS, META, LiveBytes, ShapeRing, copied, shape_call
@@ -59,9 +61,10 @@ def predict_reading(work: ReadingWork) -> Prediction:
         Unpredictable: the model's code reads numbers, as some that route tokens do.
         UserError: the layout's stripes cut a pattern's blocks.
     """
-    layers = decoder_of(work.hf_model).layers
+    layers = layers_of(work.hf_model)
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     short = shortened(work.hf_model, sizes.index(max(sizes))).to(work.dtype)
+    fix_rope(short, max(work.lengths) + work.new_tokens)
     pattern = max(work.patterns, key=lambda pattern: columns_of(pattern, max(work.lengths)))
     model = parallelize(short, pattern=pattern, layout=work.layout, recompute="none", fsdp=False)
     with on_shapes(short, "try a short prompt, and watch what the GPU's own tools say"):
@@ -123,15 +126,15 @@ def _traced(work: ReadingWork, model: ParallelLM, pattern: Pattern) -> _Seen:
         cache.prefill(row)
         owner = cache
 
-    def read(hidden: Tensor, weight: Tensor) -> Tensor:
+    def read(hidden: Tensor, head: Head) -> Tensor:
         live.begin("output")
         if work.scored:
             labels = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64)
-            return chunked_token_scores(hidden, weight, labels, work.loss_chunk)
+            return chunked_token_scores(hidden, head, labels, work.loss_chunk)
         # The first logits of every prompt, each by itself and together, stay while new tokens have their own.
         full = torch.promote_types(hidden.dtype, torch.float32)
-        standing = hidden.new_empty(2, len(dealt), weight.shape[0], dtype=full)
-        logits = (hidden.new_empty(len(dealt), hidden.shape[-1]) @ weight.T).to(full)
+        standing = hidden.new_empty(2, len(dealt), head.weight.shape[0], dtype=full)
+        logits = head.logits(hidden.new_empty(len(dealt), hidden.shape[-1]))
         del standing
         return logits
 
@@ -166,7 +169,14 @@ class _ShapeAttention(Attention):
         return Dealt(every[int((every < length).sum(1).argmax())], length, mine.padding)
 
     def on_ring(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, padding: int
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        padding: int,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         pattern, tokens = self.patterns[layer], q.shape[1] * self.ring.world
         call = shape_call(
@@ -177,4 +187,4 @@ class _ShapeAttention(Attention):
             return replace(call, index=copied(call.index))
 
         with self.live.in_attention():
-            return attend_prepared(q, k, v, prepare)[0]
+            return attend_prepared(q, k, v, prepare, sinks=sinks)[0]

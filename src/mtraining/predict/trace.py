@@ -24,7 +24,7 @@ from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import ParallelLM
 from mtraining.model.attention import attach
-from mtraining.model.support import attention_modules, decoder_of
+from mtraining.model.support import attention_modules, layers_of
 from mtraining.pattern import Pattern
 from mtraining.ring.attention import PreparedCall, attend_backward, attend_prepared
 from mtraining.ring.plan import make_plan
@@ -195,18 +195,20 @@ class _Attention(torch.autograd.Function):
     """Attention under an index that is given, its memory measured."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runtime: ShapeRuntime) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, runtime: ShapeRuntime
+    ) -> Tensor:
         with runtime.live.in_attention():
-            out, lse, _ = attend_prepared(q, k, v, runtime.prepare)
+            out, lse, _ = attend_prepared(q, k, v, runtime.prepare, sinks=sinks)
         ctx.runtime = runtime
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, sinks = ctx.saved_tensors
         with ctx.runtime.live.in_attention():
-            return *attend_backward(grads[0], q, k, v, out, lse, ctx.runtime.call), None
+            return *attend_backward(grads[0], q, k, v, out, lse, ctx.runtime.call, sinks), None
 
 
 @dataclass
@@ -216,8 +218,10 @@ class ShapeRuntime:
     call: PreparedCall
     live: LiveBytes
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        return _Attention.apply(q, k, v, self)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        return _Attention.apply(q, k, v, sinks, self)
 
     def prepare(self, index: SparseIndex | None) -> PreparedCall:
         """The call with an index of its own, as each layer's estimate makes, or with the one of the first pass."""
@@ -274,7 +278,7 @@ def trace(model: ParallelLM, call: PreparedCall, batch: int, local_tokens: int) 
     live = LiveBytes()
     for _, module in attention_modules(model.hf_model):
         attach(module, ShapeRuntime(call, live))
-    layers = decoder_of(model.hf_model).layers
+    layers = layers_of(model.hf_model)
     tokens = {
         name: torch.zeros(batch, local_tokens, dtype=torch.int64, device=META)
         for name in ("input_ids", "position_ids", "labels")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtraining.errors import UserError
+from mtraining.train.evaluation import headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +59,8 @@ def training_figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Loss and throughput by step, one line a run."""
     figure = new_figure(figsize=(8, 3))
     loss, speed = figure.subplots(1, 2)
-    for name, records in runs.items():
+    for name, everything in runs.items():
+        records = [record for record in everything if "loss" in record]
         steps = [record["step"] for record in records]
         loss.plot(steps, [record["loss"] for record in records], label=name)
         speed.plot(steps, [record["tokens_per_second"] for record in records], label=name)
@@ -68,6 +70,55 @@ def training_figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
         axes.legend()
     speed.set_ylim(bottom=0)
     return figure
+
+
+def evaluation_figure(runs: dict[str, list[dict[str, Any]]]) -> Figure | None:
+    """Held-out loss and suites' scores by step, one line a run, attention and length; and of the first run that has it
+    the held-out loss by position at its first and last evaluation. None where no run was evaluated."""
+    done = {name: [one for one in records if "evaluation" in one] for name, records in runs.items()}
+    read = {name: [one for one in found if "held_out_loss" in one] for name, found in done.items()}
+    asked = {name: [one for one in found if one.get("suites")] for name, found in done.items()}
+    panels = 2 * any(read.values()) + any(asked.values())
+    if not panels:
+        return None
+    figure = new_figure(figsize=(4 * panels, 3))
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    if any(read.values()):
+        loss, position = axes[:2]
+        _plot_rows(loss, read, "held_out", "loss", ("attention", "length"))
+        loss.set_ylabel("held-out loss")
+        shown = next(found for found in read.values() if found)
+        for record in (shown[0], shown[-1])[: len(shown)]:
+            row = headline(record["held_out"])
+            middles = [row["bucket"] * (place + 0.5) for place in range(len(row["by_position"]))]
+            position.plot(middles, row["by_position"], marker=".", label=f"step {record['step']}")
+        position.set_xlabel("position")
+        position.set_ylabel("held-out loss")
+        position.legend()
+    if any(asked.values()):
+        _plot_rows(axes[-1], asked, "suites", "score", ("task", "attention", "length"))
+        axes[-1].set_ylabel("score (%)")
+        axes[-1].set_ylim(0, 100)
+    return figure
+
+
+def _plot_rows(
+    axes: Any, runs: dict[str, list[dict[str, Any]]], rows: str, value: str, told_apart: tuple[str, ...]
+) -> None:
+    """A value of an evaluation's rows by step; lines are named by their run, and by what else differs."""
+    lines: dict[tuple[Any, ...], dict[int, float]] = {}
+    for name, records in runs.items():
+        for record in records:
+            for row in record[rows]:
+                key = (name, *(row[part] for part in told_apart))
+                lines.setdefault(key, {})[record["step"]] = row[value]
+    differ = [place for place, values in enumerate(zip(*lines, strict=True)) if len(set(values)) > 1]
+    for key, points in lines.items():
+        label = ", ".join(str(key[place]) for place in differ) or str(key[0])
+        axes.plot(list(points), list(points.values()), marker=".", label=label)
+    axes.set_xlabel("step")
+    if len(lines) <= 8:
+        axes.legend()
 
 
 def density_figure(records: list[dict[str, Any]]) -> Figure | None:

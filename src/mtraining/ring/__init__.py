@@ -6,6 +6,7 @@ from mtraining.ring.links import prioritise_transfers, slow_links
 from mtraining.ring.merge import merge_over_ring
 from mtraining.ring.observe import AttentionStats, Observer
 from mtraining.ring.op import AttentionRuntime, BatchStarts
+from mtraining.ring.sinks import with_sinks
 from mtraining.ring.tape import IndexTape
 from mtraining.ring.timeline import RingTimes, Timeline
 from mtraining.ring.topology import Ring
@@ -26,4 +27,5 @@ __all__ = [
     "slow_links",
     "sparse_ring_attention",
     "tile_work",
+    "with_sinks",
 ]

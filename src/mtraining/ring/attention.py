@@ -22,6 +22,7 @@ from mtraining.pattern import Pattern, build_pattern
 from mtraining.ring.observe import observe
 from mtraining.ring.plan import RingPlan, make_plan
 from mtraining.ring.schedule import GradientRing, ring_steps
+from mtraining.ring.sinks import sinks_gradient, with_sinks
 from mtraining.ring.tape import Recorded, current_tape
 from mtraining.ring.timeline import timed_pass
 from mtraining.ring.topology import PendingSum, Ring
@@ -32,18 +33,18 @@ from mtraining.ring.window import WindowGradients, WindowRoute, window_steps
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
     scale: float | None = None, return_index: Literal[False] = False, kernel: str = "auto", padding: int = 0,
-    starts: Tensor | None = None, window: int | None = None,
+    starts: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
     scale: float | None = None, return_index: Literal[True], kernel: str = "auto", padding: int = 0,
-    starts: Tensor | None = None, window: int | None = None,
+    starts: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
 ) -> tuple[Tensor, SparseIndex]: ...  # fmt: skip
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
     scale: float | None = None, return_index: bool = False, kernel: str = "auto", padding: int = 0,
-    starts: Tensor | None = None, window: int | None = None,
+    starts: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, SparseIndex]:  # fmt: skip
     """Causal attention over the entries that ``pattern`` selects, on this rank's shard of the sequence.
 
@@ -67,6 +68,8 @@ def sparse_ring_attention(
             documents are such starts.
         window: a query attends to the last ``window`` tokens only, itself among them. Together with ``starts`` both
             bounds hold. Keys that no query of another rank can attend to do not travel to it.
+        sinks: (q_heads,) logits that take part in each row's softmax and have no value (see
+            :mod:`mtraining.ring.sinks`); differentiable. The pattern chooses as if there were none.
 
     Returns:
         out (batch, local tokens, q_heads, head_dim) in q's dtype; with ``return_index`` (out, index).
@@ -83,7 +86,7 @@ def sparse_ring_attention(
     pattern = build_pattern(pattern) if isinstance(pattern, str) else pattern
     layout = build_layout(layout) if isinstance(layout, str) else layout
     out, call = _SparseRingAttention.apply(
-        q, k, v, pattern, layout, mesh, scale, kernel, padding, starts, window
+        q, k, v, sinks, pattern, layout, mesh, scale, kernel, padding, starts, window
     )
     return (out, call.index.whole(call.plan.ring)) if return_index else out
 
@@ -109,23 +112,33 @@ class PreparedCall:
 
 class _SparseRingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, PreparedCall]:
-        out, lse, ctx.call = attend(q, k, v, *settings)
-        ctx.save_for_backward(q, k, v, out, lse)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, pattern: Pattern, layout: Layout,
+        mesh: DeviceMesh | None, scale: float | None, kernel: str, padding: int,
+        starts: Tensor | None, window: int | None,
+    ) -> tuple[Tensor, PreparedCall]:  # fmt: skip
+        out, lse, ctx.call = attend(
+            q, k, v, pattern, layout, mesh, scale, kernel, padding, starts, window, sinks
+        )
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
         return out, ctx.call
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        return *attend_backward(dout, q, k, v, out, lse, ctx.call), *(None,) * 8
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        return *attend_backward(dout, q, k, v, out, lse, ctx.call, sinks), *(None,) * 8
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, mesh: DeviceMesh | None,
     scale: float | None, kernel: str, padding: int = 0, starts: Tensor | None = None, window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, PreparedCall]:  # fmt: skip
-    """The forward pass without autograd: out in q's dtype, lse (batch, heads, rows), and what backward must know."""
-    _check(q, k, v)
+    """The forward pass without autograd: out in q's dtype, lse (batch, heads, rows), and what backward must know.
+
+    Both are those with ``sinks``, where there are any.
+    """
+    _check(q, k, v, sinks)
     ring = Ring.over(mesh)
     if not 0 <= padding < q.shape[1] * ring.world:
         raise UserError(
@@ -149,12 +162,12 @@ def attend(
     def seen(lse: Tensor, index: SparseIndex) -> None:
         observe(q, k, lse, index, plan, shard, scale)
 
-    return attend_prepared(q, k, v, prepare, seen)
+    return attend_prepared(q, k, v, prepare, seen, sinks)
 
 
 def attend_prepared(
     q: Tensor, k: Tensor, v: Tensor, prepare: Callable[[SparseIndex | None], PreparedCall],
-    seen: Callable[[Tensor, SparseIndex], None] = lambda lse, index: None,
+    seen: Callable[[Tensor, SparseIndex], None] = lambda lse, index: None, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, PreparedCall]:  # fmt: skip
     """The forward pass of a call that ``prepare`` makes, under the tape in force, if any.
 
@@ -163,7 +176,8 @@ def attend_prepared(
 
     Args:
         prepare: makes the call, with the index given or with one of its own.
-        seen: told of the lse and the index after a first pass.
+        seen: told of the lse over keys, without sinks, and the index after a first pass.
+        sinks: (q_heads,), or None for attention without.
 
     Returns:
         out in q's dtype, lse (batch, heads, rows), and the call, for :func:`attend_backward`.
@@ -174,23 +188,34 @@ def attend_prepared(
         call = prepare(recorded.index)
         if recorded.out is not None and recorded.lse is not None:
             return recorded.out.detach(), recorded.lse, call
-        return *ring_forward(q, k, v, call), call
+        return *_attention(q, k, v, call, sinks), call
     call = prepare(None)
-    out, lse = ring_forward(q, k, v, call)
-    seen(lse, call.index)
+    out, lse = _attention(q, k, v, call, sinks, lambda lse: seen(lse, call.index))
     if tape is not None:
         kept = (out.detach(), lse) if tape.keep_outputs else (None, None)
         tape.write(Recorded(call.index, *kept))
     return out, lse, call
 
 
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, call: PreparedCall, sinks: Tensor | None,
+    seen: Callable[[Tensor], None] = lambda lse: None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse = ring_forward(q, k, v, call)
+    seen(lse)
+    return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
+
+
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: PreparedCall
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, in their dtypes."""
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: PreparedCall,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The gradients of q, k, v and sinks, in their dtypes; those of sinks are this rank's share."""
     dq, dkv = ring_backward(dout, q, k, v, out, lse, call)
     dk, dv = dkv.to(k.dtype)
-    return dq, dk, dv
+    if sinks is None:
+        return dq, dk, dv, None
+    return dq, dk, dv, sinks_gradient(call.kernels.row_delta(out, dout), lse, sinks)
 
 
 @timed_pass("forward")
@@ -307,7 +332,12 @@ def _start_columns(k: Tensor, v: Tensor, call: PreparedCall) -> PendingSum | Non
     return call.plan.ring.start_sum(call.kernels.gather_columns(k, v, call.index.columns, call.plan.slots))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+    if sinks is not None and (q.ndim != 4 or sinks.shape != q.shape[2:3]):
+        raise UserError(
+            f"sinks: shape {tuple(sinks.shape)} does not fit q of shape {tuple(q.shape)}; give one number for each "
+            "query head."
+        )
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise UserError(
             f"q, k, v: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit; "

@@ -63,13 +63,15 @@ class AttentionRuntime:
         self.number = torch.tensor(number)  # int64, on the CPU: to read it waits for no device
         _bound[number] = self
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
         """Shapes, result and errors are those of :func:`mtraining.ring.sparse_ring_attention`."""
         if torch.compiler.is_compiling():
-            return _attend(q, k, v, self.number, scale)[0]
+            return _attend(q, k, v, sinks, self.number, scale)[0]
         return sparse_ring_attention(
             q, k, v, pattern=self.pattern, layout=self.layout, mesh=self.mesh, scale=scale, kernel=self.kernel,
-            starts=self.starts.value, window=self.window,
+            starts=self.starts.value, window=self.window, sinks=sinks,
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -78,32 +80,27 @@ class AttentionRuntime:
 
 
 @torch.library.custom_op("mtraining::attend", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor, number: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, number: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
     bound = _bound.get(int(number))
     if bound is None:
         raise RuntimeError(
             "the AttentionRuntime of a compiled attention no longer exists; keep its model alive"
         )
     out, lse, call = attend(
-        q,
-        k,
-        v,
-        bound.pattern,
-        bound.layout,
-        bound.mesh,
-        scale,
-        bound.kernel,
-        0,
-        bound.starts.value,
-        bound.window,
-    )
+        q, k, v, bound.pattern, bound.layout, bound.mesh, scale, bound.kernel, starts=bound.starts.value,
+        window=bound.window, sinks=sinks,
+    )  # fmt: skip
     out, lse = out.contiguous(), lse.contiguous()
     _remember(lse, call)
     return out, lse
 
 
 @_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, number: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, number: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
     batch, rows, heads, _ = q.shape
     lse = q.new_empty(batch, heads, rows, dtype=accumulation_dtype(q.dtype))
     return q.new_empty(q.shape), lse
@@ -111,27 +108,31 @@ def _(q: Tensor, k: Tensor, v: Tensor, number: Tensor, scale: float | None) -> t
 
 @torch.library.custom_op("mtraining::attend_backward", mutates_args=())
 def _attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = attend_backward(dout, q, k, v, out, lse, _recall(lse))
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An operator returns tensors only: the gradient of absent sinks is an empty one."""
+    dq, dk, dv, dsinks = attend_backward(dout, q, k, v, out, lse, _recall(lse), sinks)
     # dk and dv may share memory, which outputs of an operator must not.
-    return dq.contiguous(), dk.contiguous(), dv.clone(memory_format=torch.contiguous_format)
+    dv = dv.clone(memory_format=torch.contiguous_format)
+    return dq.contiguous(), dk.contiguous(), dv, q.new_empty(0) if dsinks is None else dsinks
 
 
 @_attend_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
     ctx.set_materialize_grads(False)  # lse has none
 
 
 def _gradients(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    return *_attend_backward(dout, *ctx.saved_tensors), None, None
+    *gradients, dsinks = _attend_backward(dout, *ctx.saved_tensors)
+    return *gradients, dsinks if ctx.needs_input_grad[3] else None, None, None
 
 
 _attend.register_autograd(_gradients, setup_context=_save)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,7 +53,11 @@ class _Pending:
 
 
 class Checkpointer:
-    """Saves and restores one run. Every method is collective unless it says otherwise."""
+    """Saves and restores one run. Every method is collective unless it says otherwise.
+
+    Attributes:
+        saved: the step that was saved or restored last.
+    """
 
     def __init__(
         self,
@@ -73,6 +78,15 @@ class Checkpointer:
             backend="gloo", timeout=timedelta(seconds=config.distributed.timeout_seconds)
         )
         self._pending: _Pending | None = None
+        self.saved = 0
+        # Held-out losses by step, where `evaluate.keep_best` asks for the best checkpoint.
+        self._losses: dict[int, float] | None = None
+
+    def keep_best(self, losses: Mapping[int, float]) -> None:
+        """From here on the checkpoint of the lowest held-out loss stays; `losses` are those of evaluations so far."""
+        self._losses = dict(losses)
+        if self._process.is_main:
+            self.store.point_at_best(self._losses)
 
     def resume(self) -> int:
         """Restore what `checkpoint.resume` asks for; the number of optimizer steps already done (0: a fresh start).
@@ -88,6 +102,7 @@ class Checkpointer:
         path, manifest = found
         changes = check_same_run(config, found, self._shapes(), self._model.hf_model.config, self._corpus)
         self._restore(path, manifest)
+        self.saved = manifest.step
         behind = on_main(process, lambda: set_aside(config.output, path, manifest.step))
         on_main(process, lambda: record_changes(config.output, changes, manifest.step))
         tell(f"resuming from {path} (step {manifest.step})")
@@ -143,6 +158,7 @@ class Checkpointer:
             tiles=self._tiles,
         )
         writer = DigestWriter(self.store.partial(step))
+        self.saved = step
         if self._config.checkpoint.asynchronous:
             future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
             assert isinstance(future, Future)  # the threaded checkpointer's return type
@@ -174,7 +190,8 @@ class Checkpointer:
             pending.future.result()
             if self._process.is_main:
                 keep_last = self._config.checkpoint.keep_last
-                self.store.commit(pending.step, pending.manifest, pending.writer.files, keep_last)
+                files = pending.writer.files
+                self.store.commit(pending.step, pending.manifest, files, keep_last, self._losses)
         except SAVE_ERRORS as error:
             # A rank is gone, or waited too long: no later save of this group of processes can succeed.
             if failed_collective(error):

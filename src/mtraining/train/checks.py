@@ -18,6 +18,7 @@ from mtraining.model.export_folder import check_target
 from mtraining.model.load import load_tokenizer
 from mtraining.pattern import load_table
 from mtraining.train.config import Config
+from mtraining.train.heldout import held_out
 from mtraining.train.identity import check_options
 from mtraining.train.mesh import Process
 from mtraining.train.optim import updates_lost
@@ -56,6 +57,8 @@ def check_config(config: Config) -> None:
         seed=config.train.seed,
         vocab_size=config.model.config.get("vocab_size"),
     )
+    if config.evaluate.every is not None:
+        held_out(config, shards)
 
 
 def check_tokenizer(config: Config, shards: TokenShards) -> None:

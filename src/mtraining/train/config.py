@@ -27,7 +27,9 @@ from mtraining.inputs.sections import Section, read_section
 from mtraining.inputs.yaml_text import read_yaml, write_yaml
 from mtraining.model import ModelOptions, Refresh
 from mtraining.pattern import Dense, Pattern, build_pattern, load_table, options_of
+from mtraining.train.evaluate_section import EvaluateSection
 from mtraining.train.policy import check_allow
+from mtraining.train.store import CheckpointStore
 
 # Ranks give a sign of life every second, and a busy machine may hold them up for several.
 LEAST_SILENCE_SECONDS = 10
@@ -213,7 +215,7 @@ class CheckpointSection(Section):
         keep_last: checkpoints that stay; older ones are removed.
         async: write in the background while training goes on.
         resume: `auto` resumes from the newest complete checkpoint of the run folder; `never` refuses a folder that
-            holds one; a path names one checkpoint.
+            holds one; `best` goes back to the checkpoint of the lowest held-out loss; a path names one checkpoint.
         allow: what may differ from the checkpoint although a change of it is refused, such as `data.path` or
             `model.rope` (docs/resume.md).
         export: write a Hugging Face folder at the end of the run.
@@ -290,6 +292,7 @@ class Config(Section):
     layout: LayoutSection = LayoutSection()
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection = EvaluateSection()
     log: LogSection = LogSection()
     distributed: DistributedSection = DistributedSection()
 
@@ -337,10 +340,14 @@ class Config(Section):
         return self.train.batch_size // (self.parallel.dp * self.train.micro_batch_size)
 
     @property
+    def evaluate_lengths(self) -> tuple[int, ...]:
+        """Tokens of the sequences that evaluation reads, ascending."""
+        return tuple(sorted(self.evaluate.lengths)) or (self.train.seq_len,)
+
+    @property
     def resume_path(self) -> Path:
-        """The checkpoint that `checkpoint.resume` names: a path, or the name of one in the run folder."""
-        named = self.output / "checkpoints" / self.checkpoint.resume
-        return named if named.is_dir() else Path(self.checkpoint.resume)
+        """The checkpoint that `checkpoint.resume` names: a path, `best`, or the name of one in the run folder."""
+        return CheckpointStore(self.output).find(self.checkpoint.resume)
 
     def to_yaml(self) -> str:
         """Every option, defaults included, in a form that `load_config` reads back to an equal configuration."""

@@ -74,6 +74,16 @@ class Display:
         if self._console is not None:
             self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
+    def show(self, text: str) -> None:
+        """Say beside the bar what goes on now; plain lines leave it out."""
+        if self._live is not None:
+            self._live.update(self._task, numbers=text)
+
+    def evaluated(self, text: str, seconds: float) -> None:
+        """Print the line of an evaluation, and count its seconds to those of the steps."""
+        self._seconds += seconds
+        self.tell(text)
+
     def update(self, record: Mapping[str, Any]) -> None:
         """Show one step's record: a terminal shows all, plain lines the first, last and every `log_every`-th."""
         self._done = record["step"]

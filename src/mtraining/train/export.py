@@ -24,7 +24,7 @@ DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def export_run(run: Path, out: Path, checkpoint: str | None = None, dtype: str | None = None) -> Path:
-    """Write `checkpoint` of `run` (a name in the run folder or a path; default the newest) to `out`; returns its path.
+    """Write `checkpoint` of `run` (`best`, a name in the run folder or a path; default the newest) to `out`; its path.
 
     Raises:
         UserError: no such run, checkpoint or dtype, an `out` that holds anything but an export, or a checkpoint of
@@ -44,7 +44,7 @@ def export_run(run: Path, out: Path, checkpoint: str | None = None, dtype: str |
         if source is None:
             raise UserError(f"{run} has no complete checkpoint to export; train it further first.")
     else:
-        source = store.folder / checkpoint if (store.folder / checkpoint).is_dir() else Path(checkpoint)
+        source = store.find(checkpoint)
     manifest = require_sound(source)
     with joined_processes(config.model_copy(update={"parallel": ParallelSection()})) as process:
         model, tokenizer = parallel_model(config, process)

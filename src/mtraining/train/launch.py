@@ -37,6 +37,7 @@ from mtraining.train.backstop import backstop, mark_done, ranks_of
 from mtraining.train.checks import check_config
 from mtraining.train.config import Config, parse_config
 from mtraining.train.display import quiet_libraries, quiet_tracker
+from mtraining.train.evaluation import SuiteBuilder
 from mtraining.train.loop import train
 from mtraining.train.mesh import check_world
 from mtraining.train.stop import SIGNALS
@@ -45,11 +46,17 @@ from mtraining.train.watch import PeerLost, exit_now, launcher_store, reason, wa
 T = TypeVar("T")
 
 
-def launch(config: Config, nproc: int, before: Callable[[], None] | None = None) -> None:
+def launch(
+    config: Config,
+    nproc: int,
+    before: Callable[[], None] | None = None,
+    suites: SuiteBuilder | None = None,
+) -> None:
     """Train as `config` says on `nproc` local processes and wait for them.
 
     Args:
         before: what each process calls first, by name: a function of a module.
+        suites: as `train` takes it, by name too.
 
     Raises:
         UserError: bad input, found here or by any rank.
@@ -57,7 +64,7 @@ def launch(config: Config, nproc: int, before: Callable[[], None] | None = None)
     """
     check_world(config.parallel, nproc)
     check_config(config)
-    stopped = run_processes(_train, (config.to_yaml(), before), nproc, lambda: way_on(config.output))
+    stopped = run_processes(_train, (config.to_yaml(), before, suites), nproc, lambda: way_on(config.output))
     if stopped is not None:
         raise RunStopped(stopped, SAVED)
 
@@ -108,9 +115,9 @@ def run_processes(
             raise _ended(error.sigval, remedy()) from None
 
 
-def run_launched(config: Config) -> None:
+def run_launched(config: Config, suites: SuiteBuilder | None = None) -> None:
     """Train as `config` says as one of the processes of torchrun; see `as_launched`."""
-    as_launched(lambda: train(config), lambda: way_on(config.output))
+    as_launched(lambda: train(config, suites), lambda: way_on(config.output))
 
 
 def as_launched(function: Callable[[], T], remedy: Callable[[], str]) -> T:
@@ -163,12 +170,12 @@ def _as_rank(function: Callable[..., T], arguments: tuple[Any, ...], folder: Pat
     return result
 
 
-def _train(text: str, before: Callable[[], None] | None) -> str | None:
+def _train(text: str, before: Callable[[], None] | None, suites: SuiteBuilder | None) -> str | None:
     """One rank of a training run; what to tell when a signal asked for a stop."""
     try:
         if before is not None:
             before()
-        train(parse_config(read_yaml(text, "the configuration")))
+        train(parse_config(read_yaml(text, "the configuration")), suites)
     except RunStopped as error:
         if error.code != SAVED:
             raise

@@ -1,7 +1,8 @@
 """A whole run, from a checked configuration to an exported model. Read this file first.
 
 `train(config)` is what every rank executes, alone or under a launcher:
-check -> process groups -> model -> optimizer -> resume -> (batch -> step -> metrics -> checkpoint)* -> export.
+check -> process groups -> model -> optimizer -> resume -> (batch -> step -> metrics -> checkpoint -> evaluation)* ->
+export.
 A signal ends it early: after the step in progress, with a checkpoint (stop.py).
 """
 
@@ -30,6 +31,8 @@ from mtraining.train.checkpoint import Checkpointer
 from mtraining.train.checks import check_config, check_same_tiles, check_table, rounding_warning
 from mtraining.train.config import Config
 from mtraining.train.display import Display
+from mtraining.train.evaluation import Evaluation, SuiteBuilder, build_evaluation, curves, told
+from mtraining.train.heldout import shards_tokenizer
 from mtraining.train.memory_report import MemoryLog
 from mtraining.train.mesh import Process, joined_processes, repeatable
 from mtraining.train.metrics import MetricsWriter
@@ -51,8 +54,11 @@ class RunResult:
     export: Path | None
 
 
-def train(config: Config) -> RunResult:
+def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
     """Run the configuration on this process and its peers. Collective over the launched processes.
+
+    Args:
+        suites: makes what `evaluate.suites` names: `mtraining.evaluate.in_training.build_suite`.
 
     Raises:
         UserError: bad input, before the first step; a loss that is not finite, before the optimizer uses it; a last
@@ -73,13 +79,14 @@ def train(config: Config) -> RunResult:
         ),
         full_disk_told(config.output),
     ):
+        console = Console(file=sys.stdout) if process.is_main else None
+        tell = Display(steps=0, done=0, title="", log_every=1, console=console).tell
         torch.manual_seed(config.train.seed)
         model, tokenizer = parallel_model(config, process)
         tiles = check_same_tiles(process, DTYPES[config.train.dtype], head_dim_of(model.hf_model.config))
         dataset = build_dataset(config, process, vocab_size=model.hf_model.config.vocab_size)
+        evaluation = build_evaluation(config, process, model, dataset.shards, tokenizer, suites, tell)
         optimizer = build_optimizer(model, config.train, process.device)
-        console = Console(file=sys.stdout) if process.is_main else None
-        tell = Display(steps=0, done=0, title="", log_every=1, console=console).tell
         stops.prepare(process, tell)
         if process.allocator:
             tell(process.allocator)
@@ -91,9 +98,12 @@ def train(config: Config) -> RunResult:
         if process.is_main:
             (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         tell(dataset.report.render())
-        done = _steps(config, process, model, optimizer, dataset, checkpointer, done, console, stops)
+        done = _steps(
+            config, process, model, optimizer, dataset, checkpointer, evaluation, done, console, stops
+        )
         checkpoint = checkpointer.require_saved(done)
-        finished = done == config.train.steps and not (config.checkpoint.export and stops.agreed(process))
+        finished = done == config.train.steps and not (evaluation is not None and evaluation.owed(done))
+        finished = finished and not (config.checkpoint.export and stops.agreed(process))
         export = config.output / "export" if finished and config.checkpoint.export else None
         if export is not None:
             stops.at_once("during the export")
@@ -141,11 +151,7 @@ def build_dataset(config: Config, process: Process, vocab_size: int) -> Sequence
 
 def data_tokenizer(config: Config) -> Any:
     """The tokenizer that the shards were made with, to go into the exported folder beside a random model."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(
-        TokenShards(config.data.path).tokenizer_path, trust_remote_code=False
-    )
+    return shards_tokenizer(TokenShards(config.data.path))
 
 
 def _steps(
@@ -155,12 +161,13 @@ def _steps(
     optimizer: torch.optim.AdamW,
     dataset: SequenceDataset,
     checkpointer: Checkpointer,
+    evaluation: Evaluation | None,
     done: int,
     console: Console | None,
     stops: StopRequest,
 ) -> int:
-    """Steps `done` .. `train.steps` - 1, with their metrics and checkpoints, or fewer when a signal asks for an end;
-    how many are done then, the last of them saved (maybe still in the background)."""
+    """Steps `done` .. `train.steps` - 1, with their metrics, evaluations and checkpoints, or fewer when a signal asks
+    for an end; how many are done then, the last of them saved (maybe still in the background)."""
     steps, every = config.train.steps, config.checkpoint.every
     stepper = Stepper(model, optimizer, config.train, process, config.accumulation)
     batches = _batches(config, process, dataset, done)
@@ -173,7 +180,34 @@ def _steps(
         steps=steps, done=done, title=config.pattern.name, log_every=config.log.every, console=console
     )
     memory = MemoryLog(config, model.hf_model, process.device, display.tell) if writer is not None else None
+
+    def evaluated(step: int) -> bool:
+        """Evaluate where it is due, and save where the best checkpoint is kept and this is it; False: given up."""
+        if evaluation is None or not evaluation.owed(step):
+            return True
+        _restart_peak(process.device)
+        record = evaluation.run(step, lambda: stops.agreed(process), display.show)
+        peak = _peak_memory(process.device)
+        _restart_peak(process.device)
+        if record is None:
+            return False
+        if writer is not None:
+            record["memory"] = peak
+            writer.write(record, curves(record))
+            display.evaluated(told(record), record["evaluation_seconds"])
+        if config.evaluate.keep_best:
+            checkpointer.keep_best(evaluation.losses)
+            if evaluation.is_best(step) and checkpointer.saved != step:
+                checkpointer.save(step)
+        return True
+
+    if evaluation is not None:
+        evaluation.go_on_from(writer.kept if writer is not None else [])
+        if config.evaluate.keep_best:
+            checkpointer.keep_best(evaluation.losses)
     with display, writer or nullcontext():
+        # At the start, or after a run that ended before this evaluation did.
+        evaluated(done)
         for step in range(done, steps):
             start = time.perf_counter()
             observe = step == done or (step + 1) % config.log.every == 0 or step == steps - 1
@@ -201,8 +235,12 @@ def _steps(
             due = step == steps - 1 or (every > 0 and (step + 1) % every == 0)
             if due or result.stop:
                 checkpointer.save(step + 1)
-            # Asked during this save: no step for another one.
+            # Asked during this save: no step for another one. An evaluation that is due comes when the run goes on.
             if result.stop or (due and stops.agreed(process)):
+                return step + 1
+            if not evaluated(step + 1):
+                if not due:
+                    checkpointer.save(step + 1)
                 return step + 1
     if done == steps:
         display.tell(f"nothing to do: the checkpoint of step {steps} is there already")
@@ -240,7 +278,8 @@ def _or_stopped(batches: Iterator[Batch], config: Config, process: Process) -> I
 def _record(
     step: int, result: StepResult, seconds: float, config: Config, device: torch.device
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl. Times in seconds, memory (peak of this rank) in bytes; `step` counts from 1."""
+    """One line of metrics.jsonl. Times in seconds, memory (peak of this rank, on a GPU since the last evaluation) in
+    bytes; `step` counts from 1."""
     record: dict[str, Any] = {
         "step": step + 1,
         "loss": result.loss,
@@ -258,6 +297,12 @@ def _peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _restart_peak(device: torch.device) -> None:
+    """Let an evaluation and the steps around it each tell a peak of their own; a CPU's process has but one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _non_finite(
@@ -287,6 +332,6 @@ def _stopped(config: Config, done: int, checkpoint: Path) -> str:
         again += " with --set checkpoint.resume=auto"
     if done == config.train.steps:
         return (
-            f"stopped by a signal after the last step, {done}, saved in {checkpoint}: {again} to export it."
+            f"stopped by a signal after the last step, {done}, saved in {checkpoint}: {again} to finish it."
         )
     return f"stopped by a signal after step {done}, saved in {checkpoint}: {again} to go on from it."

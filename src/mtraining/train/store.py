@@ -3,6 +3,7 @@
     checkpoints/step_00000020/            complete: manifest.json, written last, has size and digest of every file
     checkpoints/step_00000030.partial/    being written, or left by a run that died while writing
     checkpoints/left_behind_1/            what a roll-back to an earlier step left behind (see rollback.py)
+    best -> checkpoints/step_00000020     the one of the lowest held-out loss, with `evaluate.keep_best`
 
 A checkpoint becomes complete in one atomic rename, after its files are on disk. The manifest also says what a reader
 must know before touching a tensor: the step, every option of the run, the model, the data, every parameter's shape.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +29,7 @@ from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import TABLES
 
 MANIFEST = "manifest.json"
+BEST = "best"
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -71,6 +74,7 @@ class CheckpointStore:
 
     def __init__(self, run: Path) -> None:
         self.folder = run / "checkpoints"
+        self.pointer = run / BEST
 
     def path(self, step: int) -> Path:
         """Where the complete checkpoint of `step` lives."""
@@ -79,6 +83,13 @@ class CheckpointStore:
     def partial(self, step: int) -> Path:
         """Where the checkpoint of `step` is written before it is complete."""
         return self.folder / f"step_{step:08d}.partial"
+
+    def find(self, name: str) -> Path:
+        """The checkpoint that is meant: `best`, the name of one in the run folder, or a path. It may be absent."""
+        if name == BEST:
+            return self.pointer.resolve()
+        here = self.folder / name
+        return here if here.is_dir() else Path(name)
 
     def named(self) -> list[Path]:
         """Every checkpoint that was complete once, usable or not, oldest first."""
@@ -107,13 +118,21 @@ class CheckpointStore:
         partial.mkdir(parents=True)
         return partial
 
-    def commit(self, step: int, manifest: Manifest, files: Mapping[str, FileRecord], keep_last: int) -> Path:
+    def commit(
+        self,
+        step: int,
+        manifest: Manifest,
+        files: Mapping[str, FileRecord],
+        keep_last: int,
+        losses: Mapping[int, float] | None = None,
+    ) -> Path:
         """Make the partial checkpoint of `step` the newest complete one, then drop all but the last `keep_last`.
 
         Older checkpoints go only after the new one is durable.
 
         Args:
             files: what was written, by name, as those who wrote it say; it becomes `manifest.files`.
+            losses: held-out losses by step, of which the checkpoint with the lowest stays too; None keeps no best one.
 
         Raises:
             OSError: a file is not there in its full size.
@@ -131,9 +150,30 @@ class CheckpointStore:
             shutil.rmtree(final)
         os.replace(partial, final)
         _sync_folder(self.folder)
+        best = self.point_at_best(losses) if losses is not None else None
         for old in self.complete()[:-keep_last]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
+        if self.pointer.is_symlink() and not self.pointer.exists():
+            self.pointer.unlink()
         return final
+
+    def point_at_best(self, losses: Mapping[int, float]) -> Path | None:
+        """Let `best` of the run folder point to the checkpoint with the lowest of the losses, by step; the earliest of
+        equals. Its path, or None where no checkpoint has a finite loss: then there is no `best`."""
+        known = {path: losses.get(step_of(path), math.inf) for path in self.complete()}
+        best = min(
+            (path for path in known if math.isfinite(known[path])), key=known.__getitem__, default=None
+        )
+        if best is None:
+            self.pointer.unlink(missing_ok=True)
+            return None
+        fresh = self.pointer.with_name(f"{BEST}.new")
+        fresh.unlink(missing_ok=True)
+        # Relative, so that a run folder may move.
+        fresh.symlink_to(best.relative_to(self.pointer.parent))
+        os.replace(fresh, self.pointer)
+        return best
 
     def abandon(self, step: int) -> None:
         """Remove a partial checkpoint whose saving failed, giving its space back."""
