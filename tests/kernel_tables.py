@@ -12,7 +12,7 @@ TABLES: dict[str, Any] = {
     bundle.__name__: bundle for bundle in (RowLists, ColumnLists, QueryTables, KeyTables)
 }
 # Members that are None without starts.
-OF_STARTS = {"reach", "starts", "begin", "masked", "last_seen", "ends"}
+OF_STARTS = {"first_keys", "bases", "reach", "starts", "begin", "masked", "last_seen", "ends"}
 
 
 def table_kinds(bundle: str, starts: bool) -> Any:

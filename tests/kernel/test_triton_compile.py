@@ -96,7 +96,9 @@ def test_compiles(name: str, capability: int, starts: bool) -> None:
     assert 0 < result.metadata.shared <= SHARED_KIB[capability] * 1024
 
 
-def compiled_probe(kernel: Any, capability: int, dim: int, size: int, probes: int = 256) -> Any:
+def compiled_probe(
+    kernel: Any, capability: int, dim: int, size: int, probes: int = 256, scoped: bool = False
+) -> Any:
     """A kernel of the probe for bf16; ``size``: tokens of a block diagonal, 1 for distances."""
     tiles = triton_probe.probe_tiles(probes, dim, 2, divmod(capability, 10), size)
     constants = (size, 8, 4, dim, padded(dim), tiles.queries, tiles.keys, "tf32")
@@ -104,6 +106,7 @@ def compiled_probe(kernel: Any, capability: int, dim: int, size: int, probes: in
     kinds |= dict.fromkeys(("scale_log2", "unit"), "fp32")
     kinds |= dict.fromkeys(("probe_pos_ptr", "key_pos_ptr", "total_ptr"), "*i64")
     kinds["shape"] = "constexpr"
+    kinds["scope"] = triton_probe.Scope(*("*i64" if scoped else "constexpr",) * 3)
     types = {arg: kinds.get(arg, "*fp32" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
     source = source_of(kernel, types, {"shape": triton_probe.Shape(*constants)}, 0)
     return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=tiles.options)
@@ -113,8 +116,9 @@ def compiled_probe(kernel: Any, capability: int, dim: int, size: int, probes: in
     ("capability", "dim", "size"),
     [(80, 128, 128), (90, 128, 128), (100, 128, 128), (90, 64, 64), (90, 128, 1)],
 )
-def test_probe_compiles(capability: int, dim: int, size: int) -> None:
-    result = compiled_probe(triton_probe.probe_mass_kernel, capability, dim, size)
+@pytest.mark.parametrize("scoped", [False, True], ids=["", "scoped"])
+def test_probe_compiles(capability: int, dim: int, size: int, scoped: bool) -> None:
+    result = compiled_probe(triton_probe.probe_mass_kernel, capability, dim, size, scoped=scoped)
     assert result.asm["cubin"]
     assert 0 < result.metadata.shared <= 128 * 1024
     if size > 1:
@@ -123,8 +127,10 @@ def test_probe_compiles(capability: int, dim: int, size: int) -> None:
         assert not re.search(r"convert_layout.*tensor<\d+x\d+xf32", result.asm["ttgir"])
 
 
-def test_probe_lse_compiles() -> None:
-    assert 0 < compiled_probe(triton_probe.probe_lse_kernel, 90, 128, 1).metadata.shared <= 128 * 1024
+@pytest.mark.parametrize("scoped", [False, True], ids=["", "scoped"])
+def test_probe_lse_compiles(scoped: bool) -> None:
+    result = compiled_probe(triton_probe.probe_lse_kernel, 90, 128, 1, scoped=scoped)
+    assert 0 < result.metadata.shared <= 128 * 1024
 
 
 @pytest.mark.parametrize(

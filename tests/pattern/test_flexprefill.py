@@ -15,7 +15,7 @@ from mtraining.errors import UserError
 from mtraining.pattern import SequenceShard, build_pattern
 from mtraining.pattern import flexprefill as module
 from mtraining.pattern.base import Alone
-from mtraining.pattern.flexprefill import heaviest_pairs, jensen_shannon_distance
+from mtraining.pattern.pooled import heaviest_pairs, jensen_shannon_distance
 
 SIZE, N = 4, 32
 BLOCKS = N // SIZE

@@ -63,7 +63,7 @@ def test_heads_that_share_a_probe_are_estimated_once(monkeypatch: pytest.MonkeyP
 
     calls = []
     real = module.column_and_slash_mass
-    monkeypatch.setattr(module, "column_and_slash_mass", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(module, "column_and_slash_mass", lambda *a, **o: calls.append(1) or real(*a, **o))
     q, k, _ = qkv()
     PerHead(block_size=8, heads=(TOKEN, BLOCK, TOKEN, BLOCK, BLOCK, TOKEN)).estimate(
         q, k, SequenceShard.whole(128), 0.25

@@ -1,6 +1,6 @@
 """Attention over a given sparse index: tensors only, no process groups, no models."""
 
-from mtraining.kernel.backend import AttentionKernels, Backend, Decode, EstimationKernels
+from mtraining.kernel.backend import AttentionKernels, Backend, Decode, EstimationKernels, ProbeScope
 from mtraining.kernel.choice import select_backend, select_decode
 from mtraining.kernel.index import SparseIndex, dense_index, pack_blocks
 from mtraining.kernel.placement import Placement
@@ -13,6 +13,7 @@ __all__ = [
     "Decode",
     "EstimationKernels",
     "Placement",
+    "ProbeScope",
     "ReferenceBackend",
     "SparseIndex",
     "check_starts_kernel",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -115,23 +115,44 @@ class AttentionKernels(Protocol):
         ...
 
 
+class ProbeScope(NamedTuple):
+    """What each probe query may see, and where the mass of its slashes is summed.
+
+    Slashes of a document are places of their own: slash d of a query is place ``bases + d``. All are int64
+    (batch, probe), ascending along the probe but for ``reach``.
+
+    Attributes:
+        first_keys: the first key that the query may attend.
+        bases: place of slash 0.
+        reach: slashes of the query's document; mass on those from there on is left out.
+        slots: places in all.
+    """
+
+    first_keys: Tensor
+    bases: Tensor
+    reach: Tensor
+    slots: int
+
+
 class EstimationKernels(Protocol):
     """What a pattern may ask for when it chooses: scores of probe queries, and the heaviest entries."""
 
     def __hash__(self) -> int: ...
 
     def probe_lse(
-        self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float
-    ) -> Tensor:
+        self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float,
+        scope: ProbeScope | None = None,
+    ) -> Tensor:  # fmt: skip
         """Log-sum-exp of probe queries (batch, probe, q_heads, head_dim) over the local keys: (batch, q_heads, probe).
 
         Positions are global, int64; a key after the query does not count; -inf where no local key does.
+        ``probe_positions`` is (probe,), or with a scope (batch, probe).
         """
         ...
 
     def probe_mass(
         self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float, lse: Tensor,
-        seq_len: int, block_size: int,
+        seq_len: int, block_size: int, scope: ProbeScope | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Probability mass under the probe, exp(score - lse) with the *global* lse, summed over the probe.
 
@@ -140,9 +161,11 @@ class EstimationKernels(Protocol):
 
         Args:
             seq_len: a multiple of ``block_size``.
+            scope: bounds each query, and says where its slashes are summed. None: all keys, one place a slash.
 
         Returns:
-            by key (batch * q_heads, local keys) and by slash (batch * q_heads, seq_len // block_size); deterministic.
+            by key (batch * q_heads, local keys) and by slash (batch * q_heads, seq_len // block_size, or with a scope
+            ``scope.slots``); deterministic.
         """
         ...
 

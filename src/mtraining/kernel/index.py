@@ -45,7 +45,8 @@ class SparseIndex:
         seq_len: global sequence length in tokens, a multiple of ``block_size``.
         block_size: tokens a slash block spans in either direction.
         diagonals: bool (batch, q_heads, seq_len // block_size); bit d selects every block (i, i - d).
-        columns: int32 (batch, q_heads, capacity), ascending token positions, padded with ``seq_len``.
+        columns: int32 (batch, q_heads, capacity), ascending token positions, padded with ``seq_len``. A position may
+            come several times where every query that may attend to it has a tile that holds it.
         blocks: uint8 (batch, q_heads, rows, ceil(seq_len // block_size / 8)), bits of query by key blocks as
             :func:`pack_blocks` makes them, or None; the causal part is selected as well (what lies above the
             diagonal is ignored). For 512K tokens, blocks of 128 and 32 ranks: 64 KiB a head on each rank.
@@ -68,8 +69,14 @@ class SparseIndex:
 
     @cached_property
     def column_counts(self) -> Tensor:
-        """int32 (batch, q_heads): columns in use, the padding left out."""
-        return (self.columns < self.seq_len).sum(-1, dtype=torch.int32)
+        """int32 (batch, q_heads): columns in use, padding and repetitions left out."""
+        return self._first_of_columns.sum(-1, dtype=torch.int32)
+
+    @property
+    def _first_of_columns(self) -> Tensor:
+        """bool, like ``columns``: a column, and not the one before it again."""
+        again = torch.nn.functional.pad(self.columns[..., 1:] == self.columns[..., :-1], (1, 0))
+        return (self.columns < self.seq_len) & ~again
 
     def tile_mask(self, q_blocks: Tensor, k_blocks: Tensor) -> Tensor:
         """Which slash tiles join the given blocks: bool (batch, q_heads, len(q_blocks), len(k_blocks)).
@@ -236,7 +243,7 @@ class SparseIndex:
             counts = [tiles.sum(dtype=torch.float64) for _, _, tiles in self.tiles_by_head()]
             slash = torch.stack(counts).view(self.diagonals.shape[:2]) * size * size
         blocks_reading_column = (self._column_ends - self.columns // size).clamp(min=0).double()
-        blocks_reading_column[self.columns >= self.seq_len] = 0
+        blocks_reading_column[~self._first_of_columns] = 0
         return slash + blocks_reading_column.sum(-1) * size
 
     def cost(self) -> Tensor:

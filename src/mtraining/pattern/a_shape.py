@@ -20,10 +20,11 @@ from mtraining.pattern.diagonals import distances_to_diagonals
 class AShape(Pattern):
     """Sinks and a window; the defaults are those of MInference's streaming baseline.
 
-    The window is executed on whole blocks, so up to one block more than asked is kept on either edge.
+    The window is executed on whole blocks, so up to one block more than asked is kept on either edge. So are the sinks
+    of documents that share a sequence.
 
     Attributes:
-        sinks: first tokens, which every query reads.
+        sinks: first tokens of each document, which every query of it reads.
         window: nearest distances, 0 .. window - 1.
     """
 
@@ -42,10 +43,22 @@ class AShape(Pattern):
         seq_len, heads = shard.seq_len, (q.shape[0], q.shape[2])
         near = torch.arange(min(self.window, seq_len), device=q.device)
         diagonals = distances_to_diagonals(near[None], seq_len, self.block_size)
+        diagonals = diagonals.expand(*heads, -1).contiguous()
         columns = torch.arange(min(self.sinks, seq_len), dtype=torch.int32, device=q.device)
-        return SparseIndex(
-            seq_len,
-            self.block_size,
-            diagonals.expand(*heads, -1).contiguous(),
-            columns.expand(*heads, -1).contiguous(),
-        )
+        columns = columns.expand(*heads, -1)
+        if not shard.apart or not self.sinks:
+            return SparseIndex(seq_len, self.block_size, diagonals, columns.contiguous())
+        # How many documents there are is not known here, and the list of columns has one length. So sinks are columns
+        # where a document is alone in its sequence, and else tiles.
+        documents, size = shard.documents, self.block_size
+        assert documents is not None
+        own = shard.all_blocks(size)[shard.comm.rank]
+        first, tokens = documents.first[:, own * size], documents.sizes[:, own * size]
+        key = torch.arange(seq_len // size, device=q.device)
+        last = (first + tokens.clamp(max=self.sinks) - 1) // size
+        tiles = (key >= (first // size)[..., None]) & (key <= last[..., None])
+        alone = tokens == shard.length
+        tiles = (tiles & ~alone[..., None])[:, None].expand(-1, heads[1], -1, -1)
+        alone = documents.sizes[:, :1] == shard.length
+        columns = torch.where(alone[..., None], columns, seq_len).int().contiguous()
+        return shard.block_index(size, tiles, diagonals, columns)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtraining.errors import UserError, did_you_mean
 from mtraining.kernel import EstimationKernels, ReferenceBackend, SparseIndex, pack_blocks
+from mtraining.pattern.documents import Documents
 
 
 class Collective(Protocol):
@@ -66,6 +67,7 @@ class SequenceShard:
         starts: int32 (batch, seq_len), the first key that each query may attend, in global order
             (:mod:`mtraining.kernel.starts`); None for 0 everywhere. An estimate looks at these keys only. Attention
             honours ``starts`` whatever the pattern selects.
+        packed: ``starts`` may tell of several documents. False: they are those of a sliding window alone.
     """
 
     all_positions: Tensor
@@ -73,6 +75,7 @@ class SequenceShard:
     backend: EstimationKernels = field(default_factory=ReferenceBackend)
     padding: int = 0
     starts: Tensor | None = None
+    packed: bool = True
 
     @classmethod
     def whole(cls, seq_len: int, device: torch.device | str = "cpu", padding: int = 0) -> SequenceShard:
@@ -93,19 +96,56 @@ class SequenceShard:
         """Tokens in the blocks that hold a real one: ``length`` rounded up to whole blocks."""
         return -(-self.length // block_size) * block_size
 
-    def of_batch(self, padding: int = 0, starts: Tensor | None = None) -> SequenceShard:
-        """This shard with a batch's own padding and starts; tables of the positions are shared."""
+    def of_batch(self, padding: int = 0, starts: Tensor | None = None, packed: bool = True) -> SequenceShard:
+        """This shard with a batch's own padding and starts; tables of the positions are shared.
+
+        The layers of a model ask for the same one in turn, so the last one is kept with its tables of documents.
+        """
         if padding == self.padding and starts is self.starts:
             return self
-        other = replace(self, padding=padding, starts=starts)
+        version = None if starts is None else starts._version
+        last: tuple[SequenceShard, int | None] | None = vars(self).get("_last")
+        same = last is not None and last[0].starts is starts and last[1] == version
+        if last is not None and same and (last[0].padding, last[0].packed) == (padding, packed):
+            return last[0]
+        other = replace(self, padding=padding, starts=starts, packed=packed)
         vars(other).update(slots=self.slots, _host_positions=self._host_positions)
+        vars(self)["_last"] = other, version
         return other
+
+    @cached_property
+    def documents(self) -> Documents | None:
+        """Whose token is whose; None without ``starts``."""
+        return None if self.starts is None else Documents.of(self.starts, self.length)
+
+    @property
+    def apart(self) -> bool:
+        """There may be several documents, each of which chooses by itself."""
+        return self.starts is not None and self.packed
 
     def real(self, x: Tensor) -> Tensor:
         """``x`` (batch, local tokens, ...) with zeros in place of padding; ``x`` itself where there is none."""
         if not self.padding:
             return x
         there = (self.positions < self.length).view(-1, *(1,) * (x.ndim - 2))
+        return torch.where(there, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def lead(self, x: Tensor, block_size: int) -> Tensor:
+        """``x`` (batch, local tokens, ...) with zeros but for the lead of each block.
+
+        Only the lead has keys in earlier blocks (:mod:`mtraining.pattern.documents`). Without documents: zeros in place
+        of padding.
+        """
+        return self.real(x) if self.documents is None else self._only(x, self.documents.in_lead(block_size))
+
+    def tail(self, x: Tensor, block_size: int) -> Tensor:
+        """The same with the tail of each block, which alone has queries in later blocks."""
+        return self.real(x) if self.documents is None else self._only(x, self.documents.in_tail(block_size))
+
+    def _only(self, x: Tensor, kept: Tensor) -> Tensor:
+        there = (kept[:, self.positions] & (self.positions < self.length)).view(
+            -1, x.shape[1], *(1,) * (x.ndim - 2)
+        )
         return torch.where(there, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
     def real_in_block(self, block_size: int) -> Tensor:
@@ -139,13 +179,18 @@ class SequenceShard:
             blocks: bool (batch, q_heads, local query blocks, blocks of the sequence), this rank's rows in local order.
             diagonals, columns: as :class:`SparseIndex` has them, the same on every rank; none by default.
         """
-        heads = blocks.shape[:2]
-        if diagonals is None:
-            diagonals = blocks.new_zeros(*heads, self.seq_len // block_size)
         if columns is None:
-            columns = torch.empty(*heads, 0, dtype=torch.int32, device=blocks.device)
+            columns = torch.empty(*blocks.shape[:2], 0, dtype=torch.int32, device=blocks.device)
+        return self.listed_index(block_size, pack_blocks(blocks), columns, diagonals)
+
+    def listed_index(
+        self, block_size: int, lists: Tensor, columns: Tensor, diagonals: Tensor | None = None
+    ) -> SparseIndex:
+        """:meth:`block_index` of rows that are packed already (:func:`mtraining.kernel.pack_blocks`)."""
+        if diagonals is None:
+            diagonals = columns.new_zeros(*columns.shape[:2], self.seq_len // block_size, dtype=torch.bool)
         rows = None if self.comm.world == 1 else self.all_blocks(block_size)[self.comm.rank]
-        return SparseIndex(self.seq_len, block_size, diagonals, columns, pack_blocks(blocks), rows)
+        return SparseIndex(self.seq_len, block_size, diagonals, columns, lists, rows)
 
     @cached_property
     def slots(self) -> Tensor:

@@ -9,15 +9,35 @@ from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.pattern.base import SequenceShard
 
 
-def block_means(x: Tensor, block_size: int, shard: SequenceShard) -> Tensor:
+def query_means(q: Tensor, block_size: int, shard: SequenceShard) -> Tensor:
     """(batch, tokens, heads, head_dim) -> means (batch, blocks, heads, head_dim), in fp32 (fp64 for fp64 inputs).
 
-    Means are over the real tokens of a block; a block of padding has 0.
+    Means are over the queries of a block that can look into earlier ones: its real tokens, and where there are
+    documents those of its lead. A block of padding has 0.
     """
-    means = shard.real(x).unflatten(1, (-1, block_size)).mean(2, dtype=accumulation_dtype(x.dtype))
-    if not shard.padding:
-        return means
-    return means * (block_size / shard.real_in_block(block_size).clamp(min=1))[:, None, None].to(means.dtype)
+    own = shard.all_blocks(block_size)[shard.comm.rank]
+    if shard.documents is None:
+        return _means(shard.real(q), block_size, shard.real_in_block(block_size)[None])
+    end = shard.documents.past[:, own * block_size].clamp(max=shard.length)
+    counts = (end - own * block_size).clamp(min=0, max=block_size)
+    return _means(shard.lead(q, block_size), block_size, counts)
+
+
+def key_means(k: Tensor, block_size: int, shard: SequenceShard) -> Tensor:
+    """The same over the keys that later blocks can look at: those of the tail where there are documents."""
+    own = shard.all_blocks(block_size)[shard.comm.rank]
+    if shard.documents is None:
+        return _means(shard.real(k), block_size, shard.real_in_block(block_size)[None])
+    end = (own + 1) * block_size
+    first = torch.maximum(shard.documents.first[:, end - 1], own * block_size)
+    counts = (end.clamp(max=shard.length) - first).clamp(min=0)
+    return _means(shard.tail(k, block_size), block_size, counts)
+
+
+def _means(x: Tensor, block_size: int, counts: Tensor) -> Tensor:
+    """Means of blocks of which ``counts`` int64 (batch or 1, blocks) tokens are not zeroed."""
+    means = x.unflatten(1, (-1, block_size)).mean(2, dtype=accumulation_dtype(x.dtype))
+    return means * (block_size / counts.clamp(min=1))[..., None, None].to(means.dtype)
 
 
 def grouped_products(q: Tensor, k: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ block's attention reaches gamma. Its query-aware index search: the softmax of me
 causal block pairs, as one list over the whole map; the fewest pairs that reach gamma of its total. As in the
 authors' code the first block of keys and the nearest block are always kept. The floor of 1,024 tokens in the
 paper's experiments is left to a union with ``a_shape``.
+
+Where documents are packed, all of this is done for each document (flexprefill_documents.py).
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from torch import Tensor
 
 from mtraining.kernel import SparseIndex
 from mtraining.pattern.base import Collective, Pattern, SequenceShard, require
-from mtraining.pattern.blocks import block_means, grouped_products
+from mtraining.pattern.blocks import grouped_products, key_means, query_means
 from mtraining.pattern.diagonals import distances_to_diagonals
+from mtraining.pattern.flexprefill_documents import estimate_documents
+from mtraining.pattern.pooled import heaviest_pairs, jensen_shannon_distance
 from mtraining.pattern.probe import column_and_slash_mass, gather_queries, share_choice, share_rows
 
 _MAP = 2**24  # block pairs whose weights are in memory at a time
@@ -63,14 +67,16 @@ class FlexPrefill(Pattern):
 
     @torch.no_grad()
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
+        if shard.documents is not None:
+            return estimate_documents(self, q, k, shard, scale)
         size, seq_len, comm = self.block_size, shard.seq_len, shard.comm
         # Budgets are those of the blocks that hold a real token, however much padding follows.
         covered = shard.covered(size)
         batch, _, q_heads, _ = q.shape
         all_blocks = shard.all_blocks(size)
-        queries = block_means(q, size, shard)
+        queries = query_means(q, size, shard)
         keys = queries.new_empty(batch, seq_len // size, *k.shape[2:])
-        means = comm.all_gather(block_means(k, size, shard))
+        means = comm.all_gather(key_means(k, size, shard))
         keys[:, all_blocks.flatten()] = means.transpose(0, 1).flatten(1, 2)
         own = all_blocks[comm.rank]
         last = torch.arange(max(0, shard.length - size), shard.length, device=q.device)
@@ -132,40 +138,3 @@ class FlexPrefill(Pattern):
         columns = shard.backend.heaviest(verticals, nearest, top_p, self.max_columns)
         distances = shard.backend.heaviest(slashes, nearest, top_p, seq_len)
         return columns.to(torch.int32), distances_to_diagonals(distances, seq_len, self.block_size)
-
-
-def jensen_shannon_distance(p: Tensor, q: Tensor) -> Tensor:
-    """Square root of the Jensen-Shannon divergence (natural log) of distributions over the last dimension."""
-    middle = (p + q) / 2
-
-    def divergence(x: Tensor) -> Tensor:
-        return (torch.xlogy(x, x) - torch.xlogy(x, middle)).sum(-1)
-
-    return ((divergence(p) + divergence(q)) / 2).clamp(min=0).sqrt()
-
-
-def heaviest_pairs(weights: Tensor, share: float, total: float, comm: Collective) -> Tensor:
-    """The fewest entries over all rows and ranks whose weights sum to ``share * total``: bool, like ``weights``.
-
-    Entries equal to the lightest chosen one are all chosen. Non-negative floats are ordered as their bits are, so the
-    cut is found from its highest bits down, two at a time. Each time the summed weight from a candidate up decides.
-    This is exact and takes no sort and no host synchronisation.
-
-    Args:
-        weights: (batch, heads, rows, n), this rank's rows, fp32 or fp64, from 0 to 1.
-        total: sum of all weights of a head over all ranks.
-    """
-    if share >= 1:
-        return torch.ones_like(weights, dtype=torch.bool)
-    integer = torch.int64 if weights.dtype == torch.float64 else torch.int32
-    bits = weights.contiguous().view(integer)
-    cut = bits.new_zeros(*weights.shape[:2], 1, 1)
-    # The sign bit is 0 throughout, and so is the next: it would make a weight of 2 or more.
-    for shift in range(torch.iinfo(integer).bits - 4, -1, -2):
-        candidates = [cut + (step << shift) for step in range(1, 4)]
-        reached = [
-            (weights * (bits >= c)).sum((-2, -1), keepdim=True, dtype=torch.float64) for c in candidates
-        ]
-        enough = comm.all_sum(torch.stack(reached)) >= share * total
-        cut = cut + (enough.sum(0, dtype=integer) << shift)
-    return bits >= cut

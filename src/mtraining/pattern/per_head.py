@@ -55,7 +55,7 @@ class PerHead(Pattern):
             )
         groups: dict[Hashable, list[int]] = {}
         for head, pattern in enumerate(self.heads):
-            groups.setdefault(_shared(pattern), []).append(head)
+            groups.setdefault(_shared(pattern, shard), []).append(head)
         parts = [(heads, self._estimate_group(heads, q, k, shard, scale)) for heads in groups.values()]
         return parts[0][1] if len(parts) == 1 else merge_heads(parts, q_heads)
 
@@ -73,10 +73,12 @@ class PerHead(Pattern):
         return patterns[0].estimate(q, k, shard, scale)
 
 
-def _shared(pattern: Pattern) -> Hashable:
+def _shared(pattern: Pattern, shard: SequenceShard) -> Hashable:
     """Heads with equal values of this can share one estimate."""
     if isinstance(pattern, VerticalSlash):
-        return VerticalSlash, pattern.probe, pattern.probe_at
+        # Places of a document's slashes differ by what the slashes are.
+        unit = pattern.slash_by if shard.apart else None
+        return VerticalSlash, pattern.probe, pattern.probe_at, unit
     return pattern
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mtraining.kernel import ProbeScope
 from mtraining.pattern.base import SequenceShard
+from mtraining.pattern.documents import DiagonalSlots, Documents
 
 PLACEMENTS = ("last", "spread", "mixed")
 # 2^32 over the golden ratio: multiples of it fill an interval evenly, whatever their number.
@@ -28,24 +30,103 @@ def probe_positions(count: int, placement: str, seq_len: int, device: torch.devi
     half of them at the end, the first half spread over what comes before.
     """
     count = min(count, seq_len)
-    spread = {"last": 0, "spread": count, "mixed": count // 2}[placement]
-    before = seq_len - (count - spread)
-    part = torch.arange(spread + 1, device=device)
-    start = part * before // max(spread, 1)
-    inside = (part[1:] * _GOLDEN % 2**32 * start.diff()) >> 32
-    return torch.cat([start[:-1] + inside, torch.arange(before, seq_len, device=device)])
+    rank = torch.arange(count, device=device)
+    return _place(rank, torch.full_like(rank, count), torch.full_like(rank, seq_len), placement)
+
+
+def document_probe(count: int, placement: str, documents: Documents) -> Tensor:
+    """Where the probe's queries stand in packed documents: int64 (batch, min(count, real tokens)), ascending.
+
+    Documents share the queries by their tokens, since each token weighs the same in the loss. Within its document each
+    share stands as :func:`probe_positions` has it: ``last`` are the last queries of every document. Documents that are
+    too short for a query of their own (:func:`probed`) have none, and the others share theirs.
+
+    The queries of a document depend on the lengths of all and on what no other holds. -1 stands for a query that is
+    left over, where there are fewer tokens to probe than queries.
+    """
+    count, device = min(count, documents.length), documents.first.device
+    long = probed(documents, count)
+    upto = long.long().cumsum(1)  # tokens of long documents up to and with each
+    total = upto[:, -1:]
+    rank = torch.arange(count, device=device)
+    # The last token of each of ``count`` equal parts says whose query it is.
+    wanted = -(-(rank + 1) * total // count)
+    token = torch.searchsorted(upto, wanted).clamp(max=documents.seq_len - 1)
+    first, size = documents.first.gather(1, token), documents.sizes.gather(1, token)
+    begin = upto.gather(1, first) - 1
+    before, past = begin * count // total.clamp(min=1), (begin + size) * count // total.clamp(min=1)
+    own = torch.minimum(past - before, size)
+    within = rank - before
+    places = first + _place(within, own, size, placement)
+    return torch.where((within < own) & (total > 0), places, -1)
+
+
+def probed(documents: Documents, count: int) -> Tensor:
+    """bool (batch, seq_len): the token's document has at least one of ``count`` probe queries.
+
+    Documents of less than 1 / count of the sequence have none. They are computed whole: together they cost at most
+    1 / count of the sequence's full attention.
+    """
+    return documents.sizes * min(count, documents.length) >= documents.length
+
+
+def _place(rank: Tensor, count: Tensor, size: Tensor, placement: str) -> Tensor:
+    """Place of query ``rank`` of ``count`` in a run of ``size`` tokens; int64, of one shape."""
+    spread = {"last": torch.zeros_like(count), "spread": count, "mixed": count // 2}[placement]
+    before = size - (count - spread)
+    parts = spread.clamp(min=1)
+    start, end = rank * before // parts, (rank + 1) * before // parts
+    inside = ((rank + 1) * _GOLDEN % 2**32 * (end - start)) >> 32
+    return torch.where(rank < spread, start + inside, before + rank - spread)
+
+
+def probe_scope(positions: Tensor, documents: Documents, block_size: int) -> ProbeScope:
+    """What probe queries at ``positions`` int64 (batch, probe) may see, and where their slashes go.
+
+    Places are those of tokens for distances: a document's first token is its distance 0. For block diagonals they are
+    those of :class:`mtraining.pattern.documents.DiagonalSlots`. A query that is left over sees nothing.
+    """
+    there, at = positions >= 0, positions.clamp(min=0)
+    if block_size == 1:
+        base, reach, slots = documents.first, documents.sizes, documents.seq_len
+    else:
+        places = DiagonalSlots.of(documents, block_size)
+        base, reach, slots = places.base, places.reach, places.first.shape[1]
+    base, reach, starts = (x.gather(1, at) for x in (base, reach, documents.starts))
+    return ProbeScope(torch.where(there, starts, documents.seq_len), base, reach, slots)
+
+
+def sequence_scope(
+    positions: Tensor, batch: int, shard: SequenceShard, block_size: int
+) -> tuple[Tensor, ProbeScope | None]:
+    """Queries at ``positions`` int64 (n,), and what starts leave them to see, in places of the whole sequence.
+
+    Returns:
+        with starts positions (batch, n) and a scope; else positions as they are and None.
+    """
+    if shard.starts is None:
+        return positions, None
+    positions = positions.expand(batch, -1)
+    slots, starts = shard.seq_len // block_size, shard.starts.long().gather(1, positions)
+    none = torch.zeros_like(starts)
+    return positions, ProbeScope(starts, none, none + slots, slots)
 
 
 def gather_queries(q: Tensor, positions: Tensor, shard: SequenceShard) -> Tensor:
-    """Queries at global ``positions`` on every rank: (batch, len(positions), q_heads, head_dim).
+    """Queries at global ``positions`` on every rank: (batch, probe, q_heads, head_dim).
 
     Each query has one owner; the others add zeros, so the sum is exact in any dtype.
+
+    Args:
+        positions: int64 (probe,), or (batch, probe) where each batch row has its own; nothing stands at -1.
     """
-    slots = shard.slots[positions]
-    held = (slots >= 0)[:, None, None]
-    return shard.comm.all_sum(
-        torch.where(held, q[:, slots.clamp(min=0)], torch.zeros((), dtype=q.dtype, device=q.device))
-    )
+    slots = torch.where(positions >= 0, shard.slots[positions.clamp(min=0)], -1)
+    held, where = (slots >= 0)[..., None, None], slots.clamp(min=0)
+    if positions.ndim == 1:
+        found = q[:, where]
+    else:
+        found = q[torch.arange(q.shape[0], device=q.device)[:, None], where]
+    return shard.comm.all_sum(torch.where(held, found, torch.zeros((), dtype=q.dtype, device=q.device)))
 
 
 def global_lse(local: Tensor, shard: SequenceShard) -> Tensor:
@@ -55,7 +136,7 @@ def global_lse(local: Tensor, shard: SequenceShard) -> Tensor:
 
 def column_and_slash_mass(
     q: Tensor, k: Tensor, positions: Tensor, shard: SequenceShard, scale: float, block_size: int = 1,
-    probe: Tensor | None = None,
+    probe: Tensor | None = None, scope: ProbeScope | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Probability of each key (verticals) and of each slash under the probe, for the rows owned here.
 
@@ -68,20 +149,22 @@ def column_and_slash_mass(
     favour keys near the end that few queries read.
 
     Args:
-        positions: int64 (probe,), global positions of the probe queries.
+        positions: int64 (probe,), global positions of the probe queries; with a scope (batch, probe).
         block_size: slashes are block diagonals of so many tokens, so many times fewer; 1: token distances.
         probe: the queries at ``positions``, where the caller has gathered them (:func:`gather_queries`).
+        scope: what each query may see (:func:`probe_scope`); None: all that comes before.
 
     Returns:
-        verticals (owned rows, seq_len) and slashes (owned rows, seq_len // block_size), fp32 (fp64 for fp64 inputs).
+        verticals (owned rows, seq_len) and slashes (owned rows, seq_len // block_size, or the scope's slots), fp32
+        (fp64 for fp64 inputs).
         Each row sums to the probe's size, except for what falls beyond the last block diagonal.
     """
     world, seq_len, backend = shard.comm.world, shard.seq_len, shard.backend
     if probe is None:
         probe = gather_queries(q, positions, shard)
-    lse = global_lse(backend.probe_lse(probe, k, positions, shard.positions, scale), shard)
+    lse = global_lse(backend.probe_lse(probe, k, positions, shard.positions, scale, scope), shard)
     columns, slashes = backend.probe_mass(
-        probe, k, positions, shard.positions, scale, lse, seq_len, block_size
+        probe, k, positions, shard.positions, scale, lse, seq_len, block_size, scope
     )
     owned, width = -(-columns.shape[0] // world), columns.shape[1]
     both = pad(torch.cat([columns, slashes], 1), (0, 0, 0, owned * world - columns.shape[0]))

@@ -13,6 +13,7 @@ from torch import Tensor
 from mtraining.errors import UserError
 from mtraining.kernel import SparseIndex
 from mtraining.pattern.base import Pattern, SequenceShard, require
+from mtraining.pattern.by_document import column_filler
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Union(Pattern):
 
     @torch.no_grad()
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
-        return reduce(unite, (member.estimate(q, k, shard, scale) for member in self.members))
+        found = (member.estimate(q, k, shard, scale) for member in self.members)
+        filler = column_filler(shard.documents) if shard.documents is not None and shard.apart else None
+        return reduce(lambda a, b: unite(a, b, filler), found)
 
 
 def _member(given: Pattern | str | Mapping[str, Any], block_size: int) -> Pattern:
@@ -65,14 +68,24 @@ def _member(given: Pattern | str | Mapping[str, Any], block_size: int) -> Patter
     return build_pattern(given["name"], **{"block_size": block_size, **(given.get("options") or {})})
 
 
-def unite(a: SparseIndex, b: SparseIndex) -> SparseIndex:
+def unite(a: SparseIndex, b: SparseIndex, filler: Tensor | None = None) -> SparseIndex:
     """The index of what ``a`` or ``b`` selects: diagonals and blocks by bits, columns merged and still ascending.
 
     Both must be of the same sequence and, where both list blocks, of the same rank.
+
+    Args:
+        filler: what stands in place of a column that both have, by its position (batch, seq_len), so that every
+            document keeps its places in the list (:func:`mtraining.pattern.by_document.column_filler`). None: seq_len.
     """
     columns = torch.cat([a.columns, b.columns], -1).sort(-1).values
     again = torch.nn.functional.pad(columns[..., 1:] == columns[..., :-1], (1, 0))
-    columns = columns.masked_fill(again, a.seq_len).sort(-1).values
+    if filler is None:
+        columns = columns.masked_fill(again, a.seq_len)
+    else:
+        at = columns.flatten(1).clamp(max=a.seq_len - 1).long()
+        fills = filler.gather(1, at).view_as(columns).int()
+        columns = torch.where(again & (columns < a.seq_len), fills, columns)
+    columns = columns.sort(-1).values
     listed = a if a.blocks is not None else b
     blocks = listed.blocks if a.blocks is None or b.blocks is None else a.blocks | b.blocks
     return replace(

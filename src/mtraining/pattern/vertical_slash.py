@@ -16,8 +16,15 @@ from torch import Tensor
 from mtraining.kernel import EstimationKernels, SparseIndex
 from mtraining.kernel.reference.estimate import diagonal_mass
 from mtraining.pattern.base import Pattern, SequenceShard, require
-from mtraining.pattern.diagonals import distances_to_diagonals, heaviest_diagonals
-from mtraining.pattern.probe import PLACEMENTS, column_and_slash_mass, probe_positions, share_choice
+from mtraining.pattern.by_document import estimate_documents
+from mtraining.pattern.diagonals import distances_to_diagonals, heaviest_diagonals, tiles_by_diagonal
+from mtraining.pattern.probe import (
+    PLACEMENTS,
+    column_and_slash_mass,
+    probe_positions,
+    sequence_scope,
+    share_choice,
+)
 
 SLASH_UNITS = ("token", "block")
 
@@ -90,7 +97,7 @@ class VerticalSlash(Pattern):
         columns = self.column_budget()
         require(self, "sinks", self.sinks <= columns, f"at most the column budget of {columns}")
         if by_token:
-            slashes = self._slash_budget()
+            slashes = self.distance_budget()
             require(self, "window", self.window <= slashes, f"at most the slash budget of {slashes}")
 
     def column_budget(self) -> int:
@@ -102,18 +109,22 @@ class VerticalSlash(Pattern):
         """Tokens that a slash spans: ``block_size`` for block diagonals, 1 for token distances."""
         return self.block_size if self.slash_by == "block" else 1
 
-    def _slash_budget(self) -> int:
+    def distance_budget(self) -> int:
+        """Largest number of token distances that a head may keep."""
         return self.max_slashes if self.top_k_slashes is None else self.top_k_slashes
 
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
         return estimate_by_head(q, k, shard, scale, (self,) * q.shape[2])
 
-    def select(self, verticals: Tensor, slashes: Tensor, backend: EstimationKernels) -> tuple[Tensor, Tensor]:
+    def select(
+        self, verticals: Tensor, slashes: Tensor, backend: EstimationKernels, tiles: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The budget applied to probe masses.
 
         Args:
             verticals: of columns, (rows, seq_len).
             slashes: of distances or block diagonals, (rows, seq_len // slash_size).
+            tiles: of block diagonals, int64 (rows, seq_len // block_size), where starts leave fewer than causality.
 
         Returns:
             columns int64 (rows, min(column_budget, seq_len)), ascending, padded with seq_len; diagonals bool (rows,
@@ -123,11 +134,11 @@ class VerticalSlash(Pattern):
         token = torch.arange(seq_len, device=verticals.device)
         columns = backend.heaviest(verticals, token < self.sinks, self.top_p, self.column_budget())
         if self.slash_by == "token":
-            distances = backend.heaviest(slashes, token < self.window, self.top_p, self._slash_budget())
+            distances = backend.heaviest(slashes, token < self.window, self.top_p, self.distance_budget())
             return columns, distances_to_diagonals(distances, seq_len, self.block_size)
         reach = -(-(self.window - 1) // self.block_size)  # the farthest diagonal that the window crosses
         forced = torch.arange(slashes.shape[1], device=slashes.device) <= reach
-        return columns, heaviest_diagonals(slashes, forced, self.top_p, self.slash_density)
+        return columns, heaviest_diagonals(slashes, forced, self.top_p, self.slash_density, tiles)
 
 
 @torch.no_grad()
@@ -138,18 +149,27 @@ def estimate_by_head(
 
     Args:
         q, k, shard, scale: see :meth:`Pattern.estimate`.
-        heads: one pattern per query head, alike in ``block_size``, ``probe`` and ``probe_at``.
+        heads: one pattern per query head, alike in ``block_size``, ``probe`` and ``probe_at``; with documents in
+            ``slash_by`` too.
     """
+    if shard.apart:
+        return estimate_documents(q, k, shard, scale, heads)
     batch, _, q_heads, _ = q.shape
     one = heads[0]
     # Budgets and ties are those of the blocks that hold a real token, however much padding follows.
     seq_len = shard.covered(one.block_size)
     probe = probe_positions(one.probe, one.probe_at, shard.length, q.device)
     size = min(pattern.slash_size for pattern in heads)
-    verticals, slashes = column_and_slash_mass(q, k, probe, shard, scale, size)
+    probe, scope = sequence_scope(probe, batch, shard, size)
+    verticals, slashes = column_and_slash_mass(q, k, probe, shard, scale, size, scope=scope)
     verticals, slashes = verticals[:, :seq_len], slashes[:, : seq_len // size]
+    tiles = None
+    if shard.starts is not None:
+        number = torch.arange(verticals.shape[0], device=q.device) + shard.comm.rank * verticals.shape[0]
+        of_batch = tiles_by_diagonal(shard.starts, seq_len, one.block_size)
+        tiles = of_batch[number.clamp(max=batch * q_heads - 1) // q_heads]
     if heads.count(one) == len(heads):
-        columns, diagonals = one.select(verticals, slashes, shard.backend)
+        columns, diagonals = one.select(verticals, slashes, shard.backend, tiles)
     else:
         rows, capacity = verticals.shape[0], max(pattern.column_budget() for pattern in heads)
         columns = torch.full((rows, min(capacity, seq_len)), seq_len, dtype=torch.int64, device=q.device)
@@ -158,7 +178,8 @@ def estimate_by_head(
             mass = slashes[mine]
             if pattern.slash_size > size:
                 mass = diagonal_mass(mass, pattern.slash_size)
-            chosen, diagonals[mine] = pattern.select(verticals[mine], mass, shard.backend)
+            left = None if tiles is None else tiles[mine]
+            chosen, diagonals[mine] = pattern.select(verticals[mine], mass, shard.backend, left)
             columns[mine, : chosen.shape[1]] = chosen
     columns, diagonals = share_choice(columns, diagonals, batch, q_heads, shard)
     return SparseIndex(seq_len, one.block_size, diagonals, columns).extended(shard.seq_len)

@@ -9,6 +9,10 @@ So each token has a part in the sum, and every vertical and slash crosses the an
 Section 2.2: a softmax over j of the causal squares (j <= i); block (I, J) has the sum over its squares; each
 row of blocks keeps the fewest blocks whose sum reaches the threshold of the row's total. As in the authors'
 code the first block and the query's own are always kept and count first.
+
+Where documents are packed, a row of blocks scores its lead's queries against the keys of the same document
+(:mod:`mtraining.pattern.documents`). In a block that a document ends in, its keys there are not scored. So the
+threshold is then a share of the earlier blocks' mass.
 """
 
 from __future__ import annotations
@@ -64,11 +68,16 @@ class XAttention(Pattern):
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
         own = shard.all_blocks(self.block_size)[shard.comm.rank]
         key = torch.arange(shard.seq_len // self.block_size, device=q.device)
-        forced = (key == 0) | (key == own[:, None])
-        chosen = torch.zeros(q.shape[0], q.shape[2], *forced.shape, dtype=torch.bool, device=q.device)
+        first = torch.zeros_like(own)[None]
+        if shard.documents is not None:
+            first = shard.documents.first[:, own * self.block_size] // self.block_size
+        forced = (key == first[..., None]) | (key == own[:, None])  # (batch or 1, rows, blocks)
+        shape = q.shape[0], q.shape[2], *forced.shape[1:]
+        chosen = torch.zeros(shape, dtype=torch.bool, device=q.device)
         for heads, rows, mass in block_mass(q, k, shard, scale, self.block_size, self.stride):
             seen = mass.shape[-1]  # no row of these sees more
-            chosen[:, heads, rows, :seen] = heaviest_blocks(mass, forced[rows, :seen], self.threshold)
+            always = forced[:, None, rows, :seen]
+            chosen[:, heads, rows, :seen] = heaviest_blocks(mass, always, self.threshold)
         return shard.block_index(self.block_size, chosen)
 
 
@@ -107,7 +116,7 @@ class _Scorer:
     def __init__(
         self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float, block_size: int, stride: int
     ) -> None:
-        self.q, self.k, self.shard = shard.real(q), shard.real(k), shard
+        self.q, self.k, self.shard = shard.lead(q, block_size), shard.tail(k, block_size), shard
         self.factor, self.stride, self.size = scale / stride, stride, block_size
         self.squares = block_size // stride  # in a block, along either side
         self.blocks = q.shape[1] // block_size
@@ -122,8 +131,10 @@ class _Scorer:
             rows = self._of_squares(chunk)
             scores = self._scores(chunk, keys[:, : rows.stop])
             self._hide_future(scores[..., rows], rows, self.rows[rows])  # all before these is past
-            share = self._of_blocks(scores.softmax(-1), self.rows[rows])
-            yield chunk, share.unflatten(-1, (-1, self.squares)).sum(-1)
+            self._hide_others(scores, rows, self.rows[: rows.stop])
+            share = self._of_blocks(scores.softmax(-1), rows)
+            mass = share.unflatten(-1, (-1, self.squares)).sum(-1)
+            yield chunk, self._visible(mass, chunk, self.all_blocks[0])
 
     def with_others(self) -> Iterator[tuple[slice, Tensor]]:
         """Keys come in pieces: each row's softmax within a piece, weighted at the end by what the piece weighs."""
@@ -145,6 +156,7 @@ class _Scorer:
                 rows = self._of_squares(chunk)
                 scores = self._scores(chunk, keys)
                 self._hide_future(scores, rows, self._in_squares(blocks))
+                self._hide_others(scores, rows, self._in_squares(blocks))
                 prob = scores.softmax(-1)
                 # The largest score and its probability tell the log-sum-exp; that of a row that sees nothing is so
                 # small that it weighs nothing.
@@ -153,14 +165,29 @@ class _Scorer:
         weight = (weight - weight.logsumexp(-1, keepdim=True)).exp_()
         for place, share in enumerate(of_piece):
             share.mul_(weight[..., place, None])
-        mass = self._of_blocks(shares, self.rows)
-        yield slice(0, self.blocks), mass.index_select(-1, torch.cat(numbers).argsort())
+        mass = self._of_blocks(shares, slice(0, self.rows.numel()))
+        every = torch.arange(mass.shape[-1], device=mass.device)
+        whole = slice(0, self.blocks)
+        yield whole, self._visible(mass.index_select(-1, torch.cat(numbers).argsort()), whole, every)
 
-    def _of_blocks(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Sums over the rows of squares ``rows`` of each block; a row without a real query has no part in them."""
+    def _of_blocks(self, x: Tensor, rows: slice) -> Tensor:
+        """Sums over the rows of squares ``rows`` of each block; a row without a query of the lead has no part."""
+        token, documents = self.rows[rows] * self.stride, self.shard.documents
         if self.shard.padding:
-            x = x * (rows * self.stride < self.shard.length)[:, None]
+            x = x * (token < self.shard.length)[:, None]
+        if documents is not None:
+            x = x * documents.in_lead(self.size)[:, None, token, None]
         return x.unflatten(2, (-1, self.squares)).sum(3)
+
+    def _visible(self, mass: Tensor, rows: slice, blocks: Tensor) -> Tensor:
+        """``mass`` (batch, group, rows, blocks) of the local blocks ``rows``, 0 where nothing may be attended.
+
+        A row of squares that sees nothing has a softmax all the same.
+        """
+        if self.shard.documents is None:
+            return mass
+        own = self.all_blocks[self.shard.comm.rank][rows]
+        return mass * self.shard.documents.visible(own, self.size)[:, None, :, blocks[: mass.shape[-1]]]
 
     def _chunks(self, first: int, key_blocks: int) -> Iterator[slice]:
         """Local blocks from ``first`` on, as many at a time as :data:`_SCORES` allows."""
@@ -188,6 +215,19 @@ class _Scorer:
             columns: int64, global numbers of the squares of keys.
         """
         scores.masked_fill_(columns > self.rows[rows, None], torch.finfo(scores.dtype).min)
+
+    def _hide_others(self, scores: Tensor, rows: slice, columns: Tensor) -> None:
+        """The same for squares without a key that their row may attend, as :meth:`_hide_future` takes them."""
+        documents = self.shard.documents
+        if documents is None:
+            return
+        token = self.rows[rows] * self.stride
+        hidden = (columns + 1) * self.stride <= documents.starts[:, token, None]
+        # Keys of a block that its lead ends in are those of another document.
+        block, size = token // self.size, self.size
+        ends = documents.first[:, block * size] != documents.first[:, block * size + size - 1]
+        hidden |= ends[..., None] & (columns * self.stride // size == block[:, None])
+        scores.masked_fill_(hidden[:, None], torch.finfo(scores.dtype).min)
 
     def _of_squares(self, blocks: slice) -> slice:
         return slice(blocks.start * self.squares, blocks.stop * self.squares)

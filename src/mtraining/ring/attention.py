@@ -147,10 +147,11 @@ def attend(
     plan = make_plan(ring, layout, q.shape[1] * ring.world, pattern.block_size, q.device)
     backend = select_backend(kernel, q.device, q.dtype, q.shape[-1])
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    packed = starts is not None
     starts = plan.starts(q.shape[0], starts, window)
     if starts is not None:
         check_starts_kernel(kernel)
-    shard = plan.shard(backend, padding, starts)
+    shard = plan.shard(backend, padding, starts, packed)
 
     def prepare(index: SparseIndex | None) -> PreparedCall:
         if index is None:

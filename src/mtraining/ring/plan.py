@@ -39,12 +39,12 @@ class RingPlan:
         return self.all_positions.numel()
 
     def shard(
-        self, backend: EstimationKernels, padding: int = 0, starts: Tensor | None = None
+        self, backend: EstimationKernels, padding: int = 0, starts: Tensor | None = None, packed: bool = True
     ) -> SequenceShard:
         """This rank's part of the sequence, as patterns see it; its last ``padding`` tokens are padding."""
         if backend not in self._shards:
             self._shards[backend] = SequenceShard(self.all_positions, self.ring, backend)
-        return self._shards[backend].of_batch(padding, starts)
+        return self._shards[backend].of_batch(padding, starts, packed)
 
     @cached_property
     def _shards(self) -> dict[EstimationKernels, SequenceShard]:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mtraining.kernel.backend import ProbeScope
+
 
 def _probe_scores(
-    probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float
-) -> Tensor:
-    """(batch, q_heads, probe, keys), -inf in a query's future; fp32, or fp64 for fp64 inputs."""
+    probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float,
+    scope: ProbeScope | None,
+) -> Tensor:  # fmt: skip
+    """(batch, q_heads, probe, keys), -inf for keys that a query may not see; fp32, or fp64 for fp64 inputs."""
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     batch, count, q_heads, dim = probe.shape
     kv_heads = k.shape[2]
     grouped = probe.to(dtype).view(batch, count, kv_heads, q_heads // kv_heads, dim)
     scores = torch.einsum("bpkgd,bskd->bkgps", grouped, k.to(dtype)).flatten(1, 2) * scale
-    return scores.masked_fill_(key_positions[None, :] > probe_positions[:, None], -torch.inf)
+    hidden = key_positions > probe_positions[..., None]
+    if scope is not None:
+        hidden = (hidden | (key_positions < scope.first_keys[..., None]))[:, None]
+    return scores.masked_fill_(hidden, -torch.inf)
 
 
 def diagonal_mass(slashes: Tensor, block_size: int) -> Tensor:
@@ -37,22 +43,44 @@ def diagonal_mass(slashes: Tensor, block_size: int) -> Tensor:
     return own + torch.nn.functional.pad(next_one, (1, -1))
 
 
+def _scoped_mass(prob: Tensor, distance: Tensor, block_size: int, scope: ProbeScope) -> Tensor:
+    """Mass by the scope's places: (batch * q_heads, slots).
+
+    Args:
+        prob: (batch, q_heads, probe, keys).
+        distance: int64 (batch, probe, keys).
+    """
+    batch, heads = prob.shape[:2]
+    total = prob.new_zeros(batch, heads, scope.slots + 1)  # the last place takes what is left out
+    lower, share = distance // block_size, distance % block_size / block_size
+    for slash, part in ((lower, 1 - share), (lower + 1, share)):
+        place = torch.where(slash < scope.reach[..., None], scope.bases[..., None] + slash, scope.slots)
+        place = place.flatten(1)[:, None].expand(-1, heads, -1)
+        total.scatter_add_(2, place, (prob * part.to(prob.dtype)[:, None]).flatten(2))
+    return total[..., : scope.slots].flatten(0, 1)
+
+
 class ReferenceEstimation:
     """Implements :class:`mtraining.kernel.backend.EstimationKernels` in eager PyTorch."""
 
     def probe_lse(
-        self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float
-    ) -> Tensor:
-        return _probe_scores(probe, k, probe_positions, key_positions, scale).logsumexp(-1)
+        self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float,
+        scope: ProbeScope | None = None,
+    ) -> Tensor:  # fmt: skip
+        return _probe_scores(probe, k, probe_positions, key_positions, scale, scope).logsumexp(-1)
 
     def probe_mass(
         self, probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float, lse: Tensor,
-        seq_len: int, block_size: int,
+        seq_len: int, block_size: int, scope: ProbeScope | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        prob = _probe_scores(probe, k, probe_positions, key_positions, scale).sub_(lse[..., None]).exp_()
-        # The future carries no mass.
-        distance = (probe_positions[:, None] - key_positions[None, :]).clamp(min=0)
+        scores = _probe_scores(probe, k, probe_positions, key_positions, scale, scope)
+        # A query that sees no key has an lse of -inf and no mass.
+        prob = scores.sub_(lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp_()
+        # Keys that a query may not see carry no mass.
+        distance = (probe_positions[..., None] - key_positions).clamp(min=0)
         rows = prob.flatten(0, 1)
+        if scope is not None:
+            return rows.sum(1), _scoped_mass(prob, distance, block_size, scope)
         slashes = prob.new_zeros(rows.shape[0], seq_len)
         slashes.scatter_add_(1, distance.flatten().expand(rows.shape[0], -1), rows.flatten(1))
         return rows.sum(1), diagonal_mass(slashes, block_size)

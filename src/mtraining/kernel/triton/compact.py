@@ -41,7 +41,10 @@ def gather_kernel(
 
 @triton.jit
 def invert_kernel(column_ptr, slot_ptr, place_ptr, capacity, seq_len, keys, ROWS: tl.constexpr):
-    """Place among the columns of each (batch, query head) and local key; a column occurs once, so writes never meet."""
+    """Place among the columns of each (batch, query head) and local key.
+
+    Columns that occur several times have gradients of zero, so it does not matter which of their places is found.
+    """
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = _column_slot(column_ptr, slot_ptr, row, column, capacity, seq_len)

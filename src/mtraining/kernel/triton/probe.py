@@ -2,7 +2,9 @@
 
 One program takes one tile of keys of one kv head and every query head that reads it. Keys therefore come from memory
 once a pass; the probe's queries, a few KiB a head, come from the cache. Probe queries that stand before all keys of a
-tile are left out. This is half of all pairs where the probe is spread over the sequence.
+tile are left out. This is half of all pairs where the probe is spread over the sequence. Under a scope (packed
+documents, windows) queries whose first key stands behind the tile are left out too. So a document's queries meet its
+own keys only.
 
 Sums over distances are taken along the diagonals of the score tile, sums over block diagonals as three numbers a query
 and tile. Both are added to int64 fixed-point totals. Integer additions commute, so the result repeats bit for bit
@@ -18,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mtraining.kernel.backend import ProbeScope
 from mtraining.kernel.triton.common import (
     LN2,
     LOG2E,
@@ -51,14 +54,23 @@ class Shape(NamedTuple):
     PRECISION: str
 
 
+class Scope(NamedTuple):
+    """Pointers to a ``ProbeScope``'s int64 (batch, count) tensors, in kernels to those of one batch row; or None."""
+
+    first_keys: Any
+    bases: Any
+    reach: Any
+
+
 class ProbeQueries(NamedTuple):
-    """The probe: queries (batch, count, q_heads, head_dim), and pointers to positions int64 (count,) and lse.
+    """The probe: queries (batch, count, q_heads, head_dim), and pointers to positions int64 (count,), scope and lse.
 
     lse is fp32 (batch, q_heads, count), global; the first pass has none yet and does not read it.
     """
 
     x: Strided
     positions: Any
+    scope: Scope
     lse: Any
     count: Any
 
@@ -71,7 +83,7 @@ class KeyTile(NamedTuple):
         positions: pointer to the first one's position; ``at`` [BLOCK_N] has them all.
         left: keys from the first one to the last local one, of ``keys``.
         astray: how many do not stand where consecutive keys would.
-        blind: tiles of probe queries that stand before all keys.
+        blind, end: tiles of probe queries before the first one, and up to the last one, that may see a key.
     """
 
     k: Any
@@ -81,6 +93,7 @@ class KeyTile(NamedTuple):
     keys: Any
     astray: Any
     blind: Any
+    end: Any
     batch: Any
     kv_head: Any
 
@@ -113,6 +126,39 @@ def _first_reached(probe_pos_ptr, probes, nearest, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _last_reached(first_key_ptr, probes, farthest, BLOCK: tl.constexpr):
+    """Number after the last probe query whose first key stands at or before key position ``farthest``."""
+    lane = tl.arange(0, BLOCK)
+    found = tl.full([BLOCK], 0, tl.int32)
+    for start in range(0, probes, BLOCK):
+        row = start + lane
+        first_key = tl.load(first_key_ptr + row, mask=row < probes, other=2**31 - 1).to(tl.int32)
+        found = tl.maximum(found, tl.where(first_key <= farthest, row + 1, 0))
+    return tl.max(found, 0)
+
+
+@triton.jit
+def _of_batch(scope: Scope, batch, probes):
+    """The scope of one batch row."""
+    first_keys = scope.first_keys + batch * probes
+    return Scope(first_keys, scope.bases + batch * probes, scope.reach + batch * probes)
+
+
+@triton.jit
+def _tiles_reached(
+    probe_pos_ptr, scope: Scope, probes, key_at, left, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(blind, end) of a :class:`KeyTile` with keys at ``key_at`` [BLOCK_N]."""
+    blind = _first_reached(probe_pos_ptr, probes, tl.min(key_at, 0), BLOCK_N) // BLOCK_M
+    end = tl.cdiv(probes, BLOCK_M)
+    if scope.first_keys is not None:
+        farthest = tl.max(tl.where(tl.arange(0, BLOCK_N) < left, key_at, -1), 0)
+        end = tl.cdiv(_last_reached(scope.first_keys, probes, farthest, BLOCK_N), BLOCK_M)
+        end = tl.maximum(end, blind)
+    return blind, end
+
+
+@triton.jit
 def _key_positions(key_pos_ptr, left, BLOCK_N: tl.constexpr):
     """Positions of a tile of keys; those that are not there stand after every query."""
     column = tl.arange(0, BLOCK_N)
@@ -133,7 +179,7 @@ def _raw_scores(probe: ProbeQueries, k, batch, head, probe_tile, shape: tl.const
 
 @triton.jit
 def probe_lse_kernel(
-    probe: Strided, k: Strided, probe_pos_ptr, key_pos_ptr, part_ptr, scale_log2, probes, keys, tiles,
+    probe: Strided, k: Strided, probe_pos_ptr, key_pos_ptr, scope: Scope, part_ptr, scale_log2, probes, keys, tiles,
     shape: tl.constexpr,
 ):  # fmt: skip
     """Log2-sum-exp2 of every probe query over one tile of keys: part (batch, q_heads, tiles, probes)."""
@@ -148,24 +194,37 @@ def probe_lse_kernel(
     left = keys - tile * BLOCK_N
     key_at = _key_positions(key_pos_ptr + first, left, BLOCK_N)  # [BLOCK_N]
     lane = tl.arange(0, BLOCK_M)
-    probe_tiles = tl.cdiv(probes, BLOCK_M)
-    blind = _first_reached(probe_pos_ptr, probes, tl.min(key_at, 0), BLOCK_N) // BLOCK_M
+    if scope.first_keys is not None:
+        probe_pos_ptr += batch * probes
+        scope = _of_batch(scope, batch, probes)
+    blind, end = _tiles_reached(probe_pos_ptr, scope, probes, key_at, left, BLOCK_M, BLOCK_N)
     for member in range(GROUP):
         place = (((batch * KV_HEADS + kv_head) * GROUP + member) * tiles + tile) * probes
         # Tiles of queries that all stand before all keys.
         for probe_tile in range(blind):
             row = probe_tile * BLOCK_M + lane
             tl.store(part_ptr + place + row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=row < probes)
+        if scope.first_keys is not None:
+            # And those whose keys all stand behind these.
+            for probe_tile in range(end, tl.cdiv(probes, BLOCK_M)):
+                row = probe_tile * BLOCK_M + lane
+                nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                tl.store(part_ptr + place + row, nothing, mask=row < probes)
     k_base = start_of_row(k, batch, kv_head, first)
     k_tile = load_tile_rows(k_base, tile_offsets(k.row, BLOCK_N, BLOCK_D), left, shape.HEAD_DIM, BLOCK_D)
-    seeing = tl.maximum(probe_tiles - blind, 1)  # a divisor
-    for step in range(GROUP * (probe_tiles - blind)):
+    seeing = tl.maximum(end - blind, 1)  # a divisor
+    for step in range(GROUP * (end - blind)):
         head = kv_head * GROUP + step // seeing
         probe_tile = blind + step % seeing
         # There is no lse yet; any pointer will do.
-        queries = ProbeQueries(probe, probe_pos_ptr, part_ptr, probes)
+        queries = ProbeQueries(probe, probe_pos_ptr, scope, part_ptr, probes)
         scores, probe_at = _raw_scores(queries, k_tile, batch, head, probe_tile, shape)
-        scores = tl.where(key_at[None, :] <= probe_at[:, None], scores * scale_log2, float("-inf"))
+        seen = key_at[None, :] <= probe_at[:, None]
+        if scope.first_keys is not None:
+            row = probe_tile * BLOCK_M + lane
+            first_key = tl.load(scope.first_keys + row, mask=row < probes, other=0).to(tl.int32)
+            seen = seen & (key_at[None, :] >= first_key[:, None])
+        scores = tl.where(seen, scores * scale_log2, float("-inf"))
         top = tl.max(scores, 1)
         empty = top == float("-inf")
         total = tl.sum(tl.exp2(scores - tl.where(empty, 0.0, top)[:, None]), 1)
@@ -217,7 +276,7 @@ def _add_distances(total_ptr, prob, shift, distance, unit, BLOCK_M: tl.constexpr
 
 @triton.jit
 def _add_entries(
-    total_ptr, prob, probe_pos_ptr, key_at, rows, unit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    total_ptr, prob, probe_pos_ptr, base_ptr, key_at, rows, unit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Add each entry of ``prob`` to the totals by distance: for queries or keys at scattered positions."""
     lane = tl.arange(0, 16)
@@ -226,6 +285,8 @@ def _add_entries(
         index = tl.broadcast_to((first + lane)[:, None], [16, BLOCK_N])
         part = tl.gather(prob, index, 0)
         probe_at = tl.load(probe_pos_ptr + first + lane, mask=first + lane < rows, other=0).to(tl.int32)
+        if base_ptr is not None:
+            probe_at += tl.load(base_ptr + first + lane, mask=first + lane < rows, other=0).to(tl.int32)
         at = total_ptr + (probe_at[:, None] - key_at[None, :])
         tl.atomic_add(at, (part * unit).to(tl.int64), mask=part > 0.0, sem="relaxed")
 
@@ -245,9 +306,19 @@ def _less_column(x, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 @triton.jit
 def _add_diagonals(
-    total_ptr, prob, farthest, unit, slashes, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    total_ptr,
+    prob,
+    farthest,
+    base,
+    reach,
+    unit,
+    SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Add ``prob`` (keys consecutive, queries anywhere) to the totals by block diagonal: three sums a query.
+
+    Diagonal 0 of a query is total ``base``, and it has ``reach`` of them; both [BLOCK_M], or one number for all.
 
     ``farthest`` is each query's distance from where the first key stands: SIZE a + r. The tile is no wider than a
     block, so key j is less than one block diagonal from a, at a + (r - j) / SIZE: this offset's share goes to a + 1 or
@@ -264,12 +335,12 @@ def _add_diagonals(
     sums = tl.join(tl.join(below, own), tl.join(above, tl.zeros_like(own)))
     step = tl.arange(0, 2)[None, :, None] + 2 * tl.arange(0, 2)[None, None, :] - 1
     at = diagonal[:, None, None] + step
-    inside = (sums > 0.0) & (at >= 0) & (at < slashes)  # rounding may put a key at distance 0 a hair below
-    tl.atomic_add(total_ptr + at, (sums * unit).to(tl.int64), mask=inside, sem="relaxed")
+    inside = (sums > 0.0) & (at >= 0) & (at < reach)  # rounding may put a key at distance 0 a hair below
+    tl.atomic_add(total_ptr + (base + at), (sums * unit).to(tl.int64), mask=inside, sem="relaxed")
 
 
 @triton.jit
-def _add_runs(total_ptr, prob, probe_at, tile: KeyTile, sums: Sums, shape: tl.constexpr):
+def _add_runs(total_ptr, prob, probe_at, base, reach, tile: KeyTile, sums: Sums, shape: tl.constexpr):
     """:func:`_add_diagonals` for keys anywhere: each run of consecutive positions by itself."""
     lane = tl.arange(0, shape.BLOCK_N)
     later = (lane > 0) & (lane < tile.left)
@@ -281,7 +352,7 @@ def _add_runs(total_ptr, prob, probe_at, tile: KeyTile, sums: Sums, shape: tl.co
         origin = tl.min(tl.where(inside, tile.at - lane, 2**31 - 1), 0)
         part = tl.where(inside[None, :], prob, 0.0)
         _add_diagonals(
-            total_ptr, part, probe_at - origin, sums.unit, sums.slashes, shape.SIZE, shape.BLOCK_M, shape.BLOCK_N
+            total_ptr, part, probe_at - origin, base, reach, sums.unit, shape.SIZE, shape.BLOCK_M, shape.BLOCK_N
         )  # fmt: skip
 
 
@@ -294,14 +365,13 @@ def _mass_of_tile(
     GROUP: tl.constexpr = shape.GROUP
     BLOCK_M: tl.constexpr = shape.BLOCK_M
     BLOCK_N: tl.constexpr = shape.BLOCK_N
-    probes, blind = probe.count, tile.blind
-    probe_tiles = tl.cdiv(probes, BLOCK_M)
-    seeing = tl.maximum(probe_tiles - blind, 1)  # a divisor
+    probes, blind, end, scope = probe.count, tile.blind, tile.end, probe.scope
+    seeing = tl.maximum(end - blind, 1)  # a divisor
     key_start = tl.load(tile.positions).to(tl.int32)
     lane, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     # Rows a thread of the tensor cores holds, 8 apart, are added as they come; the others once a head.
     columns = tl.zeros([BLOCK_M // 16, 8, BLOCK_N], tl.float32)
-    for step in range(GROUP * (probe_tiles - blind)):
+    for step in range(GROUP * (end - blind)):
         head, probe_tile = tile.kv_head * GROUP + step // seeing, blind + step % seeing
         head_row = tile.batch * shape.KV_HEADS * GROUP + head
         scores, probe_at = _raw_scores(probe, tile.k, tile.batch, head, probe_tile, shape)
@@ -313,40 +383,61 @@ def _mass_of_tile(
             seen = _less_column(farthest.to(tl.float32), 1, BLOCK_M, BLOCK_N) >= 0.0
         else:
             seen = tile.at[None, :] <= probe_at[:, None]
+        if scope.first_keys is not None:
+            first_key = tl.load(scope.first_keys + row, mask=row < probes, other=0).to(tl.int32)
+            if CONSECUTIVE:
+                nearest = tl.minimum(tl.maximum(first_key - key_start, 0), BLOCK_N)
+                seen = seen & (_less_column(nearest.to(tl.float32), 1, BLOCK_M, BLOCK_N) <= 0.0)
+            else:
+                seen = seen & (tile.at[None, :] >= first_key[:, None])
         # [BLOCK_M, BLOCK_N]
         prob = tl.exp2(tl.where(seen, scores * scale_log2 - lse2[:, None], float("-inf")))
 
         # Mass by key.
         pairs = tl.sum(tl.reshape(prob, [BLOCK_M // 16, 2, 8, BLOCK_N]), 1)
         columns = tl.where(probe_tile == blind, 0.0, columns) + pairs
-        if probe_tile == probe_tiles - 1:
+        if probe_tile == end - 1:
             total = tl.sum(tl.reshape(columns, [BLOCK_M // 2, BLOCK_N]), 0)
             tl.store(sums.columns + head_row * tile.keys + column, total, mask=column < tile.left)
 
         # Mass by slash.
         totals = sums.totals + head_row * sums.slashes
+        if SIZE > 1:
+            base, reach = 0, sums.slashes
+            if scope.first_keys is not None:
+                base = tl.load(scope.bases + row, mask=row < probes, other=0).to(tl.int32)[:, None, None]
+                reach = tl.load(scope.reach + row, mask=row < probes, other=0).to(tl.int32)[:, None, None]
         if CONSECUTIVE:
-            _add_diagonals(
-                totals, prob, probe_at - key_start, sums.unit, sums.slashes, SIZE, BLOCK_M, BLOCK_N
-            )
+            _add_diagonals(totals, prob, probe_at - key_start, base, reach, sums.unit, SIZE, BLOCK_M, BLOCK_N)
         elif SIZE > 1:
-            _add_runs(totals, prob, probe_at, tile, sums, shape)
+            _add_runs(totals, prob, probe_at, base, reach, tile, sums, shape)
         else:
             starts = probe.positions + probe_tile * BLOCK_M
             probe_start = tl.load(starts).to(tl.int32)
-            probes_astray = tl.sum(((probe_at != probe_start + lane) & (row < probes)).to(tl.int32), 0)
+            astray = (probe_at != probe_start + lane) & (row < probes)
+            base_ptr = scope.bases
+            if scope.first_keys is not None:
+                base_ptr += probe_tile * BLOCK_M
+                base = tl.load(scope.bases + row, mask=row < probes, other=0).to(tl.int32)
+                own_base = tl.load(base_ptr).to(tl.int32)
+                # Queries of one document.
+                astray = astray | ((base != own_base) & (row < probes))
+            probes_astray = tl.sum(astray.to(tl.int32), 0)
             if tile.astray + probes_astray == 0:
                 # The row numbers, but loaded: indices known before the loop would be kept in registers throughout it.
                 shift = probe_at - probe_start
-                _add_distances(totals, prob, shift, probe_start - key_start, sums.unit, BLOCK_M, BLOCK_N)
+                distance = probe_start - key_start
+                if scope.first_keys is not None:
+                    distance += own_base
+                _add_distances(totals, prob, shift, distance, sums.unit, BLOCK_M, BLOCK_N)
             else:
                 rows = probes - probe_tile * BLOCK_M
-                _add_entries(totals, prob, starts, tile.at, rows, sums.unit, BLOCK_M, BLOCK_N)
+                _add_entries(totals, prob, starts, base_ptr, tile.at, rows, sums.unit, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def probe_mass_kernel(
-    probe: Strided, k: Strided, probe_pos_ptr, key_pos_ptr, lse_ptr, column_ptr, total_ptr,
+    probe: Strided, k: Strided, probe_pos_ptr, key_pos_ptr, scope: Scope, lse_ptr, column_ptr, total_ptr,
     scale_log2, unit, probes, keys, slashes, shape: tl.constexpr,
 ):  # fmt: skip
     """Probability by key: column (batch * q_heads, keys) fp32; by slash: total (batch * q_heads, slashes) int64."""
@@ -366,16 +457,19 @@ def probe_mass_kernel(
     if SIZE == 1:
         astray &= lane < left
     keys_astray = tl.sum(astray.to(tl.int32), 0)
-    blind = _first_reached(probe_pos_ptr, probes, tl.min(key_at, 0), BLOCK_N) // BLOCK_M
-    if blind * BLOCK_M >= probes:
+    if scope.first_keys is not None:
+        probe_pos_ptr += batch * probes
+        scope = _of_batch(scope, batch, probes)
+    blind, end = _tiles_reached(probe_pos_ptr, scope, probes, key_at, left, BLOCK_M, BLOCK_N)
+    if blind >= end:
         for head in range(shape.GROUP):
             row = bh.to(tl.int64) * shape.GROUP + head
             tl.store(column_ptr + row * keys + lane, tl.zeros([BLOCK_N], tl.float32), mask=lane < left)
     k_base = start_of_row(k, batch, kv_head, first)
     # [BLOCK_N, BLOCK_D]
     k_tile = load_tile_rows(k_base, tile_offsets(k.row, BLOCK_N, BLOCK_D), left, shape.HEAD_DIM, BLOCK_D)
-    queries = ProbeQueries(probe, probe_pos_ptr, lse_ptr, probes)
-    own = KeyTile(k_tile, key_pos_ptr, key_at, left, keys, keys_astray, blind, batch, kv_head)
+    queries = ProbeQueries(probe, probe_pos_ptr, scope, lse_ptr, probes)
+    own = KeyTile(k_tile, key_pos_ptr, key_at, left, keys, keys_astray, blind, end, batch, kv_head)
     sums = Sums(column_ptr, total_ptr, unit, slashes)
     if SIZE > 1:  # noqa: SIM102  known when compiled, and the next is not
         if keys_astray == 0:
@@ -433,16 +527,24 @@ def _launch(probe: Tensor, k: Tensor, block_size: int = 1) -> tuple[tuple[int, i
     return grid, Shape(*constants), tiles.options
 
 
+def _scope(scope: ProbeScope | None) -> Scope:
+    """``scope`` as kernels take it."""
+    if scope is None:
+        return Scope(None, None, None)
+    return Scope(scope.first_keys.contiguous(), scope.bases.contiguous(), scope.reach.contiguous())
+
+
 def probe_lse(
-    probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float
-) -> Tensor:
+    probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float,
+    scope: ProbeScope | None = None,
+) -> Tensor:  # fmt: skip
     """See :meth:`mtraining.kernel.backend.EstimationKernels.probe_lse`; unit stride along head_dim."""
     batch, probes, heads, _ = probe.shape
     grid, shape, options = _launch(probe, k)
     part = torch.empty(batch, heads, grid[0], probes, dtype=torch.float32, device=k.device)
     probe_lse_kernel[grid](
-        strided(probe, fixed_row=False), strided(k, fixed_row=False), probe_positions, key_positions, part,
-        scale * LOG2E.value, probes, k.shape[1], grid[0], shape, **options,
+        strided(probe, fixed_row=False), strided(k, fixed_row=False), probe_positions, key_positions, _scope(scope),
+        part, scale * LOG2E.value, probes, k.shape[1], grid[0], shape, **options,
     )  # fmt: skip
     lse = torch.empty(batch, heads, probes, dtype=torch.float32, device=k.device)
     join_lse_kernel[(triton.cdiv(probes, 16), batch * heads)](
@@ -453,7 +555,7 @@ def probe_lse(
 
 def probe_mass(
     probe: Tensor, k: Tensor, probe_positions: Tensor, key_positions: Tensor, scale: float, lse: Tensor,
-    seq_len: int, block_size: int,
+    seq_len: int, block_size: int, scope: ProbeScope | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :meth:`mtraining.kernel.backend.EstimationKernels.probe_mass`; unit stride along head_dim.
 
@@ -465,11 +567,12 @@ def probe_mass(
     batch, probes, heads, _ = probe.shape
     grid, shape, options = _launch(probe, k, block_size)
     columns = torch.empty(batch * heads, k.shape[1], dtype=torch.float32, device=k.device)
-    totals = torch.zeros(batch * heads, seq_len // block_size, dtype=torch.int64, device=k.device)
+    slashes = seq_len // block_size if scope is None else scope.slots
+    totals = torch.zeros(batch * heads, slashes, dtype=torch.int64, device=k.device)
     # A probe query adds a probability of at most one to any slash: their sum stays below 2^62.
     unit = 2.0 ** (61 - probes.bit_length())
     probe_mass_kernel[grid](
-        strided(probe, fixed_row=False), strided(k, fixed_row=False), probe_positions, key_positions, lse, columns,
-        totals, scale * LOG2E.value, unit, probes, k.shape[1], totals.shape[1], shape, **options,
+        strided(probe, fixed_row=False), strided(k, fixed_row=False), probe_positions, key_positions, _scope(scope),
+        lse, columns, totals, scale * LOG2E.value, unit, probes, k.shape[1], totals.shape[1], shape, **options,
     )  # fmt: skip
     return columns, totals.to(torch.float32).mul_(1.0 / unit)
