@@ -16,17 +16,23 @@ def held_out_rows(seq_len: int, count: int, probe: Tensor, seed: int = 0) -> Ten
     return outside[:count].sort().values.to(probe.device)
 
 
-def attention_rows(q: Tensor, k: Tensor, rows: Tensor, head: int, scale: float) -> Tensor:
+def attention_rows(
+    q: Tensor, k: Tensor, rows: Tensor, head: int, scale: float, starts: Tensor | None = None
+) -> Tensor:
     """The true causal softmax of some rows of one head of the first sequence: fp32 (len(rows), tokens).
 
     Args:
         q: (batch, tokens, q_heads, head_dim).
         k: (batch, tokens, kv_heads, head_dim).
+        starts: integers (tokens,), the first key that each query of the sequence may attend; None: 0.
     """
     kv_head = head // (q.shape[2] // k.shape[2])
     scores = q[0, rows, head].float() @ k[0, :, kv_head].float().T * scale
     token = torch.arange(k.shape[1], device=k.device)
-    return scores.masked_fill_(token > rows[:, None], -torch.inf).softmax(-1)
+    hidden = token > rows[:, None]
+    if starts is not None:
+        hidden |= token < starts[rows, None]
+    return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
 
 
 def index_recall(index: SparseIndex, attention: Tensor, rows: Tensor) -> Tensor:

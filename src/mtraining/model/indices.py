@@ -27,6 +27,9 @@ from mtraining.pattern import Pattern, SequenceShard
 from mtraining.ring import Ring
 
 FAR_TOKENS = 32_768
+# Of a block distance: some tile at it was computed; none was; no document is that long. The larger one counts.
+_JOINED, _MISSED, _ABSENT = 2, 1, 0
+_TILES = 2**26  # tiles of lists that are looked at a time
 _FORMS = "every_step, {every_n: k} or {frozen_at: step}"
 
 
@@ -97,7 +100,8 @@ class IndexMemory:
         self._held: dict[int, SparseIndex] = {}
         self._held_step = 0
         self._fresh: dict[int, SparseIndex] = {}
-        self._now: dict[int, Tensor] = {}  # bool (q_heads, num_blocks): block distances computed in this step
+        # uint8 (q_heads, num_blocks), of each block distance: _JOINED, _MISSED or _ABSENT. In this step, and so far.
+        self._now: dict[int, Tensor] = {}
         self._ever: dict[int, Tensor] = {}
 
     @property
@@ -116,7 +120,8 @@ class IndexMemory:
             self._step = None
         for layer, now in self._now.items():
             ever = self._ever.get(layer)
-            self._ever[layer] = now.clone() if ever is None or ever.shape != now.shape else ever | now
+            again = ever is not None and ever.shape == now.shape
+            self._ever[layer] = torch.maximum(ever, now) if again and ever is not None else now.clone()
         if self.refresh.holds and self.refresh.estimates(step):
             self._held, self._fresh = {n: self._from_first_replica(x) for n, x in self._fresh.items()}, {}
             self._held_step = step
@@ -172,18 +177,21 @@ class IndexMemory:
         extra = (distance - head[:, None] - self._step) % self.coverage == 0
         return replace(index, diagonals=index.diagonals | extra)
 
-    def count(self, layer: int, index: SparseIndex) -> None:
-        """Note which block distances of a layer receive gradient; patterns that list blocks are not counted."""
-        if self._step is None or index.blocks is not None:
+    def count(self, layer: int, index: SparseIndex, shard: SequenceShard) -> None:
+        """Note which block distances of a layer receive gradient, and which its documents have.
+
+        Of block lists each rank counts its own rows; :meth:`uncovered` joins what the ranks have.
+        """
+        if self._step is None:
             return
-        selected = index.diagonals.any(0)
-        self._now[layer] = self._now[layer] | selected if layer in self._now else selected
+        seen = _distances(replace(index, starts=shard.starts), shard)
+        self._now[layer] = torch.maximum(self._now[layer], seen) if layer in self._now else seen
 
     def uncovered(self, seq_len: int) -> dict[str, float]:
         """Share of the block distances that no tile of a head joined: their pairs had no slash to bring a gradient.
 
-        Means over layers and heads; columns, which reach any distance at a few keys, are left aside. Call it after a
-        step; collective over the replicas.
+        Means over layers and heads; columns, which reach any distance at a few keys, are left aside. Distances that no
+        document has are not counted. Call it after a step; collective over all ranks.
 
         Returns:
             ``uncovered``: in the last step; ``uncovered_run``: ever since training began; and both again with ``_far``
@@ -191,12 +199,12 @@ class IndexMemory:
         """
         found: dict[str, float] = {}
         for name, by_layer in (("uncovered", self._now), ("uncovered_run", self._ever)):
-            missed = [(~joined).float() for joined in self._over_replicas(by_layer).values()]
-            if missed:
+            counted = list(self._over_ranks(by_layer).values())
+            if counted:
                 far = min(FAR_TOKENS, seq_len // 2) / seq_len
-                beyond = [layer[:, int(far * layer.shape[1]) :] for layer in missed]
-                found[name] = torch.stack([layer.mean() for layer in missed]).mean().item()
-                found[f"{name}_far"] = torch.stack([layer.mean() for layer in beyond]).mean().item()
+                beyond = [layer[:, int(far * layer.shape[1]) :] for layer in counted]
+                found[name] = torch.stack([_missed(layer) for layer in counted]).mean().item()
+                found[f"{name}_far"] = torch.stack([_missed(layer) for layer in beyond]).mean().item()
         return found
 
     def state(self) -> dict[str, Tensor]:
@@ -213,8 +221,8 @@ class IndexMemory:
                 blocks = index.whole(Ring.over(self._cp_mesh)).blocks
                 assert blocks is not None
                 state[f"blocks_{layer}"] = blocks.cpu()
-        for layer, distances in self._over_replicas(self._ever).items():
-            state[f"ever_{layer}"] = distances.to("cpu", torch.uint8)
+        for layer, distances in self._over_ranks(self._ever).items():
+            state[f"distances_{layer}"] = distances.cpu()
         return state
 
     def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
@@ -222,8 +230,8 @@ class IndexMemory:
         self._held_step = int(state["held_step"])
         for name, tensor in state.items():
             kind, _, layer = name.rpartition("_")
-            if kind == "ever":
-                self._ever[int(layer)] = tensor.to(device).bool()
+            if kind == "distances":
+                self._ever[int(layer)] = tensor.to(device)
             elif kind == "shape":
                 seq_len, block_size = tensor.tolist()
                 diagonals, columns = state[f"diagonals_{layer}"].bool(), state[f"columns_{layer}"]
@@ -245,14 +253,51 @@ class IndexMemory:
                 dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
         return replace(index, diagonals=diagonals.bool(), columns=columns, blocks=blocks)
 
-    def _over_replicas(self, by_layer: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Block distances that any replica has: for each layer, bool (q_heads, num_blocks)."""
-        if self._dp_mesh is None:
-            return dict(sorted(by_layer.items()))
-        joined = {layer: by_layer[layer].to(torch.uint8) for layer in sorted(by_layer)}
-        for distances in joined.values():
-            dist.all_reduce(distances, op=dist.ReduceOp.MAX, group=self._dp_mesh.get_group())
-        return {layer: distances.bool() for layer, distances in joined.items()}
+    def _over_ranks(self, by_layer: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Block distances that any rank of any replica has: for each layer, uint8 (q_heads, num_blocks)."""
+        joined = {layer: by_layer[layer].clone() for layer in sorted(by_layer)}
+        ring = Ring.over(self._cp_mesh)
+        for layer, distances in joined.items():
+            if ring.world > 1:
+                joined[layer] = distances = ring.all_gather(distances.contiguous()).amax(0)
+            if self._dp_mesh is not None:
+                dist.all_reduce(distances, op=dist.ReduceOp.MAX, group=self._dp_mesh.get_group())
+        return joined
+
+
+def _missed(distances: Tensor) -> Tensor:
+    """Share of the distances that exist which no tile joined; 0 where none exists."""
+    return (distances == _MISSED).sum() / (distances != _ABSENT).sum().clamp(min=1)
+
+
+def _distances(index: SparseIndex, shard: SequenceShard) -> Tensor:
+    """Of each block distance of an index with its starts, for this rank's rows: uint8 (q_heads, num_blocks)."""
+    distance = torch.arange(index.num_blocks, device=index.diagonals.device)
+    reach = distance.expand(index.diagonals.shape[0], -1)
+    if index.starts is not None:
+        reach = reach - index.first_blocks
+    exists = distance <= reach.amax(1)[:, None]  # (batch, num_blocks)
+    if index.blocks is None:
+        joined = (index.diagonals & exists[:, None]).any(0)
+    else:
+        own = shard.all_blocks(index.block_size)[shard.comm.rank]
+        key = own[:, None] - distance
+        heads = index.diagonals.shape[1]
+        width = max(1, _TILES // (key.numel() * index.diagonals.shape[0]))
+        joined = torch.cat([_joined(index, own, key, slice(h, h + width)) for h in range(0, heads, width)])
+    return torch.where(joined, _JOINED, torch.where(exists.any(0), _MISSED, _ABSENT)).to(torch.uint8)
+
+
+def _joined(index: SparseIndex, own: Tensor, key: Tensor, heads: slice) -> Tensor:
+    """Distances at which some tile of a rank's query blocks ``own`` is selected: bool (heads, num_blocks).
+
+    Args:
+        key: int64 (rows, num_blocks), the key block at each distance of each row; negative where there is none.
+    """
+    assert index.blocks is not None
+    part = replace(index, diagonals=index.diagonals[:, heads], blocks=index.blocks[:, heads])
+    tiles = part.tile_mask(own, torch.arange(index.num_blocks, device=own.device)).any(0)
+    return (tiles.gather(2, key.clamp(min=0).expand_as(tiles)) & (key >= 0)).any(1)
 
 
 def own_rows(index: SparseIndex, shard: SequenceShard) -> SparseIndex:
@@ -283,5 +328,5 @@ class Remembered(Pattern):
             index = self.inner.estimate(q, k, shard, scale)
             self.memory.keep(self.layer, index)
         index = self.memory.cover(index)
-        self.memory.count(self.layer, index)
+        self.memory.count(self.layer, index, shard)
         return index

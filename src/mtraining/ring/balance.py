@@ -42,7 +42,7 @@ def _diagonal_counts(layout: Layout, seq_len: int, block_size: int, world: int) 
 
 
 def tile_work(index: SparseIndex, layout: Layout, world: int) -> Tensor:
-    """Slash tiles computed by each rank for each source's keys, summed over batch and heads.
+    """Slash tiles computed by each rank for each source's keys, summed over batch and heads; none that starts hide.
 
     Any layout and world may be asked about, not only those in use.
 
@@ -52,14 +52,14 @@ def tile_work(index: SparseIndex, layout: Layout, world: int) -> Tensor:
     Raises:
         ValueError: the index holds one rank's block rows only; make it whole first.
     """
-    if index.blocks is not None:
+    if index.blocks is not None or index.starts is not None:
         return _listed_work(index, layout, world)
     counts = _diagonal_counts(layout, index.seq_len, index.block_size, world)
     return counts @ index.diagonals.sum((0, 1), dtype=torch.float64).cpu()
 
 
 def _listed_work(index: SparseIndex, layout: Layout, world: int) -> Tensor:
-    """:func:`tile_work` of an index with block lists: every tile looked at."""
+    """:func:`tile_work` of an index with block lists or starts: every tile looked at."""
     device = index.diagonals.device
     blocks = layout.blocks(index.seq_len, world, index.block_size)
     holds = torch.zeros(world, index.num_blocks, dtype=torch.float64)

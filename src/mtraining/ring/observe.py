@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtraining.kernel import SparseIndex
 from mtraining.pattern import SequenceShard
-from mtraining.pattern.probe import gather_queries, global_lse
+from mtraining.pattern.probe import gather_queries, global_lse, sequence_scope
 from mtraining.ring.balance import Imbalance, imbalance, tile_work
 from mtraining.ring.plan import RingPlan
 
@@ -96,6 +96,8 @@ def measure_recall(
 ) -> Tensor:
     """Share of each row's true softmax mass that the index kept: exp(sparse lse - dense lse).
 
+    The true softmax is over the keys that causality and the shard's starts leave to the row.
+
     Args:
         q, k, lse: this rank's queries, keys and the finished sparse lse (batch, q_heads, local tokens).
         rows: int64 (n,), global positions, the same on every rank.
@@ -103,7 +105,8 @@ def measure_recall(
     Returns:
         (batch, q_heads, n), the same on every rank.
     """
-    dense = shard.backend.probe_lse(gather_queries(q, rows, shard), k, rows, shard.positions, scale)
+    at, scope = sequence_scope(rows, q.shape[0], shard, 1)
+    dense = shard.backend.probe_lse(gather_queries(q, rows, shard), k, at, shard.positions, scale, scope)
     slots = shard.slots[rows]
     held = slots >= 0
     sparse = shard.comm.all_sum(
