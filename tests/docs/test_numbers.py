@@ -126,3 +126,14 @@ def test_commits_that_pages_name_are_in_the_results() -> None:
         for commit in re.findall(r"commit ([0-9a-f]{7})\b", prose(page.read_text()))
     }
     assert len(said) > 5 and said <= known
+
+
+@pytest.mark.parametrize("pattern", ["vertical_slash", "dense"])
+@pytest.mark.parametrize("mix", ["one document", "books", "code", "conversations"])
+def test_balance_of_packed_documents(pattern: str, mix: str) -> None:
+    said = line("docs/performance/balance.md", f"`{pattern}`, {mix}").replace("*", "")
+    for layout in ("zigzag", "striped", "contiguous"):
+        chosen = {"pattern": pattern, "mix": mix, "layout": layout, "ranks": "32"}
+        (row,) = rows("packed-balance.csv", **chosen)
+        assert f"| {float(row['worker']):.2f} ({float(row['total']):.2f}) |" in said
+        assert f"| {row['documents']} |" in said
