@@ -7,8 +7,7 @@ documents, windows) queries whose first key stands behind the tile are left out 
 own keys only.
 
 Sums over distances are taken along the diagonals of the score tile, sums over block diagonals as three numbers a query
-and tile. Both are added to int64 fixed-point totals. Integer additions commute, so the result repeats bit for bit
-whatever the order of programs.
+and tile (probe_sums.py).
 """
 
 from __future__ import annotations
@@ -30,28 +29,17 @@ from mtraining.kernel.triton.common import (
     strided,
     tile_offsets,
 )
+from mtraining.kernel.triton.probe_sums import (
+    KeyTile,
+    Shape,
+    Sums,
+    add_diagonals,
+    add_distances,
+    add_entries,
+    add_runs,
+    less_column,
+)
 from mtraining.kernel.triton.tile_sizes import check_block_size, interpreted, padded
-
-
-class Shape(NamedTuple):
-    """Constants of the probe's kernels, whose argument ``shape`` it is.
-
-    Attributes:
-        SIZE: tokens that a block diagonal spans; 1: slashes are token distances.
-        KV_HEADS: kv heads, each read by GROUP query heads.
-        BLOCK_D: HEAD_DIM, padded to a power of two.
-        BLOCK_M, BLOCK_N: probe queries and keys of a tile of scores.
-        PRECISION: of products, as ``tl.dot`` names it.
-    """
-
-    SIZE: int
-    KV_HEADS: int
-    GROUP: int
-    HEAD_DIM: int
-    BLOCK_D: int
-    BLOCK_M: int
-    BLOCK_N: int
-    PRECISION: str
 
 
 class Scope(NamedTuple):
@@ -73,41 +61,6 @@ class ProbeQueries(NamedTuple):
     scope: Scope
     lse: Any
     count: Any
-
-
-class KeyTile(NamedTuple):
-    """One tile of local keys.
-
-    Attributes:
-        k: the keys [BLOCK_N, BLOCK_D].
-        positions: pointer to the first one's position; ``at`` [BLOCK_N] has them all.
-        left: keys from the first one to the last local one, of ``keys``.
-        astray: how many do not stand where consecutive keys would.
-        blind, end: tiles of probe queries before the first one, and up to the last one, that may see a key.
-    """
-
-    k: Any
-    positions: Any
-    at: Any
-    left: Any
-    keys: Any
-    astray: Any
-    blind: Any
-    end: Any
-    batch: Any
-    kv_head: Any
-
-
-class Sums(NamedTuple):
-    """Where mass is added up: pointers to ``columns``, of the tile's first key, and ``totals`` of slashes.
-
-    Totals are int64 (batch * q_heads, slashes), in units of 1 / ``unit``.
-    """
-
-    columns: Any
-    totals: Any
-    unit: Any
-    slashes: Any
 
 
 @triton.jit
@@ -256,107 +209,6 @@ def join_lse_kernel(part_ptr, lse_ptr, probes, tiles, BLOCK_P: tl.constexpr, BLO
 
 
 @triton.jit
-def _add_distances(total_ptr, prob, shift, distance, unit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Add the sums along the diagonals of ``prob`` (queries and keys both consecutive) to the totals by distance.
-
-    ``distance`` is that of the first query and the first key; row i, column j stand at distance + i - j. Rotating row i
-    by ``shift`` = i lines every diagonal up in one column of the tile, which then holds two of them, BLOCK_N apart.
-    """
-    tl.static_assert(BLOCK_M <= BLOCK_N, "a column would hold three diagonals")
-    lane = tl.arange(0, BLOCK_N)
-    column = shift[:, None] + (BLOCK_N - 1) - lane[None, :]
-    near = column < BLOCK_N
-    rotated = tl.gather(prob, column & (BLOCK_N - 1), 1)
-    at = total_ptr + (distance - (BLOCK_N - 1)) + lane
-    total = tl.sum(tl.where(near, rotated, 0.0), 0)
-    tl.atomic_add(at, (total * unit).to(tl.int64), mask=total > 0.0, sem="relaxed")
-    total = tl.sum(tl.where(near, 0.0, rotated), 0)
-    tl.atomic_add(at + BLOCK_N, (total * unit).to(tl.int64), mask=total > 0.0, sem="relaxed")
-
-
-@triton.jit
-def _add_entries(
-    total_ptr, prob, probe_pos_ptr, base_ptr, key_at, rows, unit, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Add each entry of ``prob`` to the totals by distance: for queries or keys at scattered positions."""
-    lane = tl.arange(0, 16)
-    # A slice of rows at a time: a whole tile of addresses would not fit.
-    for first in range(0, BLOCK_M, 16):
-        index = tl.broadcast_to((first + lane)[:, None], [16, BLOCK_N])
-        part = tl.gather(prob, index, 0)
-        probe_at = tl.load(probe_pos_ptr + first + lane, mask=first + lane < rows, other=0).to(tl.int32)
-        if base_ptr is not None:
-            probe_at += tl.load(base_ptr + first + lane, mask=first + lane < rows, other=0).to(tl.int32)
-        at = total_ptr + (probe_at[:, None] - key_at[None, :])
-        tl.atomic_add(at, (part * unit).to(tl.int64), mask=part > 0.0, sem="relaxed")
-
-
-@triton.jit
-def _less_column(x, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """x[i] - j / SIZE for row i and column j, fp32 (BLOCK_M, BLOCK_N).
-
-    Column j = 8 n + 2 m + c: tensor cores leave a thread the columns of one m, so that 8 n + c are constants in its
-    instructions. As one row of numbers the columns would take a register each, all through the loop.
-    """
-    middle = tl.arange(0, 4).to(tl.float32) * (2 / SIZE)
-    outer = (tl.arange(0, BLOCK_N // 8)[:, None] * 8 + tl.arange(0, 2)[None, :]).to(tl.float32) / SIZE
-    rest = (x[:, None] - middle[None, :])[:, None, :, None] - outer[None, :, None, :]
-    return tl.reshape(rest, [BLOCK_M, BLOCK_N])
-
-
-@triton.jit
-def _add_diagonals(
-    total_ptr,
-    prob,
-    farthest,
-    base,
-    reach,
-    unit,
-    SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Add ``prob`` (keys consecutive, queries anywhere) to the totals by block diagonal: three sums a query.
-
-    Diagonal 0 of a query is total ``base``, and it has ``reach`` of them; both [BLOCK_M], or one number for all.
-
-    ``farthest`` is each query's distance from where the first key stands: SIZE a + r. The tile is no wider than a
-    block, so key j is less than one block diagonal from a, at a + (r - j) / SIZE: this offset's share goes to a + 1 or
-    a - 1, the rest to a.
-    """
-    tl.static_assert(BLOCK_N <= SIZE, "a query would reach further diagonals")
-    farthest = tl.maximum(farthest, 0)  # queries before all keys have nothing to add
-    diagonal = farthest // SIZE
-    offset = _less_column((farthest - diagonal * SIZE).to(tl.float32) / SIZE, SIZE, BLOCK_M, BLOCK_N)
-    above = tl.sum(prob * tl.maximum(offset, 0.0), 1)
-    below = tl.sum(prob * tl.maximum(-offset, 0.0), 1)
-    own = tl.sum(prob, 1) - above - below
-    # As one tensor (BLOCK_M, 2, 2): one trip through shared memory to the threads that add.
-    sums = tl.join(tl.join(below, own), tl.join(above, tl.zeros_like(own)))
-    step = tl.arange(0, 2)[None, :, None] + 2 * tl.arange(0, 2)[None, None, :] - 1
-    at = diagonal[:, None, None] + step
-    inside = (sums > 0.0) & (at >= 0) & (at < reach)  # rounding may put a key at distance 0 a hair below
-    tl.atomic_add(total_ptr + (base + at), (sums * unit).to(tl.int64), mask=inside, sem="relaxed")
-
-
-@triton.jit
-def _add_runs(total_ptr, prob, probe_at, base, reach, tile: KeyTile, sums: Sums, shape: tl.constexpr):
-    """:func:`_add_diagonals` for keys anywhere: each run of consecutive positions by itself."""
-    lane = tl.arange(0, shape.BLOCK_N)
-    later = (lane > 0) & (lane < tile.left)
-    previous = tl.load(tile.positions + lane - 1, mask=later, other=0).to(tl.int32)
-    run_of = tl.cumsum((later & (tile.at != previous + 1)).to(tl.int32), 0)
-    for run in range(tl.max(run_of, 0) + 1):
-        inside = run_of == run
-        # Where the tile's first key would stand if all of it were this run.
-        origin = tl.min(tl.where(inside, tile.at - lane, 2**31 - 1), 0)
-        part = tl.where(inside[None, :], prob, 0.0)
-        _add_diagonals(
-            total_ptr, part, probe_at - origin, base, reach, sums.unit, shape.SIZE, shape.BLOCK_M, shape.BLOCK_N
-        )  # fmt: skip
-
-
-@triton.jit
 def _mass_of_tile(
     probe: ProbeQueries, tile: KeyTile, sums: Sums, scale_log2, CONSECUTIVE: tl.constexpr, shape: tl.constexpr
 ):
@@ -380,14 +232,14 @@ def _mass_of_tile(
         lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2 * LOG2E)
         if CONSECUTIVE:
             farthest = tl.minimum(probe_at - key_start, BLOCK_N)
-            seen = _less_column(farthest.to(tl.float32), 1, BLOCK_M, BLOCK_N) >= 0.0
+            seen = less_column(farthest.to(tl.float32), 1, BLOCK_M, BLOCK_N) >= 0.0
         else:
             seen = tile.at[None, :] <= probe_at[:, None]
         if scope.first_keys is not None:
             first_key = tl.load(scope.first_keys + row, mask=row < probes, other=0).to(tl.int32)
             if CONSECUTIVE:
                 nearest = tl.minimum(tl.maximum(first_key - key_start, 0), BLOCK_N)
-                seen = seen & (_less_column(nearest.to(tl.float32), 1, BLOCK_M, BLOCK_N) <= 0.0)
+                seen = seen & (less_column(nearest.to(tl.float32), 1, BLOCK_M, BLOCK_N) <= 0.0)
             else:
                 seen = seen & (tile.at[None, :] >= first_key[:, None])
         # [BLOCK_M, BLOCK_N]
@@ -408,9 +260,9 @@ def _mass_of_tile(
                 base = tl.load(scope.bases + row, mask=row < probes, other=0).to(tl.int32)[:, None, None]
                 reach = tl.load(scope.reach + row, mask=row < probes, other=0).to(tl.int32)[:, None, None]
         if CONSECUTIVE:
-            _add_diagonals(totals, prob, probe_at - key_start, base, reach, sums.unit, SIZE, BLOCK_M, BLOCK_N)
+            add_diagonals(totals, prob, probe_at - key_start, base, reach, sums.unit, SIZE, BLOCK_M, BLOCK_N)
         elif SIZE > 1:
-            _add_runs(totals, prob, probe_at, base, reach, tile, sums, shape)
+            add_runs(totals, prob, probe_at, base, reach, tile, sums, shape)
         else:
             starts = probe.positions + probe_tile * BLOCK_M
             probe_start = tl.load(starts).to(tl.int32)
@@ -429,10 +281,10 @@ def _mass_of_tile(
                 distance = probe_start - key_start
                 if scope.first_keys is not None:
                     distance += own_base
-                _add_distances(totals, prob, shift, distance, sums.unit, BLOCK_M, BLOCK_N)
+                add_distances(totals, prob, shift, distance, sums.unit, BLOCK_M, BLOCK_N)
             else:
                 rows = probes - probe_tile * BLOCK_M
-                _add_entries(totals, prob, starts, base_ptr, tile.at, rows, sums.unit, BLOCK_M, BLOCK_N)
+                add_entries(totals, prob, starts, base_ptr, tile.at, rows, sums.unit, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
