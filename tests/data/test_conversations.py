@@ -371,7 +371,7 @@ def test_every_rank_has_the_labels_of_its_tokens(tmp_path: Path, name: str) -> N
         for rank in range(4)
     ]
     for window in range(len(whole)):
-        start = whole.start(window)
+        start = int(whole.windows[0].pieces(window)[0][0])
         assert whole[window]["input_ids"].tolist() == ids[start : start + 64].tolist()
         assert whole[window]["labels"].tolist() == labels[start + 1 : start + 65].tolist()
         for rank, part in enumerate(parts):
@@ -393,7 +393,7 @@ def test_sequences_without_a_trained_token_are_left_out(tmp_path: Path, mode: st
     counted = sum(int((dataset[window]["labels"] != -100).sum()) for window in range(len(dataset)))
     assert tokens.num_trained - 2 * 16 <= counted <= tokens.num_trained  # tails alone are lost
     with pytest.raises(IndexError):
-        dataset.start(len(dataset))
+        dataset[len(dataset)]
 
 
 def test_data_without_a_trained_sequence_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtraining.data import ReaderDied, SequenceDataset, TokenShards, build_loader, read, step_windows
+from mtraining.data import ReaderDied, SequenceDataset, TokenShards, build_loader, read, step_plan
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from processes import started, wait_for
@@ -67,7 +67,8 @@ def test_resume_at_any_step(dataset: SequenceDataset) -> None:
 def test_cp_ranks_read_the_same_windows(dataset: SequenceDataset) -> None:
     layout = build_layout("striped", unit=4)
     parts = [
-        SequenceDataset(dataset.shards, 16, seed=5, layout=layout, cp_rank=rank, cp_size=2) for rank in (0, 1)
+        SequenceDataset(dataset.sources, 16, seed=5, layout=layout, cp_rank=rank, cp_size=2)
+        for rank in (0, 1)
     ]
     for whole, *dealt in islice(
         zip(*(build_loader(ds, global_batch=4) for ds in (dataset, *parts)), strict=True), 8
@@ -88,9 +89,9 @@ def test_worker_processes_change_nothing(dataset: SequenceDataset) -> None:
     assert found + firsts(batches) == steps(dataset, 5)
 
 
-def test_step_windows_name_the_batch(dataset: SequenceDataset) -> None:
+def test_a_steps_plan_names_the_batch(dataset: SequenceDataset) -> None:
     for step in (0, 2, 7):
-        windows = step_windows(dataset, step, global_batch=8, dp_rank=1, dp_size=2)
+        windows = step_plan(dataset, step, global_batch=8, dp_size=2).windows[1]
         assert [40 + window for window in windows] == steps(dataset, 1, start_step=step)[0][4:]
     assert dataset.describe(windows[0]) == f"document 'd', tokens {16 * windows[0]}..{16 * windows[0] + 16}"
 

@@ -1,4 +1,4 @@
-"""Text -> tokens -> full-length or packed sequences -> sharded, laid-out batches.
+"""Text -> tokens -> full-length or packed sequences, of one source or several -> sharded, laid-out batches.
 
 Names are resolved on first use: the worker processes of :func:`prepare` import this package and must not pay
 for importing torch.
@@ -10,22 +10,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtraining.data.dataset import DatasetReport, SequenceDataset
-    from mtraining.data.loader import ReaderDied, build_loader, read, step_windows
+    from mtraining.data.dataset import DataSource, SequenceDataset
+    from mtraining.data.loader import ReaderDied, build_loader, read, step_plan
     from mtraining.data.options import PrepareOptions, PrepareSummary
     from mtraining.data.preparation import prepare
     from mtraining.data.shards import TokenShards
     from mtraining.data.sources import Skipped
     from mtraining.data.tokenizer import save_byte_tokenizer
     from mtraining.data.vocabulary import check_vocabulary
+    from mtraining.data.windows import DatasetReport
 
 _HOME = {
-    "DatasetReport": "dataset",
+    "DataSource": "dataset",
+    "DatasetReport": "windows",
     "SequenceDataset": "dataset",
     "ReaderDied": "loader",
     "build_loader": "loader",
     "read": "loader",
-    "step_windows": "loader",
+    "step_plan": "loader",
     "PrepareOptions": "options",
     "PrepareSummary": "options",
     "prepare": "preparation",
@@ -36,6 +38,7 @@ _HOME = {
 }
 
 __all__ = [
+    "DataSource",
     "DatasetReport",
     "PrepareOptions",
     "PrepareSummary",
@@ -48,7 +51,7 @@ __all__ = [
     "prepare",
     "read",
     "save_byte_tokenizer",
-    "step_windows",
+    "step_plan",
 ]
 
 

@@ -1,7 +1,8 @@
-"""Full-length or packed sequences from token shards, dealt to context-parallel ranks by the layout."""
+"""Sequences of token shards, from one source or a mixture of several, dealt to context-parallel ranks by the layout."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,62 +10,78 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from mtraining.data.mixture import Exhausted, Mixture
 from mtraining.data.shards import IGNORE, TokenShards
+from mtraining.data.vocabulary import check_same_vocabulary
+from mtraining.data.windows import LOOK_AHEAD, DatasetReport, Windows, ranked
 from mtraining.errors import UserError
 from mtraining.layout import Layout
 
-MODES = ("documents", "concat")
+
+@dataclass(frozen=True)
+class DataSource:
+    """One of the prepared folders that a run mixes.
+
+    Attributes:
+        shards: the documents.
+        name: in metrics and messages.
+        weight: relative share of the sequences, above 0.
+        max_epochs: how often its sequences may be read; None has no end.
+    """
+
+    shards: TokenShards
+    name: str
+    weight: float = 1.0
+    max_epochs: float | None = None
 
 
 @dataclass(frozen=True)
-class DatasetReport:
-    """What a dataset uses and what it leaves aside. Tokens are input tokens of one epoch.
+class SourceCount:
+    """What one source gives to a run. ``epochs`` counts the readings of its sequences."""
 
-    Attributes:
-        windows: sequences of an epoch.
-        windows_untrained: sequences that are left out because no token of theirs is trained, as of a long prompt.
-    """
-
-    windows: int
-    documents_used: int
-    documents_too_short: int
-    tokens_used: int
-    tokens_unused: int
-    windows_untrained: int = 0
+    name: str
+    sequences: int
+    share: float
+    epochs: float
 
     def render(self) -> str:
-        """One line."""
-        untrained = f"; {self.windows_untrained:,} sequences without a trained token left out"
-        return (
-            f"{self.windows:,} sequences ({self.tokens_used:,} tokens an epoch) of {self.documents_used:,} documents; "
-            f"{self.documents_too_short:,} documents too short, {self.tokens_unused:,} tokens unused"
-            f"{untrained if self.windows_untrained else ''}"
-        )
+        """A few words."""
+        return f"{self.name} {self.sequences:,} ({self.share:.1%}, {self.epochs:.2f} epochs)"
 
 
 class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
-    """Map-style dataset of windows of `seq_len` inputs and their shifted labels, this cp rank's tokens only.
+    """Map-style dataset of sequences of `seq_len` inputs and their shifted labels, this cp rank's tokens only.
 
-    shards: a `TokenShards` or the path of one.
+    shards: a `TokenShards` or the path of one; or several `DataSource` to mix.
     mode: ``documents``: every document yields floor((length - 1) / seq_len) full-length windows, its tail and shorter
         documents are left out (and counted in `report`); ``concat``: the documents, each ending in its end-of-text
-        token, are one stream cut into windows.
-    seed: of the epoch orders; None keeps the stored order in every epoch.
+        token, are one stream cut into windows; ``packed``: full windows as in ``documents``, and tails and shorter
+        documents share sequences, whole, in which each sees itself alone.
+    seed: of the epoch orders and of packing; None keeps the stored order in every epoch.
     layout, cp_rank, cp_size: which tokens of a window this rank holds; layout None means all (cp_size 1).
     vocab_size: the model's vocabulary; stored ids must lie in it.
     mask_boundaries: in concat mode, label -100 where the next token belongs to another document.
+    look_ahead: documents that wait to be packed at one time.
 
     Items: {"input_ids", "labels", "position_ids"}, each int64 (seq_len / cp_size,), in the layout's local order;
-    position_ids are positions within the window.
+    position_ids are positions within the window. Packed items have "starts" too, int32 (seq_len,), in global order and
+    the same on every cp rank: the first position of each token's document. There position_ids begin at 0 in each
+    document. What no document fills is padding, at the end of the sequence: end-of-text ids with labels of -100, which
+    are one document of their own.
+
+    Attributes:
+        sources: the `DataSource` entries; one for a dataset of one folder.
+        windows: the `Windows` of each source. A window's number counts through all of them.
+        mixture: the source of every sample.
 
     Raises:
-        UserError: shards that cannot be read, no full window, an id outside the vocabulary, a length the layout
-            cannot deal.
+        UserError: shards that cannot be read, no full window, an id outside the vocabulary, sources of different
+            tokenizers, a length the layout cannot deal.
     """
 
     def __init__(
         self,
-        shards: TokenShards | Path | str,
+        shards: TokenShards | Path | str | Sequence[DataSource],
         seq_len: int,
         *,
         mode: str = "documents",
@@ -74,11 +91,10 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         cp_size: int = 1,
         vocab_size: int | None = None,
         mask_boundaries: bool = False,
+        look_ahead: int = LOOK_AHEAD,
     ) -> None:
-        self.shards = shards if isinstance(shards, TokenShards) else TokenShards(shards)
+        self.sources = _sources(shards)
         self.seq_len, self.mode, self.seed, self.mask_boundaries = seq_len, mode, seed, mask_boundaries
-        if mode not in MODES:
-            raise UserError(f"data.mode '{mode}' is unknown; use {' or '.join(MODES)}")
         if seq_len < 1:
             raise UserError(f"train.seq_len is {seq_len}; it must be at least 1")
         if not 0 <= cp_rank < cp_size:
@@ -86,124 +102,200 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         if layout is None and cp_size > 1:
             raise UserError(f"layout is missing; cp_size {cp_size} needs one of contiguous, zigzag, striped")
         self.vocab_size = vocab_size
-        if vocab_size is not None and self.shards.max_token_id >= vocab_size:
-            self._refuse_vocabulary(vocab_size)
+        for source in self.sources:
+            if vocab_size is not None and source.shards.max_token_id >= vocab_size:
+                _refuse_vocabulary(source.shards, vocab_size)
+        check_same_vocabulary([source.shards for source in self.sources])
         if layout is None:
             self._positions = np.arange(seq_len)
         else:
             layout.check(seq_len, cp_size)
             self._positions = layout.positions(seq_len, cp_size)[cp_rank].numpy()
-        per_document = (self.shards.lengths - 1) // seq_len
-        # the windows of documents up to and including each: window i belongs to the first whose count exceeds i
-        self._last_windows = np.cumsum(per_document)
-        self._length = (
-            int(self._last_windows[-1]) if mode == "documents" else (self.shards.num_tokens - 1) // seq_len
+        self.windows = [
+            Windows(source.shards, seq_len, mode, seed=seed, number=number, look_ahead=look_ahead)
+            for number, source in enumerate(self.sources)
+        ]
+        self._ends = np.cumsum([len(windows) for windows in self.windows])
+        self.mixture = Mixture(
+            [source.weight for source in self.sources],
+            [
+                _limit(source, len(windows))
+                for source, windows in zip(self.sources, self.windows, strict=True)
+            ],
+            seed,
         )
-        if self._length == 0:
-            self._refuse_short()
-        # the windows to use, of those that lie in the stream; None for all
-        self._kept: np.ndarray | None = None
-        found = self._length
-        if self.shards.masked:
-            self._keep_trained()
-        used = per_document > 0 if mode == "documents" else np.ones(self.shards.num_documents, dtype=bool)
-        self.report = DatasetReport(
-            windows=self._length,
-            documents_used=int(used.sum()),
-            documents_too_short=int((~used).sum()),
-            tokens_used=self._length * seq_len,
-            tokens_unused=self.shards.num_tokens - self._length * seq_len,
-            windows_untrained=found - self._length,
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    @property
+    def report(self) -> DatasetReport:
+        """Of all sources together."""
+        reports = [windows.report for windows in self.windows]
+        return DatasetReport(
+            *(sum(values) for values in zip(*(vars(one).values() for one in reports), strict=True))
         )
 
-    def _keep_trained(self) -> None:
-        """Leave out windows without a trained label: a step of nothing else would have no loss."""
-        starts = (self._start(window) for window in range(self._length))
-        trained = [self.shards.any_trained(start + 1, start + self.seq_len + 1) for start in starts]
-        kept = np.flatnonzero(trained)
-        if not kept.size:
-            raise UserError(
-                f"dataset '{self.shards.path}' has no sequence of train.seq_len {self.seq_len:,} with a trained token; "
-                "prepare it again with --train-on all, or raise train.seq_len"
+    @property
+    def identity(self) -> str:
+        """Which documents these are and how they are mixed, in words and digests: the same wherever they lie."""
+        if len(self.sources) == 1 and self.sources[0].max_epochs is None:
+            return self.sources[0].shards.identity
+        return "; ".join(
+            f"{source.shards.identity}, weight {source.weight:g}, "
+            + (
+                "repeated without end"
+                if source.max_epochs is None
+                else f"at most {source.max_epochs:g} epochs"
             )
-        if kept.size < self._length:
-            self._kept, self._length = kept, int(kept.size)
-
-    def _refuse_short(self) -> None:
-        shards = self.shards
-        if self.mode == "concat":
-            raise UserError(
-                f"dataset '{shards.path}' has {shards.num_tokens:,} tokens, fewer than one sequence of train.seq_len "
-                f"{self.seq_len:,} and its last label; lower train.seq_len to at most {shards.num_tokens - 1:,} or add "
-                "text"
-            )
-        longest = int(shards.lengths.argmax())
-        tokens = int(shards.lengths[longest])
-        raise UserError(
-            f"dataset '{shards.path}' has no document of train.seq_len {self.seq_len:,} tokens and one more: the "
-            f"longest, '{shards.name(longest)}', has {tokens:,}; lower train.seq_len to at most {tokens - 1:,}, add "
-            "longer documents, "
-            "or use data.mode=concat"
+            for source in self.sources
         )
 
-    def _refuse_vocabulary(self, vocab_size: int) -> None:
-        for name, tokens in self.shards.documents():
-            if int(tokens.max()) >= vocab_size:
-                raise UserError(
-                    f"dataset '{self.shards.path}': document '{name}' holds token id {int(tokens.max())}, outside the "
-                    f"model's vocabulary of {vocab_size}; prepare it again with the model's tokenizer"
-                )
-        raise UserError(
-            f"dataset '{self.shards.path}': meta.json names token id {self.shards.max_token_id}, outside the model's "
-            f"vocabulary of {vocab_size}, yet no document holds it; prepare it again"
+    def render(self) -> str:
+        """What is used and what is left aside, a line a source."""
+        if len(self.sources) == 1:
+            return self.windows[0].report.render()
+        return "\n".join(
+            f"{source.name}: {windows.report.render()}"
+            for source, windows in zip(self.sources, self.windows, strict=True)
         )
 
     def __len__(self) -> int:
-        return self._length
+        return int(self._ends[-1])
 
-    def start(self, window: int) -> int:
-        """Where a window begins in the token stream."""
-        if not 0 <= window < self._length:
-            raise IndexError(f"sequence {window} of {self._length}")
-        return self._start(window if self._kept is None else int(self._kept[window]))
-
-    def _start(self, window: int) -> int:
-        """Where a window begins, of all that lie in the stream."""
-        if self.mode == "concat":
-            return window * self.seq_len
-        document = int(np.searchsorted(self._last_windows, window, side="right"))
-        before = int(self._last_windows[document - 1]) if document else 0
-        return int(self.shards.starts[document]) + (window - before) * self.seq_len
+    def _of(self, window: int) -> tuple[int, int]:
+        """The source of a window, and its number there."""
+        if not 0 <= window < len(self):
+            raise IndexError(f"sequence {window} of {len(self)}")
+        source = int(np.searchsorted(self._ends, window, side="right"))
+        return source, window - (int(self._ends[source - 1]) if source else 0)
 
     def __getitem__(self, window: int) -> dict[str, torch.Tensor]:
-        at = self.start(window) + self._positions
-        ids, labels = self.shards.gather(at), self.shards.labels(at + 1)
+        source, number = self._of(window)
+        shards = self.sources[source].shards
+        starts, lengths = self.windows[source].pieces(number)
+        # Where each piece begins in the sequence, and padding behind them.
+        begins = np.cumsum(lengths) - lengths
+        filled = int(lengths.sum())
+        if filled < self.seq_len:
+            begins = np.append(begins, filled)
+            starts = np.append(starts, 0)
+        piece = np.searchsorted(begins, self._positions, side="right") - 1
+        within = self._positions - begins[piece]
+        real = self._positions < filled
+        at = starts[piece[real]] + within[real]
+        ids = np.full(self._positions.shape, shards.eos_token_id, dtype=np.int64)
+        labels = np.full(self._positions.shape, IGNORE, dtype=np.int64)
+        ids[real], labels[real] = shards.gather(at), shards.labels(at + 1)
         if self.vocab_size is not None and max(ids.max(), labels.max()) >= self.vocab_size:
-            self._refuse_vocabulary(self.vocab_size)  # the files changed after the check at the start
+            _refuse_vocabulary(shards, self.vocab_size)  # the files changed after the check at the start
         if self.mode == "concat" and self.mask_boundaries:
             # a label is the first token of a document exactly where a document starts
-            starts = self.shards.starts
-            nearest = np.minimum(np.searchsorted(starts, at + 1), len(starts) - 1)
-            labels[starts[nearest] == at + 1] = IGNORE
-        return {
+            nearest = np.minimum(np.searchsorted(shards.starts, at + 1), len(shards.starts) - 1)
+            labels[shards.starts[nearest] == at + 1] = IGNORE
+        item = {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(self._positions.astype(np.int64)),
+            "position_ids": torch.from_numpy(within.astype(np.int64)),
         }
+        if self.mode == "packed":
+            whole = np.repeat(begins, np.diff(np.append(begins, self.seq_len)))
+            item["starts"] = torch.from_numpy(whole.astype(np.int32))
+        return item
 
-    def order(self, epoch: int) -> np.ndarray:
-        """int64 (len,): the windows in the order of an epoch, a pure function of (seed, epoch, len).
+    def order(self, epoch: int, source: int = 0) -> np.ndarray:
+        """int64 (sequences of the source,): its windows in the order of an epoch, numbered from its first; a pure
+        function of (seed, epoch, source, number of windows)."""
+        length = len(self.windows[source])
+        return np.arange(length) if self.seed is None else ranked([self.seed, epoch, source], length)
 
-        Ranks raw generator output: numpy promises that stream for good, but not that of `permutation`.
+    def sample(self, number: int) -> int:
+        """The window of a sample of the run, a pure function of the dataset and ``number``.
+
+        Raises:
+            UserError: all sources have reached their caps.
         """
-        if self.seed is None:
-            return np.arange(self._length)
-        raw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(self._length)
-        return np.argsort(raw, kind="stable")
+        try:
+            source, place = self.mixture.locate(number)
+        except Exhausted as end:
+            raise UserError(self._too_short(end.samples, number + 1)) from None
+        epoch, place = divmod(place, len(self.windows[source]))
+        if source not in self._orders or self._orders[source][0] != epoch:
+            self._orders[source] = (epoch, self.order(epoch, source))
+        first = int(self._ends[source - 1]) if source else 0
+        return first + int(self._orders[source][1][place])
+
+    def counts(self, samples: int) -> list[SourceCount]:
+        """What each source gives to the first ``samples`` samples of a run.
+
+        Raises:
+            UserError: there are fewer.
+        """
+        try:
+            counts = self.mixture.counts(samples)
+        except Exhausted as end:
+            raise UserError(self._too_short(end.samples, samples)) from None
+        return [
+            SourceCount(source.name, count, count / max(samples, 1), count / len(windows))
+            for source, windows, count in zip(self.sources, self.windows, counts, strict=True)
+        ]
+
+    def _too_short(self, there: int, wanted: int) -> str:
+        return (
+            f"data.sources: all reach their max_epochs after {there:,} sequences, and the run reads {wanted:,} "
+            "(train.steps x train.batch_size); raise max_epochs of a source, add one, or lower train.steps"
+        )
+
+    def work(self, windows: Sequence[int]) -> np.ndarray | None:
+        """float64 (windows,): attention work of each, as `Windows.work` has it; None where all are alike."""
+        if self.mode != "packed":
+            return None
+        found = []
+        for window in windows:
+            source, number = self._of(window)
+            work = self.windows[source].work
+            assert work is not None
+            found.append(work[number])
+        return np.array(found)
+
+    def padding(self, windows: Sequence[int]) -> int:
+        """Positions of these sequences that hold no token."""
+        if self.mode != "packed":
+            return 0
+        return sum(
+            self.seq_len - int(self.windows[source].pieces(number)[1].sum())
+            for source, number in map(self._of, windows)
+        )
 
     def describe(self, window: int) -> str:
         """A window in words, for messages."""
-        start = self.start(window)
-        document = self.shards.document_at(start)
-        first = start - int(self.shards.starts[document])
-        return f"document '{self.shards.name(document)}', tokens {first}..{first + self.seq_len}"
+        source, number = self._of(window)
+        words = self.windows[source].describe(number)
+        return words if len(self.sources) == 1 else f"{self.sources[source].name}: {words}"
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_orders": {}}  # reading processes are told windows, and need no order
+
+
+def _sources(given: TokenShards | Path | str | Sequence[DataSource]) -> list[DataSource]:
+    if isinstance(given, (str, Path)):
+        given = TokenShards(given)
+    if isinstance(given, TokenShards):
+        return [DataSource(given, given.path.name)]
+    return list(given)
+
+
+def _limit(source: DataSource, windows: int) -> int | None:
+    """The most samples of a source: whole sequences, at least one."""
+    return None if source.max_epochs is None else max(1, int(source.max_epochs * windows))
+
+
+def _refuse_vocabulary(shards: TokenShards, vocab_size: int) -> None:
+    for name, tokens in shards.documents():
+        if int(tokens.max()) >= vocab_size:
+            raise UserError(
+                f"dataset '{shards.path}': document '{name}' holds token id {int(tokens.max())}, outside the "
+                f"model's vocabulary of {vocab_size}; prepare it again with the model's tokenizer"
+            )
+    raise UserError(
+        f"dataset '{shards.path}': meta.json names token id {shards.max_token_id}, outside the model's "
+        f"vocabulary of {vocab_size}, yet no document holds it; prepare it again"
+    )

@@ -1,8 +1,10 @@
 """Batches in an order that depends on nothing but the seed and the step number.
 
-Sample n of a run (n = step * global_batch + i) is window order(n // len)[n % len]; each dp rank takes a
-consecutive part of every global batch. So any split over dp ranks, and a resume at any step, sees the same global
-batches, and there is no loader state to save.
+Sample n of a run (n = step * global_batch + i) is a window that the dataset names (`SequenceDataset.sample`). So any
+split over dp ranks, and a resume at any step, sees the same global batches, and there is no loader state to save.
+
+Each dp rank takes a consecutive part of every global batch. Where sequences differ in attention work, as packed ones
+do, the batch is dealt so that ranks which wait for one another compute alike (:func:`deal`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +27,49 @@ from mtraining.data.dataset import SequenceDataset
 from mtraining.errors import UserError
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the dp ranks read in one step.
+
+    Attributes:
+        windows: of each rank, in its order.
+        imbalance: time that ranks take together over the time of an even share, where every micro-batch waits for its
+            slowest rank; attention work alone. 1 is even, None where all sequences are alike or one rank reads all.
+    """
+
+    windows: list[list[int]]
+    imbalance: float | None
+
+
+def deal(work: np.ndarray, ranks: int, micro_batch: int) -> list[list[int]]:
+    """The places of a global batch that each rank takes, in the order of its micro-batches.
+
+    Ranks meet after every micro-batch, so it is micro-batches that must be even. Sequences of similar work share one:
+    they are sorted, and each run of ranks x micro_batch is dealt out, the heaviest first to the rank with least.
+
+    Args:
+        work: float64 (global batch,).
+    """
+    heaviest = np.argsort(-work, kind="stable")
+    parts: list[list[int]] = [[] for _ in range(ranks)]
+    total = np.zeros(ranks)
+    for first in range(0, len(work), ranks * micro_batch):
+        load = np.zeros(ranks)
+        for row in range(first, first + ranks * micro_batch, ranks):
+            # Equal within this micro-batch: to the rank with least so far.
+            for rank, place in zip(np.lexsort((total, load)), heaviest[row : row + ranks], strict=True):
+                parts[rank].append(int(place))
+                load[rank] += work[place]
+        total += load
+    return parts
+
+
+def imbalance(work: np.ndarray, parts: list[list[int]], micro_batch: int) -> float:
+    """See `StepPlan.imbalance`."""
+    loads = np.array([work[part] for part in parts]).reshape(len(parts), -1, micro_batch).sum(2)
+    return float(loads.max(0).sum() / loads.mean(0).sum())
 
 
 class StepSampler(Sampler[list[int]]):
@@ -56,18 +102,22 @@ class StepSampler(Sampler[list[int]]):
             )
         self.dataset, self.global_batch, self.dp_rank = dataset, global_batch, dp_rank
         self.start_step, self.steps = start_step, steps
-        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def plan(self, step: int) -> StepPlan:
+        """Every rank's windows of one step."""
+        first = step * self.global_batch
+        batch = [self.dataset.sample(n) for n in range(first, first + self.global_batch)]
+        ranks = self.global_batch // self.per_rank
+        work = self.dataset.work(batch) if ranks > 1 else None
+        if work is None:
+            return StepPlan([batch[i : i + self.per_rank] for i in range(0, len(batch), self.per_rank)], None)
+        parts = deal(work, ranks, self.micro)
+        windows = [[batch[place] for place in part] for part in parts]
+        return StepPlan(windows, imbalance(work, parts, self.micro))
 
     def windows(self, step: int) -> list[int]:
         """This rank's windows of one step, in order."""
-        first = step * self.global_batch + self.dp_rank * self.per_rank
-        return [self._window(n) for n in range(first, first + self.per_rank)]
-
-    def _window(self, sample: int) -> int:
-        epoch, place = divmod(sample, len(self.dataset))
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self.dataset.order(epoch))
-        return int(self._epoch[1][place])
+        return self.plan(step).windows[self.dp_rank]
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.start_step
@@ -184,11 +234,16 @@ def _told(
         raise ReaderDied(how) from None
 
 
-def step_windows(
-    dataset: SequenceDataset, step: int, *, global_batch: int, dp_rank: int = 0, dp_size: int = 1
-) -> list[int]:
-    """The windows a dp rank reads at a step, for messages that name the batch."""
+def step_plan(
+    dataset: SequenceDataset,
+    step: int,
+    *,
+    global_batch: int,
+    dp_size: int = 1,
+    micro_batch: int | None = None,
+) -> StepPlan:
+    """What the dp ranks read at a step, for metrics and for messages that name the batch."""
     sampler = StepSampler(
-        dataset, global_batch=global_batch, dp_rank=dp_rank, dp_size=dp_size, micro_batch=None
+        dataset, global_batch=global_batch, dp_rank=0, dp_size=dp_size, micro_batch=micro_batch
     )
-    return sampler.windows(step)
+    return sampler.plan(step)
