@@ -56,10 +56,17 @@ class Model(nn.Module):
     def training_step(self, _: int) -> Any:
         return nullcontext()
 
-    def refuse_inputs(self, position_ids: Tensor, labels: Tensor) -> None:
+    def refuse_inputs(self, position_ids: Tensor, labels: Tensor, starts: Tensor | None) -> None:
         pass
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, num_labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        num_labels: Tensor,
+        starts: Tensor | None,
+    ) -> Tensor:
         return ((self.matrix @ input_ids.float() + self.vector) * self.factor).square().sum() / num_labels
 
 

@@ -88,11 +88,11 @@ def signalled_job(worker: Worker, raw: dict[str, Any]) -> tuple[str, int]:
         model, tokenizer = original(config, process)
         forward, calls = model.forward, iter(range(10**6))
 
-        def send(*args: Any) -> torch.Tensor:
+        def send(*args: Any, **options: Any) -> torch.Tensor:
             if next(calls) == 6 and worker.rank == worker.world - 1:  # two calls a step
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.1)
-            return forward(*args)
+            return forward(*args, **options)
 
         model.forward = send
         return model, tokenizer
@@ -168,8 +168,8 @@ def poison(rank: int, at_call: int, gradient: bool) -> None:
         model, tokenizer = original(config, process)
         forward, calls = model.forward, iter(range(10**6))
 
-        def broken(*args: Any) -> torch.Tensor:
-            loss = forward(*args)
+        def broken(*args: Any, **options: Any) -> torch.Tensor:
+            loss = forward(*args, **options)
             if next(calls) == at_call and process.rank == rank:
                 if gradient:
                     loss.register_hook(lambda grad: grad * float("nan"))

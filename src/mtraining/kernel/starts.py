@@ -21,6 +21,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mtraining.errors import UserError
 from mtraining.kernel.placement import Placement
 
+NO_STARTS = (
+    "starts: a query's first key must lie between 0 and the query, and starts must not decrease; "
+    "give the first position of each token's document."
+)
+
 
 def window_starts(seq_len: int, window: int, device: torch.device | str = "cpu") -> Tensor:
     """Starts of a sliding window that holds ``window`` tokens, the query among them: int32 (1, seq_len)."""
@@ -56,10 +61,7 @@ def check_starts(starts: Tensor, batch: int, seq_len: int, device: torch.device)
         return
     position = torch.arange(seq_len)
     if (starts < 0).any() or (starts > position).any() or (starts.diff(dim=-1) < 0).any():
-        raise UserError(
-            "starts: a query's first key must lie between 0 and the query, and starts must not decrease; "
-            "give the first position of each token's document."
-        )
+        raise UserError(NO_STARTS)
 
 
 def check_starts_kernel(kernel: str) -> None:

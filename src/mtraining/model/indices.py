@@ -5,7 +5,8 @@
 * *Count*: which distances have received gradient, in this step and since training began.
 
 A held index is that of one sequence, the first of its step, and every sequence of every replica is given it: an index
-fits the text it was estimated on, so holding one means one for all. It is in global coordinates, so any number
+fits the text it was estimated on, so holding one means one for all. Documents of a packed sequence are bounded by the
+starts of its own batch. It is in global coordinates, so any number
 of ranks can go on from it: of block lists each rank holds its own rows, and a checkpoint holds all of them.
 """
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from mtraining.errors import UserError
 from mtraining.kernel import select_backend
+from mtraining.kernel.starts import check_starts
 from mtraining.layout import Layout, build_layout
 from mtraining.model.allocator import use_expandable_segments
 from mtraining.model.attention import ATTENTION_NAME, attach, refuse_mask
@@ -43,7 +44,7 @@ from mtraining.model.support import (
 )
 from mtraining.model.weights import settle_tied
 from mtraining.pattern import Pattern, build_pattern
-from mtraining.ring import AttentionRuntime
+from mtraining.ring import AttentionRuntime, BatchStarts, Ring
 
 _CP_NAMES = (("cp",), ("cp_outer", "cp_inner"))
 
@@ -70,6 +71,7 @@ class ParallelLM(nn.Module):
         fsdp_mesh: DeviceMesh | None,
         indices: IndexMemory,
         positions: PositionCheck,
+        starts: BatchStarts,
         compiled_loss: bool = False,
     ) -> None:
         super().__init__()
@@ -80,11 +82,17 @@ class ParallelLM(nn.Module):
         self.fsdp_mesh = fsdp_mesh
         self.indices = indices
         self.positions = positions
+        self._starts = starts
         self._compiled_loss = compiled_loss
         self._logit_form = LogitForm.of_fields(fields_of(hf_model.config))
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, num_labels: int | Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        num_labels: int | Tensor,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """This rank's share of the mean loss: the sum of its token losses over the global number of labels.
 
@@ -95,14 +103,17 @@ class ParallelLM(nn.Module):
             input_ids, position_ids, labels: (batch, local tokens) int64, laid out; labels already shifted,
                 -100 ignored.
             num_labels: labels that are not -100 over all ranks; an int or a 0-d tensor.
+            starts: of packed documents: int32 (batch, tokens of the whole sequence), in global order and the same on
+                every context-parallel rank. The first position of each token's document. No document sees another, and
+                position_ids begin at 0 in each. None: a sequence is one document.
 
         Returns:
             Scalar, fp32 (fp64 for an fp64 model). NaN, with its gradients, where position ids or labels on a GPU are
             wrong; `refuse_inputs` then says what is.
 
         Raises:
-            UserError: position ids that the layout does not deal to this rank, or labels outside of the vocabulary, on
-                a CPU; a step that is not told where one matters.
+            UserError: position ids that the layout does not deal to this rank, starts that are none, or labels outside
+                of the vocabulary, on a CPU; a step that is not told where one matters.
         """
         steps_matter = self.indices.refresh.holds or self.indices.coverage
         if steps_matter and torch.is_grad_enabled() and not self.indices.in_step:
@@ -110,7 +121,7 @@ class ParallelLM(nn.Module):
                 "pattern.refresh, pattern.coverage: both depend on the step; run forward and backward inside "
                 "`with model.training_step(step):`, steps counted from 1."
             )
-        hidden = self._run_layers(input_ids, position_ids)
+        hidden = self._run_layers(input_ids, position_ids, starts)
         weight, bias, form = self._head()
         return chunked_cross_entropy(
             hidden, weight, labels, num_labels, self.loss_chunk, self._compiled_loss, bias=bias, form=form
@@ -121,32 +132,35 @@ class ParallelLM(nn.Module):
         counted over steps; outside of it, as in evaluation, every forward estimates anew. Collective."""
         return self.indices.training_step(step)
 
-    def refuse_inputs(self, position_ids: Tensor, labels: Tensor) -> None:
+    def refuse_inputs(self, position_ids: Tensor, labels: Tensor, starts: Tensor | None = None) -> None:
         """Look at what `forward` was given, for the cause of a loss that is NaN. Waits for the device.
 
         Raises:
-            UserError: position ids or labels that are wrong, naming one.
+            UserError: position ids, starts or labels that are wrong, naming one.
         """
-        self.positions.refuse(position_ids)
+        with self._documents(starts):
+            self.positions.refuse(position_ids)
         words = self.hf_model.get_output_embeddings().weight.shape[0]
         unknown = labels[unknown_labels(labels, words)]
         if unknown.numel():
             raise UserError(labels_sentence(unknown.numel(), words, int(unknown[0])))
 
     @torch.no_grad()
-    def token_losses(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+    def token_losses(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, starts: Tensor | None = None
+    ) -> Tensor:
         """The loss of each local token, (batch, local tokens) fp32, 0 where ignored. Collective, no gradient, no
-        dropout."""
+        dropout. Arguments are those of `forward`."""
         with self._measuring():
-            hidden = self._run_layers(input_ids, position_ids)
+            hidden = self._run_layers(input_ids, position_ids, starts)
         return chunked_token_losses(hidden, self._head(), labels, self.loss_chunk)
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, starts: Tensor | None = None) -> Tensor:
         """The decoder's output for the local tokens, (batch, local tokens, hidden size). Collective, no gradient, no
-        dropout."""
+        dropout. Arguments are those of `forward`."""
         with self._measuring():
-            return self._run_layers(input_ids, position_ids)
+            return self._run_layers(input_ids, position_ids, starts)
 
     @torch.no_grad()
     def read_out(
@@ -182,9 +196,24 @@ class ParallelLM(nn.Module):
         finally:
             self.train()
 
-    def _run_layers(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        output = decoder_of(self.hf_model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    def _run_layers(self, input_ids: Tensor, position_ids: Tensor, starts: Tensor | None = None) -> Tensor:
+        if starts is not None:
+            batch, local = input_ids.shape
+            check_starts(starts, batch, local * Ring.over(self.cp_mesh).world, input_ids.device)
+        with self._documents(starts):
+            output = decoder_of(self.hf_model)(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False
+            )
         return output.last_hidden_state
+
+    @contextmanager
+    def _documents(self, starts: Tensor | None) -> Iterator[None]:
+        """Within, attention and the check of positions know these starts. Backward finds them in each call's index."""
+        self._starts.value = starts
+        try:
+            yield
+        finally:
+            self._starts.value = None
 
     def _head(self) -> Head:
         head = self.hf_model.get_output_embeddings()
@@ -265,13 +294,22 @@ def parallelize(
     dp_mesh = mesh["dp"] if mesh is not None and "dp" in (mesh.mesh_dim_names or ()) else None
     replicas = dp_mesh if dp_mesh is not None and dp_mesh.size() > 1 else None
     indices = IndexMemory(Refresh.parse(refresh), coverage, replicas, cp_mesh)
-    _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel, indices)
+    starts = BatchStarts()
+    _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel, indices, starts)
     fuse(model, fused, device)
     recompute_layers(model, recompute, offload, device)
-    positions = PositionCheck(layout, cp_mesh)
+    positions = PositionCheck(layout, cp_mesh, starts)
     positions.attach(decoder_of(model))
     wrapped = ParallelLM(
-        model, layout, loss_chunk, cp_mesh, fsdp_mesh, indices, positions, compiled_loss=fused != "none"
+        model,
+        layout,
+        loss_chunk,
+        cp_mesh,
+        fsdp_mesh,
+        indices,
+        positions,
+        starts,
+        compiled_loss=fused != "none",
     )
     if fsdp_mesh is not None:
         _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)
@@ -286,6 +324,7 @@ def _set_attention(
     cp_mesh: DeviceMesh | None,
     kernel: str,
     indices: IndexMemory,
+    starts: BatchStarts,
 ) -> None:
     """Name our attention in the config and hang each layer's runtime on its attention module."""
     layers = len(layers_of(model))
@@ -304,7 +343,8 @@ def _set_attention(
     ]
     for index, module in attention_modules(model):
         patterns[index].check_heads(index, model.config.num_attention_heads)
-        attach(module, AttentionRuntime(indices.wrap(index, patterns[index]), layout, cp_mesh, kernel))
+        wrapped = indices.wrap(index, patterns[index])
+        attach(module, AttentionRuntime(wrapped, layout, cp_mesh, kernel, starts=starts))
     decoder_of(model).register_forward_pre_hook(refuse_mask, with_kwargs=True)
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:

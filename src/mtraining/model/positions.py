@@ -2,6 +2,7 @@
 
 Attention masks by the positions that the layout deals, whatever position ids the model rotates by. Where the two differ
 (tokens of another rank or layout, documents that each begin at 0) queries would read keys that they must not see.
+Packed documents do begin at 0 each: attention is told their starts, and position ids must be the distances from those.
 
 Positions on a CPU are compared before the model runs. Elsewhere a look at them would wait for the device in every step.
 There the comparison stays on the device, and what the decoder returns becomes NaN: the loss and every gradient, too.
@@ -21,19 +22,22 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
+from mtraining.kernel.starts import NO_STARTS
 from mtraining.layout import Layout
 from mtraining.model.loss import on_host
-from mtraining.ring import Ring
+from mtraining.ring import BatchStarts, Ring
 
 _numbers = itertools.count()
 _bound: WeakValueDictionary[int, PositionCheck] = WeakValueDictionary()
 
 
 class PositionCheck:
-    """Compares the position ids of a decoder's forward with those that ``layout`` deals to this rank of ``cp_mesh``."""
+    """Compares the position ids of a decoder's forward with those that ``layout`` deals to this rank of ``cp_mesh``,
+    counted from the ``starts`` of the batch, if any."""
 
-    def __init__(self, layout: Layout, cp_mesh: DeviceMesh | None) -> None:
+    def __init__(self, layout: Layout, cp_mesh: DeviceMesh | None, starts: BatchStarts | None = None) -> None:
         self.layout, self.cp_mesh = layout, cp_mesh
+        self.starts = BatchStarts() if starts is None else starts
         self._expected: dict[tuple[int, torch.device], Tensor] = {}
         self._on = True
         self._number = next(_numbers)
@@ -41,7 +45,7 @@ class PositionCheck:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has a number of its own."""
-        return type(self), (self.layout, self.cp_mesh)
+        return type(self), (self.layout, self.cp_mesh, self.starts)
 
     def attach(self, decoder: nn.Module) -> None:
         """Check every forward of ``decoder``, whoever calls it."""
@@ -71,7 +75,9 @@ class PositionCheck:
 
     def wrong(self, position_ids: Tensor) -> Tensor:
         """bool scalar on the ids' device. ``position_ids``: (..., local tokens)."""
-        return (position_ids != self._dealt(position_ids.shape[-1], position_ids.device)).any()
+        found = (position_ids != self._expected_of(position_ids)).any()
+        starts = self.starts.value
+        return found if starts is None else found | _no_starts(starts)
 
     def refuse(self, position_ids: Tensor) -> None:
         """Look at the ids, which waits for their device.
@@ -81,16 +87,29 @@ class PositionCheck:
         """
         if not bool(self.wrong(position_ids)):
             return
-        expected = self._dealt(position_ids.shape[-1], position_ids.device)
-        rows = position_ids.reshape(-1, expected.numel())
+        starts = self.starts.value
+        if starts is not None and bool(_no_starts(starts)):
+            raise UserError(NO_STARTS)
+        expected = self._expected_of(position_ids)
+        rows, expected = torch.broadcast_tensors(position_ids.reshape(-1, expected.shape[-1]), expected)
         row, token = (rows != expected).nonzero()[0].tolist()
         ring = Ring.over(self.cp_mesh)
+        restarts = (
+            "let positions run through the whole sequence, or pass the starts of documents that each begin at 0"
+            if starts is None
+            else "let them begin at 0 where starts says that a document begins"
+        )
         raise UserError(
             f"position_ids are not those that layout {self.layout.name!r} deals to context-parallel rank {ring.rank} "
-            f"of {ring.world}: local token {token} has {int(rows[row, token])}, not {int(expected[token])}; deal "
-            "batches by the layout given to parallelize and its ring's rank, and let positions run through the whole "
-            "sequence, without a new start at each document."
+            f"of {ring.world}: local token {token} has {int(rows[row, token])}, not {int(expected[row, token])}; deal "
+            f"batches by the layout given to parallelize and its ring's rank, and {restarts}."
         )
+
+    def _expected_of(self, position_ids: Tensor) -> Tensor:
+        """int64 (local,), or (batch, local) where the batch has starts."""
+        dealt = self._dealt(position_ids.shape[-1], position_ids.device)
+        starts = self.starts.value
+        return dealt if starts is None else dealt - starts[:, dealt]
 
     def _dealt(self, local: int, device: torch.device) -> Tensor:
         """int64 (local,), made once for each length. `UserError` for a length that the layout cannot deal."""
@@ -144,6 +163,12 @@ class PositionCheck:
     def factor(self, position_ids: Tensor) -> Tensor:
         """fp32 scalar on the ids' device: 1 where they are right, else NaN."""
         return torch.where(self.wrong(position_ids), torch.nan, 1.0)
+
+
+def _no_starts(starts: Tensor) -> Tensor:
+    """bool scalar on the device: what `mtraining.kernel.starts.check_starts` refuses on a CPU."""
+    position = torch.arange(starts.shape[-1], device=starts.device)
+    return (starts < 0).any() | (starts > position).any() | (starts.diff(dim=-1) < 0).any()
 
 
 def _positions(arguments: dict[str, Any]) -> Tensor | None:

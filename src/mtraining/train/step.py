@@ -100,7 +100,13 @@ class Stepper:
             for number, piece in enumerate(pieces):
                 observer = Observer(recall_rows=recall_rows) if observe and number == 0 else None
                 with observer or nullcontext():
-                    share = self._model(piece["input_ids"], piece["position_ids"], piece["labels"], labels)
+                    share = self._model(
+                        piece["input_ids"],
+                        piece["position_ids"],
+                        piece["labels"],
+                        labels,
+                        starts=piece.get("starts"),
+                    )
                 if observer is not None:
                     attention = list(observer.stats)
                 share.backward()
@@ -120,7 +126,7 @@ class Stepper:
         ).tolist()
         if labels_seen == 0:
             raise UserError(
-                f"step {step + 1}: no token of the batch has a label, so there is nothing to learn; check data.path."
+                f"step {step + 1}: no token of the batch has a label, so there is nothing to learn; check the data."
             )
         if not math.isfinite(loss_seen):
             self._refuse_inputs(step, pieces)
@@ -141,7 +147,7 @@ class Stepper:
         fault = ""
         try:
             for piece in pieces:
-                self._model.refuse_inputs(piece["position_ids"], piece["labels"])
+                self._model.refuse_inputs(piece["position_ids"], piece["labels"], piece.get("starts"))
         except UserError as error:
             fault = str(error)
         for rank, found in enumerate(self._process.gather_objects(fault)):
