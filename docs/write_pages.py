@@ -132,11 +132,14 @@ def pattern_options(pattern: type[Pattern]) -> list[tuple[str, str, str, str]]:
 
 
 def sections(model: type[BaseModel] = Config, path: str = "") -> list[tuple[str, type[BaseModel]]]:
-    """Every section by its dotted name, outer ones first."""
+    """Every section by its dotted name, outer ones first; entries of a list end in []."""
     found = [(path, model)]
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += sections(field.annotation, f"{path}.{name}".lstrip("."))
+        inner, shown = field.annotation, f"{path}.{name}".lstrip(".")
+        if typing.get_origin(inner) is tuple:
+            inner, shown = typing.get_args(inner)[0], f"{shown}[]"
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += sections(inner, shown)
     return found
 
 

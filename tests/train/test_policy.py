@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from tiny_run import raw_config
 
 from mtraining.errors import UserError
-from mtraining.train.config import Config, PatternChoice, parse_config
+from mtraining.train.config import Config, PatternChoice, SourceSection, parse_config
 from mtraining.train.identity import check_options
 from mtraining.train.policy import (
     OPEN,
@@ -43,7 +43,9 @@ OTHER: dict[str, Any] = {
     "model.rope.mscale": 0.7,
     "model.rope.mscale_all_dim": 0.9,
     "data.path": "other/shards",
+    "data.sources": [{"path": "code", "weight": 2.0}, {"path": "books"}],
     "data.mode": "concat",
+    "data.look_ahead": 7,
     "data.workers": 2,
     "data.allow_other_tokenizer": True,
     "train.seq_len": 128,
@@ -106,6 +108,7 @@ OTHER: dict[str, Any] = {
 TOGETHER: dict[str, dict[str, Any]] = {
     "parallel.cp_outer": {"parallel.cp": 2},
     "parallel.dp": {"train.micro_batch_size": 2},
+    "data.look_ahead": {"data.mode": "packed"},
     # which has no effect on its own
     **{
         option: {"evaluate.every": 3, "evaluate.data": "text"}
@@ -127,6 +130,8 @@ def config_with(tmp_path: Path, changes: dict[str, Any]) -> Config:
             node.update(value)
         elif option == "pattern.name":  # which has other options
             raw["pattern"] = {"name": value, "block_size": 16}
+        elif option == "data.sources":  # in place of a path
+            raw["data"] = {"sources": value}
         else:
             node[name] = str(tmp_path / value) if name == "table" else value
     return parse_config(raw)
@@ -157,7 +162,7 @@ def test_no_section_hides_where_options_are_not_looked_for() -> None:
                 found |= inner(info.annotation)
         return found
 
-    assert walk(Config) == {PatternChoice}  # layer_patterns, which is compared whole
+    assert walk(Config) == {PatternChoice, SourceSection}  # layer_patterns and data.sources, compared whole
 
 
 @pytest.mark.parametrize("option", list(POLICIES))
@@ -240,7 +245,8 @@ def test_names_that_lift_a_refusal(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["modle", "train.lr", "model.rop", "everything"])
 def test_names_that_lift_nothing(tmp_path: Path, name: str) -> None:
     with pytest.raises(
-        UserError, match=rf"checkpoint.allow: '{name}' names no option .* data.path, model.rope,"
+        UserError,
+        match=rf"checkpoint.allow: '{name}' names no option .* data.path, data.sources, model.rope,",
     ):
         config_with(tmp_path, {"checkpoint.allow": [name]})
 

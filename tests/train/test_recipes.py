@@ -10,7 +10,12 @@ from mtraining.train.config import load_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # Parameters in millions, tied embeddings counted once; the two large ones as published by their makers.
-SIZES = {"quickstart": 2.3, "qwen2.5-3b-512k": 3085.9, "llama3.1-8b-512k": 8030.3}
+SIZES = {
+    "quickstart": 2.3,
+    "qwen2.5-3b-512k": 3085.9,
+    "qwen2.5-3b-128k-mix": 3085.9,
+    "llama3.1-8b-512k": 8030.3,
+}
 
 
 def test_every_recipe_is_tested() -> None:

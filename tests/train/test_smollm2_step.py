@@ -10,7 +10,8 @@ import pytest
 
 from mtraining.data import PrepareOptions, build_loader, prepare
 from mtraining.train.config import load_config
-from mtraining.train.loop import build_dataset, parallel_model
+from mtraining.train.corpus import build_dataset
+from mtraining.train.loop import parallel_model
 from mtraining.train.mesh import joined_processes
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Stepper

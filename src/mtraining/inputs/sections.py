@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -68,8 +68,12 @@ def sentence(error: ValidationError, kind: Any, source: str) -> str:
 
 def _known_keys(kind: Any, location: tuple[int | str, ...]) -> list[str]:
     for part in location:
+        if isinstance(part, int):  # of a list, whose entries are all of one kind
+            continue
         field = kind.model_fields.get(part)
-        if field is None or not hasattr(field.annotation, "model_fields"):
+        kind = None if field is None else field.annotation
+        if get_origin(kind) is tuple:
+            kind = get_args(kind)[0]
+        if not hasattr(kind, "model_fields"):
             return []
-        kind = field.annotation
     return [field.alias or name for name, field in kind.model_fields.items()]

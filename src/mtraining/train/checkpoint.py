@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +22,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from mtraining.data import TokenShards
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import TABLES, tiles_path
 from mtraining.model import ParallelLM
@@ -65,13 +64,13 @@ class Checkpointer:
         process: Process,
         model: ParallelLM,
         optimizer: torch.optim.Optimizer,
-        shards: TokenShards,
+        corpus: Callable[[], str],
         tiles: str,
         tell: Any = print,
     ) -> None:
         self.store = CheckpointStore(config.output)
         self._config, self._process, self._model, self._optimizer = config, process, model, optimizer
-        self._shards, self._tiles, self._tell = shards, tiles, tell
+        self._read_corpus, self._tiles, self._tell = corpus, tiles, tell
         self._corpus = ""
         # Background saving has collectives of its own, which must not meet those of training on one group.
         self._group = dist.new_group(
@@ -94,7 +93,7 @@ class Checkpointer:
         What differs from the checkpoint and may is told and written down, and later checkpoints are set aside.
         """
         config, process, tell = self._config, self._process, self._tell
-        self._corpus = on_main(process, lambda: self._shards.identity)
+        self._corpus = on_main(process, self._read_corpus)
         found = find(config, process, tell)
         if found is None:
             on_main(process, lambda: record_changes(config.output, [], 0))

@@ -6,10 +6,12 @@ vocabulary by `mtraining.data.SequenceDataset`, both before the first step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from mtraining.data import SequenceDataset, TokenShards, check_vocabulary
+from mtraining.data import TokenShards, check_vocabulary
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import CACHE_VARIABLE, device_name, tiles_in_use, tiles_path
 from mtraining.layout import build_layout
@@ -18,6 +20,7 @@ from mtraining.model.export_folder import check_target
 from mtraining.model.load import load_tokenizer
 from mtraining.pattern import load_table
 from mtraining.train.config import Config
+from mtraining.train.corpus import build_dataset, data_sources
 from mtraining.train.heldout import held_out
 from mtraining.train.identity import check_options
 from mtraining.train.mesh import Process
@@ -48,29 +51,24 @@ def check_config(config: Config) -> None:
             "forbids; use train.kernel=auto or triton."
         )
     check_output(config)
-    shards = TokenShards(config.data.path)
-    check_tokenizer(config, shards)
-    SequenceDataset(
-        shards,
-        config.train.seq_len,
-        mode=config.data.mode,
-        seed=config.train.seed,
-        vocab_size=config.model.config.get("vocab_size"),
-    )
+    sources = [source.shards for source in data_sources(config)]
+    check_tokenizer(config, sources)
+    build_dataset(config, None, config.model.config.get("vocab_size"))
     if config.evaluate.every is not None:
-        held_out(config, shards)
+        held_out(config, sources)
 
 
-def check_tokenizer(config: Config, shards: TokenShards) -> None:
+def check_tokenizer(config: Config, sources: Sequence[TokenShards]) -> None:
     """Refuse data that another tokenizer than the model's has encoded. A random model takes the data's."""
     if config.data.allow_other_tokenizer:
         return
     tokenizer = load_tokenizer(config.model)
     if tokenizer is not None:
         named = config.model.tokenizer or config.model.init
-        check_vocabulary(
-            shards, tokenizer, named, ", or set data.allow_other_tokenizer=true if that is meant."
-        )
+        for shards in sources:
+            check_vocabulary(
+                shards, tokenizer, named, ", or set data.allow_other_tokenizer=true if that is meant."
+            )
 
 
 def check_table(config: Config, layers: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     ConfigDict,
@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from mtraining.data.windows import LOOK_AHEAD
 from mtraining.errors import UserError
 from mtraining.inputs.sections import Section, read_section
 from mtraining.inputs.yaml_text import read_yaml, write_yaml
@@ -35,22 +36,77 @@ from mtraining.train.store import CheckpointStore
 LEAST_SILENCE_SECONDS = 10
 
 
+class SourceSection(Section):
+    """One of the folders that a run mixes.
+
+    Attributes:
+        path: a folder written by `mtraining prepare`.
+        name: in metrics and messages; null is the name of the folder.
+        weight: its share of the sequences, relative to the weights of the others.
+        max_epochs: how often its sequences are read at most. The others share its weight from then on. null has no end.
+    """
+
+    path: Path
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    max_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @property
+    def label(self) -> str:
+        """`name`, or what stands for it."""
+        return self.name or self.path.resolve().name
+
+
 class DataSection(Section):
     """Where the tokens come from.
 
     Attributes:
         path: a folder written by `mtraining prepare`.
+        sources: several folders in place of `path`, mixed by weight.
         mode: `documents` leaves out documents shorter than the context, and no sequence crosses a document's end;
-            `concat` fills sequences across ends.
+            `concat` fills sequences across ends; `packed` fills sequences with whole documents, none of which sees
+            another.
+        look_ahead: documents that wait to be packed at one time. More of them leave less padding.
         workers: processes that read batches ahead, for each rank; 0 reads in the rank itself.
         allow_other_tokenizer: take data that another tokenizer than the model's has encoded, which is refused
             otherwise.
     """
 
-    path: Path
-    mode: Literal["documents", "concat"] = "documents"
+    path: Path | None = None
+    sources: tuple[SourceSection, ...] = ()
+    mode: Literal["documents", "concat", "packed"] = "documents"
+    look_ahead: PositiveInt = LOOK_AHEAD
     workers: NonNegativeInt = 0
     allow_other_tokenizer: bool = False
+
+    @model_validator(mode="after")
+    def _one_way_to_name_sources(self) -> DataSection:
+        if (self.path is None) == (not self.sources):
+            raise ValueError(
+                "data.path or data.sources says where the tokens are; give one of them, with the folders that "
+                "`mtraining prepare` wrote"
+            )
+        labels = [source.label for source in self.every_source]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"data.sources: two are named {label!r}; give each a name of its own")
+        if self.look_ahead != LOOK_AHEAD and self.mode != "packed":
+            raise ValueError(
+                f"data.look_ahead has no effect with mode={self.mode}; remove it, or set data.mode=packed"
+            )
+        return self
+
+    @property
+    def every_source(self) -> tuple[SourceSection, ...]:
+        """The folders, one where `path` names it."""
+        return self.sources if self.path is None else (SourceSection(path=self.path),)
+
+    @property
+    def named(self) -> str:
+        """The option that names the folders, with its value, for messages."""
+        if self.path is not None:
+            return f"data.path={self.path}"
+        return f"data.sources ({', '.join(str(source.path) for source in self.sources)})"
 
 
 class PatternChoice(Section):

@@ -233,7 +233,7 @@ def build_evaluation(
     config: Config,
     process: Process,
     model: ParallelLM,
-    training: TokenShards,
+    training: Sequence[TokenShards],
     tokenizer: Any,
     builder: SuiteBuilder | None,
     tell: Callable[[str], None],
@@ -241,7 +241,7 @@ def build_evaluation(
     """The evaluation that a configuration asks for; None where it asks for none. Collective.
 
     Args:
-        training: the data that is trained on.
+        training: the sources that are trained on.
         tokenizer: the model's; None takes that of the training data.
         builder: of `evaluate.suites`.
 
@@ -265,7 +265,7 @@ def build_evaluation(
                 f"evaluate.suites={', '.join(settings.suites)} needs the suites themselves: train with mtraining "
                 "train, or give train() suites=mtraining.evaluate.in_training.build_suite."
             )
-        tokenizer = shards_tokenizer(training) if tokenizer is None else tokenizer
+        tokenizer = shards_tokenizer(training[0]) if tokenizer is None else tokenizer
         suite = builder(
             settings.suites,
             config.evaluate_lengths,
@@ -344,7 +344,7 @@ def _measure(config: Config, held: HeldOut | None) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(of, sort_keys=True).encode())
 
 
-def _overlap(config: Config, held: HeldOut, training: TokenShards) -> str:
+def _overlap(config: Config, held: HeldOut, training: Sequence[TokenShards]) -> str:
     """A warning of documents that are trained on as well; "" where there are none."""
     shared = shared_documents(held, training)
     if not shared:
@@ -354,10 +354,10 @@ def _overlap(config: Config, held: HeldOut, training: TokenShards) -> str:
     if len(shared) == read:
         raise UserError(
             f"evaluate.data={held.shards.path}: every document that would be read, {some}, stands in "
-            f"data.path={config.data.path} too, so its loss would tell nothing of unseen text; hold documents out with "
+            f"{config.data.named} too, so its loss would tell nothing of unseen text; hold documents out with "
             "mtraining prepare --holdout, or give other text."
         )
     return (
         f"warning: {len(shared)} of the {read} documents that are read of evaluate.data={held.shards.path}, "
-        f"{some}, stand in data.path={config.data.path} too: the held-out loss is too low by what was learned of them."
+        f"{some}, stand in {config.data.named} too: the held-out loss is too low by what was learned of them."
     )

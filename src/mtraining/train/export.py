@@ -13,9 +13,10 @@ from mtraining.errors import UserError
 from mtraining.model import export_model
 from mtraining.model.export_folder import check_target
 from mtraining.train.config import ParallelSection, load_config
+from mtraining.train.corpus import data_tokenizer
 from mtraining.train.digest import damage
 from mtraining.train.identity import check_shapes, model_changes, model_identity, require_allowed
-from mtraining.train.loop import data_tokenizer, parallel_model
+from mtraining.train.loop import parallel_model
 from mtraining.train.mesh import joined_processes
 from mtraining.train.reader import SafeReader, load
 from mtraining.train.store import CheckpointStore, Manifest, refuse, require_complete

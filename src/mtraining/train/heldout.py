@@ -6,6 +6,7 @@ every document has given its first sequence do second ones come.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class HeldOut:
         )
 
 
-def held_out(config: Config, training: TokenShards) -> HeldOut | None:
+def held_out(config: Config, training: Sequence[TokenShards]) -> HeldOut | None:
     """What `evaluate.data` gives, checked against the data that is trained on; None where there is none.
 
     Raises:
@@ -56,12 +57,13 @@ def held_out(config: Config, training: TokenShards) -> HeldOut | None:
     except UserError as error:
         raise UserError(f"evaluate.data: {error}") from None
     # An identity may have to be read out of every token.
-    if shards.num_tokens == training.num_tokens and shards.identity == training.identity:
+    alike = [source for source in training if source.num_tokens == shards.num_tokens]
+    if alike and shards.identity in [source.identity for source in alike]:
         raise UserError(
-            f"evaluate.data={path} holds the documents of data.path={config.data.path}, so its loss would tell nothing "
+            f"evaluate.data={path} holds the documents of {config.data.named}, so its loss would tell nothing "
             "of unseen text; hold documents out with mtraining prepare --holdout, or give other text."
         )
-    _check_tokenizer(config, shards, training)
+    _check_tokenizer(config, shards, training[0])
     words = config.model.config.get("vocab_size")
     if words is not None:
         check_words(shards, words)
@@ -79,7 +81,7 @@ def sequence_starts(shards: TokenShards, length: int, mode: str, most: int) -> n
     """int64 (at most ``most``,): where sequences of ``length`` tokens begin in the stream.
 
     Args:
-        mode: of `data.mode`: in ``documents`` no sequence crosses a document's end, and shorter ones are left out.
+        mode: of `data.mode`: but for ``concat`` no sequence crosses a document's end, and shorter ones are left out.
     """
     if mode == "concat":
         return np.arange(min(shards.num_tokens // length, most), dtype=np.int64) * length
@@ -101,15 +103,19 @@ def check_words(shards: TokenShards, words: int) -> None:
         )
 
 
-def shared_documents(held: HeldOut, training: TokenShards) -> list[str]:
+def shared_documents(held: HeldOut, training: Sequence[TokenShards]) -> list[str]:
     """Names of the documents that an evaluation reads and that stand in the training data too, token for token."""
     found = []
     for number in held.documents():
         tokens = held.shards.document(number)
-        same_length = np.flatnonzero(training.lengths == len(tokens))
-        if any(_equal(tokens, training.document(int(other))) for other in same_length):
+        if any(_holds(source, tokens) for source in training):
             found.append(held.shards.name(number))
     return found
+
+
+def _holds(source: TokenShards, tokens: np.ndarray) -> bool:
+    same_length = np.flatnonzero(source.lengths == len(tokens))
+    return any(_equal(tokens, source.document(int(other))) for other in same_length)
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
@@ -125,7 +131,7 @@ def _check_tokenizer(config: Config, shards: TokenShards, training: TokenShards)
     if difference is not None:
         difference = difference.replace("the model's", "the other")
         raise UserError(
-            f"evaluate.data={shards.path} was prepared with another tokenizer than data.path={config.data.path} "
+            f"evaluate.data={shards.path} was prepared with another tokenizer than {config.data.named} "
             f"({difference}); prepare it again with --tokenizer {training.tokenizer_path}."
         )
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mtraining.data import ReaderDied, SequenceDataset, TokenShards, build_loader, read, step_windows
+from mtraining.data import ReaderDied, SequenceDataset, build_loader, read, step_plan
 from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, build_model, export_model, parallelize
@@ -30,9 +30,9 @@ from mtraining.train.balance import attention_record, ring_record, write_balance
 from mtraining.train.checkpoint import Checkpointer
 from mtraining.train.checks import check_config, check_same_tiles, check_table, rounding_warning
 from mtraining.train.config import Config
+from mtraining.train.corpus import build_dataset, data_record, data_tokenizer, mix
 from mtraining.train.display import Display
 from mtraining.train.evaluation import Evaluation, SuiteBuilder, build_evaluation, curves, told
-from mtraining.train.heldout import shards_tokenizer
 from mtraining.train.memory_report import MemoryLog
 from mtraining.train.mesh import Process, joined_processes, repeatable
 from mtraining.train.metrics import MetricsWriter
@@ -85,22 +85,29 @@ def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
         model, tokenizer = parallel_model(config, process)
         tiles = check_same_tiles(process, DTYPES[config.train.dtype], head_dim_of(model.hf_model.config))
         dataset = build_dataset(config, process, vocab_size=model.hf_model.config.vocab_size)
-        evaluation = build_evaluation(config, process, model, dataset.shards, tokenizer, suites, tell)
+        evaluation = build_evaluation(
+            config, process, model, [source.shards for source in dataset.sources], tokenizer, suites, tell
+        )
         optimizer = build_optimizer(model, config.train, process.device)
         stops.prepare(process, tell)
         if process.allocator:
             tell(process.allocator)
-        checkpointer = Checkpointer(config, process, model, optimizer, dataset.shards, tiles, tell=tell)
+        checkpointer = Checkpointer(
+            config, process, model, optimizer, lambda: dataset.identity, tiles, tell=tell
+        )
         done = checkpointer.resume()
         rounding = rounding_warning(config, process, model)
         if rounding is not None:
             tell(rounding)
         if process.is_main:
             (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        tell(dataset.report.render())
+        for line in filter(None, [dataset.render(), mix(config, dataset, config.train.steps)]):
+            tell(line)
         done = _steps(
             config, process, model, optimizer, dataset, checkpointer, evaluation, done, console, stops
         )
+        if shares := mix(config, dataset, done):
+            tell(shares)
         checkpoint = checkpointer.require_saved(done)
         finished = done == config.train.steps and not (evaluation is not None and evaluation.owed(done))
         finished = finished and not (config.checkpoint.export and stops.agreed(process))
@@ -133,25 +140,6 @@ def parallel_model(config: Config, process: Process) -> tuple[ParallelLM, Any]:
         loss_chunk=config.train.loss_chunk,
     )
     return model, tokenizer
-
-
-def build_dataset(config: Config, process: Process, vocab_size: int) -> SequenceDataset:
-    """This rank's view of the data: its context-parallel share of every sequence."""
-    return SequenceDataset(
-        TokenShards(config.data.path),
-        config.train.seq_len,
-        mode=config.data.mode,
-        seed=config.train.seed,
-        layout=build_layout(config.layout.name, config.layout.unit),
-        cp_rank=process.cp_rank,
-        cp_size=config.parallel.cp,
-        vocab_size=vocab_size,
-    )
-
-
-def data_tokenizer(config: Config) -> Any:
-    """The tokenizer that the shards were made with, to go into the exported folder beside a random model."""
-    return shards_tokenizer(TokenShards(config.data.path))
 
 
 def _steps(
@@ -225,6 +213,7 @@ def _steps(
             ring = ring_record(timeline, process) if timeline is not None else {}
             if writer is not None:
                 record = _record(step, result, seconds, config, process.device) | ring
+                record |= data_record(config, dataset, step)
                 writer.write(record)
                 if result.attention:
                     write_balance(config, step + 1, result.attention)
@@ -310,13 +299,14 @@ def _non_finite(
 ) -> str:
     """The sentence of a stopped run: step, ranks, and the samples those ranks were given."""
     shares = sorted({rank // config.parallel.cp for rank in error.ranks}) or list(range(config.parallel.dp))
-    samples = [
-        dataset.describe(window)
-        for share in shares
-        for window in step_windows(
-            dataset, step, global_batch=config.train.batch_size, dp_rank=share, dp_size=config.parallel.dp
-        )
-    ]
+    plan = step_plan(
+        dataset,
+        step,
+        global_batch=config.train.batch_size,
+        dp_size=config.parallel.dp,
+        micro_batch=config.train.micro_batch_size,
+    )
+    samples = [dataset.describe(window) for share in shares for window in plan.windows[share]]
     ranks = ", ".join(str(rank) for rank in error.ranks) or "unknown"
     return (
         f"step {step + 1}: {error.what} is {error.value} on rank {ranks}, in the batch of {'; '.join(samples)}; "

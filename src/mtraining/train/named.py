@@ -18,8 +18,8 @@ from mtraining.model import ModelOptions, RopeOptions, build_model
 from mtraining.model.load import load_tokenizer
 from mtraining.pattern import Pattern
 from mtraining.train.config import Config, load_config
+from mtraining.train.corpus import data_tokenizer
 from mtraining.train.export import require_model, require_sound
-from mtraining.train.loop import data_tokenizer
 from mtraining.train.reader import SafeReader, load
 from mtraining.train.store import BEST, MANIFEST, CheckpointStore
 

@@ -66,7 +66,11 @@ POLICIES: dict[str, Policy] = {
     "model.rope.mscale_all_dim": Policy("content", _ROPE),
     "model.rope.theta": Policy("content", _ROPE),
     "data.path": Policy("content", "documents and tokens are compared, wherever they lie"),
+    "data.sources": Policy(
+        "content", "the documents, weight and cap of each are compared, in order; names may change"
+    ),
     "data.mode": Policy("refused", _ORDER),
+    "data.look_ahead": Policy("refused", _ORDER),
     "data.workers": Policy("free", _SAME),
     "data.allow_other_tokenizer": Policy("free", "the data that result are compared"),
     "train.seq_len": Policy("refused", _ORDER),
@@ -191,7 +195,7 @@ def check_allow(allow: tuple[str, ...]) -> None:
     refused = [option for option, row in POLICIES.items() if row.rule in ("refused", "content")]
     for name in allow:
         if not any(allowed(option, (name,)) for option in refused) and not name.startswith("model.config."):
-            known = ["data.path", "model.rope", "model.config"]
+            known = ["data.path", "data.sources", "model.rope", "model.config"]
             known += [option for option in refused if POLICIES[option].rule == "refused"]
             raise ValueError(
                 f"{name!r} names no option whose change is refused; those are {', '.join(known)}, and a section stands "

@@ -52,7 +52,7 @@ def check_same_run(
     Args:
         shapes: of this run's parameters, by name.
         hf_config: of this run's model, as it was built.
-        corpus: of this run's data, as `TokenShards.identity` has it.
+        corpus: of this run's data, as `SequenceDataset.identity` has it.
 
     Raises:
         UserError: naming what differs, with what it was and what it is.
@@ -65,7 +65,8 @@ def check_same_run(
     step = manifest.step + 1
     others = model_changes(manifest.model, model_identity(hf_config), step)
     if manifest.corpus != corpus:
-        others.append(Change(step, "data.path", manifest.corpus, corpus))
+        option = "data.path" if config.data.path is not None else "data.sources"
+        others.append(Change(step, option, manifest.corpus, corpus))
     require_allowed(others, path, config.checkpoint.allow)
     return changes + others
 

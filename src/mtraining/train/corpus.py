@@ -1,0 +1,83 @@
+"""The data of a run: its sources as the configuration names them, and what a step reads of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mtraining.data import DataSource, SequenceDataset, TokenShards, step_plan
+from mtraining.layout import build_layout
+from mtraining.train.config import Config
+from mtraining.train.heldout import shards_tokenizer
+from mtraining.train.mesh import Process
+
+
+def data_sources(config: Config) -> list[DataSource]:
+    """The prepared folders, opened.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    return [
+        DataSource(TokenShards(source.path), source.label, source.weight, source.max_epochs)
+        for source in config.data.every_source
+    ]
+
+
+def build_dataset(config: Config, process: Process | None, vocab_size: int | None) -> SequenceDataset:
+    """A rank's view of the data: its context-parallel share of every sequence, or all of each for no process.
+
+    Raises:
+        UserError: data that cannot be used, or sources that reach their caps before the last step.
+    """
+    dataset = SequenceDataset(
+        data_sources(config),
+        config.train.seq_len,
+        mode=config.data.mode,
+        seed=config.train.seed,
+        layout=None if process is None else build_layout(config.layout.name, config.layout.unit),
+        cp_rank=0 if process is None else process.cp_rank,
+        cp_size=1 if process is None else config.parallel.cp,
+        vocab_size=vocab_size,
+        look_ahead=config.data.look_ahead,
+    )
+    dataset.counts(config.train.steps * config.train.batch_size)
+    return dataset
+
+
+def data_tokenizer(config: Config) -> Any:
+    """The tokenizer that the shards were made with, to go into the exported folder beside a random model."""
+    return shards_tokenizer(TokenShards(config.data.every_source[0].path))
+
+
+def mix(config: Config, dataset: SequenceDataset, steps: int) -> str:
+    """What each source gives in the first ``steps`` steps, in words; "" for one source."""
+    if len(dataset.sources) == 1:
+        return ""
+    counts = dataset.counts(steps * config.train.batch_size)
+    return f"sequences of {steps:,} steps by source: {', '.join(count.render() for count in counts)}"
+
+
+def data_record(config: Config, dataset: SequenceDataset, step: int) -> dict[str, Any]:
+    """What a metrics record says of the data of a step, from 0: the same on every rank.
+
+    ``padding``: share of the positions of packed sequences that hold no token. ``replica_imbalance``: see
+    `mtraining.data.loader.StepPlan.imbalance`. ``sequences/NAME``: sequences of each source so far, of a mixture.
+    """
+    batch = config.train.batch_size
+    record: dict[str, Any] = {}
+    if dataset.mode == "packed":
+        plan = step_plan(
+            dataset,
+            step,
+            global_batch=batch,
+            dp_size=config.parallel.dp,
+            micro_batch=config.train.micro_batch_size,
+        )
+        windows = [window for rank in plan.windows for window in rank]
+        record["padding"] = dataset.padding(windows) / (batch * config.train.seq_len)
+        if plan.imbalance is not None:
+            record["replica_imbalance"] = plan.imbalance
+    if len(dataset.sources) > 1:
+        for count in dataset.counts((step + 1) * batch):
+            record[f"sequences/{count.name}"] = count.sequences
+    return record
