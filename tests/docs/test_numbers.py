@@ -113,6 +113,18 @@ def test_losses() -> None:
     )
 
 
+@pytest.mark.parametrize("corpus", ["books", "code-by-file", "code-by-package", "conversations", "all"])
+@pytest.mark.parametrize(("tokens", "seq_len"), [("8K", "8192"), ("128K", "131072")])
+def test_padding_of_packed_sequences(corpus: str, tokens: str, seq_len: str) -> None:
+    shown = []
+    for align, look_ahead in (("1", "1"), ("1", "1024"), ("64", "1024"), ("128", "1024")):
+        chosen = {"corpus": corpus, "seq_len": seq_len, "align": align, "look_ahead": look_ahead}
+        (row,) = rows("packing-padding-2026-11-27.csv", **chosen)
+        shown.append(f"{100 * float(row['padding']):.1f} %")
+    begins = f"{corpus.replace('-', ' ')} | {tokens}"
+    assert line("docs/performance/packing.md", begins) == f"| {begins} | {' | '.join(shown)} |"
+
+
 def test_commits_that_pages_name_are_in_the_results() -> None:
     """Those of the campaigns: each table's rows are in a file."""
     known = set()
