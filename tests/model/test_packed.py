@@ -156,16 +156,20 @@ ROPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+KINDS = (*ROPES, "dynamic")
+
+
 def roped(kind: str) -> Any:
-    options = tiny_options("llama")
-    if kind == "dynamic":  # fixed at the training length, for documents of any length
-        options = tiny_options("llama", max_position_embeddings=32, type="dynamic")
+    if kind == "dynamic":  # a theta, fixed at the training length for documents of any length
+        options = tiny_options("llama", type="dynamic", original_max_position_embeddings=32)
     else:
-        options = options.model_copy(update={"config": {**options.config, "rope_parameters": ROPES[kind]}})
+        options = tiny_options("llama")
+        fields = {**options.config, "rope_parameters": ROPES[kind]}
+        options = options.model_copy(update={"config": fields})
     return build_model(options, SEQ_LEN)[0]
 
 
-@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_positions_restart_under_every_rope_type(kind: str) -> None:
     """Each document is rotated as if it were alone."""
     batch = packed_batch(2)
@@ -178,8 +182,8 @@ def test_positions_restart_under_every_rope_type(kind: str) -> None:
 def test_rope_types_differ() -> None:
     """Or the test above would show one of them only."""
     batch = packed_batch(2)
-    losses = {kind: gradients_of(made(roped(kind)), batch)[0] for kind in ROPES}
-    assert len({round(loss, 6) for loss in losses.values()}) == len(ROPES)
+    losses = {kind: gradients_of(made(roped(kind)), batch)[0] for kind in KINDS}
+    assert len({round(loss, 6) for loss in losses.values()}) == len(KINDS)
 
 
 CHANGED = (0, slice(37, 101))  # the second document of the first row
