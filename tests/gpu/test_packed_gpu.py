@@ -136,14 +136,7 @@ def test_each_document_trains_as_if_it_were_alone(process: Process, fused: Any) 
         assert cosine > 0.995, (name, float(cosine))
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.usefixtures("no_waiting")
 def test_nothing_waits_for_the_device(process: Process, name: str) -> None:
     """Forward and backward of a batch with other documents than the one before."""
     model, given = made(process, PATTERNS[name]), batch()
@@ -154,6 +147,9 @@ def test_nothing_waits_for_the_device(process: Process, name: str) -> None:
     given |= {"starts": moved, "position_ids": torch.arange(SEQ_LEN).cuda() - moved.long()}
     count = (given["labels"] != -100).sum()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     ids, at, labels, starts = (given[key] for key in ("input_ids", "position_ids", "labels", "starts"))
-    model(ids, at, labels, count, starts=starts).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(ids, at, labels, count, starts=starts).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
