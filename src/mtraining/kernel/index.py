@@ -262,7 +262,7 @@ class SparseIndex:
         Whole tiles, and each column from its own block down to the last row that may attend to it; tiles own the
         overlap.
         """
-        size, used = self.block_size, self.columns < self.seq_len
+        size, used = self.block_size, self._first_of_columns
         block = (self.columns // size).long().clamp(max=self.num_blocks - 1)
         last = (self._column_ends - 1).clamp(min=block)
         # Of each head its tiles, and of each column those that hold it.
