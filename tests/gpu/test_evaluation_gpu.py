@@ -31,7 +31,7 @@ def shards(folder: Path, start: int) -> Path:
     return folder / "shards"
 
 
-def config(output: Path, data: Path, **evaluate: Any) -> Config:
+def config(output: Path, data: Path, evaluate: dict[str, Any] | None = None) -> Config:
     model = {
         "model_type": "qwen2", "vocab_size": 260, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3,
         "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True,
@@ -50,7 +50,7 @@ def config(output: Path, data: Path, **evaluate: Any) -> Config:
             "train": {"seq_len": SEQ_LEN, "steps": 4, "dtype": "bf16", "deterministic": True},
             "checkpoint": {"every": 0, "export": False, "async": False},
             "log": {"tensorboard": False},
-            "evaluate": evaluate,
+            "evaluate": evaluate or {},
         }
     )
 
@@ -59,7 +59,7 @@ def test_training_is_the_same_and_evaluation_takes_no_more_than_a_step(tmp_path:
     data, unseen = shards(tmp_path / "text", 0), shards(tmp_path / "unseen", 50_000)
     loop.train(config(tmp_path / "plain", data))
     evaluate = {"data": str(unseen), "every": 1, "attention": ["train", "dense"], "lengths": [1000, SEQ_LEN]}
-    loop.train(config(tmp_path / "evaluated", data, **evaluate))
+    loop.train(config(tmp_path / "evaluated", data, evaluate))
     plain, records = read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "evaluated")
     steps = [one for one in records if "loss" in one]
     assert [(one["loss"], one["grad_norm"]) for one in steps] == [

@@ -20,7 +20,10 @@ from mtraining.train.mesh import Process
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Synchronization debug mode is a prototype:UserWarning",
+        "ignore:.torch.jit.script_method. is :DeprecationWarning",
+    ),
 ]
 SEQ_LEN, VOCAB = 4096, 1000
 # At blocks and elsewhere; one within a tile, one over many; the last is padding.
@@ -133,7 +136,8 @@ def test_each_document_trains_as_if_it_were_alone(process: Process, fused: Any) 
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
     for name, expected in gradients.items():
         cosine = torch.cosine_similarity(found[name].flatten(), expected.flatten(), dim=0)
-        assert cosine > 0.995, (name, float(cosine))
+        # A bias of keys moves all scores of a row alike but for the rotation: nearly all of its gradient cancels out.
+        assert cosine > (0.99 if name.endswith("k_proj.bias") else 0.995), (name, float(cosine))
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -204,7 +204,7 @@ class Flash4Double:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_flash4_is_told_the_global_delta(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
     double = Flash4Double()
-    monkeypatch.setattr("mtraining.kernel.external.dense_kernels._flash4", lambda: double)
+    monkeypatch.setattr("mtraining.kernel.external.dense_kernels.flash4_interface", lambda: double)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     backend = WithDense("flash4", ReferenceBackend(), Flash4Dense())
     (q, k, v, dout), index, placement = problem("zigzag, own", (2, 2))

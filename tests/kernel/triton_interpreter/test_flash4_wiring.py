@@ -91,7 +91,7 @@ def bwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor,
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        flash4, "_interface", lambda: SimpleNamespace(_flash_attn_fwd=fwd, _flash_attn_bwd=bwd)
+        flash4, "flash4_interface", lambda: SimpleNamespace(_flash_attn_fwd=fwd, _flash_attn_bwd=bwd)
     )
     monkeypatch.setattr(flash4, "_as_blocks", lambda lists: lists)
     monkeypatch.setattr(

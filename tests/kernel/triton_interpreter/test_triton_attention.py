@@ -172,3 +172,25 @@ def test_tables_of_columns_are_made_once_a_backward_pass(monkeypatch: pytest.Mon
     p.ck = p.cv
     del ck
     assert len(triton_hidden._kept) == 0
+
+
+def test_columns_of_one_document_do_not_regroup_the_sums_of_another() -> None:
+    """Columns of two documents in one tile; those of the first move, and no bit of the second's gradients does."""
+    torch.manual_seed(0)
+    seq_len, size, second = 512, 32, 256
+    starts = torch.arange(seq_len, dtype=torch.int32)[None] // second * second
+    q, dout = (torch.randn(1, seq_len, 1, 64) for _ in range(2))
+    lse, delta = torch.randn(1, 1, seq_len) + 3, torch.randn(1, 1, seq_len)
+    kept = torch.randn(2, 1, 8, 1, 64)
+
+    def gradients(first: list[int]) -> torch.Tensor:
+        columns = torch.tensor([[[*first, 256, 300, 301, 400]]], dtype=torch.int32)
+        index = SparseIndex(
+            seq_len, size, torch.zeros(1, 1, seq_len // size, dtype=torch.bool), columns, starts=starts
+        )
+        ck, cv = kept
+        blocks = torch.arange(seq_len // size)
+        found = TritonBackend().columns_backward(dout, q, ck, cv, lse, delta, index, blocks, 0.125)
+        return found[:, :, 4:]
+
+    assert torch.equal(gradients([0, 1, 2, 3]), gradients([200, 201, 202, 203]))

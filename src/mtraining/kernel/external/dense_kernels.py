@@ -6,6 +6,7 @@ given instead is said with each.
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any, Protocol
 
@@ -48,14 +49,16 @@ class Flash4Dense:
     name = "flash4"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = _flash4()._flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
+        out, lse, *_ = flash4_interface()._flash_attn_fwd(
+            q, k, v, softmax_scale=scale, causal=causal, return_lse=True
+        )
         return out, lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         zero = torch.zeros(q.shape[-1], dtype=q.dtype, device=q.device).expand(q.shape)
-        dq, dk, dv = _flash4()._flash_attn_bwd(
+        dq, dk, dv = flash4_interface()._flash_attn_bwd(
             q, k, v, zero, dout.to(q.dtype), lse, softmax_scale=scale, causal=causal, dlse=-delta,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
@@ -191,7 +194,10 @@ def _rows_first(grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, T
 
 
 @cache
-def _flash4() -> Any:
-    from flash_attn.cute import interface
+def flash4_interface() -> Any:
+    """flash-attn-4's own interface. What it imports warns of its own dependencies, which is no caller's business."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from flash_attn.cute import interface
 
     return interface

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mtraining.errors import UserError
 from mtraining.kernel.backend import Columns, QueryGradient
+from mtraining.kernel.external.dense_kernels import flash4_interface
 from mtraining.kernel.external.partial import BlockLists, block_lists, merge_partial
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
@@ -78,7 +79,7 @@ class Flash4Backend(TritonBackend):
         if columns is not None:
             out, lse = self.columns_forward(q, *columns, index, placement.q_blocks, scale, out, lse)
         lists = block_lists(index, placement, key_major=False)
-        part, part_lse, *_ = _interface()._flash_attn_fwd(
+        part, part_lse, *_ = flash4_interface()._flash_attn_fwd(
             q, k, v, softmax_scale=scale, block_sparse_tensors=_as_blocks(lists), return_lse=True, pack_gqa=False,
             **_mask(index, placement),
         )  # fmt: skip
@@ -93,7 +94,7 @@ class Flash4Backend(TritonBackend):
         lists = block_lists(index, placement, key_major=True)
         zero = torch.zeros(q.shape[-1], dtype=q.dtype, device=q.device).expand(q.shape)
         dkv = torch.empty(2, *k.shape, dtype=k.dtype, device=k.device)
-        share, *_ = _interface()._flash_attn_bwd(
+        share, *_ = flash4_interface()._flash_attn_bwd(
             q, k, v, zero, dout, lse, softmax_scale=scale, block_sparse_tensors=_as_blocks(lists), dlse=-delta,
             dk=dkv[0], dv=dkv[1], **_mask(index, placement),
         )  # fmt: skip
@@ -150,13 +151,6 @@ def _as_blocks(lists: BlockLists) -> Any:
         full_block_idx=lists.full,
         block_size=(BLOCK, BLOCK),
     )
-
-
-@cache
-def _interface() -> Any:
-    from flash_attn.cute import interface
-
-    return interface
 
 
 @cache

@@ -473,9 +473,15 @@ def key_columns_kernel(
             hi = gl.maximum(hi, gl.load(until + w))
         hi = gl.maximum(hi, lo)
         ends = tables.ends + bh.to(gl.int64) * capacity + tile * SIZE
-    share = gl.cdiv(hi - lo, splits)
-    begin = lo + split * share
-    end = gl.maximum(begin, gl.minimum(begin + share, hi))
+    if constants.STARTS:
+        # Shares stand still, so that what one document selects does not regroup the sums of another in the same tile.
+        share = gl.cdiv(n_rows, splits)
+        begin = gl.maximum(split * share, lo)
+        end = gl.maximum(begin, gl.minimum((split + 1) * share, hi))
+    else:
+        share = gl.cdiv(hi - lo, splits)
+        begin = lo + split * share
+        end = gl.maximum(begin, gl.minimum(begin + share, hi))
     words = tables.words + bh.to(gl.int64) * n_rows * words_row + tile * (SIZE // 32)
     at = (
         (split * batches + batch).to(gl.int64) * dkv.batch

@@ -250,9 +250,15 @@ def key_gradient_kernel(
         mine = first + tl.arange(0, BLOCK_N)
         ends = tl.load(tables.ends + bh * capacity + mine, mask=mine < capacity, other=rows * SIZE)
         least = tl.min(ends, 0)
-    share = tl.cdiv(hi - lo, splits)
-    begin = lo + split * share
-    end = tl.minimum(begin + share, hi)
+    if tables.ends is None:
+        share = tl.cdiv(hi - lo, splits)
+        begin = lo + split * share
+        end = tl.minimum(begin + share, hi)
+    else:
+        # Shares stand still, so that what one document selects does not regroup the sums of another in the same tile.
+        share = tl.cdiv(rows, splits)
+        begin = tl.maximum(split * share, lo)
+        end = tl.minimum((split + 1) * share, hi)
 
     q_offsets = tile_offsets(q.row, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     do_offsets = tile_offsets(do.row, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
