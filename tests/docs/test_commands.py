@@ -26,6 +26,9 @@ RUN_BY_TEST = {
     "--essays book.txt --attention dense --attention sparse --samples 2": (
         "tests/cli/test_evaluate_command.py::test_the_pages_command"
     ),
+    "mtraining export runs/first out --merge": (
+        "tests/train/test_lora_run.py::test_the_adapter_and_the_merged_model_are_the_same"
+    ),
     "mtraining bench tiles": "tests/kernel/triton_interpreter/test_tiles_command.py::test_the_command",
     "mtraining generate runs/first --prompt a.txt": (
         "tests/cli/test_generate_command.py::test_a_folder_a_run_and_its_checkpoint_are_the_same_model"
@@ -53,6 +56,7 @@ RUN_BY_TEST = {
 # A command that no test can run, and why.
 NOT_RUN = {
     "pip install '.[gpu]'": "would install Triton into the environment that runs the tests",
+    "pip install 'mtraining[lora]'": "would change the environment that runs the tests",
     "pip install 'mtraining[gpu] @ git+file:///path/to/mtraining'": "the path is the reader's",
     "pip install 'mtraining[mds]'": "would install into the environment that runs the tests",
     "pip install --no-deps mosaicml-streaming": "would install into the environment that runs the tests",

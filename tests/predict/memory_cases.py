@@ -24,7 +24,9 @@ from transformers import (
 from distributed import Worker
 from mtraining.bench.train.model import Optimisation
 from mtraining.layout import build_layout
-from mtraining.model import parallelize
+from mtraining.model import LoraOptions, parallelize
+from mtraining.model.adapters import open_adapter
+from mtraining.model.lora import add_lora
 from mtraining.pattern import Pattern, build_pattern
 from mtraining.predict.memory import Prediction, Workload, predict
 from mtraining.predict.trace import META, ShapeKernels
@@ -63,6 +65,7 @@ class MemoryCase:
     experts: int = 0
     cap: float | None = None
     sinks: bool = False
+    lora: int = 0
 
     def model(self, device: torch.device | str) -> Any:
         sizes = {
@@ -80,7 +83,10 @@ class MemoryCase:
                 return GptOssForCausalLM(GptOssConfig(**sizes, **full, num_local_experts=4))
             if self.cap is not None:
                 return NanoChatForCausalLM(NanoChatConfig(**sizes, final_logit_softcapping=self.cap))
-            return Qwen2ForCausalLM(Qwen2Config(**sizes))
+            model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+            if not self.lora:
+                return model
+            return open_adapter(add_lora(model, LoraOptions(r=self.lora, also_train=("norm",)), seed=0))[0]
 
     def build(self) -> Pattern:
         options = {"density": 0.3, "columns": 256, "window": 2} if self.pattern == "toeplitz_random" else {}

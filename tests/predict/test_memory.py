@@ -49,12 +49,15 @@ CASES = {
     ),
     "capped logits": MemoryCase(vocab=16384, seq_len=1024, cap=15.0),
     "attention sinks": MemoryCase(sinks=True, mlp=128, seq_len=2048),
+    "adapter": MemoryCase(lora=8, hidden=512, mlp=2048, seq_len=512),
+    "adapter, long": MemoryCase(lora=16, layers=8),
+    "adapter, everything kept": MemoryCase(lora=16, recompute="none"),
     "hierarchical, kept": MemoryCase(world=4, cp_outer=2, recompute="keep_attention", layers=8),
 }
 
 
-# Where the layers, the parameters and the loss are the largest; the others are told from these by the slow tests.
-FAST = ("full", "parameters", "loss")
+# Where the layers, the parameters, the loss and an adapter are the largest. Slow tests have the others.
+FAST = ("full", "parameters", "loss", "adapter")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,12 @@ OTHER: dict[str, Any] = {
     "model.rope.truncate": False,
     "model.rope.mscale": 0.7,
     "model.rope.mscale_all_dim": 0.9,
+    "model.lora.r": 8,
+    "model.lora.alpha": 3.0,
+    "model.lora.targets": ["q_proj"],
+    "model.lora.also_train": ["norm"],
+    "model.lora.dropout": 0.1,
+    "model.lora.rslora": True,
     "data.path": "other/shards",
     "data.sources": [{"path": "code", "weight": 2.0}, {"path": "books"}],
     "data.mode": "concat",
@@ -105,7 +111,9 @@ OTHER: dict[str, Any] = {
     "distributed.silence_seconds": 60.0,
     "distributed.device": "auto",
 }
+_RANK = {"model.lora.r": 4}  # without it the others have no effect
 TOGETHER: dict[str, dict[str, Any]] = {
+    **{f"model.lora.{name}": _RANK for name in ("alpha", "targets", "also_train", "dropout", "rslora")},
     "parallel.cp_outer": {"parallel.cp": 2},
     "parallel.dp": {"train.micro_batch_size": 2},
     "data.look_ahead": {"data.mode": "packed"},

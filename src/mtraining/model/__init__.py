@@ -19,9 +19,11 @@ from mtraining.model.support import check_supported
 
 if TYPE_CHECKING:
     from mtraining.model.load import ModelOptions, build_model
+    from mtraining.model.lora import LoraOptions
     from mtraining.model.rope import RopeOptions
 
 __all__ = [
+    "LoraOptions",
     "ModelOptions",
     "ParallelLM",
     "Refresh",
@@ -35,7 +37,7 @@ __all__ = [
     "use_expandable_segments",
 ]
 
-_HOME = {"ModelOptions": "load", "RopeOptions": "rope", "build_model": "load"}
+_HOME = {"LoraOptions": "lora", "ModelOptions": "load", "RopeOptions": "rope", "build_model": "load"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,7 @@
-"""Write a trained model as an ordinary Hugging Face folder: safetensors, config with the extended rope, tokenizer."""
+"""Write a trained model as an ordinary Hugging Face folder: safetensors, config with the extended rope, tokenizer.
+
+Of a model with a low-rank adapter the folder holds the adapter, as peft reads it, beside the same config and tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mtraining.errors import UserError
+from mtraining.model.adapters import Adapter, trained
 from mtraining.model.export_folder import CONFIG, check_target, put_in_place
 from mtraining.model.parallel import ParallelLM
 from mtraining.model.support import OLDER_NAMES, ropes_of
@@ -24,6 +28,8 @@ def export_model(
     model: ParallelLM, folder: str | Path, tokenizer: Any = None, dtype: torch.dtype | None = None
 ) -> None:
     """Gather the full weights and write them where plain ``AutoModelForCausalLM.from_pretrained`` loads them.
+
+    With an adapter only what was trained is gathered, and ``peft.PeftModel.from_pretrained`` loads it.
 
     Collective over the model's ranks. The first rank writes to a temporary folder beside ``folder`` and moves it there
     when it is whole, so that a half-written export is never found under its name; the other ranks wait for it.
@@ -48,16 +54,24 @@ def export_model(
         except UserError as error:
             problem = str(error)
     _agree(problem, mesh)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    frozen = model.adapter is not None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=frozen)
     state = get_model_state_dict(model.hf_model, options=options)  # on rank 0 only, when there are others
     if main:
         try:
-            _write(model.hf_model, state, target, tokenizer, dtype)
+            _write(model.hf_model, state, target, tokenizer, dtype, model.adapter)
         except UserError as error:
             problem = str(error)
-        except (OSError, SafetensorError) as error:
-            problem = f"export: writing {target} failed ({error}); free space or choose another folder."
     _agree(problem, mesh)
+
+
+def export_whole(
+    hf_model: Any, folder: str | Path, tokenizer: Any = None, dtype: torch.dtype | None = None
+) -> None:
+    """The same of a transformers model that is whole on this process."""
+    target = Path(folder).resolve()
+    check_target(target)
+    _write(hf_model, hf_model.state_dict(), target, tokenizer, dtype)
 
 
 def _agree(problem: str | None, mesh: Any) -> None:
@@ -71,23 +85,36 @@ def _agree(problem: str | None, mesh: Any) -> None:
 
 
 def _write(
-    hf_model: Any, state: dict[str, Any], target: Path, tokenizer: Any, dtype: torch.dtype | None
+    hf_model: Any,
+    state: dict[str, Any],
+    target: Path,
+    tokenizer: Any,
+    dtype: torch.dtype | None,
+    adapter: Adapter | None = None,
 ) -> None:
-    """Write the folder under a temporary name, then put it in place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Write the folder under a temporary name, then put it in place; `UserError` where writing fails."""
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
     try:
-        hf_model.save_pretrained(temporary, state_dict=state)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if adapter is not None:
+            adapter.save({name: state[name] for name in trained(hf_model, tied=True)}, temporary)
+        else:
+            hf_model.save_pretrained(temporary, state_dict=state)
         config = copy.deepcopy(hf_model.config)
-        config.dtype = dtype or hf_model.dtype
+        # An adapter's folder says what the weights under it were; what is trained may be finer.
+        config.dtype = dtype or (hf_model.dtype if adapter is None else config.dtype)
         config.save_pretrained(temporary)
         _add_older_keys(temporary / CONFIG, config)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
             _name_older_class(temporary / "tokenizer_config.json")
         put_in_place(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"export: writing {target} failed ({error}); free space or choose another folder."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from mtraining.inputs import hub
 from mtraining.inputs.sections import Section
 from mtraining.inputs.smollm2 import SMOLLM2, SmolLM2
 from mtraining.model.fixed_rope import fix_rope
+from mtraining.model.lora import LoraOptions, add_lora
 from mtraining.model.rope import RopeOptions, apply_rope
 from mtraining.model.support import OLDER_NAMES, check_config, check_supported, head_dim_of
 from mtraining.model.weights import check_not_quantized, load_weights, said
@@ -36,6 +38,7 @@ class ModelOptions(Section):
         ``base_model.model.``, which a wrapper left there.
     dtype: of the stored parameters (the optimizer's master weights); the compute dtype is an option of `parallelize`.
     rope: context extension.
+    lora: low-rank adapters instead of training every weight.
     seed: of random weights; the same on every rank whatever was drawn before.
     """
 
@@ -45,6 +48,7 @@ class ModelOptions(Section):
     weights_prefix: str | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     rope: RopeOptions = RopeOptions()
+    lora: LoraOptions = LoraOptions()
     seed: int = 0
 
 
@@ -62,7 +66,7 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
 
     Returns:
         (transformers causal language model in training mode, tokenizer or None). Rotary frequencies stay fp32 whatever
-        the dtype.
+        the dtype. With ``options.lora`` the model is in a ``peft.PeftModel``, which `parallelize` takes too.
 
     Raises:
         UserError: an option at fault, a package or folder that is missing, or a model that is not supported.
@@ -95,9 +99,14 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
     else:
         found = hub.find(options.init, f"model.init={options.init!r}", "model", _INIT)
         model = load_weights(options.init, config, dtype, options.weights_prefix or "", found)
-    _cast_parameters(model, dtype)
+    cast_parameters(model, dtype)
     fix_rope(model, seq_len)
     check_supported(model)
+    if options.lora.r:
+        with device if dry else nullcontext():
+            model = add_lora(
+                model, options.lora, options.seed, None if options.init == "random" else options.init
+            )
     tokenizer = None if dry else load_tokenizer(options)
     return model.to(device).train(), tokenizer
 
@@ -113,7 +122,7 @@ def _from_config(config: Any, **options: Any) -> Any:
         ) from error
 
 
-def _cast_parameters(model: Any, dtype: torch.dtype) -> None:
+def cast_parameters(model: Any, dtype: torch.dtype) -> None:
     """Cast parameters only: `model.to(dtype)` would round the rotary frequencies too, ruinous at long positions."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

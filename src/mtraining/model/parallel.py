@@ -21,6 +21,7 @@ from mtraining.errors import UserError
 from mtraining.kernel import select_backend
 from mtraining.kernel.starts import check_starts
 from mtraining.layout import Layout, build_layout
+from mtraining.model.adapters import Adapter, open_adapter
 from mtraining.model.allocator import use_expandable_segments
 from mtraining.model.attention import ATTENTION_NAME, attach, refuse_mask
 from mtraining.model.fused import fuse
@@ -60,6 +61,7 @@ class ParallelLM(nn.Module):
         fsdp_mesh: the 1-D mesh over which parameters are sharded, None without FSDP.
         indices: the attention indices over the steps of training.
         positions: the check that tokens stand where the layout deals them.
+        adapter: the low-rank adapter in ``hf_model``, None where all weights are trained.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ParallelLM(nn.Module):
         positions: PositionCheck,
         starts: BatchStarts,
         compiled_loss: bool = False,
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
         self.hf_model = hf_model
@@ -83,6 +86,7 @@ class ParallelLM(nn.Module):
         self.indices = indices
         self.positions = positions
         self._starts = starts
+        self.adapter = adapter
         self._compiled_loss = compiled_loss
         self._logit_form = LogitForm.of_fields(fields_of(hf_model.config))
 
@@ -241,8 +245,8 @@ def parallelize(
     """Prepare a transformers causal language model for training on context-parallel shards, in training mode.
 
     Args:
-        model: the model, with the same weights on every rank; on CPU, FSDP moves it to the mesh's device
-            shard by shard.
+        model: the model, or a ``peft.PeftModel`` with one LoRA adapter, with the same weights on every rank; on CPU,
+            FSDP moves it to the mesh's device shard by shard.
         mesh: dims named from {"dp"} and {"cp"} or {"cp_outer", "cp_inner"}; None for one process.
         pattern: what attention computes; an object or a name of `mtraining.pattern.PATTERNS` (with its defaults).
         layout: who holds which tokens; an object or a name.
@@ -269,16 +273,23 @@ def parallelize(
     On an NVIDIA GPU that nothing has used yet, PyTorch's allocator is set to expandable segments, unless the
     environment says otherwise. `use_expandable_segments` does the same before a model is put on a GPU.
     """
+    model, adapter = open_adapter(model)
     check_supported(model)
     settle_tied(model)
     if model.config._attn_implementation == ATTENTION_NAME:
         raise UserError("model: this model was already given to parallelize; build a fresh one.")
+    if adapter is not None and fused == "compile":
+        raise UserError(
+            "train.fused=compile cannot serve the adapter layers of peft; use train.fused=liger or train.fused=none."
+        )
     if loss_chunk < 1:
         raise UserError(f"loss_chunk={loss_chunk} must be at least 1 token.")
     cp_mesh = None if mesh is None else _context_mesh(mesh)
     fsdp_mesh = _flat_mesh(mesh) if mesh is not None and fsdp else None
-    own_dtype = next(model.parameters()).dtype
-    if fsdp_mesh is None and param_dtype not in (None, own_dtype):
+    own_dtype = _own_dtype(model)
+    if adapter is not None:
+        param_dtype = param_dtype or own_dtype  # what is trained may be stored more finely than the rest
+    if fsdp_mesh is None and (param_dtype not in (None, own_dtype) or _trained_finer(model, own_dtype)):
         raise UserError(
             f"param_dtype={param_dtype} differs from the parameters' {own_dtype}, which needs FSDP; give a "
             f"mesh (of one "
@@ -310,6 +321,7 @@ def parallelize(
         positions,
         starts,
         compiled_loss=fused != "none",
+        adapter=adapter,
     )
     if fsdp_mesh is not None:
         _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)
@@ -352,6 +364,17 @@ def _set_attention(
             f"model: {model.config.model_type} does not let its attention be chosen; use a model on transformers' "
             f"attention interface."
         )
+
+
+def _own_dtype(model: Any) -> torch.dtype:
+    """Of the weights under an adapter, or of all."""
+    parameters = list(model.parameters())
+    return next((p for p in parameters if not p.requires_grad), parameters[0]).dtype
+
+
+def _trained_finer(model: Any, dtype: torch.dtype) -> bool:
+    """Whether modules that are trained whole have another dtype. Adapter layers cast what they are given."""
+    return any(p.dtype != dtype for name, p in model.named_parameters() if ".lora_" not in name)
 
 
 def _context_mesh(mesh: DeviceMesh) -> DeviceMesh | None:

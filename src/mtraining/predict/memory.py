@@ -14,11 +14,13 @@ from inspect import signature
 from typing import Any
 
 import torch
+from torch import nn
 
 from mtraining.errors import UserError
 from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import parallelize
+from mtraining.model.adapters import adapted_like
 from mtraining.model.allocator import EXPANDABLE, VARIABLES, reserve_share, segments_expand
 from mtraining.model.fixed_rope import fix_rope
 from mtraining.model.support import head_dim_of, layers_of
@@ -138,11 +140,11 @@ def predict(work: Workload) -> Prediction:
     seen = _traced(work, sizes.largest)
     layers, outlives = sizes.layers, work.accumulation > 1
     compute, reduce = work.compute.itemsize, work.reduce.itemsize
-    stored = sizes.stored / work.world
     owned, gathered = _owned(work, sizes), _gathered(work, sizes)
+    trained = sizes.trained_bytes / work.world
     # Of the layer whose backward runs; and of the one before it, on their way round.
-    whole = {"gradients (whole, of a layer)": compute * sizes.layer}
-    summed = {"gradients being summed": reduce * sizes.layer} if layers > 1 else {}
+    whole = {"gradients (whole, of a layer)": compute * sizes.trained_layer}
+    summed = {"gradients being summed": reduce * sizes.trained_layer} if layers > 1 else {}
     resident = min(layers, _OFFLOAD_RESIDENT) if work.offload else layers
     attended = _attention_outputs(work) if work.recompute == "keep_attention" else 0.0
     kept = {
@@ -154,8 +156,8 @@ def predict(work: Workload) -> Prediction:
 
     def shards(done: int) -> dict[str, float]:
         """Gradients of the layers whose backward is done."""
-        share = 1.0 if outlives else done * sizes.layer / sizes.total
-        return {"gradients (shard)": share * stored}
+        share = 1.0 if outlives else done * sizes.trained_layer / sizes.trained
+        return {"gradients (shard)": share * trained}
 
     def activations(name: str, peak: int) -> dict[str, float]:
         """What all layers keep, and the rest of a ``peak`` that has what the traced ones keep."""
@@ -170,8 +172,9 @@ def predict(work: Workload) -> Prediction:
         "in the first layer's backward": owned | gathered | whole | summed | shards(layers - 1)
         | {"working set of a layer": seen.last},
         "when the embeddings' gradients are summed": owned | shards(layers)
-        | {"gathered parameters": compute * sizes.root, "gradients being summed": (compute + reduce) * sizes.root},
-        "in the optimizer": owned | {"gradients (shard)": stored},
+        | {"gathered parameters": compute * sizes.root}
+        | {"gradients being summed": (compute + reduce) * sizes.trained_root},
+        "in the optimizer": owned | {"gradients (shard)": trained},
     }  # fmt: skip
     totals = {name: sum(parts.values()) for name, parts in moments.items()}
     moment = max(totals, key=lambda name: totals[name])
@@ -185,8 +188,8 @@ def standing(work: Workload) -> dict[str, float]:
 
 
 def _owned(work: Workload, sizes: _Parameters) -> dict[str, float]:
-    stored = sizes.stored / work.world
-    return {"parameters (shard)": stored, "optimizer state (shard)": 2 * stored}
+    stored, trained = sizes.stored / work.world, sizes.trained_bytes / work.world
+    return {"parameters (shard)": stored, "optimizer state (shard)": 2 * trained}
 
 
 def _gathered(work: Workload, sizes: _Parameters) -> dict[str, float]:
@@ -196,24 +199,42 @@ def _gathered(work: Workload, sizes: _Parameters) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Parameters:
-    """Numbers of parameters: of the largest layer (``largest`` is its number), of FSDP's root unit and of all;
-    ``stored``: bytes of all."""
+    """Numbers of parameters: of the largest layer (``largest`` is its number) and of FSDP's root unit; ``stored``:
+    bytes of all. The same of those that are trained, and so have gradients and moments."""
 
     layers: int
     largest: int
     layer: int
     root: int
-    total: int
     stored: int
+    trained_layer: int
+    trained_root: int
+    trained: int
+    trained_bytes: int
 
     @staticmethod
     def of(work: Workload) -> _Parameters:
         model = work.hf_model
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
-        total = sum(p.numel() for p in model.parameters())
-        stored = sum(p.numel() * p.element_size() for p in model.parameters())
-        largest = max(layers)
-        return _Parameters(len(layers), layers.index(largest), largest, total - sum(layers), total, stored)
+        layers = [_counts(layer) for layer in layers_of(model)]
+        largest = max(range(len(layers)), key=lambda number: layers[number][0])
+        (total, trained), (layer, trained_layer) = _counts(model), layers[largest]
+        return _Parameters(
+            layers=len(layers),
+            largest=largest,
+            layer=layer,
+            root=total - sum(one for one, _ in layers),
+            stored=sum(p.numel() * p.element_size() for p in model.parameters()),
+            trained_layer=trained_layer,
+            trained_root=trained - sum(one for _, one in layers),
+            trained=trained,
+            trained_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        )
+
+
+def _counts(module: nn.Module) -> tuple[int, int]:
+    """Numbers of parameters, and of those that are trained."""
+    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in module.parameters()]
+    return sum(one for one, _ in sizes), sum(one for _, one in sizes)
 
 
 def _traced(work: Workload, largest: int) -> Trace:
@@ -263,7 +284,7 @@ def shortened(hf_model: Any, largest: int) -> Any:
     config._attn_implementation = "eager"  # not yet ours: parallelize sets that
     # A run on its way to the same weights on every rank is not disturbed.
     with torch.random.fork_rng(devices=[]), META:
-        model = type(hf_model)(config)
+        model = adapted_like(type(hf_model)(config), hf_model)
     layers, shared = layers_of(model), {id(config): config}
     layer = layers[largest]
     del layers[:]

@@ -304,7 +304,8 @@ def _marked(layers: Any, live: LiveBytes) -> Iterator[None]:
     def entering(number: int, hidden: Tensor) -> None:
         live.begin(f"forward{number}")
         before = f"backward{number - 1}" if number else "end"
-        hidden.register_hook(lambda grad: live.begin(before))
+        if hidden.requires_grad:  # the first layer's input does not where the embeddings are not trained
+            hidden.register_hook(lambda grad: live.begin(before))
 
     def left(output: Any) -> None:
         live.begin("loss")

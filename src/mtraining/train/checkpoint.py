@@ -2,7 +2,8 @@
 
 Tensors are saved under their parameters' names as sharded tensors, so any number of ranks can read what any other
 number wrote. Besides model and optimizer each rank saves its random state (restored only when the number of ranks is
-the same); the order of the data and the learning rate are functions of the step, and need no state.
+the same); the order of the data and the learning rate are functions of the step, and need no state. Weights that a
+low-rank adapter leaves as they are stay where they came from; the manifest says which they are.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import TABLES, tiles_path
 from mtraining.model import ParallelLM
+from mtraining.model.adapters import without_frozen
 from mtraining.train.config import Config
 from mtraining.train.digest import DigestWriter
+from mtraining.train.frozen import frozen_weights
 from mtraining.train.identity import model_identity
 from mtraining.train.mesh import Process
 from mtraining.train.optim import options_kept
@@ -71,7 +74,7 @@ class Checkpointer:
         self.store = CheckpointStore(config.output)
         self._config, self._process, self._model, self._optimizer = config, process, model, optimizer
         self._read_corpus, self._tiles, self._tell = corpus, tiles, tell
-        self._corpus = ""
+        self._corpus = self._frozen = ""
         # Background saving has collectives of its own, which must not meet those of training on one group.
         self._group = dist.new_group(
             backend="gloo", timeout=timedelta(seconds=config.distributed.timeout_seconds)
@@ -94,12 +97,15 @@ class Checkpointer:
         """
         config, process, tell = self._config, self._process, self._tell
         self._corpus = on_main(process, self._read_corpus)
+        self._frozen = frozen_weights(self._model, process)
         found = find(config, process, tell)
         if found is None:
             on_main(process, lambda: record_changes(config.output, [], 0))
             return 0
         path, manifest = found
-        changes = check_same_run(config, found, self._shapes(), self._model.hf_model.config, self._corpus)
+        changes = check_same_run(
+            config, found, self._shapes(), self._model.hf_model.config, self._corpus, self._frozen
+        )
         self._restore(path, manifest)
         self.saved = manifest.step
         behind = on_main(process, lambda: set_aside(config.output, path, manifest.step))
@@ -131,6 +137,8 @@ class Checkpointer:
                 self._optimizer,
                 model_state_dict=state["model"],
                 optim_state_dict=state["optimizer"],
+                # What is read names every trained tensor; frozen ones are not in a checkpoint.
+                options=StateDictOptions(strict=not self._frozen),
             )
         if indices:
             self._model.indices.restore(indices, self._process.device)
@@ -155,6 +163,7 @@ class Checkpointer:
             model=model_identity(self._model.hf_model.config),
             corpus=self._corpus,
             tiles=self._tiles,
+            frozen=self._frozen,
         )
         writer = DigestWriter(self.store.partial(step))
         self.saved = step
@@ -212,7 +221,7 @@ class Checkpointer:
 
     def _state(self, *, with_random: bool) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        state: dict[str, Any] = {"model": without_frozen(self._model, model), "optimizer": optimizer}
         if with_random:
             random = {f"cpu.{self._process.rank}": torch.get_rng_state()}
             if self._process.device.type == "cuda":

@@ -18,6 +18,7 @@ from mtraining.layout import build_layout
 from mtraining.model import Refresh
 from mtraining.model.export_folder import check_target
 from mtraining.model.load import load_tokenizer
+from mtraining.model.lora import require_peft
 from mtraining.pattern import load_table
 from mtraining.train.config import Config
 from mtraining.train.corpus import build_dataset, data_sources
@@ -50,6 +51,7 @@ def check_config(config: Config) -> None:
             f"train.kernel={config.train.kernel} adds gradients in no fixed order, which train.deterministic=true "
             "forbids; use train.kernel=auto or triton."
         )
+    require_peft(config.model.lora)
     check_output(config)
     sources = [source.shards for source in data_sources(config)]
     check_tokenizer(config, sources)

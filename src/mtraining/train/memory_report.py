@@ -9,6 +9,7 @@ import torch
 
 from mtraining.layout import build_layout
 from mtraining.model import build_model
+from mtraining.model.adapters import open_adapter
 from mtraining.predict.evaluation import predict_evaluation
 from mtraining.predict.memory import Prediction, Unpredictable, Workload, predict
 from mtraining.sizes import size_text
@@ -51,7 +52,7 @@ def predict_evaluations(config: Config, hf_model: Any = None) -> tuple[str, Pred
 
 def _workload(config: Config, hf_model: Any) -> Workload:
     if hf_model is None:
-        hf_model, _ = build_model(config.model, config.train.seq_len, device="meta")
+        hf_model, _ = open_adapter(build_model(config.model, config.train.seq_len, device="meta")[0])
     layout, parallel, train = (
         build_layout(config.layout.name, config.layout.unit),
         config.parallel,

@@ -6,7 +6,6 @@ RUN/best is the one of the lowest held-out loss.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import torch
 
 from mtraining.errors import UserError
-from mtraining.model import ModelOptions, RopeOptions, build_model
+from mtraining.model import LoraOptions, ModelOptions, RopeOptions, build_model
 from mtraining.model.load import load_tokenizer
 from mtraining.pattern import Pattern
 from mtraining.train.config import Config, load_config
 from mtraining.train.corpus import data_tokenizer
-from mtraining.train.export import require_model, require_sound
-from mtraining.train.reader import SafeReader, load
+from mtraining.train.export import checkpoint_model
 from mtraining.train.store import BEST, MANIFEST, CheckpointStore
 
 
@@ -68,7 +66,8 @@ class NamedModel:
         Args:
             seq_len: as :meth:`build` takes it.
         """
-        return build_model(self.options, seq_len if self.run is None else self.run.train.seq_len, "meta")[0]
+        whole = self.options.model_copy(update={"lora": LoraOptions()})  # an adapter is merged into it
+        return build_model(whole, seq_len if self.run is None else self.run.train.seq_len, "meta")[0]
 
     def build(self, dtype: str, device: torch.device, seq_len: int = 1) -> Any:
         """The transformers model, whole, with parameters of ``dtype``. Collective where a process group exists.
@@ -82,16 +81,7 @@ class NamedModel:
         options = self.options.model_copy(update={"dtype": dtype})
         if self.run is None or self.checkpoint is None:
             return build_model(options, seq_len, device)[0]
-        hf_model, _ = build_model(options, self.run.train.seq_len)
-        manifest = require_sound(self.checkpoint)
-        # A checkpoint names parameters as the trained model does, which has the transformers model inside.
-        parameters = {f"hf_model.{name}": parameter for name, parameter in hf_model.named_parameters()}
-        shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
-        require_model(shapes, hf_model.config, manifest, self.checkpoint)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a process may be alone
-            load({"model": parameters}, SafeReader(str(self.checkpoint)))
-        return hf_model.to(device)
+        return checkpoint_model(options, self.run.train.seq_len, self.checkpoint).to(device)
 
 
 def find_model(name: str, rope: RopeOptions | None = None, tokenizer: str | None = None) -> NamedModel:

@@ -42,6 +42,7 @@ _ORDER = "fixes which samples a step sees, so the place in the data would be los
 _ROUNDING = "same mathematics, other rounding"
 _SAME = "same numbers"
 _STEP = "a function of the step: the new curve holds"
+_ADAPTER = "the shapes of what is trained, or how it is added, would change"
 _ROPE = "the model that results is compared: its rotary settings"
 _BESIDE = "training is the same"
 _MEASURE = "another measure from here on, and the best checkpoint is sought anew; training is the same"
@@ -49,7 +50,10 @@ _ATTENDS = "what attention computes from here on"
 
 POLICIES: dict[str, Policy] = {
     "output": Policy("free", "a run folder may be moved"),
-    "model.init": Policy("content", "names the first weights only; the model that results is compared"),
+    "model.init": Policy(
+        "content",
+        "the first weights only; the model that results is compared, and the weights under an adapter",
+    ),
     "model.config": Policy("content", "the model that results is compared, field by field"),
     "model.tokenizer": Policy("told", "goes into the export"),
     "model.weights_prefix": Policy("free", "of the names of the first weights, which are past"),
@@ -65,6 +69,12 @@ POLICIES: dict[str, Policy] = {
     "model.rope.mscale": Policy("content", _ROPE),
     "model.rope.mscale_all_dim": Policy("content", _ROPE),
     "model.rope.theta": Policy("content", _ROPE),
+    "model.lora.r": Policy("refused", _ADAPTER),
+    "model.lora.alpha": Policy("refused", _ADAPTER),
+    "model.lora.targets": Policy("refused", _ADAPTER),
+    "model.lora.also_train": Policy("refused", _ADAPTER),
+    "model.lora.dropout": Policy("told", "what is dropped from here on"),
+    "model.lora.rslora": Policy("refused", _ADAPTER),
     "data.path": Policy("content", "documents and tokens are compared, wherever they lie"),
     "data.sources": Policy(
         "content", "the documents, weight and cap of each are compared, in order; names may change"

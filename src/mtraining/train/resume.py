@@ -45,7 +45,12 @@ def on_main(process: Process, work: Callable[[], T]) -> T:
 
 
 def check_same_run(
-    config: Config, found: tuple[Path, Manifest], shapes: dict[str, list[int]], hf_config: Any, corpus: str
+    config: Config,
+    found: tuple[Path, Manifest],
+    shapes: dict[str, list[int]],
+    hf_config: Any,
+    corpus: str,
+    frozen: str,
 ) -> list[Change]:
     """Whether this run's options, model and data are the checkpoint's; what is not, and may be.
 
@@ -53,6 +58,7 @@ def check_same_run(
         shapes: of this run's parameters, by name.
         hf_config: of this run's model, as it was built.
         corpus: of this run's data, as `SequenceDataset.identity` has it.
+        frozen: the weights that it does not train, as `frozen_weights` has them.
 
     Raises:
         UserError: naming what differs, with what it was and what it is.
@@ -67,6 +73,8 @@ def check_same_run(
     if manifest.corpus != corpus:
         option = "data.path" if config.data.path is not None else "data.sources"
         others.append(Change(step, option, manifest.corpus, corpus))
+    if manifest.frozen != frozen:
+        others.append(Change(step, "model.init", f"weights {manifest.frozen}", f"weights {frozen}"))
     require_allowed(others, path, config.checkpoint.allow)
     return changes + others
 

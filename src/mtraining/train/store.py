@@ -49,7 +49,8 @@ class Manifest:
     step: optimizer steps done; world: processes that wrote it; shapes: parameter name -> shape; files: name -> what it
     must be; options: every option of the run, as `mtraining.train.policy.flat_options` has them; model and corpus: who
     the model and the data are, as `mtraining.train.identity` has it; tiles: which tile sizes attention was computed
-    with, as `mtraining.kernel.measured_tiles.tiles_in_use` says.
+    with, as `mtraining.kernel.measured_tiles.tiles_in_use` says; frozen: which weights are under a low-rank adapter, as
+    `mtraining.train.frozen` has it ("": none, every weight is in the checkpoint).
 
     Checkpoints of before these were kept have few options, no model, no corpus, no digests, and tiles of "tables".
     """
@@ -62,6 +63,7 @@ class Manifest:
     model: Mapping[str, Any] = field(default_factory=dict)
     corpus: str = ""
     tiles: str = TABLES
+    frozen: str = ""
 
     @property
     def older(self) -> bool:
