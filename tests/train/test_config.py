@@ -1,7 +1,6 @@
 """Reading configurations: overrides, and one sentence for every mistake."""
 
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from mtraining.errors import UserError
 from mtraining.model import ModelOptions
 from mtraining.pattern import PATTERNS
 from mtraining.train.config import Config, LayoutSection, TrainSection, load_config, parse_config
-from mtraining.train.schedule import learning_rate
 
 
 @pytest.fixture
@@ -152,7 +150,7 @@ def test_options_made_in_python_get_one_sentence_too(
         ("model.confg={}", "did you mean model.config?"),
         ("model.rope.fctor=2", "did you mean model.rope.factor?"),
         ("train.steps=0", "train.steps=0 .* greater than 0"),
-        ("train.schedule=linear", "train.schedule='linear' .* 'cosine' or 'constant'"),
+        ("train.schedule=cubic", "train.schedule='cubic' .* 'cosine', 'linear', 'constant' or 'wsd'"),
         ("train.batch_size=3", "train.batch_size=3 must be a multiple of .* = 2; the nearest is 4"),
         ("parallel={cp: 4, cp_outer: 3}", "cp_outer=3 must divide cp=4"),
         ("train.steps", "--set 'train.steps' is not of the form"),
@@ -194,18 +192,3 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
         load_config(bad)
     with pytest.raises(UserError, match="lacks the required key"):
         parse_config({"output": "x"})
-
-
-def test_warm_up_then_cosine_then_the_floor() -> None:
-    options = TrainSection(seq_len=16, steps=100, lr=1.0, min_lr=0.1, warmup_steps=20)
-    rates = [learning_rate(step, options) for step in range(101)]
-    assert 0 < rates[0] < rates[10] < rates[19] < rates[20] == 1.0
-    assert rates[60] == pytest.approx(0.55)  # half-way between peak and floor
-    assert rates[100] == pytest.approx(0.1)  # one step past the end
-    assert rates[99] > 0.1
-    assert all(later <= earlier for earlier, later in pairwise(rates[20:]))
-
-
-def test_constant_schedule_keeps_the_peak() -> None:
-    options = TrainSection(seq_len=16, steps=10, lr=0.5, schedule="constant", warmup_steps=1)
-    assert [learning_rate(step, options) for step in (0, 1, 9)] == [0.25, 0.5, 0.5]

@@ -62,6 +62,8 @@ OTHER: dict[str, Any] = {
     "train.min_lr": 1e-5,
     "train.schedule": "constant",
     "train.warmup_steps": 2,
+    "train.decay_steps": 3,
+    "train.decay": "linear",
     "train.betas": [0.8, 0.9],
     "train.eps": 1e-3,
     "train.weight_decay": 50.0,

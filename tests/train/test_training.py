@@ -50,7 +50,8 @@ def interrupted(run: Path, to: Path) -> Path:
 def test_metrics_hold_what_was_asked(run: Path) -> None:
     records = read_metrics(run)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    for key in ("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "memory"):
+    assert [record["lr"] > 0 for record in records] == [False] + 5 * [True]  # the warm-up begins at zero
+    for key in ("loss", "grad_norm", "tokens_per_second", "step_seconds", "memory"):
         assert all(record[key] > 0 for record in records), key
     observed = records[2]
     assert len(observed["layer_density"]) == 2

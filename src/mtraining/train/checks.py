@@ -26,6 +26,7 @@ from mtraining.train.heldout import held_out
 from mtraining.train.identity import check_options
 from mtraining.train.mesh import Process
 from mtraining.train.optim import updates_lost
+from mtraining.train.schedule import check_schedule
 from mtraining.train.store import CheckpointStore, read_manifest, require_complete
 
 
@@ -41,11 +42,7 @@ def check_config(config: Config) -> None:
     Refresh.parse(config.pattern.refresh)
     for pattern in [config.pattern.build(), *config.patterns_by_layer.values()]:
         layout.check(config.train.seq_len, config.parallel.cp, pattern.block_size)
-    if config.train.warmup_steps >= config.train.steps:
-        raise UserError(
-            f"train.warmup_steps={config.train.warmup_steps} leaves no step after the warm-up; "
-            f"use fewer than train.steps={config.train.steps}."
-        )
+    check_schedule(config.train)
     if config.train.deterministic and config.train.kernel in ("flash4", "cudnn"):
         raise UserError(
             f"train.kernel={config.train.kernel} adds gradients in no fixed order, which train.deterministic=true "

@@ -222,9 +222,12 @@ class TrainSection(Section):
         batch_size: sequences in one optimizer step, over all replicas.
         micro_batch_size: sequences that one replica forwards at once; the rest of the batch is gradient accumulation.
         lr: the highest learning rate.
-        min_lr: the learning rate at the end of a cosine.
-        schedule: what the learning rate does after the warm-up.
+        min_lr: the learning rate at the end, where the schedule falls.
+        schedule: what the learning rate does after the warm-up, as transformers' schedules do. `wsd` (warm-up, stable,
+            decay) keeps the peak until the last `decay_steps`.
         warmup_steps: steps in which the learning rate rises linearly from zero.
+        decay_steps: steps of the last phase of `wsd`.
+        decay: how the last phase of `wsd` falls.
         betas: AdamW's decay rates of the two moments.
         eps: AdamW's epsilon.
         weight_decay: AdamW's decay of weights.
@@ -247,8 +250,10 @@ class TrainSection(Section):
     micro_batch_size: PositiveInt = 1
     lr: PositiveFloat = 2e-5
     min_lr: NonNegativeFloat = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: NonNegativeInt = 0
+    decay_steps: PositiveInt | None = None
+    decay: Literal["cosine", "linear", "1-sqrt"] = "cosine"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0

@@ -28,6 +28,8 @@ class Optimisation:
     min_lr: float = 0.0
     schedule: str = "cosine"
     warmup_steps: int = 0
+    decay_steps: int | None = None
+    decay: str = "cosine"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
