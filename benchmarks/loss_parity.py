@@ -82,7 +82,7 @@ def configured(output: Path, data: Path, seq_len: int, steps: int, processes: in
             f"train.warmup_steps={steps // 10}",
             "train.fused=none",
             "checkpoint={every: 0, async: false, export: false}",
-            "log={every: 10, tensorboard: false}",
+            "log={every: 10, trackers: []}",
         ],
     )
 

@@ -42,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "layout": {"unit": 16},
         "train": {"seq_len": 1024, "steps": 1},
         "checkpoint": {"export": False, "async": False},
-        "log": {"tensorboard": False},
+        "log": {"trackers": []},
         "distributed": {"device": "cpu"},
     }  # fmt: skip
     train(parse_config(raw))

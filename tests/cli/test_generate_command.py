@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "layout": {"unit": 16},
         "train": {"seq_len": 256, "steps": 2, "batch_size": 2, "lr": 1e-2},
         "checkpoint": {"every": 1, "keep_last": 2, "export": True, "async": False},
-        "log": {"tensorboard": False},
+        "log": {"trackers": []},
         "distributed": {"device": "cpu"},
     }
     return train(parse_config(raw)).run

@@ -56,6 +56,7 @@ RUN_BY_TEST = {
 # A command that no test can run, and why.
 NOT_RUN = {
     "pip install '.[gpu]'": "would install Triton into the environment that runs the tests",
+    "pip install 'mtraining[wandb,mlflow,trackio]'": "would change the environment that runs the tests",
     "pip install 'mtraining[lora]'": "would change the environment that runs the tests",
     "pip install 'mtraining[gpu] @ git+file:///path/to/mtraining'": "the path is the reader's",
     "pip install 'mtraining[mds]'": "would install into the environment that runs the tests",

@@ -49,7 +49,7 @@ def config(output: Path, data: Path, evaluate: dict[str, Any] | None = None) -> 
             },
             "train": {"seq_len": SEQ_LEN, "steps": 4, "dtype": "bf16", "deterministic": True},
             "checkpoint": {"every": 0, "export": False, "async": False},
-            "log": {"tensorboard": False},
+            "log": {"trackers": []},
             "evaluate": evaluate or {},
         }
     )

@@ -29,7 +29,7 @@ def test_every_file_of_a_run(umask: int, tmp_path: Path) -> None:
             data,
             train={"steps": 2},
             checkpoint={"every": 1, "export": True},
-            log={"tensorboard": True},
+            log={"trackers": ["tensorboard"]},
         )
     )
     export_run(tmp_path / "run", tmp_path / "exported")

@@ -14,23 +14,28 @@ from mtraining.errors import UserError
 from mtraining.train.evaluation import curves as evaluation_curves
 from mtraining.train.metrics import METRICS, MetricsWriter, read_metrics
 from mtraining.train.store import full_disk_told
+from mtraining.train.trackers import Tracker, open_trackers
 
 
 def record(step: int) -> dict[str, Any]:
     return {"step": step, "loss": 1.0 / step, "lr": 0.1 * step, "layer_density": [0.25 * step, 0.5]}
 
 
+def board(run: Path, step: int = 0) -> list[Tracker]:
+    return open_trackers(["tensorboard"], run, "tests", {}, step)
+
+
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard itself reads from a run folder."""
-    board = EventAccumulator(str(run / "tensorboard"))
-    board.Reload()
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
     return {
-        tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
     }
 
 
 def test_tensorboard_shows_what_the_file_holds(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path, trackers=board(tmp_path)) as writer:
         for step in (1, 2, 3):
             writer.write(record(step))
     assert read_metrics(tmp_path) == [record(step) for step in (1, 2, 3)]
@@ -66,10 +71,10 @@ def test_evaluations_have_lines_and_curves_of_their_own(tmp_path: Path) -> None:
 
 
 def test_resuming_drops_what_lay_ahead_in_both(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path, trackers=board(tmp_path)) as writer:
         for step in (1, 2, 3, 4):
             writer.write(record(step))
-    with MetricsWriter(tmp_path, step=2) as writer:
+    with MetricsWriter(tmp_path, step=2, trackers=board(tmp_path, 2)) as writer:
         writer.write({"step": 3, "loss": 9.0})
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
     assert curves(tmp_path)["loss"] == [(1, 1.0), (2, 0.5), (3, 9.0)]
@@ -94,7 +99,7 @@ class FullDisk:
 
 def test_a_full_disk_delays_records_and_loses_none(tmp_path: Path) -> None:
     told: list[str] = []
-    with MetricsWriter(tmp_path, tensorboard=False, tell=told.append) as writer:
+    with MetricsWriter(tmp_path, tell=told.append) as writer:
         writer.write(record(1))
         disk = FullDisk(writer._file, room=10)
         writer._file = disk  # type: ignore[assignment]
@@ -112,7 +117,7 @@ def test_a_full_disk_delays_records_and_loses_none(tmp_path: Path) -> None:
 
 def test_records_that_never_found_room_are_counted(tmp_path: Path) -> None:
     told: list[str] = []
-    with MetricsWriter(tmp_path, tensorboard=False, tell=told.append) as writer:
+    with MetricsWriter(tmp_path, tell=told.append) as writer:
         writer._file = FullDisk(writer._file, room=0)  # type: ignore[assignment]
         writer.write(record(1))
         writer.write(record(2))
@@ -121,18 +126,19 @@ def test_records_that_never_found_room_are_counted(tmp_path: Path) -> None:
 
 def test_tensorboard_on_a_full_disk_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    with MetricsWriter(tmp_path, tell=told.append) as writer:
+    with MetricsWriter(tmp_path, trackers=board(tmp_path), tell=told.append) as writer:
 
         def refuse(*_: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        assert writer._board is not None
-        board = writer._board
-        monkeypatch.setattr(board, "add_scalar", refuse)
+        files = writer._trackers[0]._writer  # type: ignore[attr-defined]
+        monkeypatch.setattr(files, "add_scalar", refuse)
         writer.write(record(1))
         writer.write(record(2))
-        board.close()
-    assert len(told) == 1 and "curves end here" in told[0]
+        files.close()
+    assert told == [
+        "log.trackers: tensorboard: the disk is full; its curves end here, metrics.jsonl has them."
+    ]
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
 
 

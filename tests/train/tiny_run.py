@@ -86,7 +86,7 @@ def raw_config(output: Path, data: Path, **sections: dict[str, Any]) -> dict[str
             "warmup_steps": 1,
         },
         "checkpoint": {"every": 3, "keep_last": 2, "export": False},
-        "log": {"every": 3, "tensorboard": False},
+        "log": {"every": 3, "trackers": []},
         "distributed": {"device": "cpu", "timeout_seconds": 30},
     }
     for name, values in sections.items():

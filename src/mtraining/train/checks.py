@@ -28,6 +28,7 @@ from mtraining.train.mesh import Process
 from mtraining.train.optim import updates_lost
 from mtraining.train.schedule import check_schedule
 from mtraining.train.store import CheckpointStore, read_manifest, require_complete
+from mtraining.train.trackers import check_trackers
 
 
 def check_config(config: Config) -> None:
@@ -49,6 +50,7 @@ def check_config(config: Config) -> None:
             "forbids; use train.kernel=auto or triton."
         )
     require_peft(config.model.lora)
+    check_trackers(config.log.trackers)
     check_output(config)
     sources = [source.shards for source in data_sources(config)]
     check_tokenizer(config, sources)

@@ -301,13 +301,33 @@ class LogSection(Section):
 
     Attributes:
         every: steps between attention statistics, which wait for the device.
-        tensorboard: write TensorBoard files too.
+        trackers: where metrics are shown beside `metrics.jsonl`: `tensorboard`, `wandb`, `mlflow`, `trackio`. A resumed
+            run goes on in the same run of each.
+        project: the project, or experiment, of the trackers' runs.
         recall_rows: query rows that are compared with dense attention for the recall; 0 turns it off.
     """
 
     every: PositiveInt = 10
-    tensorboard: bool = True
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    project: str = Field(default="mtraining", min_length=1)
     recall_rows: NonNegativeInt = 0
+
+    @field_validator("trackers")
+    @classmethod
+    def _trackers_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if value.count(name) > 1:
+                raise ValueError(f"{name} stands twice; keep one of them")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _before_trackers_had_names(cls, raw: Any) -> Any:
+        """Run folders of before have `tensorboard`."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("tensorboard"), bool):
+            return raw
+        rest = {key: value for key, value in raw.items() if key != "tensorboard"}
+        return {"trackers": ["tensorboard"] if raw["tensorboard"] else [], **rest}
 
 
 class DistributedSection(Section):

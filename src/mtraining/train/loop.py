@@ -37,9 +37,12 @@ from mtraining.train.memory_report import MemoryLog
 from mtraining.train.mesh import Process, joined_processes, repeatable
 from mtraining.train.metrics import MetricsWriter
 from mtraining.train.optim import build_optimizer
+from mtraining.train.policy import flat_options
+from mtraining.train.resume import on_main
 from mtraining.train.step import Batch, NonFinite, Stepper, StepResult
 from mtraining.train.stop import StopRequest, stoppable
 from mtraining.train.store import full_disk_told
+from mtraining.train.trackers import Tracker, open_trackers
 from mtraining.train.watch import watched, way_on
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -159,13 +162,15 @@ def _steps(
     steps, every = config.train.steps, config.checkpoint.every
     stepper = Stepper(model, optimizer, config.train, process, config.accumulation)
     batches = _batches(config, process, dataset, done)
-    writer = (
-        MetricsWriter(config.output, step=done, tensorboard=config.log.tensorboard)
-        if process.is_main
-        else None
-    )
     display = Display(
         steps=steps, done=done, title=config.pattern.name, log_every=config.log.every, console=console
+    )
+    trackers: list[Tracker] = []
+    on_main(process, lambda: trackers.extend(_trackers(config, done)))
+    writer = (
+        MetricsWriter(config.output, step=done, trackers=trackers, tell=display.tell)
+        if process.is_main
+        else None
     )
     memory = MemoryLog(config, model.hf_model, process.device, display.tell) if writer is not None else None
 
@@ -234,6 +239,10 @@ def _steps(
     if done == steps:
         display.tell(f"nothing to do: the checkpoint of step {steps} is there already")
     return steps
+
+
+def _trackers(config: Config, done: int) -> list[Tracker]:
+    return open_trackers(config.log.trackers, config.output, config.log.project, flat_options(config), done)
 
 
 def _batches(config: Config, process: Process, dataset: SequenceDataset, start_step: int) -> Iterator[Batch]:

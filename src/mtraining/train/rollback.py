@@ -22,6 +22,7 @@ from typing import Any
 from mtraining.train.metrics import METRICS, read_metrics, read_records
 from mtraining.train.policy import Change
 from mtraining.train.store import CheckpointStore, step_of
+from mtraining.train.trackers import IDS
 
 CHANGES = "changes.jsonl"
 BOARD = "tensorboard"
@@ -41,7 +42,8 @@ def set_aside(run: Path, checkpoint: Path, step: int) -> str | None:
         return None
     aside = next(folder for n in count(1) if not (folder := store.folder / f"left_behind_{n}").exists())
     aside.mkdir(parents=True)
-    for name in strange:
+    # A tracker's run belongs to the line that it shows.
+    for name in [*strange, *([IDS] if (run / IDS).exists() else [])]:
         (run / name).rename(aside / name)
     if own:
         _write(aside / METRICS, [record for record in read_metrics(run) if record["step"] > step])

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 def learning_rate(step: int, options: TrainSection) -> float:
     """The learning rate of optimizer step `step` (0-based).
 
-    The warm-up rises linearly from zero, as in transformers: the first of its steps updates nothing. It reaches the peak
-    at step `warmup_steps`. What falls would reach `min_lr` at step `steps`, one after the last.
+    The warm-up rises linearly from zero, as in transformers: the first of its steps updates nothing. It reaches the
+    peak at step `warmup_steps`. What falls would reach `min_lr` at step `steps`, one after the last.
     """
     curve = _curve(
         options.schedule,
