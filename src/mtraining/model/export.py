@@ -54,15 +54,24 @@ def export_model(
         except UserError as error:
             problem = str(error)
     _agree(problem, mesh)
-    frozen = model.adapter is not None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=frozen)
-    state = get_model_state_dict(model.hf_model, options=options)  # on rank 0 only, when there are others
+    state = whole_state(model)
     if main:
         try:
             _write(model.hf_model, state, target, tokenizer, dtype, model.adapter)
         except UserError as error:
             problem = str(error)
     _agree(problem, mesh)
+
+
+def whole_state(model: ParallelLM) -> dict[str, Any]:
+    """The weights, whole, by their names in the transformers model; with an adapter, what is trained.
+
+    On the first rank only, when there are others. Collective.
+    """
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=model.adapter is not None
+    )
+    return get_model_state_dict(model.hf_model, options=options)
 
 
 def export_whole(

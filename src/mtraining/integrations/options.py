@@ -1,0 +1,96 @@
+"""What context parallelism needs to know beside the arguments of a trainer, and which of those it cannot honour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mtraining.errors import UserError
+from mtraining.layout import Layout
+from mtraining.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class ContextParallelConfig:
+    """How `ContextParallelTrainer` spreads sequences over processes, and what attention computes.
+
+    Attributes:
+        cp: processes that share one sequence; None is all of them. The others are data parallel.
+        cp_outer: nodes among the ``cp`` processes, each a ring of its own.
+        pattern: what attention computes; an object, or a name of `mtraining.pattern.PATTERNS`.
+        layer_patterns: other patterns for some layers, by number.
+        layout: who holds which tokens; an object or a name.
+        kernel: backend of the attention kernels.
+        recompute: as in `mtraining.model.parallelize`; None is ``full`` where the trainer's arguments ask for gradient
+            checkpointing, else ``none``.
+        offload: what recompute keeps waits in pinned host memory.
+        fused: how what surrounds attention is computed.
+        loss_chunk: tokens whose logits exist at one time.
+    """
+
+    cp: int | None = None
+    cp_outer: int = 1
+    pattern: Pattern | str = "vertical_slash"
+    layer_patterns: Mapping[int, Pattern | str] = field(default_factory=dict)
+    layout: Layout | str = "striped"
+    kernel: str = "auto"
+    recompute: Literal["full", "keep_attention", "none"] | None = None
+    offload: bool = False
+    fused: Literal["none", "compile", "liger"] = "none"
+    loss_chunk: int = 8192
+
+    def grid(self, world: int) -> tuple[int, int]:
+        """(dp, cp) of ``world`` processes.
+
+        Raises:
+            UserError: processes that cannot be divided so.
+        """
+        cp = world if self.cp is None else self.cp
+        if cp < 1 or world % cp:
+            raise UserError(
+                f"context_parallel: cp={cp} does not divide the {world} processes that were launched; use a divisor."
+            )
+        if self.cp_outer < 1 or cp % self.cp_outer:
+            raise UserError(f"context_parallel: cp_outer={self.cp_outer} must divide cp={cp}.")
+        return world // cp, cp
+
+
+# Arguments of transformers' and TRL's trainers, and what to do instead. Each is refused unless it is false.
+_REFUSED = {
+    "fsdp": "parameters are sharded already; leave it out",
+    "deepspeed": "parameters are sharded already; leave it out",
+    "parallelism_config": "say cp in ContextParallelConfig instead",
+    "torch_compile": "use ContextParallelConfig(fused='compile')",
+    "use_liger_kernel": "use ContextParallelConfig(fused='liger')",
+    "label_smoothing_factor": "the chunked loss does not compute it; set it to 0",
+    "fp16": "use bf16=True",
+    "auto_find_batch_size": "set per_device_train_batch_size",
+    "packing": "attention would cross the documents of a sequence; set it to False",
+    "padding_free": "attention would cross the documents of a batch; set it to False",
+    "activation_offloading": "use ContextParallelConfig(offload=True)",
+    "batch_eval_metrics": "logits are never whole; leave it out",
+}
+
+
+def refuse_arguments(args: Any, trainer_options: Mapping[str, Any]) -> None:
+    """Refuse what would be computed otherwise than asked.
+
+    Args:
+        args: a `TrainingArguments`, or one of TRL's configs.
+        trainer_options: the other arguments of the trainer.
+
+    Raises:
+        UserError: naming the argument and the remedy.
+    """
+    for name, remedy in _REFUSED.items():
+        if getattr(args, name, None):
+            raise UserError(f"{name}={getattr(args, name)!r} does not go with context parallelism: {remedy}.")
+    if getattr(args, "loss_type", "nll") != "nll":
+        raise UserError(f"loss_type={args.loss_type!r}: the chunked loss computes 'nll' alone; use that.")
+    if getattr(args, "train_sampling_strategy", "random") == "batch_rebalance":
+        raise UserError("train_sampling_strategy='batch_rebalance' deals sequences by rank; use another one.")
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "model_init"):
+        if trainer_options.get(name) is not None:
+            why = "the model is made once" if name == "model_init" else "logits are never whole"
+            raise UserError(f"{name}: {why} under context parallelism; leave it out.")

@@ -1,0 +1,179 @@
+"""ContextParallelTrainer: losses, norms, evaluation, files and resume are those of plain Trainer on one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from trainer_cases import DENSE, arguments, collate, curves, examples, launched, model
+from transformers import AutoModelForCausalLM, Trainer
+
+from distributed import ProcessPool, Worker
+from mtraining.errors import UserError
+
+pytest.importorskip("accelerate")
+if Version(transformers.__version__) < Version("5.24"):
+    pytest.skip("Trainer's methods had other names", allow_module_level=True)
+
+# By grid: processes, cp, sequences that a data-parallel group reads at once; always two a micro-batch in all.
+GRIDS = {"alone": (1, 1, 2), "cp2": (2, 2, 2), "dp2": (2, 1, 1), "dp2xcp2": (4, 2, 1)}
+
+
+def plain(output: Path, **options: Any) -> Trainer:
+    data = examples()
+    trainer = Trainer(
+        model(), arguments(output, 2, **options), collate, train_dataset=data, eval_dataset=data[:6]
+    )
+    trainer.train()
+    return trainer
+
+
+def ours(output: Path, grid: str, resume: bool = False, peft: bool = False, **options: Any) -> Any:
+    from mtraining.integrations import ContextParallelConfig, ContextParallelTrainer
+
+    _, cp, batch = GRIDS[grid]
+    data = examples()
+    trainer = ContextParallelTrainer(
+        adapted() if peft else model(),
+        arguments(output, batch, **options),
+        collate,
+        train_dataset=data,
+        eval_dataset=data[:6],
+        context_parallel=ContextParallelConfig(cp=cp, loss_chunk=40, **DENSE),  # type: ignore[arg-type]
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def job(worker: Worker, **given: Any) -> dict[str, list[float]]:
+    """Job: a run on this grid; what was logged."""
+    with launched(worker.rank, worker.world):
+        trainer = ours(**given)
+        trainer.save_model(str(given["output"] / "model"))
+        return curves(trainer)
+
+
+def adapted() -> Any:
+    from mtraining.model import LoraOptions
+    from mtraining.model.lora import add_lora
+
+    return add_lora(model(), LoraOptions(r=4, also_train=("embed_tokens",)), seed=0)
+
+
+@pytest.fixture(scope="module")
+def expected(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+    trainer = plain(tmp_path_factory.mktemp("plain"))
+    return curves(trainer), trainer.model.state_dict()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_run_is_that_of_plain_trainer(grid: str, pool: ProcessPool, expected: Any, tmp_path: Path) -> None:
+    logged, weights = expected
+    if grid == "alone":  # without a launcher, as a script is tried out
+        trainer = ours(tmp_path, grid)
+        trainer.save_model(str(tmp_path / "model"))
+        found = [curves(trainer)]
+    else:
+        found = pool.run(job, world=GRIDS[grid][0], output=tmp_path, grid=grid)
+    assert len(logged["loss"]) == 4 and len(logged["eval_loss"]) == 2
+    for one in found:
+        for key, values in logged.items():
+            assert one[key] == pytest.approx(values, rel=1e-5), key
+    saved, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for name, tensor in saved.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
+
+
+def interrupted_job(worker: Worker, output: Path, grid: str, then: str, peft: bool) -> dict[str, list[float]]:
+    """Job: two steps on one grid, saved; then four on another, from there."""
+    with launched(worker.rank, worker.world):
+        saving = {"save_strategy": "steps", "save_steps": 2, "peft": peft}
+        ours(output, grid, max_steps=2, lr_scheduler_type="constant", **saving)
+    with launched(worker.rank, worker.world):
+        return curves(ours(output, then, resume=True, lr_scheduler_type="constant", **saving))
+
+
+@pytest.mark.parametrize(("grid", "then", "peft"), [("cp2", "dp2", False), ("cp2", "cp2", True)])
+def test_a_resumed_run_goes_on(grid: str, then: str, peft: bool, pool: ProcessPool, tmp_path: Path) -> None:
+    """Also on another grid, and with an adapter."""
+    whole = ours(tmp_path / "whole", "alone", lr_scheduler_type="constant", peft=peft)
+    found = pool.run(interrupted_job, world=2, output=tmp_path / "cut", grid=grid, then=then, peft=peft)
+    for key, values in curves(whole).items():
+        assert found[0][key] == pytest.approx(values, rel=1e-5), key
+    checkpoint = tmp_path / "cut" / "checkpoint-4"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"mtraining", "scheduler.pt", "trainer_state.json"} <= names
+    assert ("adapter_model.safetensors" if peft else "model.safetensors") in names
+    if peft:
+        from peft import PeftModel
+
+        from mtraining.model.adapters import transformers_names_allowed
+
+        with transformers_names_allowed():
+            loaded = PeftModel.from_pretrained(model(), checkpoint)
+        tokens = torch.tensor([examples()[0]["input_ids"]])
+        mine = whole.model.base_model.model
+        mine.set_attn_implementation("eager")
+        torch.testing.assert_close(loaded(tokens).logits, mine(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 does not go with context parallelism"),
+        ({"torch_compile": True}, "use ContextParallelConfig.fused='compile'"),
+        ({"use_liger_kernel": True}, "use ContextParallelConfig.fused='liger'"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "deals sequences by rank"),
+        ({"bf16": True}, "bf16=True needs FSDP; start the script by torchrun"),
+    ],
+)
+def test_arguments_that_cannot_be_honoured_are_refused(
+    options: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        ours(tmp_path, "alone", **options)
+
+
+def test_metrics_of_logits_are_refused(tmp_path: Path) -> None:
+    from mtraining.integrations import ContextParallelTrainer
+
+    with pytest.raises(UserError, match="compute_metrics: logits are never whole"):
+        ContextParallelTrainer(model(), arguments(tmp_path, 2), compute_metrics=lambda _: {})
+
+
+def test_grids_that_do_not_divide_the_processes_are_refused() -> None:
+    from mtraining.integrations import ContextParallelConfig
+
+    assert ContextParallelConfig().grid(4) == (1, 4) and ContextParallelConfig(cp=2).grid(4) == (2, 2)
+    with pytest.raises(UserError, match="cp=3 does not divide the 4 processes"):
+        ContextParallelConfig(cp=3).grid(4)
+    with pytest.raises(UserError, match="cp_outer=3 must divide cp=4"):
+        ContextParallelConfig(cp_outer=3).grid(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "padded on the left"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4)}, "no mask of padding"),
+        ({"position_ids": torch.tensor([[0, 1, 0, 1]])}, "begin anew within a sequence"),
+        ({"labels": None}, "labels: the batch has none"),
+    ],
+)
+def test_batches_that_would_be_computed_wrongly_are_refused(change: dict[str, Any], sentence: str) -> None:
+    from mtraining.integrations.batches import Dealer
+    from mtraining.layout import build_layout
+
+    ids = torch.arange(4)[None]
+    dealer = Dealer(build_layout("striped", 8), {8}, 0, 2)
+    dealt = dealer.deal({"input_ids": ids, "labels": ids, "position_ids": ids})
+    assert dealt.labels.tolist() == [[1, 2, 3, -100, *4 * [-100]]] and dealt.input_ids.shape == (1, 8)
+    with pytest.raises(UserError, match=sentence):
+        dealer.deal({"input_ids": ids, "labels": ids, **change})
