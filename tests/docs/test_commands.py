@@ -29,6 +29,7 @@ RUN_BY_TEST = {
     "mtraining export runs/first out --merge": (
         "tests/train/test_lora_run.py::test_the_adapter_and_the_merged_model_are_the_same"
     ),
+    "torchrun --nproc-per-node 2 examples/own_loop.py": "tests/integrations/test_examples.py::test_own_loop",
     "mtraining bench tiles": "tests/kernel/triton_interpreter/test_tiles_command.py::test_the_command",
     "mtraining generate runs/first --prompt a.txt": (
         "tests/cli/test_generate_command.py::test_a_folder_a_run_and_its_checkpoint_are_the_same_model"

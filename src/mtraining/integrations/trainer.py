@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
@@ -41,6 +41,8 @@ from mtraining.model.adapters import trained, without_frozen
 from mtraining.model.export import whole_state
 from mtraining.pattern import build_pattern
 from mtraining.ring import Ring
+from mtraining.train.config import ParallelSection
+from mtraining.train.mesh import build_mesh
 from mtraining.train.reader import SafeReader, load
 
 STATE = "mtraining"
@@ -85,21 +87,16 @@ class ContextParallelTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.dp_size, self.cp_size = self.context_parallel.grid(world)
-        self.mesh = self._make_mesh() if dist.is_initialized() else None
+        self.mesh: DeviceMesh | None = None
+        if dist.is_initialized():
+            grid = ParallelSection(dp=self.dp_size, cp=self.cp_size, cp_outer=self.context_parallel.cp_outer)
+            self.mesh = build_mesh(grid, self.args.device.type)
         self.dp_group = self.mesh["dp"].get_group() if self.mesh is not None else None
         ring = Ring.over(self._cp_mesh())
         self.cp_rank, self.dp_rank = ring.rank, (dist.get_rank() if world > 1 else 0) // self.cp_size
         accelerator = self.accelerator
         accelerator.prepare_data_loader = types.MethodType(self._dealt_loader, accelerator)
         accelerator.gather = self._gather_over_dp
-
-    def _make_mesh(self) -> DeviceMesh:
-        outer = self.context_parallel.cp_outer
-        kind = self.args.device.type
-        if outer == 1:
-            return init_device_mesh(kind, (self.dp_size, self.cp_size), mesh_dim_names=("dp", "cp"))
-        shape = (self.dp_size, outer, self.cp_size // outer)
-        return init_device_mesh(kind, shape, mesh_dim_names=("dp", "cp_outer", "cp_inner"))
 
     def _cp_mesh(self) -> DeviceMesh | None:
         if self.mesh is None:
@@ -169,7 +166,7 @@ class ContextParallelTrainer(Trainer):
             layer_patterns=patterns,
             layout=layout,
             kernel=options.kernel,
-            recompute=options.recompute or ("full" if args.gradient_checkpointing else "none"),
+            recompute=options.recompute or ("full" if args.activation_checkpointing else "none"),
             offload=options.offload,
             fused=options.fused,
             param_dtype=torch.bfloat16 if args.bf16 else None,
@@ -251,7 +248,8 @@ class ContextParallelTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)  # out of accelerate's
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         model, optimizer = get_state_dict(self.parallel_model, self._torch_optimizer())
@@ -284,8 +282,8 @@ class ContextParallelTrainer(Trainer):
         folder = Path(checkpoint) / STATE
         if not folder.is_dir():
             raise UserError(
-                f"resume_from_checkpoint={checkpoint!r} has no folder {STATE}/ with the state of a run; it was saved by "
-                "another trainer, or with save_only_model=True."
+                f"resume_from_checkpoint={checkpoint!r} has no folder {STATE}/ with the state of a run: another "
+                "trainer saved it, or save_only_model=True; give one that this trainer saved."
             )
         with _alone_is_meant():
             load(state, SafeReader(str(folder)))
