@@ -162,6 +162,16 @@ def test_the_fingerprint_does_not_depend_on_ranks_or_dtype(
     assert frozen_weights(base(shards)) == ""
 
 
+def test_the_fingerprint_sees_every_weight_in_its_place() -> None:
+    layer = torch.nn.Linear(6, 4).requires_grad_(False)
+    before = frozen_weights(layer)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.flip(0))  # the same numbers elsewhere
+    swapped = frozen_weights(layer)
+    layer.bias.requires_grad_(True)
+    assert len({before, swapped, frozen_weights(layer)}) == 3
+
+
 def test_without_peft_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path
 ) -> None:
