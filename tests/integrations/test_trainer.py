@@ -72,7 +72,9 @@ def expected(
     return curves(trainer), trainer.model.state_dict()
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "grid", [pytest.param(name, marks=pytest.mark.slow) if name == "dp2xcp2" else name for name in GRIDS]
+)
 def test_a_run_is_that_of_plain_trainer(grid: str, pool: ProcessPool, expected: Any, tmp_path: Path) -> None:
     logged, weights = expected
     if grid == "alone":  # without a launcher, as a script is tried out
@@ -100,7 +102,10 @@ def interrupted_job(worker: Worker, output: Path, grid: str, then: str, peft: bo
         return curves(ours(output, then, resume=True, lr_scheduler_type="constant", **saving))
 
 
-@pytest.mark.parametrize(("grid", "then", "peft"), [("cp2", "dp2", False), ("cp2", "cp2", True)])
+@pytest.mark.parametrize(
+    ("grid", "then", "peft"),
+    [("cp2", "dp2", False), pytest.param("cp2", "cp2", True, marks=pytest.mark.slow)],
+)
 def test_a_resumed_run_goes_on(grid: str, then: str, peft: bool, pool: ProcessPool, tmp_path: Path) -> None:
     """Also on another grid, and with an adapter."""
     whole = ours(tmp_path / "whole", "alone", lr_scheduler_type="constant", peft=peft)

@@ -1,8 +1,8 @@
 """Low-rank adapters of peft inside a transformers model: which are accepted, and what their folder holds.
 
 peft surrounds each adapted linear layer with a layer of its own. A module that is trained whole gets a wrapper with two
-copies, one frozen. Here the trained copy takes the module's place, so embeddings, norms and head are what they are in a
-model without adapters, a tied head stays tied, and nothing is gathered twice.
+copies, one frozen. Here the trained copy takes the module's place. Embeddings, norms and head are then what they are
+in a model without adapters, a tied head stays tied, and nothing is gathered twice.
 """
 
 from __future__ import annotations
