@@ -54,7 +54,7 @@ def test_evaluations_have_lines_and_curves_of_their_own(tmp_path: Path) -> None:
         "suites": [{"suite": "needle", "attention": "dense", "task": "needle_words", "length": 256, "score": 40.0}],
     }  # fmt: skip
     for loss in (9.0, 3.0):
-        with MetricsWriter(tmp_path) as writer:
+        with MetricsWriter(tmp_path, trackers=board(tmp_path)) as writer:
             evaluation["held_out_loss"] = loss
             writer.write(evaluation, evaluation_curves(evaluation))
             writer.write(record(1))
@@ -65,7 +65,7 @@ def test_evaluations_have_lines_and_curves_of_their_own(tmp_path: Path) -> None:
     assert found["held_out/train/256/by_position/00"] == [(0, 4.0)]
     assert found["held_out/train/256/by_position/01"] == [(0, 2.0)]
     assert found["needle/dense/needle_words/256"] == [(0, 40.0)]
-    with MetricsWriter(tmp_path, step=1) as writer:
+    with MetricsWriter(tmp_path, step=1, trackers=board(tmp_path, 1)) as writer:
         assert writer.kept == [evaluation, record(1)]
     assert curves(tmp_path)["held_out_loss"] == [(0, 3.0)]
 
