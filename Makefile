@@ -87,7 +87,7 @@ COMPILE = $(BIN)/uv pip compile -q --no-header --no-annotate --no-emit-index-url
 update: $(STAMP)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check uv
 	printf '%s\n' "$(firstword $(TORCH))" "setuptools<82" "numpy<2.4" > $(VENV)/limits.txt
-	$(COMPILE) --extra lm-eval --universal --python-version 3.11 --constraint $(VENV)/limits.txt > $(VENV)/pinned.txt
+	$(COMPILE) --extra lm-eval --extra mds --extra trl --extra mlflow --extra trackio --universal --python-version 3.11 --constraint $(VENV)/limits.txt > $(VENV)/pinned.txt
 	$(COMPILE) --python-version 3.11 --resolution lowest-direct > $(VENV)/oldest.txt
 	for name in pinned oldest; do sed -E '/^(nvidia|cuda)-/d' $(VENV)/$$name.txt > requirements/$$name.txt; done
 
