@@ -74,7 +74,7 @@ class NeedleRow(Provenance):
 def stages(args: argparse.Namespace, documents: Sequence[Any]) -> Iterator[tuple[str, Plan]]:
     """What is done, the most important first."""
     tasks = [task for task in build_tasks(SUITES, sources=Sources(args.essays)) if not task.fixed]
-    tasks = [task for task in tasks if task.name not in QUESTIONS]
+    tasks = [task for task in tasks if task.name not in (*QUESTIONS, *args.leave_out)]
     short = [task for task in tasks if task.name != LONG]
     long = [task for task in tasks if task.name == LONG]
     within, beyond = lengths_of(args.lengths), lengths_of(args.beyond)
@@ -82,10 +82,9 @@ def stages(args: argparse.Namespace, documents: Sequence[Any]) -> Iterator[tuple
     yield "within its positions", Plan(short, within, args.samples, batch=args.batch)
     yield "past its positions", Plan(short, beyond, args.beyond_samples, batch=args.batch)
     yield "perplexity and recall", Plan([], (*within, *beyond), losses=True, recall=True, **text)
-    yield (
-        LONG,
-        Plan(long, [length for length in within if length <= 4096], args.beyond_samples, batch=args.batch),
-    )
+    if long:
+        some = [length for length in within if length <= 4096]
+        yield LONG, Plan(long, some, args.beyond_samples, batch=args.batch)
 
 
 def lengths_of(text: str) -> list[int]:
@@ -146,6 +145,7 @@ def main() -> int:
     parser.add_argument(
         "--beyond-samples", type=int, default=3, help="of those past its positions, and of math_calc"
     )
+    parser.add_argument("--leave-out", action="append", default=[], help=f"a task, such as {LONG}")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--attention", action="append", help="default: dense, and 22 %% of it")
     parser.add_argument("--minutes", type=float, default=5.5, help="begin nothing more after this time")
