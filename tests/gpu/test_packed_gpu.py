@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:Synchronization debug mode is a prototype:UserWarning",
         "ignore:.torch.jit.script_method. is :DeprecationWarning",
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
     ),
 ]
 SEQ_LEN, VOCAB = 4096, 1000
