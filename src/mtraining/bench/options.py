@@ -79,6 +79,22 @@ class DecodeOptions:
 
 
 @dataclass(frozen=True)
+class RatesOptions:
+    """Of `mtraining bench rates`."""
+
+    head_dim: tuple[int, ...] = field(
+        default=(), metadata=_help("Of attention; may be repeated; default: 128.")
+    )
+    seconds: float = field(default=0.5, metadata=_help("Of repetitions of each timing."))
+    device: str = field(default="", metadata=_help(_DEVICE))
+    nproc: int | None = field(default=None, metadata=_help(_NPROC))
+    out: Path | None = field(
+        default=None,
+        metadata=_help("File to write; default: where mtraining plan and train look for this GPU's."),
+    )
+
+
+@dataclass(frozen=True)
 class RingOptions:
     """Of `mtraining bench ring`."""
 

@@ -67,6 +67,8 @@ def start(module: str, words: Sequence[str], processes: int, gpu: bool, restarts
     environment = os.environ | {COMMIT_VARIABLE: code_version()}
     if not gpu:
         environment.setdefault("OMP_NUM_THREADS", "1")
+    # torchrun would take --nproc for a short form of options of its own, and these processes need not know.
+    words = [word for word in words if not word.startswith("--nproc=")]
     command = [sys.executable, "-m", *launcher, "-m", module, *words]
     return subprocess.run(command, env=environment, check=False).returncode
 

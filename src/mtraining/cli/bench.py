@@ -11,6 +11,7 @@ import typer
 from mtraining.bench.options import (
     AttentionOptions,
     DecodeOptions,
+    RatesOptions,
     RingOptions,
     TilesOptions,
     TrainOptions,
@@ -88,6 +89,16 @@ def attention(options: AttentionOptions) -> None:
     say(f"wrote {path}" if path else "no number to write")
     if result.failures:
         raise typer.Exit(1)
+
+
+@_command(RatesOptions)
+def rates(options: RatesOptions) -> None:
+    """Measure what mtraining plan must know of this machine's GPUs. Writes a file."""
+    from mtraining.bench.rates.run import bench as run
+
+    status = run(options)
+    if status:
+        raise typer.Exit(status)
 
 
 @_command(RingOptions)

@@ -76,11 +76,15 @@ def slug(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
 
 
-def tiles_path(device: torch.device) -> Path:
-    """Where tiles for this GPU and Triton are kept: in ``MTRAINING_CACHE``, else in the user's cache folder."""
+def cache_folder() -> Path:
+    """Where measurements of this machine are kept: ``MTRAINING_CACHE``, else in the user's cache folder."""
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.environ.get(CACHE_VARIABLE) or os.path.join(user, "mtraining")
-    return Path(folder) / f"tiles-{slug(device_name(device))}-triton-{triton_version()}.json"
+    return Path(os.environ.get(CACHE_VARIABLE) or os.path.join(user, "mtraining"))
+
+
+def tiles_path(device: torch.device) -> Path:
+    """Where tiles for this GPU and Triton are kept."""
+    return cache_folder() / f"tiles-{slug(device_name(device))}-triton-{triton_version()}.json"
 
 
 @cache

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mtraining.errors import UserError
+from mtraining.kernel.measured_tiles import cache_folder, slug
 
 BUILT_IN = Path(__file__).parent / "rates"
 REMEDY = (
@@ -160,17 +161,23 @@ def read_rates(path: Path) -> Rates:
 
 
 def built_in() -> dict[str, Path]:
-    """The files of GPUs measured here, by short name."""
+    """The files that come with the package, by short name."""
     return {path.stem: path for path in sorted(BUILT_IN.glob("*.json"))}
 
 
+def own_path(gpu: str) -> Path:
+    """Where this user's rates of a GPU are kept, beside measured tiles."""
+    return cache_folder() / f"rates-{slug(gpu)}.json"
+
+
 def rates_of(gpu: str) -> Rates:
-    """The built-in rates of a GPU by its short name, such as h200.
+    """Rates of a GPU by its short name, such as h200: the user's own if there are any, else those of the package.
 
     Raises:
         UserError: there are none.
     """
-    known = built_in()
+    known = {path.stem.removeprefix("rates-"): path for path in sorted(cache_folder().glob("rates-*.json"))}
+    known = built_in() | known
     if gpu.lower() not in known:
         raise UserError(
             f"--gpu {gpu}: no rates of this GPU were measured here ({', '.join(known)} were); {REMEDY}."
@@ -179,12 +186,14 @@ def rates_of(gpu: str) -> Rates:
 
 
 def rates_of_device(name: str) -> Rates | None:
-    """The built-in rates of a GPU by PyTorch's name for it; None where it was not measured."""
-    for path in built_in().values():
-        rates = read_rates(path)
-        if rates.gpu == name:
-            return rates
-    return None
+    """Rates of a GPU by PyTorch's name for it, the user's own first; None where it was not measured.
+
+    Raises:
+        UserError: the user's own file is damaged.
+    """
+    if own_path(name).exists():
+        return read_rates(own_path(name))
+    return next((rates for rates in map(read_rates, built_in().values()) if rates.gpu == name), None)
 
 
 def _rates(given: Any) -> Rates:

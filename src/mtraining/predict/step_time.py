@@ -22,7 +22,7 @@ from mtraining.predict.work import Index, LayerWork
 
 # Numbers of the residual stream and of the gated MLP that one token of a layer reads and writes, (forward, backward):
 # two norms, two sums and rotary positions; the gate reads two and writes one, its backward reads three, writes two.
-_AROUND_HIDDEN, _AROUND_MLP = (10, 10), (3, 5)
+AROUND_HIDDEN, AROUND_MLP = (10, 10), (3, 5)
 # AdamW in fp32: the gradient is read for the norm, clipped, and read again; parameter and two moments read and written.
 _OPTIMIZER_BYTES = 36
 # A parameter copied to bf16 for forward and for backward (4 + 2 bytes each), its gradient to fp32 (2 + 4).
@@ -163,7 +163,7 @@ def step_time(
     repeated = shape.linear - (shape.last if setting.fused != "compile" else 0)
     products = [2 * shape.linear * tokens / flops, (4 * shape.linear + 2 * again * repeated) * tokens / flops]
     # Activations are in two bytes.
-    traffic = [2 * (_AROUND_HIDDEN[i] * shape.hidden + _AROUND_MLP[i] * shape.mlp) for i in range(2)]
+    traffic = [2 * (AROUND_HIDDEN[i] * shape.hidden + AROUND_MLP[i] * shape.mlp) for i in range(2)]
     surround = [tokens * traffic[0] / around, tokens * (traffic[1] + again * traffic[0]) / around]
     estimate = 0.0 if index.dense or not estimated else 1e-9 * rates.estimate_ns * tokens * shape.heads
     replay = forward.seconds if setting.recompute == "full" else 0.0

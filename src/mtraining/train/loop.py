@@ -42,6 +42,7 @@ from mtraining.train.resume import on_main
 from mtraining.train.step import Batch, NonFinite, Stepper, StepResult
 from mtraining.train.stop import StopRequest, stoppable
 from mtraining.train.store import full_disk_told
+from mtraining.train.time_report import TimeLog
 from mtraining.train.trackers import Tracker, open_trackers
 from mtraining.train.watch import watched, way_on
 
@@ -173,6 +174,7 @@ def _steps(
         else None
     )
     memory = MemoryLog(config, model.hf_model, process.device, display.tell) if writer is not None else None
+    predicted = TimeLog(config, model.hf_model, process.device, display.tell) if writer is not None else None
 
     def evaluated(step: int) -> bool:
         """Evaluate where it is due, and save where the best checkpoint is kept and this is it; False: given up."""
@@ -225,6 +227,8 @@ def _steps(
                 display.update(record)
             if memory is not None:
                 memory.step_done()
+            if predicted is not None:
+                predicted.step_done(seconds, result.attention)
             checkpointer.poll()
             due = step == steps - 1 or (every > 0 and (step + 1) % every == 0)
             if due or result.stop:

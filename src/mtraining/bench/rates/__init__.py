@@ -1,0 +1,1 @@
+"""`mtraining bench rates`: what `mtraining plan` must know of a GPU."""

@@ -1,0 +1,96 @@
+"""Rates of a GPU: what is learnt from timings, and the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed import ProcessPool, Worker
+from mtraining.bench.options import RatesOptions
+from mtraining.bench.rates import run as rates_run
+from mtraining.bench.rates.kernels import Rater
+from mtraining.bench.rates.run import ON_CPUS, bench, measure_link, measure_rates
+from mtraining.errors import UserError
+from mtraining.predict.measured import own_path, rates_of, rates_of_device, read_rates
+
+SAYS: list[str] = []
+
+
+class Told(Rater):
+    """One whose kernels take what they are told to."""
+
+    def __init__(self, tile: float, row: float, column: float, dense: float) -> None:
+        super().__init__(ON_CPUS, torch.device("cpu"), "reference", 0.0, SAYS.append)
+        self.costs = (tile, row, column, dense)
+
+    def _layer(self, case: Any, head_dim: int, backend: Any) -> Any:
+        tile, row, column, dense = self.costs
+        self.time = lambda run: 0.0  # type: ignore[method-assign]
+        counted = super()._layer(case, head_dim, backend)
+        return {
+            phase: (
+                tiles, rows, area,
+                1e-9 * (dense * tiles if case.blocks_per_row is None else tile * tiles + row * rows + column * area),
+            )
+            for phase, (tiles, rows, area, _) in counted.items()
+        }  # fmt: skip
+
+
+def test_a_tile_s_time_is_told_from_a_row_s() -> None:
+    found = Told(13.0, 17.5, 15.0, 12.0).attention(16)
+    assert {name: values[0] for name, values in found.items()} == pytest.approx(
+        {"tile_ns": 13.0, "row_ns": 17.5, "column_ns": 15.0, "dense_ns": 12.0}
+    )
+
+
+def test_nothing_is_learnt_from_noise() -> None:
+    with pytest.raises(UserError, match="took no longer with more work"):
+        Told(-1.0, 17.5, 15.0, 12.0).attention(16)
+
+
+def link_of(worker: Worker) -> Any:
+    return measure_link((64, 4096), worker.device)
+
+
+def test_links_between_processes(pool: ProcessPool) -> None:
+    (one, two) = pool.run(link_of, world=2)
+    assert [size for size, _ in one] == [64, 4096] and all(seconds > 0 for _, seconds in one)
+    assert one == two
+    assert pool.run(link_of, world=1) == [None]
+
+
+def test_own_rates_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTRAINING_CACHE", str(tmp_path))
+    shipped = rates_of("h200")
+    text = json.loads((rates_run.Path(rates_run.__file__).parents[2] / "predict/rates/h200.json").read_text())
+    own_path("NVIDIA H200").write_text(json.dumps(text | {"matmul_tflops": 600}))
+    assert rates_of("h200").matmul_tflops == 600 != shipped.matmul_tflops
+    found = rates_of_device("NVIDIA H200")
+    assert found is not None and found.matmul_tflops == 600
+
+
+def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(rates_run, "start", lambda *given: started.append(given) or 0)
+    assert bench(RatesOptions(device="cpu", nproc=3, head_dim=(64, 128))) == 0
+    assert started == [
+        ("mtraining.bench.rates", ["--head-dim=64", "--head-dim=128", "--device=cpu", "--nproc=3"], 3, False)
+    ]
+    assert rates_run.main(["--device=tpu"]) == 2
+
+
+@pytest.mark.slow
+def test_a_file_that_can_be_read(tmp_path: Path) -> None:
+    """Every number of a real run on this CPU is there and positive."""
+    rater = Rater(ON_CPUS, torch.device("cpu"), "reference", 0.01, SAYS.append)
+    try:
+        found = measure_rates(rater, (16,))
+    except UserError as noise:  # a machine so busy that more work took less time
+        pytest.skip(str(noise))
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(found | {"gpu": "cpu", "memory_gib": 1, "sources": {}, "intra": None, "inter": None}))
+    rates = read_rates(path)
+    assert rates.matmul_tflops > 0 and rates.memory_gb_per_s > 0 and rates.estimate_ns > 0
+    assert set(rates.logit_ps) == {"none", "compile"} == set(rates.around_gb_per_s)
