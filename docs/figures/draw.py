@@ -426,11 +426,11 @@ def numbered(svg: str) -> str:
     return re.sub(r"\b(p|m|image)[0-9a-f]{10}\b", name, svg)
 
 
-def draw(folder: Path) -> list[Path]:
+def draw(folder: Path, figures: dict[str, Callable[[], Figure]] = FIGURES) -> list[Path]:
     """Write every figure into ``folder``; returns the paths."""
     written = []
     with matplotlib.rc_context(STYLE):
-        for name, make in FIGURES.items():
+        for name, make in figures.items():
             path = folder / f"{name}.svg"
             make().savefig(path, format="svg", metadata={"Date": None, "Creator": None})
             # matplotlib ends some lines in blanks, which a diff would show

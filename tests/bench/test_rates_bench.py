@@ -11,7 +11,7 @@ from distributed import ProcessPool, Worker
 from mtraining.bench.options import RatesOptions
 from mtraining.bench.rates import run as rates_run
 from mtraining.bench.rates.kernels import Rater
-from mtraining.bench.rates.run import ON_CPUS, bench, measure_link, measure_rates
+from mtraining.bench.rates.run import ON_CPUS, bench, measure_link
 from mtraining.errors import UserError
 from mtraining.predict.measured import own_path, rates_of, rates_of_device, read_rates
 
@@ -81,16 +81,25 @@ def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates_run.main(["--device=tpu"]) == 2
 
 
-@pytest.mark.slow
-def test_a_file_that_can_be_read(tmp_path: Path) -> None:
-    """Every number of a real run on this CPU is there and positive."""
-    rater = Rater(ON_CPUS, torch.device("cpu"), "reference", 0.01, SAYS.append)
+def command_of(worker: Worker, out: Path) -> list[str]:
+    told: list[str] = []
     try:
-        found = measure_rates(rater, (16,))
+        rates_run.run(worker.device, RatesOptions(out=out, seconds=0.01), told.append)
     except UserError as noise:  # a machine so busy that more work took less time
-        pytest.skip(str(noise))
-    path = tmp_path / "rates.json"
-    path.write_text(json.dumps(found | {"gpu": "cpu", "memory_gib": 1, "sources": {}, "intra": None, "inter": None}))
+        return [str(noise)]
+    return told
+
+
+@pytest.mark.slow
+def test_the_command(pool: ProcessPool, tmp_path: Path) -> None:
+    """Two processes on this CPU write a file in which every number is there and positive."""
+    path = tmp_path / "new" / "rates.json"
+    told, silent = pool.run(command_of, world=2, out=path)
+    if "bench rates: " in told[-1]:
+        pytest.skip(told[-1])
+    assert told[-1] == f"wrote {path}" and silent == []
     rates = read_rates(path)
     assert rates.matmul_tflops > 0 and rates.memory_gb_per_s > 0 and rates.estimate_ns > 0
     assert set(rates.logit_ps) == {"none", "compile"} == set(rates.around_gb_per_s)
+    assert rates.intra is not None and rates.inter is None and rates.host_gb_per_s is None
+    assert 16 in rates.attention and "bench rates" in rates.sources["all"]

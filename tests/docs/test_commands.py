@@ -49,6 +49,10 @@ RUN_BY_TEST = {
     "mtraining prepare prolong/book-524288 data/books --ids-tokenizer llama-3 --min-length 8193 --every 4": (
         "tests/data/test_mds.py::test_the_pages_command"
     ),
+    "mtraining plan --model qwen2.5-3b --seq-len 512K --gpus 4x8 --inter 25GB/s": (
+        "tests/cli/test_plan_command.py::test_the_pages_command"
+    ),
+    "mtraining bench rates": "tests/bench/test_rates_bench.py::test_the_command",
     "mtraining bench train": "tests/bench/test_train_bench.py::test_the_command",
     "mtraining train recipes/qwen2.5-3b-512k.yaml --dry-run --memory-gib 80": (
         "tests/predict/test_memory.py::test_readmes_dry_run"

@@ -139,12 +139,12 @@ def _show(console: Console, planner: Planner, found: Plan, budget: float, patter
     console.print(shown)
     parts = Table("a sparse step", "seconds", "share")
     for name, seconds in sorted(best.time.parts.items(), key=lambda part: -part[1]):
-        parts.add_row(name, f"{seconds:.3f}", f"{seconds / best.time.seconds:.1%}")
+        parts.add_row(name, f"{seconds:.3g}", f"{seconds / best.time.seconds:.1%}")
     console.print(parts)
     others = Table("instead of the best", "", "seconds a step", "tokens/s lost", "why")
     others.columns[0].no_wrap = others.columns[1].no_wrap = True
     for one in found.alternatives:
-        seconds = "" if one.outcome is None else f"{one.outcome.time.seconds:.2f}"
+        seconds = "" if one.outcome is None else f"{one.outcome.time.seconds:.4g}"
         loss = "" if one.loss is None else f"{one.loss:+.1%}"
         others.add_row(one.choice, one.value, seconds, loss, one.why)
     console.print(others)
@@ -166,7 +166,7 @@ def _rows(best: Outcome, dense: Outcome, budget: float, world: int) -> list[tupl
     both = (best, dense)
     hours = [budget / way.tokens_per_second / 3600 for way in both]
     lines = {
-        "seconds a step": [f"{way.time.seconds:.2f}" for way in both],
+        "seconds a step": [f"{way.time.seconds:.4g}" for way in both],
         "tokens a step": [f"{way.setting.dp * way.seq_len:,}" for way in both],
         "tokens/s": [f"{way.tokens_per_second:,.0f}" for way in both],
         "tokens/s of a GPU": [f"{way.tokens_per_second / world:,.0f}" for way in both],
