@@ -1,6 +1,6 @@
 """Draw the figures of scaling.md: `python docs/figures/draw_clusters.py` writes them beside this file.
 
-cluster-scaling.svg, cluster-binding.svg and cluster-timelines.svg: rings of up to 1,024 ranks, simulated in about half a
+cluster-scaling.svg, cluster-binding.svg and cluster-timelines.svg: rings of up to 1,024 ranks, simulated in half a
 minute. Run it when the ring's schedule or the rates of the H200 change.
 """
 

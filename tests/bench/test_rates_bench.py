@@ -100,6 +100,7 @@ def test_the_command(pool: ProcessPool, tmp_path: Path) -> None:
     assert told[-1] == f"wrote {path}" and silent == []
     rates = read_rates(path)
     assert rates.matmul_tflops > 0 and rates.memory_gb_per_s > 0 and rates.estimate_ns > 0
-    assert set(rates.logit_ps) == {"none", "compile"} == set(rates.around_gb_per_s)
+    # One whose products alone seem to take longer, on a busy machine, is left out.
+    assert set(rates.logit_ps) == set(rates.around_gb_per_s) <= {"none", "compile"}
     assert rates.intra is not None and rates.inter is None and rates.host_gb_per_s is None
     assert 16 in rates.attention and "bench rates" in rates.sources["all"]

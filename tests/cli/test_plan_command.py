@@ -52,7 +52,13 @@ def test_a_plan(
     )  # fmt: skip
     assert code == 0, said
     assert "best: parallel: {dp: 1, cp: 4, cp_outer: 2}" in said
-    for row in ("seconds a step", "tokens/s", "GPU-hours for 1e+06 tokens", "sparse over dense", "memory of a GPU"):
+    for row in (
+        "seconds a step",
+        "tokens/s",
+        "GPU-hours for 1e+06 tokens",
+        "sparse over dense",
+        "memory of a GPU",
+    ):
         assert row in said
     # What each other choice loses: a flat ring between slow nodes, another layout, recompute, and what is not known.
     assert re.search(r"ring +│ flat .*\+[1-9][\d.]*%", said)
@@ -98,7 +104,9 @@ def test_refusals(
     assert code == 2 and sentence in said and said.count("\n") == 1
 
 
-def test_what_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rates: Path) -> None:
+def test_what_does_not_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rates: Path
+) -> None:
     given = json.loads(rates.read_text())
     rates.write_text(json.dumps(given | {"memory_gib": 1.0}))
     code, said = run(capsys, monkeypatch, *SMALL, "--gpus", "2", "--rates", str(rates))
@@ -129,7 +137,8 @@ def test_a_saved_run_s_balance(
         assert code == 0, said
         return re.search(r"attention forward +│ ([\d.]+)", said)[1]  # type: ignore[index]
 
-    assert float(seconds(1.0)) == pytest.approx(float(seconds(None)), rel=0.01)  # the plan may take another layout
+    # The plan may take another layout.
+    assert float(seconds(1.0)) == pytest.approx(float(seconds(None)), rel=0.01)
     assert float(seconds(2000.0)) > 20 * float(seconds(1.0))
 
 

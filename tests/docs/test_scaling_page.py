@@ -30,6 +30,8 @@ def test_large_clusters() -> None:
     free = [layer_on(n, True, 1e15).milliseconds for n in (256, 1024)]
     assert f"256 GPUs would still take {free[0]:.1f} ms and 1,024 would take {free[1]:.1f}." in page
     lowest = [lowest_rate(32, nested) / 1e9 for nested in (False, True)]
-    assert re.search(rf"carry\s+{lowest[0]:.0f}\s+GB/s", page) and re.search(rf"{lowest[1]:.0f}\s+GB/s\s+would", page)
+    assert re.search(rf"carry\s+{lowest[0]:.0f}\s+GB/s", page) and re.search(
+        rf"{lowest[1]:.0f}\s+GB/s\s+would", page
+    )
     slow = [layer_on(n, True, INTER, 1.2).milliseconds / layer_on(n, True).milliseconds for n in (32, 256)]
     assert slow[0] == pytest.approx(1.2, abs=0.005) and slow[1] == pytest.approx(1.04, abs=0.005)

@@ -124,7 +124,9 @@ class Arrival:
         self.clock.now = max(self.clock.now, self.at)
 
 
-def ring_under_a_virtual_clock(worker: Worker, outer: int, node_size: int, between: float) -> tuple[int, float, float]:
+def ring_under_a_virtual_clock(
+    worker: Worker, outer: int, node_size: int, between: float
+) -> tuple[int, float, float]:
     """The ring rank of this process, and its clock after a real forward, and after a real backward."""
     inner = worker.world // outer
     mesh = worker.mesh((outer, inner), ("cp_outer", "cp_inner")) if outer > 1 else worker.mesh()
@@ -147,7 +149,7 @@ def ring_under_a_virtual_clock(worker: Worker, outer: int, node_size: int, betwe
     return rank, forward, clock.now
 
 
-@pytest.mark.parametrize("world", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [4, 8])
 @pytest.mark.parametrize("between", [0.5, 1.5, 3.0])
 def test_every_rank_of_real_rings(pool: ProcessPool, world: int, between: float) -> None:
     """Real gloo rings, one rank slower than the others, end on every rank exactly when the simulation says."""

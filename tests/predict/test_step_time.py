@@ -18,7 +18,14 @@ from mtraining.layout import build_layout
 from mtraining.pattern import ToeplitzRandom
 from mtraining.predict.measured import Link, built_in, rates_of, rates_of_device, read_rates
 from mtraining.predict.ring import Network
-from mtraining.predict.step_time import ModelShape, Setting, attention_passes, one_machine, shard_seconds, step_time
+from mtraining.predict.step_time import (
+    ModelShape,
+    Setting,
+    attention_passes,
+    one_machine,
+    shard_seconds,
+    step_time,
+)
 from mtraining.predict.work import Index, LayerWork
 from mtraining.ring import imbalance, tile_work
 
@@ -48,9 +55,7 @@ def ring_cases() -> list[Any]:
 def ring_milliseconds(row: dict[str, str]) -> list[float]:
     gpus, tokens, rates = int(row["gpus"]), int(row["seq_len"]), rates_of("h200")
     pattern = ToeplitzRandom(density=float(row["density"]), columns=int(row["columns"]))
-    work = LayerWork.of(
-        Index.prescribed(pattern, tokens, 16), build_layout("striped", 128), gpus, 16, 2, 128
-    )
+    work = LayerWork.of(Index.prescribed(pattern, tokens, 16), build_layout("striped", 128), gpus, 16, 2, 128)
     return [1000 * one.seconds for one in attention_passes(work, 1, rates, one_machine(rates, gpus))]
 
 
@@ -111,7 +116,9 @@ def test_every_measurement_is_compared() -> None:
     found = {
         path.name
         for path in RESULTS.glob("*.csv")
-        if (lines := rows(path.name)) and timed & set(lines[0]) and {row.get("gpu") for row in lines} & measured
+        if (lines := rows(path.name))
+        and timed & set(lines[0])
+        and {row.get("gpu") for row in lines} & measured
     }
     assert found == compared
 

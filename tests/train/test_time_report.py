@@ -42,7 +42,13 @@ def layers(config: Config) -> list[AttentionStats]:
 
 
 def told_of(
-    monkeypatch: pytest.MonkeyPatch, config: Config, model: Any, layers: Any, gpu: str, device: str, seconds: float
+    monkeypatch: pytest.MonkeyPatch,
+    config: Config,
+    model: Any,
+    layers: Any,
+    gpu: str,
+    device: str,
+    seconds: float,
 ) -> list[str]:
     told: list[str] = []
     monkeypatch.setattr(time_report, "device_name", lambda device: gpu)
@@ -53,7 +59,9 @@ def told_of(
     return told
 
 
-def test_near_what_was_measured(monkeypatch: pytest.MonkeyPatch, config: Config, model: Any, layers: Any) -> None:
+def test_near_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, config: Config, model: Any, layers: Any
+) -> None:
     told = told_of(monkeypatch, config, model, layers, "NVIDIA H200", "cuda", MEASURED)
     predicted = predict_seconds(config, model, layers, rates_of("h200"), node_size=2)
     assert predicted == pytest.approx(MEASURED, rel=0.1)
@@ -71,7 +79,9 @@ def test_far_from_it(
     assert len(told) == 2 and "more than 20% apart" in told[1] and "bench rates" in told[1]
 
 
-def test_unknown_gpus_and_none(monkeypatch: pytest.MonkeyPatch, config: Config, model: Any, layers: Any) -> None:
+def test_unknown_gpus_and_none(
+    monkeypatch: pytest.MonkeyPatch, config: Config, model: Any, layers: Any
+) -> None:
     assert told_of(monkeypatch, config, model, layers, "cpu", "cpu", 1.0) == []
     told = told_of(monkeypatch, config, model, layers, "NVIDIA A100", "cuda", 1.0)
     assert len(told) == 1 and "no rates of NVIDIA A100" in told[0]
@@ -90,4 +100,6 @@ def test_sequences_of_a_step(config: Config, model: Any, layers: Any) -> None:
     """Four sequences one after the other take four times as long, but for the optimizer."""
     four = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": 4})})
     one = predict_seconds(config, model, layers, rates_of("h200"), node_size=2)
-    assert predict_seconds(four, model, layers, rates_of("h200"), node_size=2) == pytest.approx(4 * one, rel=0.01)
+    assert predict_seconds(four, model, layers, rates_of("h200"), node_size=2) == pytest.approx(
+        4 * one, rel=0.01
+    )

@@ -45,7 +45,9 @@ def plan(
     slowest: Annotated[
         float, typer.Option(min=1.0, help="How many times slower one GPU of each sequence is.")
     ] = 1.0,
-    picture: Annotated[Path | None, typer.Option(help="Write one layer's timeline into this SVG file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write one layer's timeline into this SVG file.")
+    ] = None,
 ) -> None:
     """Plan a run on a cluster: seconds a step, memory, GPU-hours, and the best of the ways to spread it.
 
@@ -144,9 +146,9 @@ def _show(console: Console, planner: Planner, found: Plan, budget: float, patter
     others = Table("instead of the best", "", "seconds a step", "tokens/s lost", "why")
     others.columns[0].no_wrap = others.columns[1].no_wrap = True
     for one in found.alternatives:
-        seconds = "" if one.outcome is None else f"{one.outcome.time.seconds:.4g}"
+        time = "" if one.outcome is None else f"{one.outcome.time.seconds:.4g}"
         loss = "" if one.loss is None else f"{one.loss:+.1%}"
-        others.add_row(one.choice, one.value, seconds, loss, one.why)
+        others.add_row(one.choice, one.value, time, loss, one.why)
     console.print(others)
     for note in _notes(rates, cluster.nodes):
         say(note)

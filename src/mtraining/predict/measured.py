@@ -11,6 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from mtraining.kernel.measured_tiles import cache_folder, slug
 
 BUILT_IN = Path(__file__).parent / "rates"
 REMEDY = (
-    "measure them there with `mtraining bench rates --out FILE` and give --rates FILE, or plan for a GPU measured here"
+    "measure them there with `mtraining bench rates --out FILE` and give --rates FILE, or plan for a GPU measured "
+    "here"
 )
 _RATE = re.compile(r"([0-9.]+) ?(GB|MB|TB)/s(?:[,+ ]+([0-9.]+) ?(us|ms))?", re.IGNORECASE)
 _BYTES = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -202,7 +204,7 @@ def _rates(given: Any) -> Rates:
         if points is None:
             return None
         pairs = tuple((float(size), float(seconds)) for size, seconds in points)
-        if len(pairs) < 2 or any(a >= b for (a, _), (b, _) in zip(pairs[:-1], pairs[1:], strict=True)):
+        if len(pairs) < 2 or any(a >= b for (a, _), (b, _) in pairwise(pairs)):
             raise ValueError(f"{name} needs two or more sizes, ascending")
         return Link(pairs)
 

@@ -49,7 +49,9 @@ class Cluster:
         found = re.fullmatch(r"(?:(\d+)x)?(\d+)", gpus.strip())
         nodes, size = (int(found[1] or 1), int(found[2])) if found else (0, 0)
         if nodes < 1 or size < 1:
-            raise UserError(f"--gpus: {gpus!r} is no cluster; use 4x8 for four nodes of eight GPUs, or 8 for one.")
+            raise UserError(
+                f"--gpus: {gpus!r} is no cluster; use 4x8 for four nodes of eight GPUs, or 8 for one."
+            )
         intra, inter = intra or rates.intra, inter or rates.inter
         for option, example, link, needed in (
             ("--intra", "300GB/s", intra, size > 1),
@@ -71,7 +73,8 @@ class Job:
     Attributes:
         index: what a sparse layer attends to.
         pattern: what prescribes the index; its columns count for memory.
-        works: attention of a saved run by (layout, ranks, outer), in place of that of ``index``; only these are planned.
+        works: attention of a saved run by (layout, ranks, outer), in place of that of ``index``; only these are
+            planned.
         slowest: how many times slower one GPU of each ring is.
         batch: sequences a step at most.
     """
@@ -232,8 +235,8 @@ class Planner:
         if not ways:
             raise UserError(
                 f"--seq-len: {self.job.seq_len} tokens cannot be dealt to the ranks of {self.cluster.world} GPUs in "
-                f"blocks of {self.job.index.block_size}, with at most --batch sequences at a time; choose a multiple of "
-                f"{2 * self.job.index.block_size * self.cluster.world}, or a larger --batch."
+                f"blocks of {self.job.index.block_size}, with at most --batch sequences at a time; choose a multiple "
+                f"of {2 * self.job.index.block_size * self.cluster.world}, or a larger --batch."
             )
         budget = self.cluster.rates.memory_gib * GIB
         best = next((way for way in ways if self.memory(way.setting).needed <= budget), None)
@@ -293,6 +296,7 @@ def ring_text(setting: Setting) -> str:
 
 def _reason(way: Outcome, best: Outcome) -> str:
     """The part of the step that grows most, for each token."""
+
     def each(outcome: Outcome) -> dict[str, float]:
         return {name: seconds / outcome.setting.dp for name, seconds in outcome.time.parts.items()}
 
@@ -301,8 +305,12 @@ def _reason(way: Outcome, best: Outcome) -> str:
     name = max(grown, key=lambda part: grown[part])
     if sum(grown.values()) < 1e-3 * best.time.seconds / best.setting.dp:
         return "no slower"
-    waits = [max(one.time.forward.exposed_fraction, one.time.backward.exposed_fraction) for one in (way, best)]
-    waiting = f"; ranks wait {waits[0]:.0%} of attention, not {waits[1]:.0%}" if waits[0] > waits[1] + 0.01 else ""
+    waits = [
+        max(one.time.forward.exposed_fraction, one.time.backward.exposed_fraction) for one in (way, best)
+    ]
+    waiting = (
+        f"; ranks wait {waits[0]:.0%} of attention, not {waits[1]:.0%}" if waits[0] > waits[1] + 0.01 else ""
+    )
     return f"{name} takes longer{waiting}"
 
 
@@ -315,7 +323,7 @@ def prescribed_pattern(density: float, columns: int, seq_len: int, block_size: i
     slashes = density - columns / seq_len
     if not 0 < density <= 1 or slashes <= 0:
         raise UserError(
-            f"--density: {density} must be at most 1, and more than the {columns / seq_len:.4f} that --columns {columns} "
-            f"are of {seq_len} tokens; use a larger density or fewer columns."
+            f"--density: {density} must be at most 1, and more than the {columns / seq_len:.4f} that --columns "
+            f"{columns} are of {seq_len} tokens; use a larger density or fewer columns."
         )
     return ToeplitzRandom(block_size, density=slashes, columns=columns)

@@ -1,8 +1,8 @@
 """A ring pass, simulated: how long ranks compute, and how long they wait for messages that computing did not hide.
 
 The order of work is not written down a second time. The ring's own forward and backward (`mtraining.ring.attention`)
-run once with stand-ins for ring, kernels and index that note each call. Every rank does the same in the same order, each
-with its own neighbours. So the simulation goes through that one list, with a clock for every rank.
+run once with stand-ins for ring, kernels and index that note each call. Every rank does the same in the same order,
+with neighbours of its own. So the simulation goes through that one list, with a clock for every rank.
 
 A message starts when both ends have asked for it and the links of both are free. Each rank has one link inside its node
 and one to other nodes, each of them carries one message at a time in each direction.
@@ -193,8 +193,10 @@ class Network:
 
 
 class Span(NamedTuple):
-    """What one rank does from ``begin`` to ``end`` seconds, or a message on its way: ``lane`` is compute, wait, intra or
-    inter."""
+    """What one rank does from ``begin`` to ``end`` seconds, or a message on its way.
+
+    ``lane`` is compute, wait, intra or inter.
+    """
 
     lane: str
     name: str

@@ -16,7 +16,9 @@ from mtraining.predict.work import Index, LayerWork
 from mtraining.ring.topology import ring_offset
 
 
-def saved_works(run: Path, hf_model: Any, seq_len: int, columns: int) -> dict[tuple[str, int, int], LayerWork]:
+def saved_works(
+    run: Path, hf_model: Any, seq_len: int, columns: int
+) -> dict[tuple[str, int, int], LayerWork]:
     """What the ranks of a run's rings compute in a layer, by (layout, ranks, outer), from its ``balance.json``.
 
     Args:

@@ -1,7 +1,8 @@
 """Seconds of a training step, from the shapes of a model and a GPU's measured rates.
 
-A step is, for each layer, attention (a simulated ring), products of matrices, and what surrounds them; then the loss and
-the optimizer. Transfers of parameters and gradients are hidden by the layer beside them; what is not hidden is added.
+A step is, for each layer, attention (a simulated ring), products of matrices, and what surrounds them. Then come the
+loss and the optimizer. Transfers of parameters and gradients are hidden by the layer beside them; the rest is added.
+
 Not counted: that a transfer takes multiprocessors from a kernel beside it, launching, the data loader, checkpoints.
 """
 
@@ -60,7 +61,11 @@ class ModelShape:
             UserError: a mixture of experts: which products a token takes is not in the shapes.
         """
         config = hf_model.config
-        experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(config, name, 0)]
+        experts = [
+            name
+            for name in ("num_experts", "num_local_experts", "n_routed_experts")
+            if getattr(config, name, 0)
+        ]
         if experts:
             raise UserError(
                 f"plan: {config.model_type} routes tokens to experts ({experts[0]}), whose time was not measured; plan "
@@ -179,7 +184,8 @@ def step_time(
         "products of layers": shape.layers * sum(products),
         "norms, rotary, gated MLP": shape.layers * sum(surround),
         "loss": tokens * shape.vocab * (6 * shape.hidden / flops + logit),
-        "optimizer": (_OPTIMIZER_BYTES * shape.total / setting.world + _SHARD_COPY_BYTES * shape.total) / memory,
+        "optimizer": (_OPTIMIZER_BYTES * shape.total / setting.world + _SHARD_COPY_BYTES * shape.total)
+        / memory,
         "parameters not hidden": _sharding(shape, setting.world, network, layer),
     }
     if setting.offload:
@@ -188,7 +194,7 @@ def step_time(
 
 
 def _sharding(shape: ModelShape, world: int, network: Network, layer: list[float]) -> float:
-    """Gathers of parameters and sums of gradients that no layer hides. Gathered in bf16 in each pass, summed in fp32."""
+    """Gathers of parameters, in bf16 in each pass, and sums of gradients, in fp32, that no layer hides."""
     if world == 1:
         return 0.0
     gather, total = 2.0 * shape.layer, 4.0 * shape.layer
@@ -217,8 +223,8 @@ def _offload(shape: ModelShape, setting: Setting, tokens: int, rates: Rates, lay
     """
     if rates.host_gb_per_s is None:
         raise UserError(
-            f"plan: copies to host memory were not measured on {rates.gpu}, so offload cannot be planned; leave it out, "
-            "or measure with `mtraining bench rates`."
+            f"plan: copies to host memory were not measured on {rates.gpu}, so offload cannot be planned; leave it "
+            "out, or measure with `mtraining bench rates`."
         )
     kept = 2.0 * shape.hidden
     if setting.recompute == "keep_attention":

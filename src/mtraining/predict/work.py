@@ -14,7 +14,9 @@ from mtraining.pattern.base import SequenceShard
 from mtraining.predict.measured import Rates
 from mtraining.predict.ring import Compute, Payload, by_source
 
-_RATE_TILE = 128  # tokens of the side of a tile that rates are of
+# Tokens of the side of a tile that rates are of.
+_RATE_TILE = 128
+
 # Of the seven products of a backward tile four make the gradients of keys and values, three those of queries.
 _KEYS_SHARE, _QUERIES_SHARE = 4 / 7, 3 / 7
 _NS = 1e-9
@@ -158,4 +160,3 @@ class LayerWork:
             return nothing  # gathering and scattering columns: tenths of a millisecond of long steps
 
         return cost
-

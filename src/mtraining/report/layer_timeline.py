@@ -36,7 +36,8 @@ def timeline_figure(passes: dict[str, Simulated]) -> Figure:
     for axes, (name, simulated) in zip(panels, passes.items(), strict=True):
         draw_spans(axes, simulated.spans)
         axes.set_title(
-            f"{name}: {1000 * simulated.seconds:.2f} ms, ranks wait {simulated.exposed_fraction:.1%}", fontsize=10
+            f"{name}: {1000 * simulated.seconds:.2f} ms, ranks wait {simulated.exposed_fraction:.1%}",
+            fontsize=10,
         )
     panels[-1].set_xlabel("milliseconds since the pass began, last rank")
     return figure
@@ -46,7 +47,9 @@ def draw_spans(axes: Axes, spans: list[Span]) -> None:
     """The spans of one rank, each lane a row."""
     lanes = [lane for lane in LANES if any(span.lane == lane for span in spans)]
     for row, lane in enumerate(reversed(lanes)):
-        bars = [(1000 * s.begin, 1000 * (s.end - s.begin)) for s in spans if s.lane == lane and s.end > s.begin]
+        bars = [
+            (1000 * s.begin, 1000 * (s.end - s.begin)) for s in spans if s.lane == lane and s.end > s.begin
+        ]
         axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=_COLOURS[lane], edgecolor="white", linewidth=0.4)
     axes.set_yticks(range(len(lanes)), [_NAMES[lane] for lane in reversed(lanes)])
     axes.margins(x=0.01)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-
 from mtraining.layout import build_layout
 from mtraining.predict.measured import Link, rates_of
 from mtraining.predict.plan import prescribed_pattern
@@ -136,7 +135,6 @@ def table(ranks: Sequence[int]) -> list[tuple[int, float, float, float, float]]:
     """(GPUs, flat ms, share of waits, rings of eight ms, share of waits)."""
     pairs = [(layer_on(n, False), layer_on(n, True)) for n in ranks]
     return [
-        (flat.ranks, flat.milliseconds, flat.waiting, nested.milliseconds, nested.waiting) for flat, nested in pairs
+        (flat.ranks, flat.milliseconds, flat.waiting, nested.milliseconds, nested.waiting)
+        for flat, nested in pairs
     ]
-
-

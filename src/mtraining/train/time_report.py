@@ -1,4 +1,4 @@
-"""The seconds of a configured run's step: predicted from the GPU's measured rates, and told beside what was measured."""
+"""The seconds of a run's step: predicted from the GPU's measured rates, and told beside what was measured."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class TimeLog:
             tell(str(damaged))
             return
         if self._rates is None:
-            tell(f"seconds a step: not predicted, for no rates of {name} are known; mtraining bench rates measures them")
+            tell(
+                f"seconds a step: not predicted, for no rates of {name} are known; mtraining bench rates measures them"
+            )
 
     def step_done(self, seconds: float, layers: Sequence[AttentionStats]) -> None:
         """After every step.
@@ -73,13 +75,17 @@ def render_seconds(predicted: float, measured: float) -> str:
     if abs(measured / predicted - 1) <= APART:
         return line
     return (
-        f"{line}: more than {APART:.0%} apart. Look at ring_exposed_fraction in metrics.jsonl (slow links), at data.workers "
-        "and at other programs on these GPUs; mtraining bench rates measures the rates of this very machine"
+        f"{line}: more than {APART:.0%} apart. Look at ring_exposed_fraction in metrics.jsonl (slow links), at "
+        "data.workers and at other programs on these GPUs; mtraining bench rates measures the rates of this machine"
     )
 
 
 def predict_seconds(
-    config: Config, hf_model: Any, layers: Sequence[AttentionStats], rates: Rates, node_size: int | None = None
+    config: Config,
+    hf_model: Any,
+    layers: Sequence[AttentionStats],
+    rates: Rates,
+    node_size: int | None = None,
 ) -> float:
     """Seconds of a step of this configuration, with the indices that ``layers`` had.
 

@@ -78,17 +78,18 @@ class Rater:
             column = (taken - tile * count - row * their_rows) / area
             if tile <= 0 or column <= 0:
                 raise UserError(
-                    f"bench rates: {phase} at head_dim {head_dim} took no longer with more work, so nothing was learnt; "
-                    "run it again while nothing else uses the GPU."
+                    f"bench rates: {phase} at head_dim {head_dim} took no longer with more work, so nothing was "
+                    "learnt; run it again while nothing else uses the GPU."
                 )
-            for name, value in (
-                ("tile_ns", tile), ("row_ns", row), ("column_ns", column), ("dense_ns", dense[phase][3] / dense[phase][0]),
-            ):  # fmt: skip
+            every, _, _, whole = dense[phase]
+            for name, value in zip(found, (tile, row, column, whole / every), strict=True):
                 found[name].append(round(1e9 * value, 3))
         self.say(f"attention at head_dim {head_dim}, ns (forward, backward): {found}")
         return found
 
-    def _layer(self, case: Case, head_dim: int, backend: Backend) -> dict[str, tuple[float, int, float, float]]:
+    def _layer(
+        self, case: Case, head_dim: int, backend: Backend
+    ) -> dict[str, tuple[float, int, float, float]]:
         """(tiles of 128 x 128, block rows, column tiles, seconds) of each pass, over all heads."""
         case = Case(**{**vars(case), "head_dim": head_dim})
         problem = build(case, self.device, seed=1)
@@ -132,7 +133,9 @@ class Rater:
             # Gradients that are there would be added to.
             model.zero_grad(set_to_none=True)
             x.grad = None
-            out = decoder.layers[0](x, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+            out = decoder.layers[0](
+                x, attention_mask=None, position_ids=positions, position_embeddings=rotary
+            )
             (out[0] if isinstance(out, tuple) else out).backward(dout)
 
         keys = 2 * shape.hidden * shape.kv_heads * sized.head_dim
