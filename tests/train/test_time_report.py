@@ -1,10 +1,12 @@
 """A run's predicted seconds beside the measured ones: told on known GPUs, and only there."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_run import tiny_config
 
 from mtraining.layout import build_layout
 from mtraining.model import build_model
@@ -14,6 +16,7 @@ from mtraining.predict.measured import rates_of
 from mtraining.ring import AttentionStats, imbalance, tile_work
 from mtraining.train import time_report
 from mtraining.train.config import Config, load_config
+from mtraining.train.loop import train
 from mtraining.train.time_report import TimeLog, predict_seconds
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen2.5-3b-512k.yaml"
@@ -103,3 +106,23 @@ def test_sequences_of_a_step(config: Config, model: Any, layers: Any) -> None:
     assert predict_seconds(four, model, layers, rates_of("h200"), node_size=2) == pytest.approx(
         4 * one, rel=0.01
     )
+
+
+def test_a_run_tells_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, shards: Path
+) -> None:
+    """A real run, on a CPU that says it is a GPU of known rates: both lines, and that they are far apart."""
+
+    class AsIfOnAGpu(TimeLog):
+        def __init__(self, config: Config, model: Any, device: torch.device, tell: Any) -> None:
+            super().__init__(config, model, torch.device("cuda"), tell)
+
+    known = rates_of("h200")
+    attention = dict.fromkeys((8, 16, 32), known.attention[128])
+    monkeypatch.setattr(time_report, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(time_report, "rates_of_device", lambda name: replace(known, attention=attention))
+    monkeypatch.setattr("mtraining.train.loop.TimeLog", AsIfOnAGpu)
+    train(tiny_config(tmp_path / "run", shards, train={"steps": 3}))
+    said = capfd.readouterr().out
+    assert "seconds a step, predicted: " in said
+    assert "seconds a step, measured: " in said and "more than 20% apart" in said

@@ -125,6 +125,8 @@ def run(device: torch.device, options: RatesOptions, say: Say) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         say(f"wrote {path}")
+    # Nobody leaves while the first process still measures.
+    dist.barrier()
     return path
 
 
