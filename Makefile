@@ -51,7 +51,7 @@ $(SMOLLM2): $(STAMP)
 # Reading MDS shards, as ProLong is published in; the library declares versions that no resolver can place beside this package.
 mds: $(MDS)
 $(MDS): $(STAMP)
-	$(PIP) "$(CURDIR)[mds]"
+	$(PIP) --no-build-isolation --editable ".[mds]"
 	$(PIP) --no-deps mosaicml-streaming==0.13.0
 	@touch $@
 
