@@ -20,7 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mtraining.errors import UserError
 from mtraining.model import check_supported, fix_rope
-from mtraining.model.support import check_config, check_windows
+from mtraining.model.support import check_config
+from mtraining.model.windows import check_windows
 
 VOCAB, SEQ_LEN, LAYERS, WINDOW = 64, 64, 2, 16
 NAMES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -78,7 +79,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 _REMEDIES: tuple[tuple[str, Callable[[re.Match[str], str], dict[str, Any]]], ...] = (
     (
-        r"\(layer_types contains '(?:sliding_attention|chunked_attention|conv)'\)",
+        r"\(layer_types contains 'conv'\)",
         lambda found, name: _every_layer_full(name),
     ),
     # Granite 4 comes in both kinds.
@@ -86,7 +87,6 @@ _REMEDIES: tuple[tuple[str, Callable[[re.Match[str], str], dict[str, Any]]], ...
         r"granitemoehybrid .*\(layer_types contains 'linear_attention'\)",
         lambda found, name: _every_layer_full(name),
     ),
-    (r"\((sliding_window)=\d+\)", lambda found, name: {found[1]: None}),
     (r"attention dropout.*; set (\w+) to 0", lambda found, name: {found[1]: 0.0}),
     (r"caps its attention scores \((\w+)=", lambda found, name: {found[1]: None}),
 )
@@ -132,13 +132,19 @@ def default_config(name: str) -> Any:
 def small_config(name: str, **settings: Any) -> Any:
     """A config of the sizes above, and all else as it comes, but for ``settings``.
 
-    Windows and chunks are shorter than the sequence, so that one which nobody honours would show.
+    Windows and chunks are shorter than the sequence, so that one which nobody honours would show. Where a config has
+    layers of several kinds, every second layer has full attention.
     """
     known = known_fields(name)
     fields = {field: value for field, value in SMALL.items() if field in known}
     for field in ("sliding_window", "attention_chunk_size"):
         if getattr(default_config(name), field, None) is not None:
             fields[field] = WINDOW
+    kinds = set(getattr(default_config(name), "layer_types", None) or ())
+    bounded = kinds & {"sliding_attention", "chunked_attention"}
+    if bounded and kinds <= bounded | {"full_attention"}:
+        layers = SIZES.get(name, {}).get("num_hidden_layers", LAYERS)
+        fields["layer_types"] = [[*bounded, "full_attention"][layer % 2] for layer in range(layers)]
     with quiet():
         config = AutoConfig.for_model(name, **{**fields, **SIZES.get(name, {}), **settings})
     return config

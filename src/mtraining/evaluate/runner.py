@@ -19,7 +19,7 @@ from mtraining.evaluate.summary import summarise
 from mtraining.evaluate.tasks import Sample, SampleMaker, Task
 from mtraining.generate import Generator
 from mtraining.inputs.text import read_text, text_files
-from mtraining.ring import Observer
+from mtraining.ring import Observer, chosen
 
 Tell = Callable[[Key, int, int], None]
 Unit = tuple[str, str, int, int]  # suite, task or document, length, number
@@ -215,10 +215,10 @@ def _read(generator: Generator, suite: str, document: Document, length: int, pla
             record: dict[str, Any] = {"recall_by_layer": [stats.recall for stats in observer.stats]}
         else:
             record = document_losses(generator, document.tokens, length, plan.bucket, plan.last).record()
-    densities = [stats.density for stats in observer.stats]
+    densities = [stats.density for stats in chosen(observer.stats)]
     recalls = [stats.recall for stats in observer.stats if stats.recall is not None]
     return record | {
         "prompt_tokens": length,
-        "density": sum(densities) / len(densities),
+        "density": sum(densities) / len(densities) if densities else None,
         "recall": sum(recalls) / len(recalls) if recalls else None,
     }

@@ -5,8 +5,9 @@ The model's layers stay as they are. While something is attached, each attention
 * In *prefill* the ring runs on the prompt, as in training. This rank's keys and values stay where the layout put them.
 * In *decode* the query of one new token a row attends to this rank's keys. Partial results merge over the ranks.
 
-Keys of new tokens go to the ranks in turn. Every key in the cache stands before the query, so decoding needs no
-positions: only how many keys of each row are here.
+Keys of new tokens go to the ranks in turn. Every key in the cache stands before the query, so full attention needs no
+positions in decode: only how many keys of each row are here. Of a layer with a window, the cache leaves out what no new
+token reaches of the prompt, and knows from the positions of its keys which of them a query still sees.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from mtraining.kernel import select_decode
+from mtraining.kernel import Window, first_keys, reach_of, select_decode
 from mtraining.layout import Layout
 from mtraining.model.attention import attach
 from mtraining.model.parallel import ParallelLM
@@ -32,9 +33,10 @@ from mtraining.ring import Ring, merge_over_ring, sparse_ring_attention, with_si
 
 @dataclass(frozen=True)
 class Attention:
-    """How prompts are read: each layer's pattern, who holds which tokens, on which ranks, by which kernel."""
+    """How prompts are read: each layer's pattern and window, who holds which tokens, on which ranks, by which kernel."""
 
     patterns: tuple[Pattern, ...]
+    windows: tuple[Window | None, ...]
     layout: Layout
     mesh: DeviceMesh | None
     kernel: str
@@ -68,7 +70,7 @@ class Attention:
         """Attention over a whole sequence; shapes as :func:`mtraining.ring.sparse_ring_attention` has them."""
         return sparse_ring_attention(
             q, k, v, pattern=self.patterns[layer], layout=self.layout, mesh=self.mesh, scale=scale,
-            kernel=self.kernel, padding=padding, sinks=sinks,
+            kernel=self.kernel, padding=padding, window=self.windows[layer], sinks=sinks,
         )  # fmt: skip
 
 
@@ -156,6 +158,63 @@ class Reading:
         return self.attention.on_ring(layer, q, k, v, scale, self.dealt.padding, sinks)
 
 
+class Slots:
+    """Where a rank's keys stand in the cache, of all layers with one window: in global order, the new tokens' last.
+
+    Args:
+        dealt: each row's prompt.
+        new_tokens: that will be decoded at most.
+        ring: whose ranks keep the new tokens' keys in turn.
+        window: None for layers with full attention.
+
+    Attributes:
+        skipped: of each row, how many of the prompt's keys that are held here no new token can reach.
+        room: slots of a row.
+        lengths: int32 (batch,), slots in use.
+        places: int64 (batch,), where this rank's newest keys are.
+        firsts: int32 (batch,), the first slot that the newest query attends to; None for 0.
+        longest: upper bound of the slots that it attends to, as the host knows it.
+    """
+
+    def __init__(
+        self, dealt: Sequence[Dealt], new_tokens: int, ring: Ring, window: Window | None, device: torch.device
+    ) -> None:
+        self._window, self._dealt = window, dealt
+        ends = torch.tensor([one.length for one in dealt])
+        first = torch.zeros_like(ends) if window is None else first_keys(ends, window)
+        self.skipped = [int((one.positions < at).sum()) for one, at in zip(dealt, first.tolist(), strict=True)]
+        self._counts = [one.held - skip for one, skip in zip(dealt, self.skipped, strict=True)]
+        new = max(0, -(-new_tokens // ring.world))
+        self.room = max(self._counts) + new
+        self.lengths = torch.tensor(self._counts, dtype=torch.int32, device=device)
+        self.places = self.lengths.long() - 1
+        self.firsts: Tensor | None = None
+        if window is None:
+            return
+        # Global positions by slot, known from the start: new tokens follow the prompt, dealt in turn.
+        positions = torch.full((len(dealt), self.room), torch.iinfo(torch.int64).max)
+        turns = torch.arange(new) * ring.world + ring.rank
+        for row, (one, skip, count) in enumerate(zip(dealt, self.skipped, self._counts, strict=True)):
+            positions[row, :count] = one.positions[skip : one.held]
+            positions[row, count : count + new] = one.length + turns
+        self._positions, self._ends = positions.to(device), ends.to(device)
+
+    @property
+    def longest(self) -> int:
+        most = max(self._counts)
+        return most if self._window is None else min(most, reach_of(self._window))
+
+    def next_token(self, number: int, mine: bool) -> None:
+        """The query of new token ``number`` comes, from 0; ``mine``: its keys stay on this rank."""
+        if mine:
+            self._counts = [count + 1 for count in self._counts]
+            self.lengths += 1
+        self.places = self.lengths.long() - 1
+        if self._window is not None:
+            first = first_keys(self._ends + number, self._window)
+            self.firsts = torch.searchsorted(self._positions, first[:, None], out_int32=True)[:, 0]
+
+
 class Cache:
     """Keys and values of a batch of sequences, this rank's part of them.
 
@@ -171,10 +230,10 @@ class Cache:
         self, attention: Attention, dealt: Sequence[Dealt], new_tokens: int, device: torch.device
     ) -> None:
         self.attention, self.dealt, self._ring = attention, dealt, attention.ring
-        self._counts = [one.held for one in dealt]  # keys of each row held here, as the host knows them
-        self._room = max(self._counts) + -(-new_tokens // self._ring.world)
+        self.slots = {
+            window: Slots(dealt, new_tokens, self._ring, window, device) for window in set(attention.windows)
+        }
         self._rows = torch.arange(len(dealt), device=device)
-        self._lengths = torch.tensor(self._counts, dtype=torch.int32, device=device)
         self._calls: list[tuple[Tensor, Tensor]] = []  # keys and values of each attention call of a forward
         self._call = 0
         self._row: int | None = None  # whose prompt is read; None: new tokens of all rows
@@ -194,33 +253,33 @@ class Cache:
         """The next forward is over one new token of every row."""
         self._row, self._call = None, 0
         self._mine = self._tokens % self._ring.world == self._ring.rank
+        for slots in self.slots.values():
+            slots.next_token(self._tokens, self._mine)
         self._tokens += 1
-        if self._mine:
-            self._counts = [count + 1 for count in self._counts]
-            self._lengths += 1
-        self._places = self._lengths.long() - 1  # where this rank's new keys go
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: Tensor | None
     ) -> Tensor:
         call, self._call = self._call, self._call + 1
+        slots = self.slots[self.attention.windows[layer]]
         if self._row is None:
-            return self._decode(self._calls[call], q, k, v, scale, sinks)
+            return self._decode(self._calls[call], slots, q, k, v, scale, sinks)
         if call == len(self._calls):
-            self._calls.append((self._empty(k), self._empty(v)))
-        dealt = self.dealt[self._row]
+            self._calls.append((self._empty(k, slots.room), self._empty(v, slots.room)))
+        dealt, skipped = self.dealt[self._row], slots.skipped[self._row]
         for kept, x in zip(self._calls[call], (k, v), strict=True):
-            kept[self._row, : dealt.held] = x[0, : dealt.held]
+            kept[self._row, : dealt.held - skipped] = x[0, skipped : dealt.held]
         return self.attention.on_ring(layer, q, k, v, scale, dealt.padding, sinks)
 
-    def _empty(self, x: Tensor) -> Tensor:
+    def _empty(self, x: Tensor, room: int) -> Tensor:
         """(batch, room, kv_heads, head_dim), a head's keys together in memory: long reads for one program."""
         _, _, kv_heads, dim = x.shape
-        return x.new_empty(len(self.dealt), kv_heads, self._room, dim).transpose(1, 2)
+        return x.new_empty(len(self.dealt), kv_heads, room, dim).transpose(1, 2)
 
     def _decode(
         self,
         cache: tuple[Tensor, Tensor],
+        slots: Slots,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -230,11 +289,11 @@ class Cache:
         """Attention of (batch, 1, q_heads, head_dim) over the keys of all ranks, the new ones included."""
         keys, values = cache
         if self._mine:
-            keys[self._rows, self._places] = k[:, 0]
-            values[self._rows, self._places] = v[:, 0]
+            keys[self._rows, slots.places] = k[:, 0]
+            values[self._rows, slots.places] = v[:, 0]
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         decode = select_decode(self.attention.kernel, q.device, q.dtype)
-        out, lse = decode(q[:, 0], keys, values, self._lengths, max(self._counts), scale)
+        out, lse = decode(q[:, 0], keys, values, slots.lengths, slots.longest, scale, slots.firsts)
         # A sink is one key more, of one rank.
         if sinks is not None and self._ring.rank == 0:
             rows, row_lse = with_sinks(out[:, None], lse[..., None], sinks)

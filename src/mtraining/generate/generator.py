@@ -21,14 +21,16 @@ from mtraining.errors import UserError
 from mtraining.generate.answer import Answer, FinishReason
 from mtraining.generate.cache import Attention, Cache, Dealt, Reading, attached
 from mtraining.generate.sampling import Chooser
+from mtraining.kernel import Window
 from mtraining.layout import Layout, build_layout
 from mtraining.model import ParallelLM, parallelize
 from mtraining.model.fixed_rope import rope_fixed
 from mtraining.model.logits import Head
 from mtraining.model.loss import IGNORED, chunked_token_scores
 from mtraining.model.support import attention_modules
+from mtraining.model.windows import band
 from mtraining.pattern import Pattern, build_pattern
-from mtraining.ring import Observer
+from mtraining.ring import Observer, chosen
 
 Patterns = Pattern | str | Sequence[Pattern]
 
@@ -84,7 +86,8 @@ class Generator:
         tokenizer: for texts and stop strings; None does without.
         mesh: the context-parallel ranks, as `parallelize` takes it; a ``ParallelLM`` has its own.
         pattern: what prefill attends: an object, a name, or one object a layer. None: what the ``ParallelLM`` has, or
-            dense. New tokens attend to everything.
+            dense. New tokens attend to everything. Layers with a window in the model's config attend to that, whatever
+            is given.
         layout: who holds which tokens of a prompt, an object or a name; None: what the ``ParallelLM`` has, or striped.
         kernel: attention backend.
         beyond_positions: also read what is longer than the model's positions, to see what becomes of it.
@@ -115,7 +118,7 @@ class Generator:
         self._config = model.hf_model.config
         self._beyond_positions = beyond_positions
         self.attention = Attention(
-            self._patterns(pattern),
+            *self._patterns(pattern),
             model.layout if layout is None else build_layout(layout) if isinstance(layout, str) else layout,
             model.cp_mesh,
             kernel,
@@ -236,7 +239,8 @@ class Generator:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _patterns(self, given: Patterns | None) -> tuple[Pattern, ...]:
+    def _patterns(self, given: Patterns | None) -> tuple[tuple[Pattern, ...], tuple[Window | None, ...]]:
+        """The pattern and the window of every layer."""
         modules: list[Any] = [module for _, module in attention_modules(self.model.hf_model)]
         patterns: list[Any]
         if given is None:
@@ -249,9 +253,13 @@ class Generator:
             raise UserError(
                 f"pattern: {len(patterns)} patterns for {len(modules)} layers; give one for each layer, or one for all."
             )
-        for layer, pattern in enumerate(patterns):
-            pattern.check_heads(layer, self._config.num_attention_heads)
-        return tuple(patterns)
+        windows = tuple(module.mtraining_window for module in modules)
+        for layer, (pattern, window) in enumerate(zip(patterns, windows, strict=True)):
+            if window is None:
+                pattern.check_heads(layer, self._config.num_attention_heads)
+            else:
+                patterns[layer] = band(window, pattern.block_size)
+        return tuple(patterns), windows
 
     def _limits(self, given: int | Sequence[int], prompts: int) -> list[int]:
         """New tokens at most of each prompt's answer."""
@@ -322,14 +330,17 @@ class Generator:
         start = time.perf_counter()
         cache.prefill(row)
         # Dense attention needs no look: its density is 1, and looking waits for the device in every layer.
-        dense = recall_rows == 0 and all(pattern.name == "dense" for pattern in self.attention.patterns)
+        dense = recall_rows == 0 and all(
+            pattern.name == "dense" or window is not None
+            for pattern, window in zip(self.attention.patterns, self.attention.windows, strict=True)
+        )
         watch = nullcontext() if dense or recall_rows is None else Observer(recall_rows)
         with watch as observer:
             logits = self._read_prompt(cache.dealt[row], tokens)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         seconds = time.perf_counter() - start
-        stats = [] if observer is None else observer.stats
+        stats = [] if observer is None else chosen(observer.stats)
         recalls = [one.recall for one in stats if one.recall is not None]
         density = 1.0 if dense else _mean([one.density for one in stats])
         return _Read(logits, seconds, density, _mean(recalls))

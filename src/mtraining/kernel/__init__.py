@@ -5,21 +5,25 @@ from mtraining.kernel.choice import select_backend, select_decode
 from mtraining.kernel.index import SparseIndex, dense_index, pack_blocks
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.reference.attention import ReferenceBackend, merge
-from mtraining.kernel.starts import check_starts_kernel
+from mtraining.kernel.starts import Chunks, Window, check_starts_kernel, first_keys, reach_of
 
 __all__ = [
     "AttentionKernels",
     "Backend",
+    "Chunks",
     "Decode",
     "EstimationKernels",
     "Placement",
     "ProbeScope",
     "ReferenceBackend",
     "SparseIndex",
+    "Window",
     "check_starts_kernel",
     "dense_index",
+    "first_keys",
     "merge",
     "pack_blocks",
+    "reach_of",
     "select_backend",
     "select_decode",
 ]

@@ -7,12 +7,13 @@ sequence. So the queries that see a key form one run, as the keys of a query do.
 * Packed documents: the position of the first token of the query's document.
 * A sliding window of W tokens: ``max(q - W + 1, 0)``.
 * Chunked attention over C tokens: ``q // C * C``.
-* Several of them together: their maximum.
+* Documents and a window: the maximum of both. Chunks are counted from the document's first token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,9 +28,42 @@ NO_STARTS = (
 )
 
 
-def window_starts(seq_len: int, window: int, device: torch.device | str = "cpu") -> Tensor:
-    """Starts of a sliding window that holds ``window`` tokens, the query among them: int32 (1, seq_len)."""
-    return (torch.arange(seq_len, dtype=torch.int32, device=device) - (window - 1)).clamp_(min=0)[None]
+@dataclass(frozen=True)
+class Chunks:
+    """Chunked attention: a query attends to its own chunk of ``tokens`` tokens, counted from its document's first."""
+
+    tokens: int
+
+
+Window = int | Chunks
+"""How a layer bounds its queries: by the tokens of a sliding window, the query among them, or by chunks."""
+
+
+def reach_of(window: Window) -> int:
+    """Tokens that the farthest-reaching query sees, itself among them."""
+    return window.tokens if isinstance(window, Chunks) else window
+
+
+def first_keys(positions: Tensor, window: Window) -> Tensor:
+    """The first key that a window leaves to each query, all in tokens of one document; shape and dtype of positions."""
+    if isinstance(window, Chunks):
+        return positions // window.tokens * window.tokens
+    return (positions - (window - 1)).clamp(min=0)
+
+
+def window_starts(seq_len: int, window: Window, device: torch.device | str = "cpu") -> Tensor:
+    """Starts of a window alone: int32 (1, seq_len)."""
+    return first_keys(torch.arange(seq_len, dtype=torch.int32, device=device), window)[None]
+
+
+def within_documents(starts: Tensor, window: Window) -> Tensor:
+    """Starts of a window that begins anew in each document: int32 (batch, seq_len).
+
+    Args:
+        starts: int32 (batch, seq_len), of the documents.
+    """
+    positions = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
+    return starts + first_keys(positions - starts, window)
 
 
 def document_starts(begins: Tensor, seq_len: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from mtraining.errors import UserError
+from mtraining.model.windows import refuse_other_window
 
 ATTENTION_NAME = "mtraining"
 
@@ -53,6 +54,7 @@ def sparse_attention(
         key, value: (batch, kv_heads, local tokens, head_dim).
         attention_mask: must be None; causality is by global position.
         scaling: softmax scale; None is head_dim ** -0.5.
+        sliding_window: what the layer asks for: the window that its config gives it, which its runtime honours.
         s_aux: attention sinks, (q_heads,): logits that take part in each row's softmax and have no value.
 
     Returns:
@@ -70,7 +72,6 @@ def sparse_attention(
     refused = {
         "an attention mask": attention_mask is not None,
         "attention dropout": dropout != 0.0,
-        "a sliding window": sliding_window is not None,
         "soft-capping": softcap is not None,
         "non-causal attention": is_causal is False,
         "a key-value cache": query.shape[-2] != key.shape[-2],
@@ -81,6 +82,7 @@ def sparse_attention(
             raise UserError(
                 f"model: this forward asks for {what}, which sparse attention does not honour; remove it."
             )
+    refuse_other_window(module, sliding_window)
     out = runtime(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling, s_aux)
     return out.contiguous(), None  # as transformers' own leave it, since some models take a view
 

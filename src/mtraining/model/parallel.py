@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from mtraining.errors import UserError
-from mtraining.kernel import select_backend
+from mtraining.kernel import check_starts_kernel, select_backend
 from mtraining.kernel.starts import check_starts
 from mtraining.layout import Layout, build_layout
 from mtraining.model.adapters import Adapter, open_adapter
@@ -44,6 +44,7 @@ from mtraining.model.support import (
     layers_of,
 )
 from mtraining.model.weights import settle_tied
+from mtraining.model.windows import band, bind_window, in_words, windows_of
 from mtraining.pattern import Pattern, build_pattern
 from mtraining.ring import AttentionRuntime, BatchStarts, Ring
 
@@ -249,6 +250,7 @@ def parallelize(
             FSDP moves it to the mesh's device shard by shard.
         mesh: dims named from {"dp"} and {"cp"} or {"cp_outer", "cp_inner"}; None for one process.
         pattern: what attention computes; an object or a name of `mtraining.pattern.PATTERNS` (with its defaults).
+            Layers with a sliding window or chunks in the model's config compute that, and all of it, instead.
         layout: who holds which tokens; an object or a name.
         kernel: backend of the attention kernels.
         recompute: ``full`` recomputes each layer in backward from its input, with the attention index of the
@@ -262,7 +264,7 @@ def parallelize(
         reduce_dtype: dtype in which gradients are summed over ranks; None is the compute dtype.
         loss_chunk: tokens whose logits exist at one time.
         fsdp: False keeps whole parameters on every rank and leaves gradients the local share (for evaluation).
-        layer_patterns: other patterns for some layers, by index.
+        layer_patterns: other patterns for some layers, by index; of layers without a window.
         refresh: when indices are estimated: ``every_step`` (the paper), ``{"every_n": k}``, or ``{"frozen_at": step}``.
             Anything but the first needs ``model.training_step`` around each step.
         coverage: extra block diagonals, so that every distance receives gradient within this many steps; 0 for none.
@@ -353,10 +355,24 @@ def _set_attention(
     patterns = [
         built(layer_patterns[index]) if index in layer_patterns else default for index in range(layers)
     ]
+    windows = windows_of(model.config, layers)
+    if any(window is not None for window in windows):
+        check_starts_kernel(kernel)
     for index, module in attention_modules(model):
-        patterns[index].check_heads(index, model.config.num_attention_heads)
-        wrapped = indices.wrap(index, patterns[index])
-        attach(module, AttentionRuntime(wrapped, layout, cp_mesh, kernel, starts=starts))
+        window = windows[index]
+        if window is None:
+            patterns[index].check_heads(index, model.config.num_attention_heads)
+            wrapped = indices.wrap(index, patterns[index])
+        elif index in layer_patterns:
+            raise UserError(
+                f"layer_patterns: layer {index} has {in_words(window)} in model.config, so no pattern chooses what it "
+                "attends to; leave the layer out of layer_patterns and pattern.dense_layers."
+            )
+        else:
+            # Nothing of it is held or counted over steps: it is the same in each.
+            wrapped = band(window, patterns[index].block_size)
+        bind_window(module, window)
+        attach(module, AttentionRuntime(wrapped, layout, cp_mesh, kernel, window, starts))
     decoder_of(model).register_forward_pre_hook(refuse_mask, with_kwargs=True)
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:

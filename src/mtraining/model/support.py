@@ -18,6 +18,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from mtraining.errors import UserError
 from mtraining.model.logits import CAPS, DIVISORS, FACTORS, Head, LogitForm
+from mtraining.model.windows import check_windows, windows_of
 
 SUPPORTED_HEAD_DIMS = range(16, 257, 8)
 """Head sizes of the reference kernel; the GPU kernels take a subset and say so themselves."""
@@ -26,7 +27,6 @@ STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3", "proportional")
 """Types whose frequencies are the same for every forward."""
 LENGTH_ROPE_TYPES = ("longrope", "dynamic")
 """Types that take their frequencies from the length of the sequence; `mtraining.model.fix_rope` gives them one."""
-FULL = "full_attention"
 
 _NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 OLDER_NAMES = {"gpt_neox": _NEOX_NAMES, "gpt_neox_japanese": _NEOX_NAMES}
@@ -37,17 +37,6 @@ _DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_p
 _SOFTCAP = re.compile(r"^softcap$|att\w*(soft_?cap|logit_cap)")
 _LAYERS = ("layers", "h", "blocks")
 """What decoders call the list of their layers."""
-_KINDS = {
-    "sliding_attention": "sliding-window attention",
-    "chunked_attention": "attention within chunks",
-    "linear_attention": "linear attention or a state space",
-    "conv": "a convolution in place of attention",
-    "hybrid": "a state space beside attention",
-    "mamba": "a state space",
-    "recurrent": "a recurrence",
-    "moe": "no attention",
-}
-"""In words, what layers do that `layer_types` names so; other names speak for themselves."""
 
 
 def check_config(config: Any) -> None:
@@ -163,34 +152,6 @@ def check_rope(config: Any) -> None:
             )
 
 
-def check_windows(config: Any) -> None:
-    """Refuse layers that are not full attention.
-
-    Raises:
-        UserError: names the layers and the field.
-    """
-    name = config.model_type
-    layer_types = getattr(config, "layer_types", None)
-    for layer_type in layer_types or ():
-        if layer_type != FULL:
-            kind = _KINDS.get(layer_type, layer_type.replace("_", " "))
-            raise UserError(
-                f"model: {name} has layers of {kind} (layer_types contains {layer_type!r}), which the sparse path does "
-                f"not honour; use a model with full attention in every layer."
-            )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and not layer_types and getattr(config, "use_sliding_window", True):
-        raise UserError(
-            f"model: {name} has sliding-window attention (sliding_window={window}), which the sparse path does not "
-            f"honour; use a model with sliding_window null."
-        )
-    if getattr(config, "attention_chunk_size", None) and not layer_types:
-        raise UserError(
-            f"model: {name} has attention within chunks (attention_chunk_size={config.attention_chunk_size}), which "
-            f"the sparse path does not honour; use a model with full attention in every layer."
-        )
-
-
 def head_dim_of(config: Any) -> int:
     """Size of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -269,7 +230,7 @@ def check_supported(hf_model: Any) -> None:
     """
     check_config(hf_model.config)
     name = hf_model.config.model_type
-    layers_of(hf_model)
+    windows_of(hf_model.config, len(layers_of(hf_model)))
     if "position_ids" not in inspect.signature(decoder_of(hf_model).forward).parameters:
         raise UserError(
             f"model: the decoder of {name} takes no position_ids, and would take each process's tokens for the first "

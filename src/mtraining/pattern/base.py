@@ -99,18 +99,21 @@ class SequenceShard:
     def of_batch(self, padding: int = 0, starts: Tensor | None = None, packed: bool = True) -> SequenceShard:
         """This shard with a batch's own padding and starts; tables of the positions are shared.
 
-        The layers of a model ask for the same one in turn, so the last one is kept with its tables of documents.
+        The layers of a model ask in turn for the same one, or for two where some have windows. So the last two are
+        kept, with their tables of documents.
         """
         if padding == self.padding and starts is self.starts:
             return self
         version = None if starts is None else starts._version
-        last: tuple[SequenceShard, int | None] | None = vars(self).get("_last")
-        same = last is not None and last[0].starts is starts and last[1] == version
-        if last is not None and same and (last[0].padding, last[0].packed) == (padding, packed):
-            return last[0]
+        last: list[tuple[SequenceShard, int | None]] = vars(self).setdefault("_last", [])
+        for one, its_version in last:
+            same = one.starts is starts and its_version == version
+            if same and (one.padding, one.packed) == (padding, packed):
+                return one
         other = replace(self, padding=padding, starts=starts, packed=packed)
         vars(other).update(slots=self.slots, _host_positions=self._host_positions)
-        vars(self)["_last"] = other, version
+        last.append((other, version))
+        del last[:-2]
         return other
 
     @cached_property

@@ -4,7 +4,7 @@ from mtraining.ring.attention import sparse_ring_attention
 from mtraining.ring.balance import Imbalance, imbalance, tile_work
 from mtraining.ring.links import prioritise_transfers, slow_links
 from mtraining.ring.merge import merge_over_ring
-from mtraining.ring.observe import AttentionStats, Observer
+from mtraining.ring.observe import AttentionStats, Observer, chosen
 from mtraining.ring.op import AttentionRuntime, BatchStarts
 from mtraining.ring.sinks import with_sinks
 from mtraining.ring.tape import IndexTape
@@ -21,6 +21,7 @@ __all__ = [
     "Ring",
     "RingTimes",
     "Timeline",
+    "chosen",
     "imbalance",
     "merge_over_ring",
     "prioritise_transfers",

@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
-from mtraining.kernel import AttentionKernels, Placement, SparseIndex, check_starts_kernel, select_backend
+from mtraining.kernel import (
+    AttentionKernels,
+    Placement,
+    SparseIndex,
+    Window,
+    check_starts_kernel,
+    select_backend,
+)
 from mtraining.kernel.backend import Columns
 from mtraining.layout import Layout, build_layout
 from mtraining.pattern import Pattern, build_pattern
@@ -33,18 +40,18 @@ from mtraining.ring.window import WindowGradients, WindowRoute, window_steps
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
     scale: float | None = None, return_index: Literal[False] = False, kernel: str = "auto", padding: int = 0,
-    starts: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
+    starts: Tensor | None = None, window: Window | None = None, sinks: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
     scale: float | None = None, return_index: Literal[True], kernel: str = "auto", padding: int = 0,
-    starts: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
+    starts: Tensor | None = None, window: Window | None = None, sinks: Tensor | None = None,
 ) -> tuple[Tensor, SparseIndex]: ...  # fmt: skip
 def sparse_ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | str, layout: Layout | str, mesh: DeviceMesh | None,
     scale: float | None = None, return_index: bool = False, kernel: str = "auto", padding: int = 0,
-    starts: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
+    starts: Tensor | None = None, window: Window | None = None, sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, SparseIndex]:  # fmt: skip
     """Causal attention over the entries that ``pattern`` selects, on this rank's shard of the sequence.
 
@@ -66,8 +73,9 @@ def sparse_ring_attention(
         starts: int32 (batch, tokens of the whole sequence), the first key that each query may attend, in global order
             and the same on every rank, on q's device (:mod:`mtraining.kernel.starts`). None: 0 everywhere. Packed
             documents are such starts.
-        window: a query attends to the last ``window`` tokens only, itself among them. Together with ``starts`` both
-            bounds hold. Keys that no query of another rank can attend to do not travel to it.
+        window: a query attends to the last ``window`` tokens only, itself among them; or, given
+            :class:`mtraining.kernel.Chunks`, to its own chunk. Together with ``starts`` both bounds hold, and chunks
+            are counted from each document's first token. Keys out of a rank's reach do not travel to it.
         sinks: (q_heads,) logits that take part in each row's softmax and have no value (see
             :mod:`mtraining.ring.sinks`); differentiable. The pattern chooses as if there were none.
 
@@ -115,7 +123,7 @@ class _SparseRingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, pattern: Pattern, layout: Layout,
         mesh: DeviceMesh | None, scale: float | None, kernel: str, padding: int,
-        starts: Tensor | None, window: int | None,
+        starts: Tensor | None, window: Window | None,
     ) -> tuple[Tensor, PreparedCall]:  # fmt: skip
         out, lse, ctx.call = attend(
             q, k, v, pattern, layout, mesh, scale, kernel, padding, starts, window, sinks
@@ -131,7 +139,7 @@ class _SparseRingAttention(torch.autograd.Function):
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, mesh: DeviceMesh | None,
-    scale: float | None, kernel: str, padding: int = 0, starts: Tensor | None = None, window: int | None = None,
+    scale: float | None, kernel: str, padding: int = 0, starts: Tensor | None = None, window: Window | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, PreparedCall]:  # fmt: skip
     """The forward pass without autograd: out in q's dtype, lse (batch, heads, rows), and what backward must know.
@@ -161,7 +169,7 @@ def attend(
         return PreparedCall(plan, backend, index, scale, plan.route(window))
 
     def seen(lse: Tensor, index: SparseIndex) -> None:
-        observe(q, k, lse, index, plan, shard, scale)
+        observe(q, k, lse, index, plan, shard, scale, window)
 
     return attend_prepared(q, k, v, prepare, seen, sinks)
 

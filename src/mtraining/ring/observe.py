@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -9,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from mtraining.kernel import SparseIndex
+from mtraining.kernel import SparseIndex, Window
 from mtraining.pattern import SequenceShard
 from mtraining.pattern.probe import gather_queries, global_lse, sequence_scope
 from mtraining.ring.balance import Imbalance, imbalance, tile_work
@@ -25,10 +26,12 @@ class AttentionStats:
     Attributes:
         density: as `SparseIndex.density` has it, of the blocks that hold a real token; mean over heads.
         columns: mean columns a head.
-        recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled.
+        recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled, and
+            of a layer with a window.
         balance: imbalance in the layout and ring in use.
         tile_work: float64 (ranks, sources), slash tiles, in the layout in use.
         index: the index itself, whole on every rank, e.g. to ask how another layout would balance it.
+        window: that the model's layer has; its pattern chose nothing then. None for full attention.
     """
 
     density: float
@@ -37,6 +40,7 @@ class AttentionStats:
     balance: Imbalance
     tile_work: Tensor
     index: SparseIndex
+    window: Window | None = None
 
 
 class Observer(AbstractContextManager["Observer"]):
@@ -66,8 +70,9 @@ class Observer(AbstractContextManager["Observer"]):
 
 @torch.no_grad()
 def observe(
-    q: Tensor, k: Tensor, lse: Tensor, index: SparseIndex, plan: RingPlan, shard: SequenceShard, scale: float
-) -> None:
+    q: Tensor, k: Tensor, lse: Tensor, index: SparseIndex, plan: RingPlan, shard: SequenceShard, scale: float,
+    window: Window | None = None,
+) -> None:  # fmt: skip
     """Report one finished call to the observers in force (free when there are none)."""
     if _observers:
         index = index.whole(plan.ring)
@@ -75,7 +80,7 @@ def observe(
     for observer in _observers:
         work = tile_work(index, plan.layout, plan.ring.world)
         recall = None
-        if observer.recall_rows:
+        if observer.recall_rows and window is None:
             chosen = torch.Generator().manual_seed(observer.seed + len(observer.stats))
             rows = torch.randint(shard.length, (observer.recall_rows,), generator=chosen).to(q.device)
             recall = measure_recall(q, k, lse, rows, shard, scale).mean().item()
@@ -87,8 +92,14 @@ def observe(
                 balance=imbalance(work, plan.ring.outer),
                 tile_work=work,
                 index=index,
+                window=window,
             )
         )
+
+
+def chosen(stats: Sequence[AttentionStats]) -> list[AttentionStats]:
+    """Those of layers whose pattern chose: a window keeps all of itself, which says nothing of the pattern."""
+    return [one for one in stats if one.window is None]
 
 
 def measure_recall(

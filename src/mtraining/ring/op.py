@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from mtraining.kernel import Window
 from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.pattern import Pattern
@@ -49,13 +50,13 @@ class AttentionRuntime:
     Make it outside of compiled code, and keep it as long as it is called.
 
     Args:
-        window: tokens of a sliding window, None without one.
+        window: as :func:`mtraining.ring.sparse_ring_attention` takes it, None without one.
         starts: where to look for the starts of each batch; None where batches have none.
     """
 
     def __init__(
         self, pattern: Pattern, layout: Layout, mesh: DeviceMesh | None, kernel: str = "auto",
-        window: int | None = None, starts: BatchStarts | None = None,
+        window: Window | None = None, starts: BatchStarts | None = None,
     ) -> None:  # fmt: skip
         self.pattern, self.layout, self.mesh, self.kernel = pattern, layout, mesh, kernel
         self.window, self.starts = window, BatchStarts() if starts is None else starts

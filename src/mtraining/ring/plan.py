@@ -7,11 +7,12 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mtraining.errors import UserError
-from mtraining.kernel import EstimationKernels, Placement
+from mtraining.kernel import EstimationKernels, Placement, Window, reach_of
 from mtraining.kernel.placement import causal_pieces, progression
-from mtraining.kernel.starts import check_starts, window_starts
+from mtraining.kernel.starts import check_starts, window_starts, within_documents
 from mtraining.layout import Layout
 from mtraining.pattern import SequenceShard
 from mtraining.ring.topology import Ring
@@ -51,8 +52,10 @@ class RingPlan:
         """Kept with the plan, so that the tables of a length go when its plan does."""
         return {}
 
-    def starts(self, batch: int, starts: Tensor | None, window: int | None) -> Tensor | None:
+    def starts(self, batch: int, starts: Tensor | None, window: Window | None) -> Tensor | None:
         """The starts that hold in a call, from those of its batch and from its layer's window; None for neither.
+
+        Layers of one window are given the same tensor, since kernels keep tables with it.
 
         Raises:
             UserError: starts of another shape, or a window without a token.
@@ -61,32 +64,46 @@ class RingPlan:
             check_starts(starts, batch, self.seq_len, self.all_positions.device)
         if window is None:
             return starts
-        if window < 1:
+        if reach_of(window) < 1:
             raise UserError(f"window: {window} holds no token; give at least 1, or None for no window.")
+        if starts is not None:
+            made = self._in_documents.setdefault(starts, {})
+            key = window, starts._version
+            if key not in made:
+                made[key] = within_documents(starts, window)
+            return made[key]
         if (batch, window) not in self._windows:
-            made = window_starts(self.seq_len, window, self.all_positions.device)
-            self._windows[batch, window] = made.repeat(batch, 1)
-        within = self._windows[batch, window]
-        return within if starts is None else torch.maximum(starts, within)
+            alone = window_starts(self.seq_len, window, self.all_positions.device)
+            self._windows[batch, window] = alone.repeat(batch, 1)
+        return self._windows[batch, window]
 
-    def route(self, window: int | None) -> WindowRoute | None:
-        """How keys travel under a window; None where they go round the ring, as without one."""
-        if window is None or self.ring.world == 1 or window >= self.seq_len:
+    def route(self, window: Window | None) -> WindowRoute | None:
+        """How keys travel under a window; None where they go round the ring, as without one.
+
+        Of chunks it is the route of a sliding window that reaches as far.
+        """
+        if window is None or self.ring.world == 1 or reach_of(window) >= self.seq_len:
             return None
-        if window not in self._routes:
+        reach = reach_of(window)
+        if reach not in self._routes:
             blocks = self.layout.blocks(self.seq_len, self.ring.world, self.block_size)
-            self._routes[window] = make_route(self.ring, blocks, self.block_size, window, self.q_blocks)
-        return self._routes[window]
+            self._routes[reach] = make_route(self.ring, blocks, self.block_size, reach, self.q_blocks)
+        return self._routes[reach]
 
     @cached_property
     def _routes(self) -> dict[int, WindowRoute | None]:
-        """Routes of the windows asked for."""
+        """Routes of the windows asked for, by how far these reach."""
         return {}
 
     @cached_property
-    def _windows(self) -> dict[tuple[int, int], Tensor]:
+    def _windows(self) -> dict[tuple[int, Window], Tensor]:
         """Starts of the windows asked for, by batch size and window."""
         return {}
+
+    @cached_property
+    def _in_documents(self) -> WeakTensorKeyDictionary:
+        """Of each batch's documents, their starts under the windows asked for; they go when the batch does."""
+        return WeakTensorKeyDictionary()
 
     @cached_property
     def slots(self) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
-from mtraining.ring import AttentionStats, Timeline, imbalance, tile_work
+from mtraining.ring import AttentionStats, Timeline, chosen, imbalance, tile_work
 from mtraining.ring.balance import by_step
 from mtraining.ring.timeline import PHASES
 from mtraining.train.config import Config
@@ -24,16 +24,22 @@ COMPARED_WORLDS = (8, 32)  # besides the run's own number of context-parallel ra
 
 
 def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
-    """The attention part of a metrics record: means over layers, density by layer too; empty when not observed."""
+    """The attention part of a metrics record; empty when not observed.
+
+    Density and recall are means over the layers whose pattern chose, and absent where all layers have windows. Density
+    by layer is of every layer, 1.0 of one with a window, and imbalance is a mean over all layers.
+    """
     if not layers:
         return {}
     record: dict[str, Any] = {
-        "density": _mean([layer.density for layer in layers]),
         "layer_density": [layer.density for layer in layers],
         "worker_imbalance": _mean([layer.balance.worker for layer in layers]),
         "step_imbalance": _mean([layer.balance.step for layer in layers]),
     }
-    recalls = [layer.recall for layer in layers if layer.recall is not None]
+    sparse = chosen(layers)
+    if sparse:
+        record["density"] = _mean([layer.density for layer in sparse])
+    recalls = [layer.recall for layer in sparse if layer.recall is not None]
     if recalls:
         record["recall"] = _mean(recalls)
     return record
