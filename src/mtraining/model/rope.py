@@ -20,7 +20,8 @@ from pydantic import Field
 
 from mtraining.errors import UserError
 from mtraining.inputs.sections import Section
-from mtraining.model.support import FULL, check_rope, ropes_of
+from mtraining.model.support import check_rope, ropes_of
+from mtraining.model.windows import FULL
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from mtraining.errors import UserError
 from mtraining.model.logits import CAPS, DIVISORS, FACTORS, Head, LogitForm
-from mtraining.model.windows import check_windows, windows_of
+from mtraining.model.windows import check_asked, check_windows, windows_of
 
 SUPPORTED_HEAD_DIMS = range(16, 257, 8)
 """Head sizes of the reference kernel; the GPU kernels take a subset and say so themselves."""
@@ -230,7 +230,7 @@ def check_supported(hf_model: Any) -> None:
     """
     check_config(hf_model.config)
     name = hf_model.config.model_type
-    windows_of(hf_model.config, len(layers_of(hf_model)))
+    windows = windows_of(hf_model.config, len(layers_of(hf_model)))
     if "position_ids" not in inspect.signature(decoder_of(hf_model).forward).parameters:
         raise UserError(
             f"model: the decoder of {name} takes no position_ids, and would take each process's tokens for the first "
@@ -258,6 +258,7 @@ def check_supported(hf_model: Any) -> None:
     _check_logits(hf_model)
     told = head_dim_of(hf_model.config)
     for index, attention in attention_modules(hf_model):
+        check_asked(name, index, attention, windows[index])
         for field in _DROPOUT_FIELDS:
             rate = getattr(attention, field, None)
             rate = getattr(rate, "p", rate)

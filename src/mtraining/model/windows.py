@@ -8,6 +8,7 @@ forward (`mtraining.model.attention`).
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -116,6 +117,22 @@ def band(window: Window, block_size: int) -> Pattern:
 def bind_window(module: nn.Module, window: Window | None) -> None:
     """Tell an attention module's forward which window it must ask for."""
     module.mtraining_window = window  # type: ignore[assignment]
+
+
+def check_asked(name: str, layer: int, module: nn.Module, window: Window | None) -> None:
+    """Refuse a layer whose code never asks for the window that its config has: transformers computes full attention.
+
+    Raises:
+        UserError: naming the layer.
+    """
+    code = inspect.unwrap(type(module).forward).__code__
+    # The names of keyword arguments stand together among the constants.
+    named = {name for const in code.co_consts if isinstance(const, tuple) for name in const}
+    if isinstance(window, int) and "sliding_window" not in named.union(code.co_names):
+        raise UserError(
+            f"model: {name} has {in_words(window)} in its config, and the code of layer {layer} never asks for one; "
+            "use a model that computes what its config says."
+        )
 
 
 def refuse_other_window(module: nn.Module, asked: int | None) -> None:
