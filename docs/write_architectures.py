@@ -32,9 +32,11 @@ logits are those of one process. An exported folder loads with the same logits.
 | verdict | architectures |
 |---|---|
 | accepted | {yes} |
-| accepted with full attention in every layer; the published models have sliding windows or chunks | {windows} |
-| accepted with other settings | {other} |
+| accepted with other settings | {set} |
 | refused | {no} |
+
+Sliding windows and chunks are computed to the token, in the layers that the config gives them to. In the comparison they
+are shorter than the sequence, and every second layer has full attention where a config has layers of several kinds.
 
 Attention sinks, factors and soft caps of logits, a bias on `lm_head`, and rotary settings by layer type are computed.
 So are learned positions, layers without positions, and rotary types that depend on the length (`longrope`, `dynamic`).
@@ -58,19 +60,13 @@ def _cell(reason: str) -> str:
     return reason.removeprefix("model: ").replace("|", "\\|").replace("\n", " ")
 
 
-def by_window(found: architectures.Verdict) -> bool:
-    """Whether an accepted architecture comes with windows or chunks, and is accepted without."""
-    return found.kind == "set" and ("window" in found.reason or "chunk" in found.reason)
-
-
 def architectures_page() -> str:
     """docs/reference/architectures.md."""
     found = {name: architectures.verdict(name) for name in sorted(architectures.NAMES)}
     kinds = [one.kind for one in found.values()]
-    windows = sum(by_window(one) for one in found.values())
     head = HEAD.format(
         version=transformers.__version__, count=len(found), yes=kinds.count("yes"), set=kinds.count("set"),
-        no=kinds.count("no"), windows=windows, other=kinds.count("set") - windows,
+        no=kinds.count("no"),
     )  # fmt: skip
     rows = ["| architecture | verdict | settings, or why not |", "|---|---|---|"]
     for name, one in found.items():

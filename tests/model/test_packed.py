@@ -52,13 +52,14 @@ def expected() -> tuple[float, dict[str, Tensor]]:
 
 
 def packed_gradients(
-    worker: Worker, topology: str, layout: str, recompute: str, micro: int, pattern: dict[str, Any] = DENSE
-) -> tuple[float, dict[str, Tensor]]:
+    worker: Worker, topology: str, layout: str, recompute: str, micro: int, pattern: dict[str, Any] = DENSE,
+    family: str = "qwen2",
+) -> tuple[float, dict[str, Tensor]]:  # fmt: skip
     """Job: loss and gradients of the packed batch in pieces of ``micro`` rows, on this topology."""
     mesh = worker.mesh(*TOPOLOGIES[topology])
     dealt = build_layout(layout, BLOCK)
     model = parallelize(
-        tiny_model("qwen2"), mesh, pattern=build_pattern(**pattern), layout=dealt, recompute=recompute,
+        tiny_model(family), mesh, pattern=build_pattern(**pattern), layout=dealt, recompute=recompute,
         reduce_dtype=torch.float64, loss_chunk=40,
     )  # fmt: skip
     batch = packed_batch()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mtraining.model import ModelOptions, build_model
+from mtraining.model.support import layers_of
 
 SEQ_LEN = 128
 BLOCK = 8
@@ -40,7 +41,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 2},
     "llama": {"tie_word_embeddings": True},
-    "mistral": {"sliding_window": None, "num_key_value_heads": 3},
+    # a window in every layer; it ends within a block
+    "mistral": {"sliding_window": 21, "num_key_value_heads": 3},
     # with a softmax scale of its own
     "granite": {"attention_multiplier": 0.4, "residual_multiplier": 0.7},
 }
@@ -58,6 +60,13 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     },  # attends twice a layer
     "ernie4_5": {},
     "gemma": {"head_dim": 16},
+    # a window beside full attention, and rotary settings of their own for each
+    "gemma3_text": {
+        **_TOKENS,
+        "head_dim": 16,
+        "sliding_window": 21,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "glm4": {"head_dim": 16, **_TOKENS},
     "gpt_neox": {"num_key_value_heads": None},  # parallel residual
     "helium": {"head_dim": 16},
@@ -93,13 +102,24 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
 # Whose experts transformers multiplies in fp32 or less.
 EXPERTS: dict[str, dict[str, Any]] = {
     "flex_olmo": {**_TOKENS, "num_experts": 4, "num_experts_per_tok": 2},
-    # sinks in the softmax of attention
+    # sinks in the softmax of attention, and a window
     "gpt_oss": {
         **_TOKENS,
         "head_dim": 16,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
-        "layer_types": ["full_attention"] * 2,
+        "sliding_window": 21,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    # chunks that are no multiple of a block
+    "llama4_text": {
+        **_TOKENS,
+        "head_dim": 16,
+        "num_local_experts": 2,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 32,
+        "attention_chunk_size": 21,
+        "layer_types": ["chunked_attention", "full_attention"],
     },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "mixtral": {"num_local_experts": 4},
@@ -168,7 +188,7 @@ def plain_gradients(
         if hasattr(module, "mtraining_rope_type"):
             module.rope_type = module.mtraining_rope_type  # transformers' own choice of frequencies
     hooks = []
-    for layer, mask in zip(model.base_model.layers, masks or (), strict=False):
+    for layer, mask in zip(layers_of(model), masks or (), strict=False):
         bias = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, float("-inf"))
 
         def give(module: Any, args: Any, kwargs: dict[str, Any], bias: Tensor = bias) -> Any:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 import mtraining
 from distributed import ProcessPool, Worker
+from mtraining.kernel import Chunks
 from mtraining.layout import build_layout
 from mtraining.pattern import build_pattern
 from mtraining.ring import AttentionRuntime, BatchStarts, IndexTape, Ring
-from starts_cases import STARTS, allowed, masked_attention, of_window
+from starts_cases import STARTS, allowed, masked_attention
 
 LARGE = [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((4,), (8,), (2, 4), (4, 2))]
 TOPOLOGIES = [(1,), (2,), (2, 2), *LARGE]
@@ -61,15 +62,23 @@ def starts_job(worker: Worker, case: dict[str, Any]) -> tuple[list[Tensor], Any,
     return [x.detach() for x in (out, q.grad, k.grad, v.grad)], index, rank  # type: ignore[union-attr]
 
 
+def bounds(starts: Tensor | None, window: int | Chunks | None) -> Tensor:
+    """The first key of every query, counted one by one: int32 (2, TOKENS)."""
+    rows = torch.zeros(2, TOKENS, dtype=torch.int32) if starts is None else starts.clone()
+    for row in rows:
+        for q, begin in enumerate(row.tolist()):
+            if isinstance(window, Chunks):
+                row[q] = max(key for key in range(begin, q + 1) if (key - begin) % window.tokens == 0)
+            elif window is not None:
+                row[q] = max(begin, q - window + 1)
+    return rows
+
+
 def check(pool: ProcessPool, **case: Any) -> None:
     starts, window = case["starts"], case["window"]
     results = sorted(pool.run(starts_job, world=math.prod(case["topology"]), case=case), key=lambda r: r[2])
     index = results[0][1]
-    mask = index.to_mask()
-    if starts is not None:
-        mask = mask & allowed(starts)
-    if window is not None:
-        mask = mask & allowed(of_window(TOKENS, window, 2))
+    mask = index.to_mask() & allowed(bounds(starts, window))
     layout = build_layout(case["layout"], SIZE)
     got = [layout.unshard([tensors[i] for tensors, _, _ in results]) for i in range(4)]
     q, k, v, dout = tensors()
@@ -80,10 +89,7 @@ def check(pool: ProcessPool, **case: Any) -> None:
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
     if case["pattern"] == "dense":
-        bound = of_window(TOKENS, window or TOKENS, 2)
-        assert torch.equal(
-            mask, allowed(bound if starts is None else torch.maximum(bound, starts)).expand_as(mask)
-        )
+        assert torch.equal(mask, allowed(bounds(starts, window)).expand_as(mask))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
@@ -100,6 +106,16 @@ def test_documents(pool: ProcessPool, topology: tuple[int, ...], layout: str, pa
 def test_windows(pool: ProcessPool, topology: tuple[int, ...], layout: str, window: int) -> None:
     for pattern, starts in (("dense", None), ("columns", STARTS["documents anywhere"])):
         check(pool, topology=topology, layout=layout, pattern=pattern, starts=starts, window=window)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+@pytest.mark.parametrize("chunk", [1, 21, 40])
+def test_chunks(pool: ProcessPool, topology: tuple[int, ...], layout: str, chunk: int) -> None:
+    """As documents of as many tokens; in documents, counted from the first token of each."""
+    for pattern, name in (("dense", None), ("columns", "documents anywhere")):
+        check(pool, topology=topology, layout=layout, pattern=pattern, starts=None if name is None else STARTS[name],
+              window=Chunks(chunk))  # fmt: skip
 
 
 def test_a_runtime_reads_the_starts_of_each_batch() -> None:

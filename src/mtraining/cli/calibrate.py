@@ -57,6 +57,8 @@ def calibrate(
     from mtraining.evaluate.calibrate import draw
     from mtraining.inputs.yaml_text import write_yaml
     from mtraining.model import build_model
+    from mtraining.model.support import layers_of
+    from mtraining.model.windows import windows_of
     from mtraining.pattern import VerticalSlash
     from mtraining.pattern.probe import PLACEMENTS
 
@@ -80,6 +82,11 @@ def calibrate(
     place = torch.device("cuda" if cuda else "cpu")
     options = _options(model, "bfloat16" if cuda else "float32")
     hf_model, tokenizer = build_model(options, tokens, place)
+    windows = windows_of(hf_model.config, len(layers_of(hf_model)))
+    if None not in windows:
+        raise UserError(
+            f"MODEL: every layer of {model} has a window, so there is no pattern to choose; use it without a table."
+        )
     named = options.tokenizer or options.init
     sequences = _read(data, tokenizer, hf_model.config.vocab_size, tokens, samples, model, named).to(place)
     price = 1.0
@@ -91,7 +98,7 @@ def calibrate(
     about |= {"rows": rows, "column_price": round(price, 3)}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(
-        write_yaml(found.table(about), default_flow_style=None, width=110),
+        write_yaml(found.table(about, windows), default_flow_style=None, width=110),
         encoding="utf-8",
     )
     if chart:

@@ -23,7 +23,8 @@ from mtraining.errors import UserError
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
 from mtraining.inputs.text import read_text, text_files
-from mtraining.kernel import SparseIndex, select_backend
+from mtraining.kernel import SparseIndex, Window, reach_of, select_backend
+from mtraining.model.windows import band
 from mtraining.pattern import AShape, Dense, Pattern, SequenceShard, VerticalSlash
 from mtraining.pattern.probe import column_and_slash_mass, probe_positions
 from mtraining.pattern.table import describe
@@ -39,7 +40,7 @@ class Calibration:
 
     Attributes:
         candidates: the patterns tried.
-        chosen: for each layer, the number of each head's candidate.
+        chosen: for each layer without a window, the number of each head's candidate.
         density: mean density over layers and heads: what is attended, a share of full attention's tiles.
         cost: mean cost over layers and heads: what is multiplied, with columns at their price.
         recall: mean recall over layers and heads, on rows that did not choose.
@@ -61,10 +62,23 @@ class Calibration:
         affordable = [point for point in self.uniform if point[0] <= self.cost]
         return max(affordable or [min(self.uniform)], key=lambda point: point[1])
 
-    def table(self, about: dict[str, Any]) -> dict[str, Any]:
-        """The table that `pattern.table` reads, with ``about`` to tell where it comes from."""
+    def table(self, about: dict[str, Any], windows: Sequence[Window | None] | None = None) -> dict[str, Any]:
+        """The table that `pattern.table` reads, with ``about`` to tell where it comes from.
+
+        Args:
+            windows: of each layer; None where no layer has any. Layers with windows get the pattern that they have.
+        """
         used = sorted({number for layer in self.chosen for number in layer})
         names = {number: _name(self.candidates[number]) for number in used}
+        patterns = {names[number]: describe(self.candidates[number]) for number in used}
+        searched = iter([names[number] for number in layer] for layer in self.chosen)
+        layers: list[Any] = []
+        for window in windows or [None] * len(self.chosen):
+            if window is None:
+                layers.append(next(searched))
+            else:
+                layers.append(f"within_{reach_of(window)}")
+                patterns[layers[-1]] = describe(band(window, self.candidates[0].block_size))
         return {
             "about": about
             | {
@@ -72,8 +86,8 @@ class Calibration:
                 "expected_cost": round(self.cost, 4),
                 "expected_recall": round(self.recall, 4),
             },
-            "patterns": {names[number]: describe(self.candidates[number]) for number in used},
-            "layers": [[names[number] for number in layer] for layer in self.chosen],
+            "patterns": patterns,
+            "layers": layers,
         }
 
 
@@ -109,6 +123,8 @@ def calibrate(
         rows: query rows of each sequence whose attention is compared.
         price: of an entry in a column beside one in a tile.
         seed: of the rows.
+
+    Layers with a window are left out: no pattern chooses there.
 
     Raises:
         UserError: a density below that of the cheapest candidate.

@@ -10,16 +10,22 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mtraining.errors import UserError
-from mtraining.model.support import decoder_of
+from mtraining.model.support import decoder_of, layers_of
+from mtraining.model.windows import band, refuse_other_window, windows_of
+from mtraining.pattern import Dense
+from mtraining.ring import sparse_ring_attention
 
 Visitor = Callable[[int, Tensor, Tensor, float], None]
 _NAME = "mtraining_capture"
+_BLOCK = 128  # of layers with windows or sinks, which pad to it
 
 
 @torch.no_grad()
 def visit_attention(hf_model: Any, input_ids: Tensor, visitor: Visitor) -> None:
-    """Run the model's decoder once with exact attention and show every layer's queries and keys to ``visitor``.
+    """Run the model's decoder once with exact attention, and show queries and keys of its layers to ``visitor``.
+
+    Layers with a window are left out, since no pattern chooses there. Attention sinks take part in what the layers
+    compute, and not in what is shown.
 
     Nothing is kept, so a long sequence needs the memory of one layer.
 
@@ -38,15 +44,25 @@ def visit_attention(hf_model: Any, input_ids: Tensor, visitor: Visitor) -> None:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        if options.get("s_aux") is not None or options.get("sliding_window") is not None:
-            raise UserError(
-                f"model: {hf_model.config.model_type} has attention sinks or a sliding window, which calibration does "
-                "not compute; calibrate another model, or choose a pattern without a table."
-            )
+        layer, sinks = int(module.layer_idx), options.get("s_aux")  # type: ignore[arg-type]
+        window = windows[layer]
+        refuse_other_window(window, options.get("sliding_window"))
         scale = options.get("scaling") or query.shape[-1] ** -0.5
-        visitor(int(module.layer_idx), query.transpose(1, 2), key.transpose(1, 2), float(scale))  # type: ignore[arg-type]
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if window is None:
+            visitor(layer, q, k, float(scale))
+            if sinks is None:
+                return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        # transformers' own here has no masks of windows, and leaves sinks out.
+        padding = -q.shape[1] % _BLOCK
+        q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
+        out = sparse_ring_attention(
+            q, k, v, pattern=Dense(_BLOCK) if window is None else band(window, _BLOCK), layout="contiguous", mesh=None,
+            scale=float(scale), padding=padding, window=window, sinks=sinks,
+        )  # fmt: skip
+        return out[:, : query.shape[2]], None
 
+    windows = windows_of(hf_model.config, len(layers_of(hf_model)))
     AttentionInterface.register(_NAME, attention)
     before, training = hf_model.config._attn_implementation, hf_model.training
     hf_model.set_attn_implementation(_NAME)

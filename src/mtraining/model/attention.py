@@ -82,7 +82,7 @@ def sparse_attention(
             raise UserError(
                 f"model: this forward asks for {what}, which sparse attention does not honour; remove it."
             )
-    refuse_other_window(module, sliding_window)
+    refuse_other_window(getattr(module, "mtraining_window", None), sliding_window)
     out = runtime(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling, s_aux)
     return out.contiguous(), None  # as transformers' own leave it, since some models take a view
 

@@ -363,7 +363,7 @@ def _set_attention(
         if window is None:
             patterns[index].check_heads(index, model.config.num_attention_heads)
             wrapped = indices.wrap(index, patterns[index])
-        elif index in layer_patterns:
+        elif index in layer_patterns and patterns[index] != band(window, patterns[index].block_size):
             raise UserError(
                 f"layer_patterns: layer {index} has {in_words(window)} in model.config, so no pattern chooses what it "
                 "attends to; leave the layer out of layer_patterns and pattern.dense_layers."

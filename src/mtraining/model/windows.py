@@ -135,7 +135,7 @@ def check_asked(name: str, layer: int, module: nn.Module, window: Window | None)
         )
 
 
-def refuse_other_window(module: nn.Module, asked: int | None) -> None:
+def refuse_other_window(window: Window | None, asked: int | None) -> None:
     """Refuse a forward that asks for another window than the config gives its layer.
 
     Chunks are a matter of masks alone: a layer asks for none.
@@ -143,7 +143,6 @@ def refuse_other_window(module: nn.Module, asked: int | None) -> None:
     Raises:
         UserError: naming both.
     """
-    window: Window | None = getattr(module, "mtraining_window", None)
     expected = window if isinstance(window, int) else None
     if asked != expected:
         words = "no sliding window" if asked is None else in_words(asked)

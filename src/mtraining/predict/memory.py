@@ -24,6 +24,7 @@ from mtraining.model.adapters import adapted_like
 from mtraining.model.allocator import EXPANDABLE, VARIABLES, reserve_share, segments_expand
 from mtraining.model.fixed_rope import fix_rope
 from mtraining.model.support import head_dim_of, layers_of
+from mtraining.model.windows import band, windows_of
 from mtraining.pattern import Pattern
 from mtraining.predict.fused import fuse_shapes
 from mtraining.predict.trace import LAYERS, META, Trace, shape_call, trace
@@ -241,7 +242,7 @@ def _traced(work: Workload, largest: int) -> Trace:
     """Activations of a short model of the same shape, on the meta device, with layers like number ``largest``."""
     short = shortened(work.hf_model, largest).to(work.compute)
     fix_rope(short, work.seq_len)
-    pattern = max(work.patterns, key=lambda pattern: columns_of(pattern, work.seq_len))
+    pattern = widest(work.hf_model, work.patterns, work.seq_len)
     model = parallelize(
         short,
         pattern=pattern,
@@ -311,6 +312,17 @@ def _attention_outputs(work: Workload) -> float:
     rows = work.batch * work.seq_len // (work.ring[0] * work.ring[1])
     lse = accumulation_dtype(work.compute).itemsize
     return rows * config.num_attention_heads * (head_dim_of(config) * work.compute.itemsize + lse)
+
+
+def widest(hf_model: Any, patterns: Sequence[Pattern], seq_len: int) -> Pattern:
+    """The pattern of most columns; a band without any where every layer has a window.
+
+    A layer with a window is counted as one whose keys all travel, so it never takes more.
+    """
+    widest = max(patterns, key=lambda pattern: columns_of(pattern, seq_len))
+    windows = windows_of(hf_model.config, len(layers_of(hf_model)))
+    whole = [window for window in windows if window is not None]
+    return band(whole[0], widest.block_size) if len(whole) == len(windows) else widest
 
 
 def columns_of(pattern: Pattern, seq_len: int) -> int:

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtraining.generate.cache import Attends, Attention, Cache, Dealt, Reading, attached
+from mtraining.generate.cache import Attends, Attention, Cache, Dealt, Reading, Slots, attached
+from mtraining.kernel import Window
 from mtraining.layout import Layout
 from mtraining.model import ParallelLM, parallelize
 from mtraining.model.fixed_rope import fix_rope
 from mtraining.model.logits import Head
 from mtraining.model.loss import chunked_token_scores
 from mtraining.model.support import layers_of
+from mtraining.model.windows import windows_of
 from mtraining.pattern import Pattern
-from mtraining.predict.memory import Prediction, columns_of, on_shapes, shortened
+from mtraining.predict.memory import Prediction, columns_of, on_shapes, shortened, widest
 from mtraining.predict.trace import LAYERS, META, LiveBytes, ShapeRing, copied, shape_call
 from mtraining.ring import Ring
 from mtraining.ring.attention import PreparedCall, attend_prepared
@@ -65,13 +67,15 @@ def predict_reading(work: ReadingWork) -> Prediction:
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     short = shortened(work.hf_model, sizes.index(max(sizes))).to(work.dtype)
     fix_rope(short, max(work.lengths) + work.new_tokens)
-    pattern = max(work.patterns, key=lambda pattern: columns_of(pattern, max(work.lengths)))
+    pattern = widest(work.hf_model, work.patterns, max(work.lengths))
     model = parallelize(short, pattern=pattern, layout=work.layout, recompute="none", fsdp=False)
     with on_shapes(short, "try a short prompt, and watch what the GPU's own tools say"):
         seen = _traced(work, model, pattern)
     standing = {
         "parameters": float(work.dtype.itemsize * sum(p.numel() for p in work.hf_model.parameters())),
-        "keys and values": len(layers) * seen.kept,
+        "keys and values": sum(
+            seen.kept * seen.rooms[window] for window in windows_of(work.hf_model.config, len(layers))
+        ),
     }
     last = "losses" if work.scored else "logits"
     moments = {
@@ -95,12 +99,13 @@ class _Seen:
     """Bytes of a model of :data:`LAYERS` layers, without parameters.
 
     Attributes:
-        kept: keys and values of one layer.
+        kept: one slot of a layer's keys and values, in every row. rooms: slots of a row, by the layer's window.
         layer, output: most beside all that is kept, in the layers and in what is made of their output.
         attention: most that one pass of attention has at a time.
     """
 
     kept: float
+    rooms: dict[Window | None, int]
     layer: float
     output: float
     attention: int
@@ -111,6 +116,7 @@ def _traced(work: ReadingWork, model: ParallelLM, pattern: Pattern) -> _Seen:
     live.ignore([*model.parameters(), *model.buffers()])
     attention = _ShapeAttention(
         (pattern,) * LAYERS,
+        windows_of(model.hf_model.config, LAYERS),
         work.layout,
         None,
         "auto",
@@ -142,8 +148,14 @@ def _traced(work: ReadingWork, model: ParallelLM, pattern: Pattern) -> _Seen:
     with attached(model, owner), live:
         tokens = torch.zeros(2, 1, len(dealt[row].positions), dtype=torch.int64, device=META)
         model.read_out(tokens[0], tokens[1], read)
+    rooms = {
+        window: Slots(dealt, work.new_tokens - 1, attention.ring, window, META).room
+        for window in windows_of(work.hf_model.config, len(layers_of(work.hf_model)))
+    }
+    slots = sum(cache.slots[window].room for window in attention.windows)
     return _Seen(
-        cache.nbytes / LAYERS,
+        cache.nbytes / slots,
+        rooms,
         live.peaks["layers"] - cache.nbytes,
         live.peaks["output"] - cache.nbytes,
         live.attention,
