@@ -15,7 +15,10 @@ from mtraining.cli.calibrate import calibrate as command
 from mtraining.data import PrepareOptions, prepare
 from mtraining.errors import UserError
 from mtraining.evaluate import capture
+from mtraining.model import build_model, parallelize
+from mtraining.model.windows import band
 from mtraining.pattern import PerHead, load_table
+from mtraining.train.config import load_config
 
 MODEL = {
     "model_type": "qwen2", "vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -89,6 +92,22 @@ def test_an_architecture_alone_on_prepared_tokens(
     about = yaml.safe_load(out.read_text())["about"]
     assert about["column_price"] > 1 and about["expected_cost"] > about["expected_density"]
     assert f"costs {about['column_price']:.2f} times one of a tile here" in capsys.readouterr().out
+
+
+def test_layers_with_windows_are_not_searched(
+    tokens: Path, configuration: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The table has what they have, so that a run of the same model takes it."""
+    out, windowed = tmp_path / "table.yaml", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1}
+    path = str(configuration(**windowed))
+    command(path, tokens, out=out, tokens=1024, rows=32, block_size=32, density=0.8, chart=False)
+    full, window = load_table(out)
+    assert isinstance(full, PerHead) and len(full.heads) == 4
+    assert window == band(40, 32)
+    model = build_model(load_config(path).model, 256)[0]
+    parallelize(model, layer_patterns={0: full, 1: window})
+    with pytest.raises(UserError, match="every layer of .* has a window, so there is no pattern to choose"):
+        command(str(configuration(**windowed | {"max_window_layers": 0})), tokens, out=out, tokens=1024)
 
 
 @pytest.mark.parametrize(

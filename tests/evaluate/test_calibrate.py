@@ -229,28 +229,3 @@ def test_smollm2_is_calibrated_in_seconds(tmp_path: Path) -> None:
     about = yaml.safe_load(out.read_text())["about"]
     assert 0.3 < about["expected_density"] <= 0.5 and 0.85 < about["expected_recall"] < 1
     assert out.with_suffix(".svg").exists()
-
-
-def test_a_model_with_attention_sinks_is_refused() -> None:
-    """transformers' exact attention here would leave the sink out."""
-    sizes = {
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "vocab_size": 50,
-    }
-    fields = {
-        **sizes,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_local_experts": 2,
-        "pad_token_id": 0,
-    }
-    fields |= {"layer_types": ["full_attention"] * 2, "num_experts_per_tok": 1, "eos_token_id": 0}
-    options = ModelOptions(config={"model_type": "gpt_oss", **fields})
-    model = build_model(options, 64)[0]
-    with pytest.raises(
-        UserError, match="gpt_oss has attention sinks or a sliding window, which calibration does not"
-    ):
-        visit_attention(model, torch.zeros(1, 64, dtype=torch.int64), lambda *args: None)

@@ -66,6 +66,7 @@ class MemoryCase:
     cap: float | None = None
     sinks: bool = False
     lora: int = 0
+    window: int | None = None
 
     def model(self, device: torch.device | str) -> Any:
         sizes = {
@@ -83,10 +84,18 @@ class MemoryCase:
                 return GptOssForCausalLM(GptOssConfig(**sizes, **full, num_local_experts=4))
             if self.cap is not None:
                 return NanoChatForCausalLM(NanoChatConfig(**sizes, final_logit_softcapping=self.cap))
-            model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+            kinds = {
+                "use_sliding_window": self.window is not None, "sliding_window": self.window,
+                "layer_types": ["full_attention" if self.full(n) else "sliding_attention" for n in range(self.layers)],
+            }  # fmt: skip
+            model = Qwen2ForCausalLM(Qwen2Config(**sizes, **kinds))
             if not self.lora:
                 return model
             return open_adapter(add_lora(model, LoraOptions(r=self.lora, also_train=("norm",)), seed=0))[0]
+
+    def full(self, layer: int) -> bool:
+        """Whether the layer has no window: without any, every one; else every third."""
+        return self.window is None or layer % 3 == 2
 
     def build(self) -> Pattern:
         options = {"density": 0.3, "columns": 256, "window": 2} if self.pattern == "toeplitz_random" else {}

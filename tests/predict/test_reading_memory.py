@@ -51,6 +51,7 @@ class Case:
 CASES = {
     "layer": Case(MemoryCase(mlp=1024)),
     "cache": Case(MemoryCase(layers=12, mlp=64, vocab=256), (1000, 800, 1000, 400), new_tokens=3),
+    "windows": Case(MemoryCase(layers=12, mlp=64, vocab=256, window=100), (1000, 800, 1000, 400), new_tokens=3),
     "losses": Case(MemoryCase(vocab=4096), scored=True),
     "alone": Case(MemoryCase(world=1), (2048,)),
     "dense": Case(MemoryCase(pattern="dense")),
@@ -59,7 +60,7 @@ CASES = {
     "nothing kept": Case(MemoryCase(layers=12), new_tokens=0),
     "logits": Case(MemoryCase(vocab=65536, layers=1, mlp=64, pattern="dense"), (64,) * 16, new_tokens=2),
 }
-FAST = ("layer", "cache", "losses")
+FAST = ("layer", "cache", "windows", "losses")
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ def test_cases_have_their_peaks_in_different_parts() -> None:
     assert largest["layer"] == "working set of a layer" and largest["cache"] == "keys and values"
     assert largest["losses"] == "last layer's output, losses"
     assert CASES["logits"].predicted().moment == "in the logits"
+    whole, some = (CASES[name].predicted().components["keys and values"] for name in ("cache", "windows"))
+    # Every third layer has its whole prompt, and the others the part that their windows still reach.
+    assert 0.33 < some / whole < 0.45
     assert "keys and values" not in CASES["nothing kept"].predicted().components
 
 

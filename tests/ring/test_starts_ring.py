@@ -15,7 +15,7 @@ from mtraining.kernel import Chunks
 from mtraining.layout import build_layout
 from mtraining.pattern import build_pattern
 from mtraining.ring import AttentionRuntime, BatchStarts, IndexTape, Ring
-from starts_cases import STARTS, allowed, masked_attention
+from starts_cases import STARTS, allowed, masked_attention, of_window
 
 LARGE = [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((4,), (8,), (2, 4), (4, 2))]
 TOPOLOGIES = [(1,), (2,), (2, 2), *LARGE]

@@ -135,11 +135,12 @@ def test_output_that_cannot_be_made(tmp_path: Path, shards: Path) -> None:
         (
             {
                 "num_attention_heads": 4,
+                "num_key_value_heads": 2,
                 "use_sliding_window": True,
-                "sliding_window": 64,
+                "sliding_window": 0,
                 "max_window_layers": 0,
             },
-            "sliding",
+            "sliding_window=0, which is no number of tokens",
         ),
         ({"num_attention_heads": 4, "num_key_value_heads": 2, "attention_dropout": 0.1}, "dropout"),
     ],

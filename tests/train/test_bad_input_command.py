@@ -107,11 +107,11 @@ def contents(folder: Path) -> dict[str, bytes]:
                 "model.config.sliding_window=64",
                 "model.config.max_window_layers=0",
             ],
-            r"qwen2 has sliding window attention .*; use a model with full attention",
+            r"is of another run: model.config.layer_types: .*; model.config.sliding_window: null -> 64; .*; restore what",
         ),
         (
             [f"model.config={GEMMA}"],
-            r"gemma2 caps its logits \(final_logit_softcapping=30.0\).*; use a model",
+            r"gemma2 caps its attention scores \(attn_logit_softcapping=50.0\).*; use a model",
         ),
         (["model.config.attention_dropout=0.1"], r"\(attention_dropout=0.1\); set attention_dropout to 0"),
         (["model.config.intermediate_size=112"], r"is of another model: .*mlp.* \(64, 112\) here; use the"),

@@ -154,7 +154,7 @@ def _traced(work: ReadingWork, model: ParallelLM, pattern: Pattern) -> _Seen:
     }
     slots = sum(cache.slots[window].room for window in attention.windows)
     return _Seen(
-        cache.nbytes / slots,
+        cache.nbytes / max(1, slots),
         rooms,
         live.peaks["layers"] - cache.nbytes,
         live.peaks["output"] - cache.nbytes,
