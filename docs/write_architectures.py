@@ -35,8 +35,8 @@ logits are those of one process. An exported folder loads with the same logits.
 | accepted with other settings | {set} |
 | refused | {no} |
 
-Sliding windows and chunks are computed to the token, in the layers that the config gives them to. In the comparison they
-are shorter than the sequence, and every second layer has full attention where a config has layers of several kinds.
+Sliding windows and chunks are computed to the token, in the layers that the config gives them to. In the comparison
+they are shorter than the sequence, and every second layer has full attention where a config has layers of several kinds.
 
 Attention sinks, factors and soft caps of logits, a bias on `lm_head`, and rotary settings by layer type are computed.
 So are learned positions, layers without positions, and rotary types that depend on the length (`longrope`, `dynamic`).

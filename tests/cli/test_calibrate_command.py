@@ -98,7 +98,10 @@ def test_layers_with_windows_are_not_searched(
     tokens: Path, configuration: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The table has what they have, so that a run of the same model takes it."""
-    out, windowed = tmp_path / "table.yaml", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1}
+    out, windowed = (
+        tmp_path / "table.yaml",
+        {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
+    )
     path = str(configuration(**windowed))
     command(path, tokens, out=out, tokens=1024, rows=32, block_size=32, density=0.8, chart=False)
     full, window = load_table(out)

@@ -19,7 +19,9 @@ LENGTHS, NEW, BLOCK = (29, 5, 50, 1), 9, 4
 def first_of(query: int, window: Window | None) -> int:
     if window is None:
         return 0
-    return query // window.tokens * window.tokens if isinstance(window, Chunks) else max(query - window + 1, 0)
+    return (
+        query // window.tokens * window.tokens if isinstance(window, Chunks) else max(query - window + 1, 0)
+    )
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 7, 30, 100, Chunks(1), Chunks(7), Chunks(30)], ids=str)
@@ -36,7 +38,9 @@ def test_each_new_token_sees_the_keys_of_its_window(world: int, layout: str, win
         ring: Any = SimpleNamespace(rank=rank, world=world)
         slots = Slots(dealt, NEW, ring, window, torch.device("cpu"))
         # By slot, the global position that was written there.
-        written = [one.positions[skip : one.held].tolist() for one, skip in zip(dealt, slots.skipped, strict=True)]
+        written = [
+            one.positions[skip : one.held].tolist() for one, skip in zip(dealt, slots.skipped, strict=True)
+        ]
         for number in range(NEW):
             slots.next_token(number, number % world == rank)
             for row, length in enumerate(LENGTHS):
@@ -55,6 +59,7 @@ def test_each_new_token_sees_the_keys_of_its_window(world: int, layout: str, win
 def test_a_cache_holds_no_keys_out_of_reach() -> None:
     dealt = [Dealt(torch.arange(64), 60, 4)]
     rooms = {
-        window: Slots(dealt, 3, Ring.over(None), window, torch.device("cpu")).room for window in (None, 8, Chunks(50))
+        window: Slots(dealt, 3, Ring.over(None), window, torch.device("cpu")).room
+        for window in (None, 8, Chunks(50))
     }
     assert rooms == {None: 63, 8: 7 + 3, Chunks(50): 10 + 3}

@@ -28,7 +28,9 @@ from mtraining.pattern import Dense
 
 BLOCK, PROMPT, NEW = 8, 43, 3
 # One of each kind: what their attention, positions, logits or blocks have of their own.
-KINDS = "cohere gpt2 gpt_oss gptj granite llama llama4_text mistral nanochat olmo3 opt phi phi3 qwen3_moe".split()
+KINDS = (
+    "cohere gpt2 gpt_oss gptj granite llama llama4_text mistral nanochat olmo3 opt phi phi3 qwen3_moe".split()
+)
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:

@@ -89,22 +89,30 @@ def test_a_layer_that_asks_for_another_window_is_refused() -> None:
     for own, words in ((7, "a sliding window of 7 tokens"), (None, "no sliding window")):
         model = parallelize(tiny_model("gemma3_text"), pattern=build_pattern(**DENSE))
         model.hf_model.model.layers[0].self_attn.sliding_window = own
-        with pytest.raises(UserError, match=f"asks for {words} where .* a sliding window of 21 tokens; correct"):
+        with pytest.raises(
+            UserError, match=f"asks for {words} where .* a sliding window of 21 tokens; correct"
+        ):
             model.hidden_states(batch.input_ids, batch.position_ids)
     model = parallelize(tiny_model("gemma3_text"), pattern=build_pattern(**DENSE))
     model.hf_model.model.layers[1].self_attn.sliding_window = 7
-    with pytest.raises(UserError, match="asks for a sliding window of 7 tokens where .* full attention; correct"):
+    with pytest.raises(
+        UserError, match="asks for a sliding window of 7 tokens where .* full attention; correct"
+    ):
         model.hidden_states(batch.input_ids, batch.position_ids)
 
 
 def test_what_a_window_leaves_no_choice_of_is_refused() -> None:
-    with pytest.raises(UserError, match="layer_patterns: layer 0 has a sliding window of 21 tokens in model.config"):
+    with pytest.raises(
+        UserError, match="layer_patterns: layer 0 has a sliding window of 21 tokens in model.config"
+    ):
         parallelize(tiny_model("gemma3_text"), layer_patterns={0: "dense"})
     with pytest.raises(UserError, match="layer_patterns: layer 0 has chunks of 21 tokens in model.config"):
         parallelize(tiny_model("llama4_text"), layer_patterns={0: "dense"})
     with pytest.raises(UserError, match="kernel: 'flash' attends from the first token on"):
         parallelize(tiny_model("mistral"), kernel="flash")
-    parallelize(tiny_model("gemma3_text"), layer_patterns={0: band(WINDOW, 128), 1: "dense"})  # as a table has them
+    parallelize(
+        tiny_model("gemma3_text"), layer_patterns={0: band(WINDOW, 128), 1: "dense"}
+    )  # as a table has them
 
 
 @pytest.mark.parametrize(
@@ -149,7 +157,9 @@ def test_only_chosen_layers_are_held_covered_counted_and_averaged() -> None:
     assert torch.equal(windowed.index.diagonals, near.expand_as(windowed.index.diagonals))
     assert windowed.density == 1.0 and windowed.recall is None
     assert full.recall is not None and 0 < full.density < 1
-    assert {name.rpartition("_")[2] for name in model.indices.state() if name[:4] in ("diag", "dist")} == {"1"}
+    assert {name.rpartition("_")[2] for name in model.indices.state() if name[:4] in ("diag", "dist")} == {
+        "1"
+    }
     record = attention_record(observer.stats)
     assert record["density"] == full.density and record["recall"] == full.recall
     assert record["layer_density"] == [1.0, full.density]
@@ -171,7 +181,9 @@ def test_a_model_of_windows_alone_refreshes_nothing() -> None:
 def test_windows_do_not_change_with_the_pattern() -> None:
     """Patterns choose in full layers alone, so a model of windows alone is exact under any."""
     expected = plain_gradients(tiny_model("mistral"), tiny_batch())[1]
-    model = parallelize(tiny_model("mistral"), pattern=build_pattern(**SPARSE), layout=build_layout("striped", BLOCK))
+    model = parallelize(
+        tiny_model("mistral"), pattern=build_pattern(**SPARSE), layout=build_layout("striped", BLOCK)
+    )
     batch = tiny_batch()
     model(batch.input_ids, batch.position_ids, batch.labels, batch.num_labels).backward()
     got = {name: parameter.grad for name, parameter in model.hf_model.named_parameters()}

@@ -51,7 +51,9 @@ class Case:
 CASES = {
     "layer": Case(MemoryCase(mlp=1024)),
     "cache": Case(MemoryCase(layers=12, mlp=64, vocab=256), (1000, 800, 1000, 400), new_tokens=3),
-    "windows": Case(MemoryCase(layers=12, mlp=64, vocab=256, window=100), (1000, 800, 1000, 400), new_tokens=3),
+    "windows": Case(
+        MemoryCase(layers=12, mlp=64, vocab=256, window=100), (1000, 800, 1000, 400), new_tokens=3
+    ),
     "losses": Case(MemoryCase(vocab=4096), scored=True),
     "alone": Case(MemoryCase(world=1), (2048,)),
     "dense": Case(MemoryCase(pattern="dense")),

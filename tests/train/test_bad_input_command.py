@@ -107,7 +107,7 @@ def contents(folder: Path) -> dict[str, bytes]:
                 "model.config.sliding_window=64",
                 "model.config.max_window_layers=0",
             ],
-            r"is of another run: model.config.layer_types: .*; model.config.sliding_window: null -> 64; .*; restore what",
+            r"is of another run: model.config.layer_types: .*; model.config.sliding_window: null -> 64; .*; restore",
         ),
         (
             [f"model.config={GEMMA}"],

@@ -33,7 +33,7 @@ from mtraining.ring import Ring, merge_over_ring, sparse_ring_attention, with_si
 
 @dataclass(frozen=True)
 class Attention:
-    """How prompts are read: each layer's pattern and window, who holds which tokens, on which ranks, by which kernel."""
+    """How prompts are read: pattern and window of each layer, who holds which tokens, on which ranks, which kernel."""
 
     patterns: tuple[Pattern, ...]
     windows: tuple[Window | None, ...]
@@ -182,7 +182,9 @@ class Slots:
         self._window, self._dealt = window, dealt
         ends = torch.tensor([one.length for one in dealt])
         first = torch.zeros_like(ends) if window is None else first_keys(ends, window)
-        self.skipped = [int((one.positions < at).sum()) for one, at in zip(dealt, first.tolist(), strict=True)]
+        self.skipped = [
+            int((one.positions < at).sum()) for one, at in zip(dealt, first.tolist(), strict=True)
+        ]
         self._counts = [one.held - skip for one, skip in zip(dealt, self.skipped, strict=True)]
         new = max(0, -(-new_tokens // ring.world))
         self.room = max(self._counts) + new

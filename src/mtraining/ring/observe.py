@@ -26,8 +26,8 @@ class AttentionStats:
     Attributes:
         density: as `SparseIndex.density` has it, of the blocks that hold a real token; mean over heads.
         columns: mean columns a head.
-        recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled, and
-            of a layer with a window.
+        recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled,
+            and of a layer with a window.
         balance: imbalance in the layout and ring in use.
         tile_work: float64 (ranks, sources), slash tiles, in the layout in use.
         index: the index itself, whole on every rank, e.g. to ask how another layout would balance it.
