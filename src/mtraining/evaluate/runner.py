@@ -212,11 +212,14 @@ def _read(generator: Generator, suite: str, document: Document, length: int, pla
     with Observer(rows) as observer:
         if suite == "recall":
             generator.prefill(document.tokens[:length])
-            record: dict[str, Any] = {"recall_by_layer": [stats.recall for stats in observer.stats]}
+            record: dict[str, Any] = {
+                "recall_by_layer": [None if one.window else one.recall for one in observer.stats]
+            }
         else:
             record = document_losses(generator, document.tokens, length, plan.bucket, plan.last).record()
-    densities = [stats.density for stats in chosen(observer.stats)]
-    recalls = [stats.recall for stats in observer.stats if stats.recall is not None]
+    sparse = chosen(observer.stats)
+    densities = [stats.density for stats in sparse]
+    recalls = [stats.recall for stats in sparse if stats.recall is not None]
     return record | {
         "prompt_tokens": length,
         "density": sum(densities) / len(densities) if densities else None,

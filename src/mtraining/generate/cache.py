@@ -7,7 +7,7 @@ The model's layers stay as they are. While something is attached, each attention
 
 Keys of new tokens go to the ranks in turn. Every key in the cache stands before the query, so full attention needs no
 positions in decode: only how many keys of each row are here. Of a layer with a window, the cache leaves out what no new
-token reaches of the prompt, and knows from the positions of its keys which of them a query still sees.
+token reaches of the prompt. The positions of its keys tell which of them a query still sees.
 """
 
 from __future__ import annotations

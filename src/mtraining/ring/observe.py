@@ -26,12 +26,11 @@ class AttentionStats:
     Attributes:
         density: as `SparseIndex.density` has it, of the blocks that hold a real token; mean over heads.
         columns: mean columns a head.
-        recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled,
-            and of a layer with a window.
+        recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled.
         balance: imbalance in the layout and ring in use.
         tile_work: float64 (ranks, sources), slash tiles, in the layout in use.
         index: the index itself, whole on every rank, e.g. to ask how another layout would balance it.
-        window: that the model's layer has; its pattern chose nothing then. None for full attention.
+        window: of the call. A model's layer that has one attends to all of it, whatever the pattern of others.
     """
 
     density: float
@@ -80,7 +79,7 @@ def observe(
     for observer in _observers:
         work = tile_work(index, plan.layout, plan.ring.world)
         recall = None
-        if observer.recall_rows and window is None:
+        if observer.recall_rows:
             chosen = torch.Generator().manual_seed(observer.seed + len(observer.stats))
             rows = torch.randint(shard.length, (observer.recall_rows,), generator=chosen).to(q.device)
             recall = measure_recall(q, k, lse, rows, shard, scale).mean().item()
