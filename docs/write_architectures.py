@@ -36,7 +36,7 @@ logits are those of one process. An exported folder loads with the same logits.
 | refused | {no} |
 
 Sliding windows and chunks are computed to the token, in the layers that the config gives them to. In the comparison
-they are shorter than the sequence, and every second layer has full attention where a config has layers of several kinds.
+they are shorter than the sequence. Where a config has layers of several kinds, every second one has full attention.
 
 Attention sinks, factors and soft caps of logits, a bias on `lm_head`, and rotary settings by layer type are computed.
 So are learned positions, layers without positions, and rotary types that depend on the length (`longrope`, `dynamic`).
