@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from packed_cases import alone, packed_batch
-from test_gradients import TOLERANCE, TOPOLOGIES
+from test_gradients import TOLERANCE, TOPOLOGIES, check
 from test_packed import packed_gradients
 from tiny_models import (
     BLOCK,
@@ -112,6 +112,24 @@ def test_what_a_window_leaves_no_choice_of_is_refused() -> None:
         parallelize(tiny_model("mistral"), kernel="flash")
     # As a table of the model has them.
     parallelize(tiny_model("gemma3_text"), layer_patterns={0: band(WINDOW, 128), 1: "dense"})
+
+
+RINGS = [("cp1", "striped"), ("cp2", "contiguous"), ("cp2", "striped"), ("cp4", "zigzag"), ("cp2x2", "contiguous")]
+
+
+@pytest.mark.parametrize(
+    ("family", "topology", "layout"),
+    [
+        ("gpt_oss", "cp2", "contiguous"),
+        ("llama4_text", "cp2", "striped"),
+        ("gemma3_text", "cp1", "striped"),
+        ("mistral", "cp4", "zigzag"),
+        *(pytest.param(name, *ring, marks=pytest.mark.slow) for name in WINDOWED for ring in RINGS),
+    ],
+)
+def test_windows_equal_transformers_on_every_ring(pool: ProcessPool, family: str, topology: str, layout: str) -> None:
+    """Loss and every gradient, where transformers makes the masks of its own."""
+    check(pool, {}, family, topology, pattern=DENSE, layout=layout, recompute="full")
 
 
 @pytest.mark.parametrize(
