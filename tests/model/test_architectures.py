@@ -50,9 +50,11 @@ def exact_dtype(name: str, settings: dict[str, Any]) -> torch.dtype:
     return torch.float32 if experts else torch.float64
 
 
-def plain(name: str, settings: dict[str, Any]) -> tuple[float, dict[str, Tensor], list[int], Tensor]:
+def plain(
+    name: str, settings: dict[str, Any], dtype: torch.dtype
+) -> tuple[float, dict[str, Tensor], list[int], Tensor]:
     """Loss, gradients, greedy answer and its logits, by transformers alone."""
-    model = small_model(name, exact_dtype(name, settings), **settings)
+    model = small_model(name, dtype, **settings)
     model.set_attn_implementation("eager")
     tokens, positions, labels = batch()
     logits = model(tokens, position_ids=positions, use_cache=False).logits
@@ -69,11 +71,11 @@ def plain(name: str, settings: dict[str, Any]) -> tuple[float, dict[str, Tensor]
 
 
 def on_ring(
-    worker: Worker, name: str, settings: dict[str, Any]
+    worker: Worker, name: str, settings: dict[str, Any], dtype: torch.dtype
 ) -> tuple[float, dict[str, Any], list[int], Tensor]:
     """Job: the same of our model, on a ring."""
     mesh, layout = worker.mesh(), build_layout("striped", BLOCK)
-    model = small_model(name, exact_dtype(name, settings), **settings)
+    model = small_model(name, dtype, **settings)
     made = parallelize(
         model,
         mesh,
@@ -100,11 +102,13 @@ def on_ring(
 
 def check(pool: ProcessPool, name: str, found: Verdict, folder: Path) -> None:
     settings = dict(found.settings)
-    expected_loss, expected, tokens, logits = plain(name, settings)
-    (loss, gradients, answer, answer_logits), *_ = pool.run(on_ring, world=2, name=name, settings=settings)
-    exact = exact_dtype(name, settings) == torch.float64
+    dtype = exact_dtype(name, settings)
+    expected_loss, expected, tokens, logits = plain(name, settings, dtype)
+    (loss, gradients, answer, answer_logits), *_ = pool.run(
+        on_ring, world=2, name=name, settings=settings, dtype=dtype
+    )
     # Norms and softmax of the models are in fp32 even when weights are fp64.
-    tolerance = 1e-5 if exact else 3e-5
+    tolerance = 1e-5 if dtype == torch.float64 else 3e-5
     assert loss == pytest.approx(expected_loss, rel=tolerance)
     assert gradients.keys() == expected.keys()
     # Some gradients are zero but for rounding, such as that of a bias on all keys alike.

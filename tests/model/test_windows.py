@@ -114,7 +114,13 @@ def test_what_a_window_leaves_no_choice_of_is_refused() -> None:
     parallelize(tiny_model("gemma3_text"), layer_patterns={0: band(WINDOW, 128), 1: "dense"})
 
 
-RINGS = [("cp1", "striped"), ("cp2", "contiguous"), ("cp2", "striped"), ("cp4", "zigzag"), ("cp2x2", "contiguous")]
+RINGS = [
+    ("cp1", "striped"),
+    ("cp2", "contiguous"),
+    ("cp2", "striped"),
+    ("cp4", "zigzag"),
+    ("cp2x2", "contiguous"),
+]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +133,9 @@ RINGS = [("cp1", "striped"), ("cp2", "contiguous"), ("cp2", "striped"), ("cp4", 
         *(pytest.param(name, *ring, marks=pytest.mark.slow) for name in WINDOWED for ring in RINGS),
     ],
 )
-def test_windows_equal_transformers_on_every_ring(pool: ProcessPool, family: str, topology: str, layout: str) -> None:
+def test_windows_equal_transformers_on_every_ring(
+    pool: ProcessPool, family: str, topology: str, layout: str
+) -> None:
     """Loss and every gradient, where transformers makes the masks of its own."""
     check(pool, {}, family, topology, pattern=DENSE, layout=layout, recompute="full")
 

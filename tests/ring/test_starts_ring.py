@@ -118,6 +118,19 @@ def test_chunks(pool: ProcessPool, topology: tuple[int, ...], layout: str, chunk
               window=Chunks(chunk))  # fmt: skip
 
 
+def test_documents_written_into_the_same_memory_are_new_ones() -> None:
+    q, k, v, _ = tensors()
+    starts = STARTS["documents anywhere"].clone()
+    options: dict[str, Any] = {
+        "pattern": build_pattern("dense", block_size=SIZE), "layout": "contiguous", "mesh": None, "window": 19,
+    }  # fmt: skip
+    for name in ("documents anywhere", "a document over several ranks"):
+        starts.copy_(STARTS[name])
+        out = mtraining.sparse_ring_attention(q, k, v, starts=starts, **options)
+        expected, _ = masked_attention(q, k, v, allowed(bounds(STARTS[name], 19)))
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_a_runtime_reads_the_starts_of_each_batch() -> None:
     """Two layers share one holder; layer recompute has the starts of the first pass, whatever the holder says now."""
     q, k, v, _ = tensors()
