@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtraining.errors import UserError
 from mtraining.sizes import size_text, tokens_text
 
 
@@ -101,9 +103,13 @@ def draw(rows: Sequence[TrainRow], path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    from mtraining.report.figures import new_figure
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "bench: drawing needs matplotlib, which is not installed; pip install 'mtraining[report]'."
+        )
+    from matplotlib.figure import Figure
 
-    figure = new_figure(figsize=(8, 0.8 + 0.32 * len(rows)))
+    figure = Figure(layout="constrained", figsize=(8, 0.8 + 0.32 * len(rows)))
     axes = figure.subplots()
     labels = []
     for place, row in enumerate(rows):
