@@ -12,7 +12,7 @@ import yaml
 LAYERS, HEADS, RANKS = 4, 6, 4
 
 
-def step_record(step: int, pattern: str, seed: int = 0) -> dict[str, Any]:
+def step_record(step: int, pattern: str, seed: int = 0, every: int = 2) -> dict[str, Any]:
     """A step's record, with what a step on a ring logs."""
     wave = math.sin(step * 1.7 + seed)
     dense = pattern == "dense"
@@ -20,7 +20,7 @@ def step_record(step: int, pattern: str, seed: int = 0) -> dict[str, Any]:
         "step": step, "loss": 2.0 + 3.0 / step**0.5 + 0.05 * wave + (0.0 if dense else 0.02), "grad_norm": 1.0 + 0.2 * wave,
         "lr": 1e-4, "tokens_per_second": 1000.0 + 50 * wave + seed, "step_seconds": 2.0, "memory": 3 * 2**30,
     }  # fmt: skip
-    if not dense and step % 2 == 0:
+    if not dense and step % every == 0:
         record |= {
             "density": 0.2, "recall": 0.9, "worker_imbalance": 1.2, "step_imbalance": 1.4,
             "layer_density": [0.1 + 0.05 * layer + 0.01 * wave for layer in range(LAYERS)],
@@ -30,7 +30,7 @@ def step_record(step: int, pattern: str, seed: int = 0) -> dict[str, Any]:
             "layer_grad_norm": [1.0 + layer for layer in range(LAYERS)],
             "uncovered_by_distance": [0.0, 0.1, 0.4, 0.7], "uncovered_run_by_distance": [0.0, 0.0, 0.1, 0.3],
         }  # fmt: skip
-    if step % 2 == 0:
+    if step % every == 0:
         record |= {"ring_exposed_fraction": 0.1 + 0.02 * wave}
         for phase in ("forward", "backward"):
             record |= {f"ring_{phase}_compute": [0.004] * RANKS, f"ring_{phase}_exposed": [0.001] * RANKS}
@@ -53,12 +53,12 @@ def evaluation(step: int, loss: float) -> dict[str, Any]:
     return {"step": step, "evaluation": "x", "held_out_loss": loss, "held_out": held, "suites": suites}
 
 
-def make_run(folder: Path, pattern: str = "vertical_slash", steps: int = 10, planned: int = 10, seed: int = 0) -> Path:
+def make_run(folder: Path, pattern: str = "vertical_slash", steps: int = 10, planned: int = 10, seed: int = 0, every: int = 2) -> Path:
     """Write a run folder."""
     folder.mkdir(parents=True)
     records = [evaluation(0, 5.0)]
     for step in range(1, steps + 1):
-        records.append(step_record(step, pattern, seed))
+        records.append(step_record(step, pattern, seed, every))
         if step in (steps // 2, steps):
             records.append(evaluation(step, 5.0 - step / steps))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

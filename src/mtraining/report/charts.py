@@ -120,9 +120,10 @@ def _layers(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _heat(run: Run, runs: Sequence[Run], key: str, factor: float) -> Table:
-    layers = max((len(numbers(record.get(key))) for record in run.steps), default=0)
+    records = [record for record in run.steps if isinstance(record.get(key), list)]
+    layers = max((len(record[key]) for record in records), default=0)
     cells = _CELLS if len(runs) <= 5 else _CELLS // 2
-    return heat(run.steps, key, max(20, min(160, cells // max(1, layers))), factor)
+    return heat(records, key, max(20, min(160, cells // max(1, layers))), factor)
 
 
 def _recall_by_head(run: Run) -> Table:
@@ -209,11 +210,10 @@ def _coverage(runs: Sequence[Run], points: int) -> list[Chart]:
 
         def bands(run: Run, key: str = key) -> Table:
             parts = []
+            told = [(r["step"], numbers(r[key])) for r in run.steps if isinstance(r.get(key), list)]
             for place, band in enumerate(BANDS):
                 records = [
-                    {"step": record["step"], "value": values[place]}
-                    for record in run.steps
-                    if len(values := numbers(record.get(key))) == len(BANDS)
+                    {"step": step, "value": values[place]} for step, values in told if len(values) == len(BANDS)
                 ]
                 columns = curve(records, "value", max(20, points // len(BANDS)), 100)
                 parts += [{"run": run.name, "kind": band, **columns}] if columns else []
@@ -227,7 +227,7 @@ def _coverage(runs: Sequence[Run], points: int) -> list[Chart]:
 def _memory(runs: Sequence[Run]) -> Chart:
     groups = ("predicted for a GPU", "measured on a GPU", "measured, whole process on a CPU")
     says = "Peak memory of the process that takes most, predicted from the options, and measured on the main rank."
-    chart = Chart("memory", "Memory", says, specs.bars("GiB", groups))
+    chart = Chart("memory", "Memory", says, specs.bars("GiB", len(runs), groups))
 
     def of(run: Run) -> Table:
         found = []

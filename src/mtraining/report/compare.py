@@ -111,7 +111,7 @@ def _summary(runs: Sequence[Run]) -> str:
                 _last(run, "ring_exposed_fraction", "{:.1%}"),
             ]
         )
-    return html_table(heads, lines, "The last value of each run")
+    return html_table(heads, lines, "The last value of each run", breaks=False)
 
 
 def _last(run: Run, name: str, shown: str) -> str:

@@ -17,8 +17,15 @@ _WIDTH = 480
 def filled(chart: Chart) -> Spec:
     """The specification of a chart as it first shows, with its data, at a fixed width."""
     spec = deepcopy(chart.spec)
-    spec["$schema"] = "https://vega.github.io/schema/vega-lite/v5.json"
-    return spec | {"width": _WIDTH, "data": {"values": chart.rows()}, "config": {"view": {"stroke": None}}}
+    rows = chart.rows()
+    if "layer" in spec:  # points that only a pointer shows
+        ranges = any(row.get("low") is not None for row in rows)
+        spec["layer"] = [
+            layer
+            for layer in spec["layer"]
+            if "params" not in layer and (ranges or layer.get("name") != "band")
+        ]
+    return spec | {"width": _WIDTH, "data": {"values": rows}, "config": {"view": {"stroke": None}}}
 
 
 def write_figures(charts: Sequence[Chart], folder: Path) -> list[Path]:

@@ -15,8 +15,6 @@ from typing import Any
 from mtraining.errors import UserError
 from mtraining.report.chart import Chart
 
-_LIMIT = 40  # characters of a cell that names may have before they are broken
-
 
 @dataclass
 class Section:
@@ -87,15 +85,15 @@ def chart_library() -> str:
     return script.replace("</script", "<\\/script")
 
 
-def html_table(heads: Sequence[str], lines: Sequence[Sequence[Any]], caption: str) -> str:
-    """A table whose cells are text; the first cell of a line is its heading."""
+def html_table(heads: Sequence[str], lines: Sequence[Sequence[Any]], caption: str, breaks: bool = True) -> str:
+    """A table whose cells are text; the first cell of a line is its heading. ``breaks``: long cells take more lines."""
     top = "".join(f'<th scope="col">{_text(head)}</th>' for head in heads)
     body = "".join(
         f'<tr><th scope="row">{_text(line[0])}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in line[1:])}</tr>'
         for line in lines
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(caption)}"><table>'
+        f'<div class="scroll{"" if breaks else " narrow"}" tabindex="0" role="region" aria-label="{_text(caption)}"><table>'
         f'<caption class="soft">{_text(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody>'
         "</table></div>\n"
     )

@@ -62,7 +62,8 @@ def heat(records: Sequence[dict[str, Any]], name: str, columns: int, factor: flo
         ``x``: the edges of the buckets, steps, one more than buckets; ``y``: layers from 0; ``z``: by layer and bucket.
         Empty where no record has the list.
     """
-    found = [(record["step"], values) for record in records if any(values := numbers(record.get(name)))]
+    having = [record for record in records if record.get(name)]
+    found = [(record["step"], values) for record in having if (values := numbers(record[name]))]
     if not found:
         return {}
     layers = max(len(values) for _, values in found)

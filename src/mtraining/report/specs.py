@@ -41,7 +41,7 @@ def _by_run(runs: Sequence[str], kinds: Sequence[str]) -> Spec:
             "type": "nominal",
             "title": None,
             "scale": {"domain": list(kinds)},
-            "legend": _LEGEND,
+            "legend": _LEGEND | {"symbolStrokeColor": "#7f7f7f"},
         }
         channels["detail"].append({"field": "kind"})
     elif len(runs) > len(COLOURS):
@@ -82,6 +82,7 @@ def lines(
         "encoding": {"x": {"field": x_field, "type": "quantitative", "title": x}, **_by_run(runs, kinds)},
         "layer": [
             {
+                "name": "band",  # the page leaves it out where no point stands for several steps
                 "transform": [{"filter": "isValid(datum.low)"}],
                 "mark": {"type": "area", "opacity": 0.18, "aria": False},
                 "encoding": {"y": value | {"field": "low"}, "y2": {"field": "high"}},
@@ -188,10 +189,10 @@ def timeline() -> Spec:
     }
 
 
-def bars(x: str, groups: Sequence[str]) -> Spec:
+def bars(x: str, runs: int, groups: Sequence[str]) -> Spec:
     """Bars by run: rows with ``run``, ``kind`` (one of ``groups``) and ``value``."""
     return {
-        "height": {"step": 20},
+        "height": 40 + 14 * len(groups) * runs,
         "mark": {"type": "bar", "aria": False},
         "encoding": {
             "y": {"field": "run", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 140}},

@@ -57,11 +57,13 @@ function rowsOf(chart, entry) {
 
 function specOf(chart, entry, rows) {
   const spec = structuredClone(chart.spec);
-  spec.$schema = "https://vega.github.io/schema/vega-lite/v5.json";
   spec.description = `${chart.title}. ${chart.says}`;
   spec.width = "container";
   spec.autosize = { type: "fit-x", contains: "padding" };
   spec.data = { values: rows };
+  if (spec.layer && !rows.some((row) => row.low !== undefined)) {
+    spec.layer = spec.layer.filter((layer) => layer.name !== "band");
+  }
   if (entry.log?.checked) {
     for (const layer of spec.layer || []) {
       layer.encoding.y.scale = { type: "log", zero: false };
@@ -77,7 +79,7 @@ async function draw(chart) {
   entry.rows = rows;
   const old = entry.view;
   const result = await vegaEmbed(entry.plot, specOf(chart, entry, rows), {
-    actions: false, renderer: "svg", config: light, ast: false,
+    actions: false, renderer: "svg", config: light, mode: "vega-lite",
   });
   entry.view = result.view;
   if (old) old.finalize();
@@ -90,8 +92,9 @@ async function paper(chart) {
   const entry = figures.get(chart.name);
   const spec = { ...specOf(chart, entry, rowsOf(chart, entry)), width: 560 };
   spec.config = { ...light, background: "white" };
+  if (spec.layer) spec.layer = spec.layer.filter((layer) => !layer.params);
   const hidden = document.createElement("div");
-  const result = await vegaEmbed(hidden, spec, { actions: false, renderer: "none" });
+  const result = await vegaEmbed(hidden, spec, { actions: false, renderer: "none", mode: "vega-lite" });
   const svg = await result.view.toSVG();
   result.view.finalize();
   return svg;
