@@ -23,8 +23,9 @@ def colour_of(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def _by_run(runs: Sequence[str], kinds: Sequence[str]) -> Spec:
-    """Encodings that tell runs apart by colour, and kinds (or rounds of colours) by dashes."""
+def _by_run(runs: Sequence[str], kinds: Sequence[str]) -> tuple[Spec, Spec]:
+    """Encodings of all marks, which tell runs apart by colour, and of lines, by dashes for kinds or rounds of colours."""
+    dashed: Spec = {}
     channels: Spec = {
         "color": {
             "field": "run",
@@ -36,7 +37,7 @@ def _by_run(runs: Sequence[str], kinds: Sequence[str]) -> Spec:
         "detail": [{"field": "run"}],
     }
     if len(kinds) > 1:
-        channels["strokeDash"] = {
+        dashed["strokeDash"] = {
             "field": "kind",
             "type": "nominal",
             "title": None,
@@ -46,10 +47,10 @@ def _by_run(runs: Sequence[str], kinds: Sequence[str]) -> Spec:
         channels["detail"].append({"field": "kind"})
     elif len(runs) > len(COLOURS):
         dashes = [DASHES[place // len(COLOURS) % len(DASHES)] for place in range(len(runs))]
-        channels["strokeDash"] = {
+        dashed["strokeDash"] = {
             "field": "run", "scale": {"domain": list(runs), "range": dashes}, "legend": None,
         }  # fmt: skip
-    return channels
+    return channels, dashed
 
 
 def lines(
@@ -77,9 +78,10 @@ def lines(
         "name": "near",
         "select": {"type": "point", "on": "pointermove", "nearest": True, "clear": "pointerout"},
     }
+    channels, dashed = _by_run(runs, kinds)
     return {
         "height": HEIGHT,
-        "encoding": {"x": {"field": x_field, "type": "quantitative", "title": x}, **_by_run(runs, kinds)},
+        "encoding": {"x": {"field": x_field, "type": "quantitative", "title": x}, **channels},
         "layer": [
             {
                 "name": "band",  # the page leaves it out where no point stands for several steps
@@ -89,7 +91,7 @@ def lines(
             },
             {
                 "mark": {"type": "line", "strokeWidth": 1.8, "aria": False, "point": False},
-                "encoding": {"y": value},
+                "encoding": {"y": value, **dashed},
             },
             {
                 "params": [near],
