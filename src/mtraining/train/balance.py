@@ -19,12 +19,12 @@ from mtraining.train.config import Config
 from mtraining.train.mesh import Process
 
 BALANCE = "balance.json"
-COMPARED_LAYOUTS = ("zigzag", "striped")
+COMPARED_LAYOUTS = ("contiguous", "zigzag", "striped")
 COMPARED_WORLDS = (8, 32)  # besides the run's own number of context-parallel ranks
 
 
 def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
-    """The attention part of a metrics record: means over layers, density by layer too; empty when not observed."""
+    """The attention part of a metrics record: means over layers, density and recall by layer, recall by head too; empty when not observed."""
     if not layers:
         return {}
     record: dict[str, Any] = {
@@ -36,6 +36,8 @@ def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
     recalls = [layer.recall for layer in layers if layer.recall is not None]
     if recalls:
         record["recall"] = _mean(recalls)
+        record["layer_recall"] = recalls
+        record["recall_by_head"] = [[round(recall, 4) for recall in layer.recall_by_head] for layer in layers]
     return record
 
 
@@ -58,7 +60,7 @@ def ring_record(timeline: Timeline, process: Process) -> dict[str, Any]:
 
 
 def write_balance(config: Config, step: int, layers: Sequence[AttentionStats]) -> None:
-    """Write `balance.json` into the run folder: the index of this step under zigzag and striped layouts.
+    """Write `balance.json` into the run folder: the index of this step under contiguous, zigzag and striped layouts.
 
     For the run's number of ranks and for larger rings that divide the sequence: `load` is the mean tile work of a
     layer, by rank and ring step; `worker` and `step` are imbalance degrees (max / mean), means over layers.

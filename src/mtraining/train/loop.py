@@ -294,7 +294,7 @@ def _record(
         "step_seconds": seconds,
         "memory": _peak_memory(device),
     }
-    return record | attention_record(result.attention) | result.uncovered
+    return record | attention_record(result.attention) | result.telemetry
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -66,7 +66,7 @@ function specOf(chart, entry, rows) {
   }
   if (entry.log?.checked) {
     for (const layer of spec.layer || []) {
-      layer.encoding.y.scale = { type: "log", zero: false };
+      layer.encoding.y.scale = { type: "log" };
       layer.transform = [...(layer.transform || []), { filter: "datum.value > 0 && !(datum.low <= 0)" }];
     }
   }
