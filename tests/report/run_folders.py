@@ -18,7 +18,8 @@ def step_record(step: int, pattern: str, seed: int = 0, every: int = 2) -> dict[
     dense = pattern == "dense"
     record: dict[str, Any] = {
         "step": step, "loss": 2.0 + 3.0 / step**0.5 + 0.05 * wave + (0.0 if dense else 0.02), "grad_norm": 1.0 + 0.2 * wave,
-        "lr": 1e-4, "tokens_per_second": 1000.0 + 50 * wave + seed, "step_seconds": 2.0, "memory": 3 * 2**30,
+        "lr": 1e-4,
+        "tokens_per_second": 1000.0 + 50 * wave + seed, "step_seconds": 2.0, "memory": 3 * 2**30,
     }  # fmt: skip
     if not dense and step % every == 0:
         record |= {

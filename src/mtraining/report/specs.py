@@ -214,3 +214,93 @@ def bars(x: str, runs: int, groups: Sequence[str]) -> Spec:
             ],
         },
     }
+
+
+def heads() -> Spec:
+    """A point a head: rows with ``layer``, ``head``, ``density`` and ``value`` (recall), in percent."""
+    percent = {"type": "quantitative", "scale": {"zero": False}}
+    return {
+        "height": HEIGHT,
+        "mark": {"type": "point", "filled": True, "size": 40, "aria": False},
+        "encoding": {
+            "x": {"field": "density", "title": "density (%)", **percent},
+            "y": {"field": "value", "title": "recall (%)", **percent},
+            "color": {
+                "field": "layer", "type": "quantitative", "scale": {"scheme": "viridis"},
+                "legend": {"orient": "top", "gradientLength": 180, "gradientThickness": 10},
+            },
+            "tooltip": [
+                {"field": "layer"},
+                {"field": "head"},
+                {"field": "density", "type": "quantitative", "title": "density (%)", "format": ",.4~g"},
+                {"field": "value", "type": "quantitative", "title": "recall (%)", "format": ",.4~g"},
+            ],
+        },
+    }  # fmt: skip
+
+
+def distances(bands: Sequence[str]) -> Spec:
+    """Stacked bars by distance: rows with ``x`` (a band), ``kind`` (kept or missed) and ``value`` in percent."""
+    return {
+        "height": HEIGHT,
+        "mark": {"type": "bar", "aria": False},
+        "encoding": {
+            "x": {
+                "field": "x", "type": "ordinal", "title": "distance (tokens)", "sort": list(bands),
+                "axis": {"labelAngle": -45},
+            },
+            "y": {"field": "value", "type": "quantitative", "title": "mass (%)"},
+            "color": {
+                "field": "kind", "type": "nominal", "title": None, "legend": {"orient": "top"},
+                "scale": {"domain": ["kept", "missed"], "range": [COLOURS[0], COLOURS[1]]},
+            },
+            "tooltip": [
+                {"field": "x", "title": "distance"},
+                {"field": "kind", "title": "of"},
+                {"field": "value", "type": "quantitative", "title": "mass (%)", "format": ",.3~g"},
+            ],
+        },
+    }  # fmt: skip
+
+
+def attention_map() -> Spec:
+    """Cells of keys and queries: rows with ``x``, ``y``, ``value`` (mass) and ``chosen``, both in percent."""
+    axis = {"labelOverlap": True, "labelAngle": 0}
+    return {
+        "height": 420,
+        "encoding": {
+            "x": {"field": "x", "type": "ordinal", "title": "key (token)", "axis": axis},
+            "y": {"field": "y", "type": "ordinal", "title": "query (token)", "axis": {"labelOverlap": True}},
+            "tooltip": [
+                {"field": "y", "title": "queries from"},
+                {"field": "x", "title": "keys from"},
+                {"field": "value", "type": "quantitative", "title": "mass of a row (%)"},
+                {"field": "chosen", "type": "quantitative", "title": "computed (%)"},
+            ],
+        },
+        "layer": [
+            {
+                "mark": {"type": "rect", "aria": False},
+                "encoding": {
+                    "color": {
+                        "field": "value", "type": "quantitative", "title": "mass of a row (%)",
+                        "scale": {"scheme": "viridis", "type": "symlog", "constant": 0.1},
+                        "legend": {"orient": "top", "gradientLength": 180, "gradientThickness": 10},
+                    }
+                },
+            },
+            {
+                "transform": [{"filter": "datum.chosen > 0"}],
+                "mark": {
+                    "type": "point", "shape": "square", "filled": False, "stroke": COLOURS[1], "strokeWidth": 1.2,
+                    "aria": False,
+                },
+                "encoding": {
+                    "size": {
+                        "field": "chosen", "type": "quantitative", "title": "computed (%)",
+                        "scale": {"domain": [0, 100], "range": [4, 45]}, "legend": None,
+                    }
+                },
+            },
+        ],
+    }  # fmt: skip
