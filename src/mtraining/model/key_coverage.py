@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ READ, UNREAD, ABSENT = 2, 1, 0
 _TILES = 2**26  # tiles of lists that are looked at a time
 
 
+# Drawing and copying them would hold up the host at every layer.
+@lru_cache(maxsize=8)
 def sampled_keys(seq_len: int, device: torch.device) -> Tensor:
     """The key positions that are looked at, the same in every step: int64 (min(seq_len, 512),), ascending."""
     order = torch.randperm(seq_len, generator=torch.Generator().manual_seed(0))
@@ -89,14 +92,13 @@ def _by_tile(index: SparseIndex, shard: SequenceShard, keys: Tensor, first: Tens
     # (bands, batch, rows, keys): some query of the block is in the range
     meets = (begin[:, None] <= last[:, :, None]) & (end[:, None] >= first[:, :, None])
     heads = index.diagonals.shape[1]
-    width = max(1, _TILES // (len(own) * index.num_blocks * index.diagonals.shape[0]))
+    width = max(1, _TILES // (len(own) * len(keys) * index.diagonals.shape[0]))
     parts = []
     for head in range(0, heads, width):
         chosen = slice(head, head + width)
         assert index.blocks is not None
         part = replace(index, diagonals=index.diagonals[:, chosen], blocks=index.blocks[:, chosen])
-        tiles = part.tile_mask(own, torch.arange(index.num_blocks, device=own.device))
-        tiles = tiles[..., keys // index.block_size]
+        tiles = part.tile_mask(own, keys // index.block_size)
         parts.append(torch.stack([(tiles & band[:, None]).any(2) for band in meets]))
     return torch.cat(parts, 2)
 

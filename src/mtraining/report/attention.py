@@ -101,14 +101,13 @@ def _maps(found: Inspection) -> Chart:
     order = found.recall.flatten().argsort().tolist()
     for place in order:  # the worst first
         layer, head = divmod(place, heads)
-        table: dict[str, list[object]] = {"x": [], "y": [], "value": [], "chosen": []}
         mass, chosen = found.maps[layer, head].tolist(), found.chosen[layer, head].tolist()
-        for query in range(side):
-            for key in range(query + 1):
-                table["x"].append(edges[key])
-                table["y"].append(edges[query])
-                table["value"].append(float(f"{100 * mass[query][key]:.2g}"))
-                table["chosen"].append(round(100 * chosen[query][key]))
+        table = {
+            "x": edges,
+            "y": edges,
+            "z": [[float(f"{100 * mass[q][k]:.2g}") for k in range(q + 1)] for q in range(side)],
+            "chosen": [[round(100 * chosen[q][k]) for k in range(q + 1)] for q in range(side)],
+        }
         chart.tables[f"layer {layer}, head {head}: recall {found.recall[layer, head]:.1%}"] = table
     return chart
 

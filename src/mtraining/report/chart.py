@@ -51,17 +51,19 @@ class Chart:
 
 
 def unpacked(key: str, table: Table) -> Iterator[dict[str, Any]]:
-    """Rows of a table: of its ``parts``, of its grid ``z`` over ``x`` and ``y``, or of its columns."""
+    """Rows of a table: of its ``parts``, of its grid ``z`` (and ``chosen``) over ``x`` and ``y``, or of
+    its columns. A grid may be a triangle, with its longest line last."""
     if "parts" in table:
         for part in table["parts"]:
             yield from unpacked(key, part)
     elif "z" in table:
-        edges = len(table["x"]) > len(table["z"][0])
-        for y, line in zip(table["y"], table["z"], strict=True):
+        edges = len(table["x"]) > len(table["z"][-1])
+        for row, (y, line) in enumerate(zip(table["y"], table["z"], strict=True)):
             for place, value in enumerate(line):
                 if value is not None:
-                    end = {"x2": table["x"][place + 1]} if edges else {}
-                    yield {"x": table["x"][place], **end, "y": y, "value": value}
+                    more = {"x2": table["x"][place + 1]} if edges else {}
+                    more |= {"chosen": table["chosen"][row][place]} if "chosen" in table else {}
+                    yield {"x": table["x"][place], **more, "y": y, "value": value}
     else:
         columns = {name: column for name, column in table.items() if isinstance(column, list)}
         same = {name: value for name, value in table.items() if not isinstance(value, list)}

@@ -124,7 +124,7 @@ def cells(
     x: str, y: str, value: str, domain: tuple[float, float] | None = None, scheme: str = "viridis"
 ) -> Spec:
     """Cells in a table: rows with ``x``, ``y`` and ``value``."""
-    axis = {"labelOverlap": True, "labelAngle": 0}
+    axis = {"labelOverlap": "greedy", "labelAngle": 0}
     return _cells(
         {"x": {"field": "x", "type": "ordinal", "title": x, "axis": axis, "sort": None}},
         [{"field": "x", "title": x}],
@@ -152,7 +152,7 @@ def _cells(
         "mark": {"type": "rect", "aria": False},
         "encoding": {
             **x,
-            "y": {"field": "y", "type": "ordinal", "title": y, "axis": {"labelOverlap": True}, "sort": None},
+            "y": {"field": "y", "type": "ordinal", "title": y, "axis": {"labelOverlap": "greedy"}, "sort": None},
             "color": {
                 "field": "value", "type": "quantitative", "title": value, "scale": scale, "legend": legend,
             },
@@ -265,12 +265,12 @@ def distances(bands: Sequence[str]) -> Spec:
 
 def attention_map() -> Spec:
     """Cells of keys and queries: rows with ``x``, ``y``, ``value`` (mass) and ``chosen``, both in percent."""
-    axis = {"labelOverlap": True, "labelAngle": 0}
+    axis = {"labelOverlap": "greedy", "labelAngle": 0}
     return {
         "height": 420,
         "encoding": {
             "x": {"field": "x", "type": "ordinal", "title": "key (token)", "axis": axis},
-            "y": {"field": "y", "type": "ordinal", "title": "query (token)", "axis": {"labelOverlap": True}},
+            "y": {"field": "y", "type": "ordinal", "title": "query (token)", "axis": {"labelOverlap": "greedy"}},
             "tooltip": [
                 {"field": "y", "title": "queries from"},
                 {"field": "x", "title": "keys from"},
@@ -292,8 +292,8 @@ def attention_map() -> Spec:
             {
                 "transform": [{"filter": "datum.chosen > 0"}],
                 "mark": {
-                    "type": "point", "shape": "square", "filled": False, "stroke": COLOURS[1], "strokeWidth": 1.2,
-                    "aria": False,
+                    "type": "point", "shape": "square", "filled": False, "stroke": COLOURS[1], "strokeWidth": 1,
+                    "opacity": 0.8, "aria": False,
                 },
                 "encoding": {
                     "size": {

@@ -20,11 +20,12 @@ function unpack(key, table, strength) {
   if (table.parts) return table.parts.flatMap((part) => unpack(key, part, strength));
   const rows = [];
   if (table.z) {
-    const edges = table.x.length > table.z[0].length;
+    const edges = table.x.length > table.z.at(-1).length;
     table.z.forEach((line, place) => line.forEach((value, column) => {
       if (value === null) return;
       const row = { x: table.x[column], y: table.y[place], value };
       if (edges) row.x2 = table.x[column + 1];
+      if (table.chosen) row.chosen = table.chosen[place][column];
       rows.push(row);
     }));
     return rows;
