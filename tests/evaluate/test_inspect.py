@@ -103,6 +103,11 @@ def test_a_length_that_no_block_divides_is_refused(hf_model: Any, ids: Tensor) -
         inspect_attention(hf_model, ids[:60], [SPARSE] * LAYERS)
 
 
+def test_a_length_beyond_the_positions_is_refused(hf_model: Any) -> None:
+    with pytest.raises(UserError, match="264 tokens are beyond the 256 positions of the model; lower --tokens"):
+        inspect_attention(hf_model, torch.zeros(264, dtype=torch.long), [SPARSE] * LAYERS)
+
+
 @pytest.fixture
 def inspected(hf_model: Any, ids: Tensor) -> Inspection:
     return inspect_attention(hf_model, ids, [SPARSE] * LAYERS, rows=32)

@@ -52,14 +52,17 @@ def test_a_logged_step_has_every_number(run: Path) -> None:
     assert (run / ABOUT).is_file()
 
 
-def test_tensorboard_has_curves_and_a_histogram_a_layer(run: Path) -> None:
+def test_tensorboard_has_curves_of_layers_and_heads(run: Path) -> None:
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     scalars = board.Tags()["scalars"]
     for name in ("layer_recall", "layer_stability", "layer_grad_norm"):
         assert {f"{name}/00", f"{name}/01"} <= set(scalars)
     assert "uncovered_by_distance/03" in scalars
-    assert set(board.Tags()["histograms"]) == {"recall_by_head/00", "recall_by_head/01"}
+    heads = {f"recall_by_head/{layer:02d}/{head:02d}" for layer in range(2) for head in range(4)}
+    assert heads == {name for name in scalars if name.startswith("recall_by_head")}
+    recall = read_metrics(run)[-1]["recall_by_head"][1][2]
+    assert board.Scalars("recall_by_head/01/02")[-1].value == pytest.approx(recall)
 
 
 @pytest.mark.parametrize("grid", [{"cp": 2}, {"dp": 2}])

@@ -79,9 +79,12 @@ def inspect_attention(
         tell: is given a line after each layer.
 
     Raises:
-        UserError: a length that is not a multiple of a block size.
+        UserError: a length that is not a multiple of a block size, or beyond the model's positions.
     """
     tokens = len(ids)
+    positions = getattr(hf_model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise UserError(f"TEXT: {tokens} tokens are beyond the {positions} positions of the model; lower --tokens.")
     for pattern in patterns:
         if tokens % pattern.block_size or not tokens:
             raise UserError(
