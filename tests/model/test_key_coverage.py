@@ -31,7 +31,9 @@ def random_index(seed: int, listed: bool = False, batch: int = 2, rate: float = 
     generator = torch.Generator().manual_seed(seed)
     blocks = TOKENS // BLOCK
     diagonals = torch.rand(batch, HEADS, blocks, generator=generator) < rate
-    columns = torch.randint(TOKENS + 1, (batch, HEADS, 4), generator=generator, dtype=torch.int32).sort(-1).values
+    columns = (
+        torch.randint(TOKENS + 1, (batch, HEADS, 4), generator=generator, dtype=torch.int32).sort(-1).values
+    )
     packed = None
     if listed:
         packed = pack_blocks(torch.rand(batch, HEADS, blocks, blocks, generator=generator) < rate)

@@ -61,7 +61,9 @@ def visit(page: Path, does: str = "", width: int = 1280, screenshot: Path | None
         "--virtual-time-budget=60000", f"--window-size={width},4000", "--host-resolver-rules=MAP * ~NOTFOUND",
     ]  # fmt: skip
     arguments.append(f"--screenshot={screenshot}" if screenshot else "--dump-dom")
-    done = subprocess.run([*arguments, opened.as_uri()], capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(
+        [*arguments, opened.as_uri()], capture_output=True, text=True, timeout=300, check=True
+    )
     # Chromium itself logs of missing buses and GPUs; the page's own messages bear the word CONSOLE.
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return Visit(done.stdout, complaints)

@@ -17,9 +17,9 @@ def step_record(step: int, pattern: str, seed: int = 0, every: int = 2) -> dict[
     wave = math.sin(step * 1.7 + seed)
     dense = pattern == "dense"
     record: dict[str, Any] = {
-        "step": step, "loss": 2.0 + 3.0 / step**0.5 + 0.05 * wave + (0.0 if dense else 0.02), "grad_norm": 1.0 + 0.2 * wave,
-        "lr": 1e-4,
-        "tokens_per_second": 1000.0 + 50 * wave + seed, "step_seconds": 2.0, "memory": 3 * 2**30,
+        "step": step, "loss": 2.0 + 3.0 / step**0.5 + 0.05 * wave + (0.0 if dense else 0.02),
+        "grad_norm": 1.0 + 0.2 * wave, "lr": 1e-4, "tokens_per_second": 1000.0 + 50 * wave + seed,
+        "step_seconds": 2.0, "memory": 3 * 2**30,
     }  # fmt: skip
     if not dense and step % every == 0:
         record |= {
@@ -49,12 +49,26 @@ def evaluation(step: int, loss: float) -> dict[str, Any]:
         for length in (1024, 4096)
     ]  # fmt: skip
     suites = [
-        {"suite": "needle", "attention": "train", "task": "needle_words", "length": 4096, "samples": 5, "score": 10.0 * step}
+        {
+            "suite": "needle",
+            "attention": "train",
+            "task": "needle_words",
+            "length": 4096,
+            "samples": 5,
+            "score": 10.0 * step,
+        }
     ]
     return {"step": step, "evaluation": "x", "held_out_loss": loss, "held_out": held, "suites": suites}
 
 
-def make_run(folder: Path, pattern: str = "vertical_slash", steps: int = 10, planned: int = 10, seed: int = 0, every: int = 2) -> Path:
+def make_run(
+    folder: Path,
+    pattern: str = "vertical_slash",
+    steps: int = 10,
+    planned: int = 10,
+    seed: int = 0,
+    every: int = 2,
+) -> Path:
     """Write a run folder."""
     folder.mkdir(parents=True)
     records = [evaluation(0, 5.0)]
@@ -63,7 +77,11 @@ def make_run(folder: Path, pattern: str = "vertical_slash", steps: int = 10, pla
         if step in (steps // 2, steps):
             records.append(evaluation(step, 5.0 - step / steps))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    options = {"output": str(folder), "pattern": {"name": pattern}, "train": {"steps": planned, "lr": 1e-4 * (1 + seed)}}
+    options = {
+        "output": str(folder),
+        "pattern": {"name": pattern},
+        "train": {"steps": planned, "lr": 1e-4 * (1 + seed)},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(options | {"parallel": {"cp": RANKS}}))
     layouts = [
         {

@@ -21,6 +21,11 @@ MODEL = {
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 8192,
 }  # fmt: skip
 
+SPARSE = {
+    "name": "vertical_slash", "block_size": 16, "top_p": 0.3, "max_columns": 16, "slash_by": "block",
+    "slash_density": 0.1, "window": 8, "sinks": 4, "probe": 16,
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,12 +34,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = " ".join(f"{number} and {number * number}," for number in range(2000))
     (base / "book.txt").write_text(text)
     prepare(PrepareOptions(sources=(str(base / "book.txt"),), out=base / "data", kind="text"), progress=False)
-    for name, pattern in (("sparse", {"name": "vertical_slash", "block_size": 128}), ("dense", {"name": "dense"})):
+    for name, pattern in (
+        ("sparse", SPARSE),
+        ("dense", {"name": "dense", "block_size": 16}),
+    ):
         config: dict[str, Any] = {
             "output": str(base / "runs" / name), "model": {"init": "random", "config": MODEL},
             "data": {"path": str(base / "data")}, "pattern": pattern, "train": {"seq_len": 512, "steps": 2},
             "layout": {"name": "zigzag"}, "checkpoint": {"export": False},
-            "log": {"every": 1, "recall_rows": 8, "tensorboard": False}, "distributed": {"device": "cpu"},
+            "log": {"every": 1, "recall_rows": 8, "trackers": []}, "distributed": {"device": "cpu"},
         }  # fmt: skip
         train(parse_config(config))
     return base
@@ -61,7 +69,15 @@ def test_the_report_of_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     found = charts(page)
     assert set(found["loss"]["tables"]) == {"sparse", "dense"}
     assert list(found["loss-difference"]["tables"]) == ["sparse"]
-    wanted = {"density", "recall", "recall-heads", "stability", "layer-gradient", "coverage-step", "coverage-run"}
+    wanted = {
+        "density",
+        "recall",
+        "recall-heads",
+        "stability",
+        "layer-gradient",
+        "coverage-step",
+        "coverage-run",
+    }
     assert wanted <= set(found) and {"memory", "load-contiguous", "load-zigzag"} <= set(found)
     assert "finished" in page.read_text()
 
@@ -80,6 +96,8 @@ def test_the_inspection_of_the_page(folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_inspection_in_a_browser(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "attention.html"
     run(f"mtraining inspect runs/sparse book.txt --tokens 1024 --rows 16 --out {out}", folder, monkeypatch)
-    visited = visit(out, "document.body.dataset.wide = String(document.documentElement.scrollWidth > 390);", width=500)
+    visited = visit(
+        out, "document.body.dataset.wide = String(document.documentElement.scrollWidth > 390);", width=500
+    )
     assert visited.complaints == [] and visited.of_body("drawn") == "5"
     assert re.search(r'data-rows="[1-9]', visited.figure("map"))

@@ -23,7 +23,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     add_results(sparse / "evaluation")
     empty = base / "empty"
     empty.mkdir()
-    return [sparse, make_run(base / "dense", "dense"), make_run(base / "other", steps=700, planned=900), empty]
+    return [
+        sparse,
+        make_run(base / "dense", "dense"),
+        make_run(base / "other", steps=700, planned=900),
+        empty,
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,9 @@ def charts_of(*folders: Path) -> dict[str, Chart]:
 
 
 def packed(page: Path) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    found = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL
+    )
     assert found is not None
     return json.loads(found.group(1))
 
@@ -171,7 +173,9 @@ def test_values_that_are_no_numbers_are_left_out(sparse: Path, tmp_path: Path) -
     ]  # fmt: skip
     write(sparse, broken)
     (sparse / "config.yaml").write_text("- a list\n")
-    (sparse / "balance.json").write_text(json.dumps({"layouts": [{"layout": "zigzag", "load": [[1], [1, 2]]}, 3]}))
+    (sparse / "balance.json").write_text(
+        json.dumps({"layouts": [{"layout": "zigzag", "load": [[1], [1, 2]]}, 3]})
+    )
     (page,) = write_report([sparse], tmp_path / "out")
     loss = next(chart for chart in packed(page)["charts"] if chart["name"] == "loss")
     assert loss["tables"] == {"sparse": {"step": [2], "value": [1.5]}}

@@ -29,7 +29,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     config = tiny_config(
-        tmp_path_factory.mktemp("alone") / "run", shards, train={"steps": 3}, log=LOG | {"tensorboard": True}
+        tmp_path_factory.mktemp("alone") / "run",
+        shards,
+        train={"steps": 3},
+        log=LOG | {"trackers": ["tensorboard"]},
     )
     return train(config).run
 
@@ -69,7 +72,9 @@ def test_tensorboard_has_curves_of_layers_and_heads(run: Path) -> None:
 def test_a_ring_and_replicas_log_what_one_process_does(
     run: Path, grid: dict[str, int], tmp_path: Path, pool: ProcessPool, shards: Path
 ) -> None:
-    raw: dict[str, Any] = raw_config(tmp_path / "run", shards, train={"steps": 1, "warmup_steps": 0}, log=LOG, parallel=grid)
+    raw: dict[str, Any] = raw_config(
+        tmp_path / "run", shards, train={"steps": 1, "warmup_steps": 0}, log=LOG, parallel=grid
+    )
     if "dp" in grid:  # the observed micro-batch is then another one
         raw["train"] |= {"micro_batch_size": 2}
     (found, *_), *_ = pool.run(run_job, world=2, raw=raw)

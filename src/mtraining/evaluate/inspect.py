@@ -84,7 +84,9 @@ def inspect_attention(
     tokens = len(ids)
     positions = getattr(hf_model.config, "max_position_embeddings", None)
     if positions is not None and tokens > positions:
-        raise UserError(f"TEXT: {tokens} tokens are beyond the {positions} positions of the model; lower --tokens.")
+        raise UserError(
+            f"TEXT: {tokens} tokens are beyond the {positions} positions of the model; lower --tokens."
+        )
     for pattern in patterns:
         if tokens % pattern.block_size or not tokens:
             raise UserError(

@@ -112,7 +112,8 @@ def unread_by_distance(by_layer: Mapping[int, Tensor]) -> list[float]:
     if not by_layer:
         return []
     shares = [
-        (found == UNREAD).sum((1, 2)) / (found != ABSENT).sum((1, 2)).clamp(min=1) for found in by_layer.values()
+        (found == UNREAD).sum((1, 2)) / (found != ABSENT).sum((1, 2)).clamp(min=1)
+        for found in by_layer.values()
     ]
     return [round(share, 6) for share in torch.stack(shares).mean(0).tolist()]
 
@@ -120,8 +121,8 @@ def unread_by_distance(by_layer: Mapping[int, Tensor]) -> list[float]:
 def overlap(index: SparseIndex, before: SparseIndex) -> Tensor:
     """How much of an index was in another one already: float64 (2,), shared and all scores of the first sequence.
 
-    A slash stands for the scores of its tiles, a column for those of all later queries. Scores that a column shares with
-    a tile count in both. Block lists are left aside.
+    A slash stands for the scores of its tiles, a column for those of all later queries. Scores that a column shares
+    with a tile count in both. Block lists are left aside.
     """
     size, device = index.block_size, index.diagonals.device
     tiles = torch.arange(index.num_blocks, 0, -1, device=device).double() * size * size

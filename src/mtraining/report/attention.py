@@ -33,7 +33,9 @@ def attention_page(
         f"{found.recall.mean():.1%} at density {found.density.mean():.1%}, means over layers and heads.</p>"
     )
     sections = [
-        Section("heads", "Heads", charts=[_by_head(found, "recall"), _by_head(found, "density"), _against(found)]),
+        Section(
+            "heads", "Heads", charts=[_by_head(found, "recall"), _by_head(found, "density"), _against(found)]
+        ),
         Section("distance-section", "Distance", charts=[_distance(found)]),
         Section("map-section", "Maps", charts=[_maps(found)]),
         Section("worst", "Worst heads", _worst(found)),
@@ -44,11 +46,17 @@ def attention_page(
 
 def _by_head(found: Inspection, name: str) -> Chart:
     grid = found.recall if name == "recall" else found.density
-    what = "of a row's attention mass that the pattern keeps" if name == "recall" else "of causal attention computed"
+    what = (
+        "of a row's attention mass that the pattern keeps"
+        if name == "recall"
+        else "of causal attention computed"
+    )
     spec = specs.cells("head", "layer", f"{name} (%)", (0, 100) if name == "recall" else None)
     z = [[short(100 * value) for value in line] for line in grid.tolist()]
     table = {"x": list(range(len(z[0]))), "y": list(range(len(z))), "z": z}
-    return Chart(f"{name}-heads", f"{name.capitalize()} by head", f"Share {what}.", spec, {"all heads": table})
+    return Chart(
+        f"{name}-heads", f"{name.capitalize()} by head", f"Share {what}.", spec, {"all heads": table}
+    )
 
 
 def _against(found: Inspection) -> Chart:
@@ -91,7 +99,7 @@ def _band(edges: Sequence[int], place: int) -> str:
 
 
 def _maps(found: Inspection) -> Chart:
-    layers, heads, side, _ = found.maps.shape
+    _, heads, side, _ = found.maps.shape
     says = (
         "Mean attention mass of a query row in each cell of keys, as colour. A square shows the share of the cell that "
         "the pattern computes. Queries go down, keys to the right, from the first token."
@@ -141,7 +149,8 @@ def _missed(found: Inspection, ids: Sequence[int], decode: Decode) -> str:
         for miss in worst
     )
     heads = "".join(
-        f'<th scope="col">{head}</th>' for head in ("head", "mass", "distance", "query reads", "the key it misses")
+        f'<th scope="col">{head}</th>'
+        for head in ("head", "mass", "distance", "query reads", "the key it misses")
     )
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Missed pairs"><table>'
@@ -154,6 +163,6 @@ def _context(ids: Sequence[int], place: int, decode: Decode) -> str:
     """The text around a token, with the token marked."""
     before = decode(ids[max(0, place - _CONTEXT) : place])
     after = decode(ids[place + 1 : place + 1 + _CONTEXT])
-    return f"{html.escape(before)}<mark>{html.escape(decode(ids[place : place + 1]))}</mark>{html.escape(after)}"
-
-
+    return (
+        f"{html.escape(before)}<mark>{html.escape(decode(ids[place : place + 1]))}</mark>{html.escape(after)}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from mtraining.report import specs
@@ -110,7 +111,7 @@ def _layers(runs: Sequence[Run]) -> list[Chart]:
     for name, title, key, says, unit, factor in told:
         spec = specs.heat("step", "layer", f"{name.replace('-', ' ')} ({unit})" if unit == "%" else unit)
         chart = Chart(name, title, f"{says}, by layer over the steps of one run.", spec, menu="run")
-        _fill(chart, runs, lambda run, key=key, factor=factor: _heat(run, runs, key, factor))
+        _fill(chart, runs, partial(_heat, runs=runs, key=key, factor=factor))
         charts.append(chart)
     spec = specs.cells("head", "layer", "recall (%)", (0, 100))
     says = "Share of true attention mass that each head kept, in the last step that measured it."
@@ -168,7 +169,9 @@ def _entry(run: Run, layout: str) -> dict[str, Any] | None:
 
 
 def _timeline(runs: Sequence[Run]) -> Chart:
-    says = "Computing and exposed waits of each ring step in the last step that was timed: how a pass goes by."
+    says = (
+        "Computing and exposed waits of each ring step in the last step that was timed: how a pass goes by."
+    )
     chart = Chart("ring", "Ring timeline", says, specs.timeline(), menu="run")
     _fill(chart, runs, _stretches)
     return chart
@@ -176,10 +179,10 @@ def _timeline(runs: Sequence[Run]) -> Chart:
 
 def _stretches(run: Run) -> Table:
     phases = ("forward", "backward")
-    record = next((one for one in reversed(run.steps) if "ring_forward_compute" in one), None)
+    record: dict[str, Any] = next((one for one in reversed(run.steps) if "ring_forward_compute" in one), {})
     names = ("phase", "ring_step", "what", "start", "end", "duration")
     table: Table = {name: [] for name in names}
-    for phase in phases if record else ():
+    for phase in phases:
         now = 0.0
         compute = numbers(record.get(f"ring_{phase}_compute"))
         exposed = numbers(record.get(f"ring_{phase}_exposed"))
@@ -196,7 +199,12 @@ def _stretches(run: Run) -> Table:
 def _coverage(runs: Sequence[Run], points: int) -> list[Chart]:
     told = (
         ("coverage-step", "No gradient in a step, by distance", "uncovered_by_distance", "in that step"),
-        ("coverage-run", "No gradient so far, by distance", "uncovered_run_by_distance", "in any step so far"),
+        (
+            "coverage-run",
+            "No gradient so far, by distance",
+            "uncovered_run_by_distance",
+            "in any step so far",
+        ),
     )
     charts = []
     for name, title, key, when in told:
@@ -213,7 +221,9 @@ def _coverage(runs: Sequence[Run], points: int) -> list[Chart]:
             told = [(r["step"], numbers(r[key])) for r in run.steps if isinstance(r.get(key), list)]
             for place, band in enumerate(BANDS):
                 records = [
-                    {"step": step, "value": values[place]} for step, values in told if len(values) == len(BANDS)
+                    {"step": step, "value": values[place]}
+                    for step, values in told
+                    if len(values) == len(BANDS)
                 ]
                 columns = curve(records, "value", max(20, points // len(BANDS)), 100)
                 parts += [{"run": run.name, "kind": band, **columns}] if columns else []

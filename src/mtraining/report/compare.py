@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ _SECTIONS = (
 )
 
 
-def write_report(folders: Sequence[Path], out: Path, figures: Path | None = None, refresh: int = 0) -> list[Path]:
+def write_report(
+    folders: Sequence[Path], out: Path, figures: Path | None = None, refresh: int = 0
+) -> list[Path]:
     """Compare runs on one page, `report.html` in the folder ``out``.
 
     Args:
@@ -75,7 +77,7 @@ def compare(runs: Sequence[Run], charts: Sequence[Chart], refresh: int = 0) -> s
     sections.append(Section("options", "Options that differ", _options(runs)))
     sections.append(Section("environment", "Environment", _environment(runs)))
     title = ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
-    made = datetime.now(tz=timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    made = datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
     return page(
         title,
         f'<p class="soft">Runs of MTraining, as of {made}.</p>',
@@ -141,7 +143,9 @@ def _missing(runs: Sequence[Run]) -> str:
 def _flat(options: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(options, dict) or not options:
         return {prefix.rstrip("."): str(options)} if prefix else {}
-    return {key: value for name, part in options.items() for key, value in _flat(part, f"{prefix}{name}.").items()}
+    return {
+        key: value for name, part in options.items() for key, value in _flat(part, f"{prefix}{name}.").items()
+    }
 
 
 def _differing(facts: Sequence[dict[str, str]], names: Sequence[str]) -> list[list[str]]:
@@ -159,7 +163,9 @@ def _options(runs: Sequence[Run]) -> str:
     lines = _differing([_flat(run.config) for run in known_runs], names)
     if not lines:
         return "<p>All options are the same.</p>"
-    return html_table(["option", *names], lines, "Options" if len(names) == 1 else "Options that differ between runs")
+    return html_table(
+        ["option", *names], lines, "Options" if len(names) == 1 else "Options that differ between runs"
+    )
 
 
 def _environment(runs: Sequence[Run]) -> str:

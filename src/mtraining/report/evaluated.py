@@ -43,7 +43,9 @@ def _named(value: Any) -> str:
     return f"{tokens_text(value)} tokens" if isinstance(value, int) else str(value)
 
 
-def _chart(name: str, title: str, says: str, y: str, names: Sequence[str], found: dict[str, dict[str, Table]]) -> Chart:
+def _chart(
+    name: str, title: str, says: str, y: str, names: Sequence[str], found: dict[str, dict[str, Table]]
+) -> Chart:
     kinds = list(dict.fromkeys(kind for tables in found.values() for kind in tables))
     chart = Chart(name, title, says, specs.lines("step", y, names, kinds))
     chart.tables = {run: {"parts": list(tables.values())} for run, tables in found.items() if tables}
@@ -61,7 +63,9 @@ def _say_missing(chart: Chart, names: Sequence[str]) -> None:
 
 def _held_out(runs: Sequence[Run], names: Sequence[str]) -> Chart:
     found = {run.name: _over_steps(run, "held_out", "loss", ("attention", "length")) for run in runs}
-    says = "Loss of held-out text over steps, by how it was read (train: the run's own pattern) and by length."
+    says = (
+        "Loss of held-out text over steps, by how it was read (train: the run's own pattern) and by length."
+    )
     chart = _chart("held-out", "Held-out loss", says, "held-out loss", names, found)
     chart.logs = True
     return chart
@@ -93,7 +97,10 @@ def _by_position(runs: Sequence[Run], names: Sequence[str]) -> Chart:
         if parts:
             tables[run.name] = {"parts": parts}
     kinds = list(dict.fromkeys(part["kind"] for entry in tables.values() for part in entry["parts"]))
-    says = "Loss of held-out text by the position of a token, at each run's last evaluation. Points are middles of buckets."
+    says = (
+        "Loss of held-out text by the position of a token, at each run's last evaluation. Points are middles of "
+        "buckets."
+    )
     spec = specs.lines("position (tokens)", "held-out loss", names, kinds, x_field="position")
     chart = Chart("by-position", "Held-out loss by position", says, spec, tables)
     _say_missing(chart, names)
@@ -127,6 +134,9 @@ def _percent(share: float | None) -> float | None:
 def score_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Heads and lines of the scores of `mtraining evaluate`, in all runs; both empty where there are none."""
     rows = [
-        row | {"model": f"{run.name}: {row['model']}"} for run in runs if run.scores for row in summarise(run.scores)
+        row | {"model": f"{run.name}: {row['model']}"}
+        for run in runs
+        if run.scores
+        for row in summarise(run.scores)
     ]
     return table(rows) if rows else ([], [])

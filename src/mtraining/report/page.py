@@ -80,12 +80,14 @@ def chart_library() -> str:
         )
     import vl_convert
 
-    script = vl_convert.javascript_bundle()
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     # The end of the element, were it within a string of the script, would end the script.
     return script.replace("</script", "<\\/script")
 
 
-def html_table(heads: Sequence[str], lines: Sequence[Sequence[Any]], caption: str, breaks: bool = True) -> str:
+def html_table(
+    heads: Sequence[str], lines: Sequence[Sequence[Any]], caption: str, breaks: bool = True
+) -> str:
     """A table whose cells are text; the first cell of a line is its heading. ``breaks``: long cells take more lines."""
     top = "".join(f'<th scope="col">{_text(head)}</th>' for head in heads)
     body = "".join(
@@ -93,7 +95,8 @@ def html_table(heads: Sequence[str], lines: Sequence[Sequence[Any]], caption: st
         for line in lines
     )
     return (
-        f'<div class="scroll{"" if breaks else " narrow"}" tabindex="0" role="region" aria-label="{_text(caption)}"><table>'
+        f'<div class="scroll{"" if breaks else " narrow"}" tabindex="0" role="region" '
+        f'aria-label="{_text(caption)}"><table>'
         f'<caption class="soft">{_text(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody>'
         "</table></div>\n"
     )
@@ -143,7 +146,8 @@ def _section(section: Section) -> str:
     figures = "".join(_figure(chart) for chart in section.charts if chart.tables)
     absent = [chart for chart in section.charts if not chart.tables]
     lines = "".join(
-        f"<p class='soft'>{_text(chart.title)}: {_text('; '.join(chart.missing) or 'no data')}.</p>" for chart in absent
+        f"<p class='soft'>{_text(chart.title)}: {_text('; '.join(chart.missing) or 'no data')}.</p>"
+        for chart in absent
     )
     grid = f'<div class="grid{" three" if section.three else ""}">{figures}</div>' if figures else ""
     return (

@@ -213,7 +213,9 @@ def _is_load(entry: Any) -> bool:
     load = entry.get("load") if isinstance(entry, dict) else None
     if not isinstance(load, list) or not load or not isinstance(entry.get("world"), int):
         return False
-    return all(isinstance(row, list) and len(row) == len(load[0]) and None not in numbers(row) for row in load)
+    return all(
+        isinstance(row, list) and len(row) == len(load[0]) and None not in numbers(row) for row in load
+    )
 
 
 def _state(run: Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from mtraining.report.runs import number, numbers
@@ -27,7 +28,7 @@ def bucketed(steps: Sequence[int], values: Sequence[float], points: int) -> dict
         return {"step": list(steps), "value": [short(value) for value in values]}
     edges = [count * place // points for place in range(points + 1)]
     columns: dict[str, Column] = {"step": [], "value": [], "low": [], "high": []}
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges):
         chosen = values[begin:end]
         columns["step"].append(steps[end - 1])
         columns["value"].append(short(sum(chosen) / len(chosen)))
@@ -36,7 +37,9 @@ def bucketed(steps: Sequence[int], values: Sequence[float], points: int) -> dict
     return columns
 
 
-def curve(records: Sequence[dict[str, Any]], name: str, points: int, factor: float = 1.0) -> dict[str, Column]:
+def curve(
+    records: Sequence[dict[str, Any]], name: str, points: int, factor: float = 1.0
+) -> dict[str, Column]:
     """:func:`bucketed` of one number of the records, times ``factor``; empty where no record has it."""
     found = [(r["step"], factor * value) for r in records if (value := number(r.get(name))) is not None]
     return bucketed([step for step, _ in found], [value for _, value in found], points) if found else {}
@@ -71,7 +74,7 @@ def heat(records: Sequence[dict[str, Any]], name: str, columns: int, factor: flo
     edges = [len(found) * place // buckets for place in range(buckets + 1)]
     x = [found[0][0] - 1]
     z: list[list[float | None]] = [[] for _ in range(layers)]
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges):
         x.append(found[end - 1][0])
         for layer in range(layers):
             here = [

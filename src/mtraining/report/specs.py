@@ -24,7 +24,8 @@ def colour_of(number: int) -> str:
 
 
 def _by_run(runs: Sequence[str], kinds: Sequence[str]) -> tuple[Spec, Spec]:
-    """Encodings of all marks, which tell runs apart by colour, and of lines, by dashes for kinds or rounds of colours."""
+    """Encodings of all marks, which tell runs apart by colour, and of lines, by dashes for kinds or rounds of
+    colours."""
     dashed: Spec = {}
     channels: Spec = {
         "color": {
@@ -178,7 +179,10 @@ def timeline() -> Spec:
                 "field": "what",
                 "type": "nominal",
                 "title": None,
-                "scale": {"domain": ["computing", "waiting for transfers"], "range": [COLOURS[0], COLOURS[1]]},
+                "scale": {
+                    "domain": ["computing", "waiting for transfers"],
+                    "range": [COLOURS[0], COLOURS[1]],
+                },
                 "legend": {"orient": "top"},
             },
             "tooltip": [
@@ -197,7 +201,13 @@ def bars(x: str, runs: int, groups: Sequence[str]) -> Spec:
         "height": 40 + 14 * len(groups) * runs,
         "mark": {"type": "bar", "aria": False},
         "encoding": {
-            "y": {"field": "run", "type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 140}},
+            "y": {
+                "field": "run",
+                "type": "nominal",
+                "title": None,
+                "sort": None,
+                "axis": {"labelLimit": 140},
+            },
             "yOffset": {"field": "kind", "sort": list(groups)},
             "x": {"field": "value", "type": "quantitative", "title": x, "scale": {"zero": True}},
             "color": {

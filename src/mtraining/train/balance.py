@@ -24,7 +24,8 @@ COMPARED_WORLDS = (8, 32)  # besides the run's own number of context-parallel ra
 
 
 def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
-    """The attention part of a metrics record: means over layers, density and recall by layer, recall by head too; empty when not observed."""
+    """The attention part of a metrics record: means over layers, density and recall by layer, recall by head;
+    empty when not observed."""
     if not layers:
         return {}
     record: dict[str, Any] = {

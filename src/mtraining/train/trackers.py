@@ -253,8 +253,11 @@ def _cannot_begin(opening: Opening, name: str, ids: Path, error: Exception) -> s
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The curves of a record of `metrics.jsonl`: a list, of values by layer, is one curve an entry, and a list of lists,
-    by layer and head, one an entry of each. None, for a value that is not finite, has no point."""
+    """The curves of a record of `metrics.jsonl`.
+
+    A list, of values by layer, is one curve an entry, and a list of lists, by layer and head, one an entry of each.
+    None, for a value that is not finite, has no point.
+    """
     found: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, list):
