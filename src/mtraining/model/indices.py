@@ -205,10 +205,11 @@ class IndexMemory:
             self._used.setdefault(layer, index)
 
     def moved(self) -> list[float]:
-        """By layer, the share of the last step's index that was in the index of the step before already, as
+        """By layer, the share of the last step's index that was already in the index of the step before.
+
         :func:`mtraining.model.key_coverage.overlap` counts it, for the first sequence of the first replica. Empty
-        before the second step since training began or went on, where shapes differ, and for patterns that list blocks,
-        whose last index would be large to keep. Collective over the replicas.
+        before the second step since training began or went on, and where shapes differ. Patterns that list blocks have
+        none, for their last index would be large to keep. Collective over the replicas.
         """
         pairs = [(self._used[n], self._used_before[n]) for n in sorted(self._used) if n in self._used_before]
         if not pairs or any(now.diagonals.shape[1:] != then.diagonals.shape[1:] for now, then in pairs):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtraining.errors import UserError
 from mtraining.sizes import size_text, tokens_text
 
 
@@ -103,13 +101,9 @@ def draw(rows: Sequence[TrainRow], path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "bench: drawing needs matplotlib, which is not installed; pip install 'mtraining[report]'."
-        )
-    from matplotlib.figure import Figure
+    from mtraining.report.drawing import new_figure
 
-    figure = Figure(layout="constrained", figsize=(8, 0.8 + 0.32 * len(rows)))
+    figure = new_figure(figsize=(8, 0.8 + 0.32 * len(rows)))
     axes = figure.subplots()
     labels = []
     for place, row in enumerate(rows):
