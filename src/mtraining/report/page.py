@@ -69,7 +69,7 @@ def page(
 
 @lru_cache(maxsize=1)
 def chart_library() -> str:
-    """Vega, Vega-Lite and vega-embed as one script, 0.9 MB, which sets `vegaEmbed` in a browser's window.
+    """Vega, Vega-Lite and vega-embed as one script of 0.9 MB for a browser.
 
     Raises:
         UserError: vl-convert is not installed.

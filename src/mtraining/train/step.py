@@ -150,7 +150,7 @@ class Stepper:
         )
 
     def _telemetry(self) -> dict[str, Any]:
-        """What a logged step says besides (docs/telemetry.md): coverage and stability of indices, gradient norms of
+        """What a logged step says besides (docs/see.md): coverage and stability of indices, gradient norms of
         layers. Collective, and waits for the device."""
         indices = self._model.indices
         found: dict[str, Any] = {**indices.uncovered(self._options.seq_len), **indices.unread()}
