@@ -22,6 +22,10 @@ CI = (ROOT / ".ci" / "run").read_text()
 
 # A command that CI does not run as it stands, and the test that runs it instead.
 RUN_BY_TEST = {
+    "mtraining report runs/sparse runs/dense": "tests/report/test_command.py::test_the_report_of_the_page",
+    "mtraining inspect runs/sparse book.txt --tokens 8192": (
+        "tests/report/test_command.py::test_the_inspection_of_the_page"
+    ),
     "mtraining evaluate runs/first --suite needle --suite ppl --suite recall --lengths 1k,2k --text book.txt "
     "--essays book.txt --attention dense --attention sparse --samples 2": (
         "tests/cli/test_evaluate_command.py::test_the_pages_command"

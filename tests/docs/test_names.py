@@ -33,8 +33,8 @@ PYTHON = [
 WRITTEN = set(
     """
     metrics.jsonl balance.json balance.csv config.yaml config.json demo.json meta.json report.html report/report.html
-    tokenizer.json tokenizer_config.json model.safetensors training.svg density.svg ring.svg patterns.yaml first.yaml
-    generation_config.json mtraining_export.json trackers.json
+    tokenizer.json tokenizer_config.json model.safetensors patterns.yaml first.yaml
+    attention.html about.json generation_config.json mtraining_export.json trackers.json
     changes.jsonl results.jsonl summary.json run.json lm-eval.json longbook_qa_eng.jsonl code_debug.jsonl
     index.html site/index.html index.json prepare.json manifest.json shard-00000.json
     """.split()

@@ -1,146 +1,232 @@
-"""A report draws what the run folder says, and says in one sentence what is missing."""
+"""Charts hold what run folders say, and a report says what is missing."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import vl_convert
+from run_folders import HEADS, LAYERS, RANKS, add_results, evaluation, make_run, step_record
 
 from mtraining.errors import UserError
-from mtraining.report import write_report
-from mtraining.report.figures import balance_figure, density_figure, evaluation_figure, ring_figure
-from mtraining.ring.timeline import PHASES
-
-ENTRIES = [
-    {
-        "layout": name, "world": world, "worker": worker, "step": 1.5,
-        "load": [[world + rank + step for step in range(world)] for rank in range(world)],
-    }
-    for world in (2, 4)
-    for name, worker in (("zigzag", 2.5), ("striped", 1.0))
-]  # fmt: skip
-
-TIMES = ("compute", "exposed")
+from mtraining.report import watch_report, write_report
+from mtraining.report.chart import Chart
+from mtraining.report.charts import build_charts
+from mtraining.report.figures import filled
+from mtraining.report.runs import read_run, read_runs
+from mtraining.report.series import bucketed, difference, heat
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "sparse"
-    folder.mkdir()
-    ring = {f"ring_{phase}_{what}": [0.004, 0.002] for phase in ("forward", "backward") for what in TIMES}
-    records = [
-        {"step": step, "loss": 5.0 - step, "tokens_per_second": 100.0, "layer_density": [0.2, 0.3], **ring}
-        for step in (1, 2)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "balance.json").write_text(json.dumps({"step": 2, "layouts": ENTRIES}))
+def sparse(tmp_path: Path) -> Path:
+    folder = make_run(tmp_path / "sparse", steps=8)
+    add_results(folder / "evaluation")
     return folder
 
 
-def test_report_writes_figures_and_a_page(run: Path, tmp_path: Path) -> None:
-    written = write_report([run], tmp_path / "out")
-    figures = ["balance.svg", "training.svg", "density.svg", "ring.svg"]
-    assert [path.name for path in written] == [*figures, "report.html"]
-    page = written[-1].read_text()
-    assert page.count("<svg") == 4 and "3.0000" in page
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "dense", "dense")
 
 
-def test_balance_figure_shows_the_loads_it_was_given() -> None:
-    figure = balance_figure(ENTRIES, world=8)  # the largest ring there is has 4 ranks
-    panels = [axes for axes in figure.axes if axes.get_title()]
-    assert [axes.get_title().split(":")[0] for axes in panels] == ["zigzag", "striped"]
-    assert "2.50x" in panels[0].get_title()
-    assert panels[1].images[0].get_array().tolist() == ENTRIES[3]["load"]
+def charts_of(*folders: Path) -> dict[str, Chart]:
+    return {chart.name: chart for chart in build_charts(read_runs(folders))}
 
 
-def test_density_is_left_out_when_not_observed() -> None:
-    assert density_figure([{"step": 1, "loss": 1.0}]) is None
-
-
-def test_ring_figure_stacks_waits_on_computing_of_the_last_timed_step() -> None:
-    early, late = (
-        {
-            "step": step,
-            **{f"ring_{phase}_{what}": [seconds, 2 * seconds] for phase in PHASES for what in TIMES},
-        }
-        for step, seconds in ((1, 0.5), (2, 0.001))
+def packed(page: Path) -> dict[str, Any]:
+    found = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL
     )
-    figure = ring_figure([early, late, {"step": 3}])
-    assert figure is not None
-    for axes in figure.axes:
-        assert [(bar.get_y(), bar.get_height()) for bar in axes.patches] == [(0, 1), (0, 2), (1, 1), (2, 2)]
-        assert axes.get_title().endswith("step 2")
-    assert ring_figure([{"step": 1, "loss": 1.0}]) is None
+    assert found is not None
+    return json.loads(found.group(1))
 
 
-def an_evaluation(step: int, loss: float, score: float | None = None) -> dict[str, Any]:
-    rows = [
-        {
-            "attention": "train",
-            "length": length,
-            "loss": loss + over,
-            "bucket": length // 2,
-            "by_position": [loss, 1.0],
-        }
-        for length, over in ((128, 0.5), (256, 0.0))
-    ]
-    record = {"step": step, "evaluation": "x", "held_out_loss": loss, "held_out": rows}
-    if score is not None:
-        record["suites"] = [
-            {
-                "suite": "needle",
-                "attention": "train",
-                "task": task,
-                "length": 256,
-                "samples": 5,
-                "score": score,
-            }
-            for task in ("needle_words", "needle_numbers")
-        ]
-    return record
+def write(folder: Path, records: list[Any]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def test_evaluations_are_drawn_by_step_and_by_position(run: Path, tmp_path: Path) -> None:
-    records = [
-        an_evaluation(0, 5.0),
-        {"step": 1, "loss": 4.0},
-        an_evaluation(1, 4.0, 20.0),
-        an_evaluation(2, 3.0, 60.0),
-    ]
-    figure = evaluation_figure({"sparse": records, "other": [{"step": 1, "loss": 1.0}]})
-    assert figure is not None
-    loss, position, score = figure.axes
-    assert {line.get_label(): line.get_xydata().tolist() for line in loss.lines} == {
-        "128": [[0, 5.5], [1, 4.5], [2, 3.5]],
-        "256": [[0, 5.0], [1, 4.0], [2, 3.0]],
-    }
-    assert {line.get_label(): line.get_xydata().tolist() for line in position.lines} == {
-        "step 0": [[64, 5.0], [192, 1.0]],
-        "step 2": [[64, 3.0], [192, 1.0]],
-    }
-    assert {line.get_label(): line.get_ydata().tolist() for line in score.lines} == {
-        "needle_words": [20.0, 60.0],
-        "needle_numbers": [20.0, 60.0],
-    }
-    assert evaluation_figure({"sparse": [{"step": 1, "loss": 1.0}]}) is None
+def test_curves_are_the_records_of_the_runs(sparse: Path, dense: Path) -> None:
+    charts = charts_of(sparse, dense)
+    loss = charts["loss"].tables
+    assert loss["sparse"]["step"] == list(range(1, 9)) and len(loss["dense"]["step"]) == 10
+    for place, step in enumerate(loss["sparse"]["step"]):
+        record = step_record(step, "vertical_slash")
+        assert loss["sparse"]["value"][place] == pytest.approx(record["loss"], rel=1e-4)
+        assert charts["throughput"].tables["sparse"]["value"][place] == pytest.approx(
+            record["tokens_per_second"], rel=1e-4
+        )
+    to_dense = charts["loss-difference"].tables
+    assert list(to_dense) == ["sparse"]
+    assert to_dense["sparse"]["value"] == pytest.approx([0.02] * 8)
 
 
-def test_the_page_has_the_last_held_out_loss_and_the_last_step(run: Path, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines = [an_evaluation(0, 5.5), *lines, an_evaluation(2, 2.75)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    written = write_report([run], tmp_path / "out")
-    assert "evaluation.svg" in [path.name for path in written]
-    page = written[-1].read_text()
-    assert "<td>2</td><td>3.0000</td><td>2.7500 (step 2)</td>" in page
-    (run / "metrics.jsonl").write_text(json.dumps(an_evaluation(0, 5.5)) + "\n")
-    with pytest.raises(UserError, match=r"holds no metrics\.jsonl with steps"):
-        write_report([run], tmp_path / "out")
+def test_grids_have_a_value_for_each_layer_and_head(sparse: Path, dense: Path) -> None:
+    charts = charts_of(sparse, dense)
+    density = charts["density"].tables["sparse"]
+    assert density["x"] == [1, 2, 4, 6, 8] and len(density["z"]) == LAYERS
+    assert density["z"][2][0] == pytest.approx(100 * step_record(2, "x")["layer_density"][2], rel=1e-4)
+    heads = charts["recall-heads"].tables["sparse"]
+    assert (len(heads["y"]), len(heads["x"])) == (LAYERS, HEADS)
+    assert heads["z"][1][3] == pytest.approx(100 * (0.99 - 0.06 - 0.03))
+    assert charts["density"].missing == ["dense: not measured"]
 
 
-def test_missing_files_are_named(run: Path, tmp_path: Path) -> None:
-    (run / "balance.json").unlink()
-    with pytest.raises(UserError, match=r"balance\.json does not exist"):
-        write_report([run], tmp_path / "out")
+def test_loads_rings_coverage_and_memory(sparse: Path) -> None:
+    charts = charts_of(sparse)
+    load = charts["load-striped"].tables["sparse"]["z"]
+    assert len(load) == RANKS and sum(map(sum, load)) == pytest.approx(RANKS**2)
+    assert load[3][1] / load[0][0] == pytest.approx(5)
+    ring = charts["ring"].tables["sparse"]
+    assert ring["end"][:4] == pytest.approx([4, 5, 9, 10]) and ring["start"][1:4] == ring["end"][:3]
+    assert ring["what"][:2] == ["computing", "waiting for transfers"] and len(ring["phase"]) == 4 * RANKS
+    bands = {part["kind"]: part["value"][-1] for part in charts["coverage-run"].tables["sparse"]["parts"]}
+    assert bands == {"< 1K": 0, "1K to 4K": 0, "4K to 32K": 10, "> 32K": 30}
+    memory = charts["memory"].tables["sparse"]
+    assert memory == {"kind": ["predicted for a GPU", "measured on a GPU"], "value": [2.9, 3.0]}
+
+
+def test_evaluations_of_training_and_of_the_command(sparse: Path) -> None:
+    charts = charts_of(sparse)
+    held = {part["kind"]: part for part in charts["held-out"].tables["sparse"]["parts"]}
+    assert set(held) == {f"{a}, {n} tokens" for a in ("train", "dense") for n in ("1K", "4K")}
+    assert held["train, 4K tokens"]["step"] == [0, 4, 8]
+    assert held["train, 4K tokens"]["value"] == pytest.approx([5.4096, 4.9096, 4.4096], rel=1e-4)
+    position = charts["by-position"].tables["sparse"]["parts"][1]
+    assert position["position"] == [512, 1536, 2560, 3584]
+    assert position["value"] == evaluation(8, 4.0)["held_out"][1]["by_position"]
+    needles = charts["needles"].tables["sparse: small, train, needle_words"]
+    assert needles == {"x": ["1K", "4K"], "y": ["0%", "50%", "100%"], "z": [[100, 100], [0, 0], [0, 0]]}
+
+
+def test_every_chart_draws_on_paper(sparse: Path, dense: Path) -> None:
+    drawn = [chart for chart in charts_of(sparse, dense).values() if chart.tables]
+    assert len(drawn) == 23
+    for chart in drawn:
+        svg = vl_convert.vegalite_to_svg(filled(chart))
+        assert re.search(r'mark-(line|rect).*?<path[^>]* d="M', svg, re.DOTALL), chart.name
+
+
+def test_a_long_curve_keeps_its_extremes() -> None:
+    values = [0.0] * 10_000
+    values[4321], values[4322] = 50.0, -50.0
+    columns = bucketed(range(1, 10_001), values, 100)
+    assert len(columns["step"]) == 100 and columns["step"][-1] == 10_000
+    assert max(columns["high"]) == 50 and min(columns["low"]) == -50
+    assert sum(columns["value"]) == 0
+    assert "low" not in bucketed([1, 2], [1.0, 2.0], 2)
+
+
+def test_differences_are_of_equal_steps() -> None:
+    mine = [{"step": step, "loss": 2.0 * step} for step in (2, 3, 4)]
+    base = [{"step": step, "loss": 1.0 * step} for step in (1, 2, 4)]
+    assert difference(mine, base, "loss", 10) == {"step": [2, 4], "value": [2.0, 4.0]}
+
+
+def test_heat_averages_buckets_of_records() -> None:
+    records = [{"step": step, "v": [step, None if step < 3 else 1]} for step in (1, 2, 3, 4)]
+    assert heat(records, "v", 2) == {"x": [0, 2, 4], "y": [0, 1], "z": [[1.5, 3.5], [None, 1]]}
+    assert heat([{"step": 1}], "v", 2) == {}
+
+
+def test_the_page_needs_nothing_else_and_holds_every_table(sparse: Path, dense: Path, tmp_path: Path) -> None:
+    (page,) = write_report([sparse, dense], tmp_path / "out")
+    text = page.read_text()
+    outside = re.findall(r"""(?:src|href)=["'](?!#)[^"']*["']""", text.partition("<script>")[0])
+    assert outside == []
+    data = packed(page)
+    assert len(data["charts"]) == 23 and all(chart["tables"] for chart in data["charts"])
+    assert "train.lr" not in text.partition("Options that differ")[0]
+    assert '<th scope="row">pattern.name</th><td>vertical_slash</td><td>dense</td>' in text
+    assert "H100" in text and "+0.0200" in text and "needle_words" in text
+
+
+def test_figures_are_vector_files(sparse: Path, tmp_path: Path) -> None:
+    written = write_report([sparse], tmp_path / "out", tmp_path / "figures")
+    assert {path.suffix for path in written[:-1]} == {".svg", ".pdf"}
+    assert (tmp_path / "figures/loss.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_killed_run_shows_what_it_has(sparse: Path) -> None:
+    with open(sparse / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(step_record(8, "vertical_slash") | {"loss": 9.0}) + '\n{"step": 9, "lo')
+    (sparse / "balance.json").write_text("{")
+    (sparse / "about.json").unlink()
+    run = read_run(sparse, "sparse")
+    assert [record["step"] for record in run.steps] == list(range(1, 9)) and run.steps[-1]["loss"] == 9.0
+    told = "; ".join(run.missing)
+    assert "1 of 13 lines" in told and "1 records were written again" in told
+    assert "balance.json cannot be read" in told and "no about.json" in told
+    charts = charts_of(sparse)
+    assert charts["loss"].tables and charts["load-zigzag"].missing == ["measured in no run"]
+
+
+def test_values_that_are_no_numbers_are_left_out(sparse: Path, tmp_path: Path) -> None:
+    broken = [
+        {"step": 1, "loss": float("nan"), "layer_density": "x", "ring_forward_compute": 3, "memory": True},
+        {"step": 2, "loss": 1.5, "layer_density": [None, "a", 0.5], "uncovered_by_distance": [1]},
+        {"step": "<script>alert(1)</script>", "loss": 1.0}, [], {"loss": 1},
+        {"step": 2, "evaluation": "x", "held_out": [1, {"loss": "a"}], "suites": 3},
+    ]  # fmt: skip
+    write(sparse, broken)
+    (sparse / "config.yaml").write_text("- a list\n")
+    (sparse / "balance.json").write_text(
+        json.dumps({"layouts": [{"layout": "zigzag", "load": [[1], [1, 2]]}, 3]})
+    )
+    (page,) = write_report([sparse], tmp_path / "out")
+    loss = next(chart for chart in packed(page)["charts"] if chart["name"] == "loss")
+    assert loss["tables"] == {"sparse": {"step": [2], "value": [1.5]}}
+    assert "alert(1)" not in page.read_text()
+    assert "3 of 6 lines" in page.read_text() and "1 steps have no finite loss" in page.read_text()
+
+
+def test_names_are_text(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a<script>alert(1)<")
+    (page,) = write_report([folder], tmp_path / "out")
+    assert "<script>alert" not in page.read_text() and "a&lt;script&gt;" in page.read_text()
+    assert list(packed(page)["charts"][0]["tables"]) == ["a<script>alert(1)<"]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = read_runs([make_run(tmp_path / "a/run"), make_run(tmp_path / "b/run")])
+    assert [run.name for run in runs] == ["a/run", "b/run"]
+    with pytest.raises(UserError, match="a run is named twice"):
+        read_runs([tmp_path / "a/run", tmp_path / "a/run"])
+
+
+def test_folders_without_anything_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no folder"):
+        write_report([tmp_path / "none"], tmp_path / "out")
+    with pytest.raises(UserError, match="holds neither"):
+        write_report([tmp_path], tmp_path / "out")
+
+
+def test_watching_ends_with_the_runs(sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    waited: list[float] = []
+
+    def one_step_more(seconds: float) -> None:
+        waited.append(seconds)
+        assert packed(tmp_path / "out/report.html")["refresh"] == 3
+        records = [step_record(step, "vertical_slash") for step in range(1, 9 + len(waited))]
+        write(sparse, records)
+
+    monkeypatch.setattr("time.sleep", one_step_more)
+    watch_report([sparse], tmp_path / "out", 3, told.append)
+    assert waited == [3, 3] and told[-1].endswith("no run goes on")
+    assert packed(tmp_path / "out/report.html")["refresh"] == 0
+
+
+@pytest.mark.slow
+def test_twenty_long_runs_stay_under_five_megabytes(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "run0", steps=10_000, planned=10_000, every=10)
+    folders = [first]
+    for number in range(1, 20):
+        folders.append(tmp_path / f"run{number}")
+        shutil.copytree(first, folders[-1])
+    (page,) = write_report(folders, tmp_path / "out")
+    assert page.stat().st_size < 5_000_000
+    assert len(packed(page)["charts"][0]["tables"]) == 20

@@ -16,13 +16,14 @@ from mtraining.cli.env import env
 from mtraining.cli.evaluate import evaluate
 from mtraining.cli.export import export
 from mtraining.cli.generate import generate
+from mtraining.cli.inspect import inspect
 from mtraining.cli.plan import plan
 from mtraining.cli.prepare import prepare
 from mtraining.cli.report import report
 from mtraining.cli.train import train
 from mtraining.errors import SAVED, RunStopped, UserError
 
-COMMANDS = (train, plan, prepare, calibrate, export, generate, evaluate, report, demo, env)
+COMMANDS = (train, plan, prepare, calibrate, export, generate, evaluate, report, inspect, demo, env)
 
 app = typer.Typer(
     name="mtraining",

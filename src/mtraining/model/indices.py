@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
 from mtraining.kernel import SparseIndex
+from mtraining.model.key_coverage import key_coverage, overlap, unread_by_distance
 from mtraining.pattern import Pattern, SequenceShard
 from mtraining.ring import Ring
 
@@ -104,6 +105,12 @@ class IndexMemory:
         # uint8 (q_heads, num_blocks), of each block distance: _JOINED, _MISSED or _ABSENT. In this step, and so far.
         self._now: dict[int, Tensor] = {}
         self._ever: dict[int, Tensor] = {}
+        # uint8 (bands, q_heads, keys), as `key_coverage` has it.
+        self._keys_now: dict[int, Tensor] = {}
+        self._keys_ever: dict[int, Tensor] = {}
+        # The first index of each layer, in this step and in the one before.
+        self._used: dict[int, SparseIndex] = {}
+        self._used_before: dict[int, SparseIndex] = {}
 
     @property
     def in_step(self) -> bool:
@@ -115,14 +122,17 @@ class IndexMemory:
         self._step = step
         self._fresh.clear()
         self._now.clear()
+        self._keys_now.clear()
+        self._used_before, self._used = self._used, {}
         try:
             yield
         finally:
             self._step = None
-        for layer, now in self._now.items():
-            ever = self._ever.get(layer)
-            again = ever is not None and ever.shape == now.shape
-            self._ever[layer] = torch.maximum(ever, now) if again and ever is not None else now.clone()
+        for current, so_far in ((self._now, self._ever), (self._keys_now, self._keys_ever)):
+            for layer, now in current.items():
+                ever = so_far.get(layer)
+                again = ever is not None and ever.shape == now.shape
+                so_far[layer] = torch.maximum(ever, now) if again and ever is not None else now.clone()
         if self.refresh.holds and self.refresh.estimates(step):
             self._held, self._fresh = {n: self._from_first_replica(x) for n, x in self._fresh.items()}, {}
             self._held_step = step
@@ -185,8 +195,40 @@ class IndexMemory:
         """
         if self._step is None:
             return
-        seen = _distances(replace(index, starts=shard.starts), shard)
-        self._now[layer] = torch.maximum(self._now[layer], seen) if layer in self._now else seen
+        bounded = replace(index, starts=shard.starts)
+        for counted, seen in (
+            (self._now, _distances(bounded, shard)),
+            (self._keys_now, key_coverage(bounded, shard)),
+        ):
+            counted[layer] = torch.maximum(counted[layer], seen) if layer in counted else seen
+        if index.blocks is None:
+            self._used.setdefault(layer, index)
+
+    def moved(self) -> list[float]:
+        """By layer, the share of the last step's index that was already in the index of the step before.
+
+        :func:`mtraining.model.key_coverage.overlap` counts it, for the first sequence of the first replica. Empty
+        before the second step since training began or went on, and where shapes differ. Patterns that list blocks have
+        none, for their last index would be large to keep. Collective over the replicas.
+        """
+        pairs = [(self._used[n], self._used_before[n]) for n in sorted(self._used) if n in self._used_before]
+        if not pairs or any(now.diagonals.shape[1:] != then.diagonals.shape[1:] for now, then in pairs):
+            return []
+        counts = torch.stack([overlap(now, then) for now, then in pairs])
+        if self._dp_mesh is not None:
+            group = self._dp_mesh.get_group()
+            dist.broadcast(counts, src=dist.get_global_rank(group, 0), group=group)
+        return [round(share, 6) for share in (counts[:, 0] / counts[:, 1].clamp(min=1)).tolist()]
+
+    def unread(self) -> dict[str, list[float]]:
+        """Share of key positions that no query at a distance read, so that they got no gradient from there: in the last
+        step and in all so far, by band (below 1K tokens, 1K to 4K, 4K to 32K, beyond). Collective over all ranks.
+        """
+        found = {
+            "uncovered_by_distance": unread_by_distance(self._over_ranks(self._keys_now)),
+            "uncovered_run_by_distance": unread_by_distance(self._over_ranks(self._keys_ever)),
+        }
+        return {name: shares for name, shares in found.items() if shares}
 
     def uncovered(self, seq_len: int) -> dict[str, float]:
         """Share of the block distances that no tile of a head joined: their pairs had no slash to bring a gradient.
@@ -224,6 +266,8 @@ class IndexMemory:
                 state[f"blocks_{layer}"] = blocks.cpu()
         for layer, distances in self._over_ranks(self._ever).items():
             state[f"distances_{layer}"] = distances.cpu()
+        for layer, keys in self._over_ranks(self._keys_ever).items():
+            state[f"keys_{layer}"] = keys.cpu()
         return state
 
     def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
@@ -233,6 +277,8 @@ class IndexMemory:
             kind, _, layer = name.rpartition("_")
             if kind == "distances":
                 self._ever[int(layer)] = tensor.to(device)
+            elif kind == "keys":
+                self._keys_ever[int(layer)] = tensor.to(device)
             elif kind == "shape":
                 seq_len, block_size = tensor.tolist()
                 diagonals, columns = state[f"diagonals_{layer}"].bool(), state[f"columns_{layer}"]
@@ -255,7 +301,7 @@ class IndexMemory:
         return replace(index, diagonals=diagonals.bool(), columns=columns, blocks=blocks)
 
     def _over_ranks(self, by_layer: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Block distances that any rank of any replica has: for each layer, uint8 (q_heads, num_blocks)."""
+        """The largest value that any rank of any replica has, in each place: for each layer, uint8 of its shape."""
         joined = {layer: by_layer[layer].clone() for layer in sorted(by_layer)}
         ring = Ring.over(self._cp_mesh)
         for layer, distances in joined.items():

@@ -1,5 +1,5 @@
-"""Pictures and an HTML page from a run folder's files."""
+"""Pages to look at and to send: runs side by side, and a model's attention on one text."""
 
-from mtraining.report.page import write_report
+from mtraining.report.compare import watch_report, write_report
 
-__all__ = ["write_report"]
+__all__ = ["watch_report", "write_report"]

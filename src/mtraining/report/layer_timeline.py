@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mtraining.predict.ring import Simulated, Span
 from mtraining.predict.step_time import StepTime
-from mtraining.report.figures import new_figure
+from mtraining.report.drawing import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

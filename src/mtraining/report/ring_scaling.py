@@ -13,7 +13,7 @@ from mtraining.predict.plan import prescribed_pattern
 from mtraining.predict.ring import Network, Simulated
 from mtraining.predict.step_time import attention_passes
 from mtraining.predict.work import Index, LayerWork
-from mtraining.report.figures import new_figure
+from mtraining.report.drawing import new_figure
 from mtraining.report.layer_timeline import draw_spans
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ class AttentionStats:
         density: as `SparseIndex.density` has it, of the blocks that hold a real token; mean over heads.
         columns: mean columns a head.
         recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled.
+        recall_by_head: the same of each head, mean over the batch; empty when not sampled.
         balance: imbalance in the layout and ring in use.
         tile_work: float64 (ranks, sources), slash tiles, in the layout in use.
         index: the index itself, whole on every rank, e.g. to ask how another layout would balance it.
@@ -36,6 +37,7 @@ class AttentionStats:
     density: float
     columns: float
     recall: float | None
+    recall_by_head: list[float]
     balance: Imbalance
     tile_work: Tensor
     index: SparseIndex
@@ -78,16 +80,18 @@ def observe(
         real = index.upto(shard.covered(index.block_size))
     for observer in _observers:
         work = tile_work(index, plan.layout, plan.ring.world)
-        recall = None
+        recall, by_head = None, []
         if observer.recall_rows:
             chosen = torch.Generator().manual_seed(observer.seed + len(observer.stats))
             rows = torch.randint(shard.length, (observer.recall_rows,), generator=chosen).to(q.device)
-            recall = measure_recall(q, k, lse, rows, shard, scale).mean().item()
+            by_head = measure_recall(q, k, lse, rows, shard, scale).double().mean((0, 2)).tolist()
+            recall = sum(by_head) / len(by_head)
         observer.stats.append(
             AttentionStats(
                 density=real.density().mean().item(),
                 columns=real.column_counts.double().mean().item(),
                 recall=recall,
+                recall_by_head=by_head,
                 balance=imbalance(work, plan.ring.outer),
                 tile_work=work,
                 index=index,

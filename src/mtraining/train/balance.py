@@ -19,7 +19,7 @@ from mtraining.train.config import Config
 from mtraining.train.mesh import Process
 
 BALANCE = "balance.json"
-COMPARED_LAYOUTS = ("zigzag", "striped")
+COMPARED_LAYOUTS = ("contiguous", "zigzag", "striped")
 COMPARED_WORLDS = (8, 32)  # besides the run's own number of context-parallel ranks
 
 
@@ -27,7 +27,8 @@ def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
     """The attention part of a metrics record; empty when not observed.
 
     Density and recall are means over the layers whose pattern chose, and absent where all layers have windows. Density
-    by layer is of every layer, 1.0 of one with a window, and imbalance is a mean over all layers.
+    by layer is of every layer, 1.0 of one with a window, and imbalance is a mean over all layers. Recall by layer and by
+    head is of every layer too.
     """
     if not layers:
         return {}
@@ -42,6 +43,8 @@ def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
     recalls = [layer.recall for layer in sparse if layer.recall is not None]
     if recalls:
         record["recall"] = _mean(recalls)
+        record["layer_recall"] = [1.0 if layer.recall is None else layer.recall for layer in layers]
+        record["recall_by_head"] = [[round(recall, 4) for recall in layer.recall_by_head] for layer in layers]
     return record
 
 
@@ -64,7 +67,7 @@ def ring_record(timeline: Timeline, process: Process) -> dict[str, Any]:
 
 
 def write_balance(config: Config, step: int, layers: Sequence[AttentionStats]) -> None:
-    """Write `balance.json` into the run folder: the index of this step under zigzag and striped layouts.
+    """Write `balance.json` into the run folder: the index of this step under contiguous, zigzag and striped layouts.
 
     For the run's number of ranks and for larger rings that divide the sequence: `load` is the mean tile work of a
     layer, by rank and ring step; `worker` and `step` are imbalance degrees (max / mean), means over layers.

@@ -26,6 +26,7 @@ from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, build_model, export_model, parallelize
 from mtraining.model.support import head_dim_of
 from mtraining.ring import Timeline
+from mtraining.train.about import write_about
 from mtraining.train.balance import attention_record, ring_record, write_balance
 from mtraining.train.checkpoint import Checkpointer
 from mtraining.train.checks import check_config, check_same_tiles, check_table, rounding_warning
@@ -175,6 +176,8 @@ def _steps(
     )
     memory = MemoryLog(config, model.hf_model, process.device, display.tell) if writer is not None else None
     predicted = TimeLog(config, model.hf_model, process.device, display.tell) if writer is not None else None
+    if memory is not None:
+        write_about(config.output, process.device, process.world, memory.prediction)
 
     def evaluated(step: int) -> bool:
         """Evaluate where it is due, and save where the best checkpoint is kept and this is it; False: given up."""
@@ -291,7 +294,7 @@ def _record(
         "step_seconds": seconds,
         "memory": _peak_memory(device),
     }
-    return record | attention_record(result.attention) | result.uncovered
+    return record | attention_record(result.attention) | result.telemetry
 
 
 def _peak_memory(device: torch.device) -> int:

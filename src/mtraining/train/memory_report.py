@@ -86,10 +86,10 @@ class MemoryLog:
         self, config: Config, hf_model: Any, device: torch.device, tell: Callable[[str], None]
     ) -> None:
         self._device, self._tell, self._steps = device, tell, 0
-        self._prediction: Prediction | None = None
+        self.prediction: Prediction | None = None
         try:
-            self._prediction = predict_config(config, hf_model)
-            tell(render(self._prediction))
+            self.prediction = predict_config(config, hf_model)
+            tell(render(self.prediction))
             evaluation = predict_evaluations(config, hf_model)
             if evaluation is not None:
                 tell(f"{render(evaluation[1])}: {evaluation[0]}")
@@ -100,7 +100,7 @@ class MemoryLog:
         """After every step."""
         self._steps += 1
         if self._steps == 2 and self._device.type == "cuda":
-            self._tell(render_measured(self._prediction, torch.cuda.max_memory_allocated(self._device)))
+            self._tell(render_measured(self.prediction, torch.cuda.max_memory_allocated(self._device)))
 
 
 def render(prediction: Prediction) -> str:

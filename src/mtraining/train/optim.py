@@ -71,6 +71,16 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+def layer_gradient_norms(layers: Iterable[nn.Module]) -> torch.Tensor:
+    """:func:`gradient_norm` of each layer: fp32 (layers,), 0 for one without gradients. Collective when sharded."""
+    norms = []
+    for layer in layers:
+        parameters = [parameter for parameter in layer.parameters() if parameter.grad is not None]
+        norms.append(gradient_norm(parameters).float() if parameters else None)
+    zero = next((torch.zeros_like(norm) for norm in norms if norm is not None), torch.zeros(()))
+    return torch.stack([zero if norm is None else norm for norm in norms])
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, limit: float | None) -> None:
     """Scale all gradients so that their global norm is at most `limit`; None leaves them alone, and so does a norm that
     is not finite, so that one can still see where they went wrong."""

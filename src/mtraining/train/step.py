@@ -13,16 +13,23 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
 from mtraining.model import ParallelLM
+from mtraining.model.support import layers_of
 from mtraining.ring import AttentionStats, Observer
 from mtraining.train.mesh import Process
-from mtraining.train.optim import clip_gradients, gradient_norm, set_learning_rate, step_where_finite
+from mtraining.train.optim import (
+    clip_gradients,
+    gradient_norm,
+    layer_gradient_norms,
+    set_learning_rate,
+    step_where_finite,
+)
 from mtraining.train.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -51,7 +58,7 @@ class StepResult:
     lr: float
     stop: bool = False
     attention: list[AttentionStats] = field(default_factory=list)
-    uncovered: dict[str, float] = field(default_factory=dict)
+    telemetry: dict[str, Any] = field(default_factory=dict)
 
 
 class Stepper:
@@ -111,11 +118,11 @@ class Stepper:
                     attention = list(observer.stats)
                 share.backward()
                 local += share.detach().double()
-        uncovered = self._model.indices.uncovered(self._options.seq_len) if observe else {}
         asked = local.new_zeros(()) if stop is None else stop.to(device, non_blocking=True)
         loss, stops = self._process.sum(torch.stack([local, asked])).unbind()
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         norm = gradient_norm(parameters)
+        telemetry = self._telemetry() if observe else {}
         clip_gradients(parameters, norm, self._options.clip)
         lr = learning_rate(step, self._options)
         set_learning_rate(self._optimizer, lr)
@@ -139,8 +146,21 @@ class Stepper:
             lr=lr,
             stop=stops_seen > 0,
             attention=attention,
-            uncovered=uncovered,
+            telemetry=telemetry,
         )
+
+    def _telemetry(self) -> dict[str, Any]:
+        """What a logged step says besides (docs/see.md): coverage and stability of indices, gradient norms of
+        layers. Collective, and waits for the device."""
+        indices = self._model.indices
+        found: dict[str, Any] = {**indices.uncovered(self._options.seq_len), **indices.unread()}
+        stability = indices.moved()
+        if stability:
+            found["layer_stability"] = stability
+        norms = layer_gradient_norms(layers_of(self._model.hf_model))
+        # JSON has no infinity; the gradient norm itself stops a run that is not finite.
+        found["layer_grad_norm"] = [norm if math.isfinite(norm) else None for norm in norms.tolist()]
+        return found
 
     def _refuse_inputs(self, step: int, pieces: list[dict[str, Tensor]]) -> None:
         """Where the loss is not finite: say so if a rank's batches are why. All ranks raise alike."""

@@ -253,11 +253,16 @@ def _cannot_begin(opening: Opening, name: str, ids: Path, error: Exception) -> s
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The curves of a record of `metrics.jsonl`: a list, of values by layer, is one curve an entry."""
+    """The curves of a record of `metrics.jsonl`.
+
+    A list, of values by layer, is one curve an entry, and a list of lists, by layer and head, one an entry of each.
+    None, for a value that is not finite, has no point.
+    """
     found: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, list):
-            found |= {f"{key}/{index:02d}": item for index, item in enumerate(value)}
+            inner = {f"{key}/{index:02d}": item for index, item in enumerate(value) if item is not None}
+            found |= numbers(inner)
         elif isinstance(value, (int, float)) and key != "step":
             found[key] = value
     return found

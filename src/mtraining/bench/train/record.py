@@ -101,7 +101,7 @@ def draw(rows: Sequence[TrainRow], path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    from mtraining.report.figures import new_figure
+    from mtraining.report.drawing import new_figure
 
     figure = new_figure(figsize=(8, 0.8 + 0.32 * len(rows)))
     axes = figure.subplots()

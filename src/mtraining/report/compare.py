@@ -1,0 +1,178 @@
+"""`mtraining report`: runs side by side on one page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mtraining.report.chart import Chart
+from mtraining.report.charts import build_charts, dense_run
+from mtraining.report.evaluated import score_table
+from mtraining.report.figures import write_figures
+from mtraining.report.page import Section, html_table, page, write_page
+from mtraining.report.runs import Run, duration, known, read_runs
+from mtraining.report.specs import colour_of
+
+REPORT = "report.html"
+# Sections by the charts that they hold.
+_SECTIONS = (
+    ("training", "Training", ("loss", "loss-difference", "throughput", "gradient-norm")),
+    ("quality", "Held-out loss and scores", ("held-out", "by-position", "suites", "needles")),
+    ("sparsity", "Sparsity by layer", ("density", "recall", "recall-heads", "stability", "layer-gradient")),
+    ("coverage", "Coverage by distance", ("coverage-step", "coverage-run")),
+    ("balance", "Load of ranks and ring steps", ("load-contiguous", "load-zigzag", "load-striped")),
+    ("ring-section", "Ring", ("ring", "exposed", "worker-imbalance", "step-imbalance")),
+    ("memory-section", "Memory", ("memory",)),
+)
+
+
+def write_report(
+    folders: Sequence[Path], out: Path, figures: Path | None = None, refresh: int = 0
+) -> list[Path]:
+    """Compare runs on one page, `report.html` in the folder ``out``.
+
+    Args:
+        folders: run folders, or folders of evaluation results.
+        figures: a folder for every chart as SVG and PDF; None for none.
+        refresh: seconds after which the page loads itself again while a browser shows it; 0 for never.
+
+    Returns:
+        the files written, the page last.
+
+    Raises:
+        UserError: a folder that does not exist, no folder with anything to show, or vl-convert missing.
+    """
+    runs = read_runs(folders)
+    charts = build_charts(runs)
+    path = out / REPORT
+    write_page(compare(runs, charts, refresh), path)
+    written = write_figures(charts, figures) if figures is not None else []
+    return [*written, path]
+
+
+def watch_report(folders: Sequence[Path], out: Path, seconds: int, tell: Callable[[str], None]) -> None:
+    """Write the report again every so many seconds, until no run goes on; the page loads itself again meanwhile."""
+    while any(run.state in ("running", "no step yet") for run in read_runs(folders)):
+        (path,) = write_report(folders, out, refresh=seconds)
+        tell(f"wrote {path}")
+        time.sleep(seconds)
+    (path,) = write_report(folders, out)
+    tell(f"wrote {path}; no run goes on")
+
+
+def compare(runs: Sequence[Run], charts: Sequence[Chart], refresh: int = 0) -> str:
+    """The page of some runs."""
+    by_name = {chart.name: chart for chart in charts}
+    trained = [run.name for run in runs if run.steps]
+    sections = [Section("summary", "Summary", _summary(runs) + _missing(runs))]
+    for name, title, holds in _SECTIONS:
+        section = Section(name, title, charts=[by_name[one] for one in holds], three=name == "balance")
+        sections.append(section)
+        if name == "quality":
+            heads, lines = score_table(runs)
+            section.body = html_table(heads, lines, "Scores by task and length") if lines else ""
+    sections.append(Section("options", "Options that differ", _options(runs)))
+    sections.append(Section("environment", "Environment", _environment(runs)))
+    title = ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
+    made = datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return page(
+        title,
+        f'<p class="soft">Runs of MTraining, as of {made}.</p>',
+        sections,
+        {name: colour_of(place) for place, name in enumerate(trained)},
+        smooths=bool(trained),
+        refresh=refresh,
+    )
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    base = dense_run(runs)
+    heads = ["run", "state", "step", "left", "pattern", "loss", "to dense", "held-out loss", "tokens/s", "density",
+             "recall", "ring waits"]  # fmt: skip
+    lines = []
+    for run in runs:
+        losses = known(run.evaluations, "held_out_loss")
+        left = run.seconds_left
+        going = run.state == "running" and left is not None
+        lines.append(
+            [
+                run.name,
+                run.state,
+                f"{run.done}/{run.planned}" if run.planned else str(run.done or "-"),
+                duration(left) if going and left is not None else "-",
+                run.pattern or "-",
+                _last(run, "loss", "{:.4f}"),
+                _to_dense(run, base),
+                f"{losses[-1]:.4f}" if losses else "-",
+                _last(run, "tokens_per_second", "{:,.0f}"),
+                _last(run, "density", "{:.1%}"),
+                _last(run, "recall", "{:.1%}"),
+                _last(run, "ring_exposed_fraction", "{:.1%}"),
+            ]
+        )
+    return html_table(heads, lines, "The last value of each run", breaks=False)
+
+
+def _last(run: Run, name: str, shown: str) -> str:
+    values = known(run.steps, name)
+    return shown.format(values[-1]) if values else "-"
+
+
+def _to_dense(run: Run, base: Run | None) -> str:
+    """Mean difference of loss over the last tenth of the steps that both have."""
+    if base is None or run is base:
+        return "-"
+    there = {record["step"]: known([record], "loss") for record in base.steps}
+    pairs = [
+        (mine[0], other[0])
+        for record in run.steps
+        if (mine := known([record], "loss")) and (other := there.get(record["step"]))
+    ]
+    last = pairs[-max(1, len(pairs) // 10) :] if pairs else []
+    return f"{sum(mine - other for mine, other in last) / len(last):+.4f}" if last else "-"
+
+
+def _missing(runs: Sequence[Run]) -> str:
+    lines = [[run.name, "; ".join(run.missing)] for run in runs if run.missing]
+    return html_table(["run", "missing"], lines, "What the folders lack") if lines else ""
+
+
+def _flat(options: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(options, dict) or not options:
+        return {prefix.rstrip("."): str(options)} if prefix else {}
+    return {
+        key: value for name, part in options.items() for key, value in _flat(part, f"{prefix}{name}.").items()
+    }
+
+
+def _differing(facts: Sequence[dict[str, str]], names: Sequence[str]) -> list[list[str]]:
+    """A line for each fact that is not the same in all runs, a cell for each run."""
+    keys = dict.fromkeys(key for one in facts for key in one)
+    lines = [[key, *(one.get(key, "-") for one in facts)] for key in keys]
+    return [line for line in lines if len(set(line[1:])) > 1 or len(names) == 1]
+
+
+def _options(runs: Sequence[Run]) -> str:
+    known_runs = [run for run in runs if run.config]
+    if not known_runs:
+        return "<p class='soft'>No run has a configuration that can be read.</p>"
+    names = [run.name for run in known_runs]
+    lines = _differing([_flat(run.config) for run in known_runs], names)
+    if not lines:
+        return "<p>All options are the same.</p>"
+    return html_table(
+        ["option", *names], lines, "Options" if len(names) == 1 else "Options that differ between runs"
+    )
+
+
+def _environment(runs: Sequence[Run]) -> str:
+    facts = {run.name: run.about.get("environment") for run in runs}
+    shown = {name: _flat(fact) for name, fact in facts.items() if isinstance(fact, dict)}
+    if not shown:
+        return "<p class='soft'>No run has written down its environment.</p>"
+    keys = dict.fromkeys(key for one in shown.values() for key in one)
+    lines = [[key, *(one.get(key, "-") for one in shown.values())] for key in keys]
+    return html_table(["", *shown], lines, "Versions and devices")

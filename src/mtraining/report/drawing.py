@@ -1,0 +1,26 @@
+"""Figures that need no display, drawn with matplotlib: for files beside other output, not for pages."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from mtraining.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(**options: Any) -> Figure:
+    """A figure that needs no display.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "report: drawing needs matplotlib, which is not installed; pip install 'mtraining[report]'."
+        )
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained", **options)

@@ -1,0 +1,316 @@
+"""Charts as Vega-Lite specifications, without their data.
+
+A specification is a mapping that the page hands to Vega-Lite in the browser, and vl-convert to Vega-Lite on paper. Its
+data has a row a mark: `series.py` and `charts.py` say with which fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Spec = dict[str, Any]
+
+HEIGHT = 260
+# Told apart with any colour vision for the first eight (Okabe and Ito); later runs are dashed as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
+_LEGEND = {"orient": "bottom", "columns": 2, "labelLimit": 150, "symbolType": "stroke"}
+DASHES = ([1, 0], [6, 3], [2, 2])
+
+
+def colour_of(number: int) -> str:
+    """The colour of a run by its place."""
+    return COLOURS[number % len(COLOURS)]
+
+
+def _by_run(runs: Sequence[str], kinds: Sequence[str]) -> tuple[Spec, Spec]:
+    """Encodings of all marks, which tell runs apart by colour, and of lines, by dashes for kinds or rounds of
+    colours."""
+    dashed: Spec = {}
+    channels: Spec = {
+        "color": {
+            "field": "run",
+            "type": "nominal",
+            "title": None,
+            "scale": {"domain": list(runs), "range": [colour_of(place) for place in range(len(runs))]},
+            "legend": _LEGEND if len(runs) > 1 else None,
+        },
+        "detail": [{"field": "run"}],
+    }
+    if len(kinds) > 1:
+        dashed["strokeDash"] = {
+            "field": "kind",
+            "type": "nominal",
+            "title": None,
+            "scale": {"domain": list(kinds)},
+            "legend": _LEGEND | {"symbolStrokeColor": "#7f7f7f"},
+        }
+        channels["detail"].append({"field": "kind"})
+    elif len(runs) > len(COLOURS):
+        dashes = [DASHES[place // len(COLOURS) % len(DASHES)] for place in range(len(runs))]
+        dashed["strokeDash"] = {
+            "field": "run", "scale": {"domain": list(runs), "range": dashes}, "legend": None,
+        }  # fmt: skip
+    return channels, dashed
+
+
+def lines(
+    x: str, y: str, runs: Sequence[str], kinds: Sequence[str] = (), x_field: str = "step", zero: bool = False
+) -> Spec:
+    """Curves by run: rows with ``run``, ``x_field``, ``value``, and ``low``, ``high`` of what a point stands for.
+
+    Args:
+        x, y: titles of the axes, with units.
+        kinds: what a run's several curves are called, in rows' ``kind``.
+        zero: the axis of ``y`` begins at 0.
+    """
+    value = {"field": "value", "type": "quantitative", "title": y, "scale": {"zero": zero}}
+    shown = [
+        {"field": "run", "title": "run"},
+        {"field": x_field, "type": "quantitative", "title": x, "format": ",.6~g"},
+        {"field": "value", "type": "quantitative", "title": y, "format": ",.5~g"},
+    ]
+    shown += [{"field": "kind", "title": "of"}] if len(kinds) > 1 else []
+    ends = [
+        {"field": name, "type": "quantitative", "title": title, "format": ",.5~g"}
+        for name, title in (("low", "least of its steps"), ("high", "greatest of its steps"))
+    ]
+    near = {
+        "name": "near",
+        "select": {"type": "point", "on": "pointermove", "nearest": True, "clear": "pointerout"},
+    }
+    channels, dashed = _by_run(runs, kinds)
+    return {
+        "height": HEIGHT,
+        "encoding": {"x": {"field": x_field, "type": "quantitative", "title": x}, **channels},
+        "layer": [
+            {
+                "name": "band",  # the page leaves it out where no point stands for several steps
+                "transform": [{"filter": "isValid(datum.low)"}],
+                "mark": {"type": "area", "opacity": 0.18, "aria": False},
+                "encoding": {"y": value | {"field": "low"}, "y2": {"field": "high"}},
+            },
+            {
+                "mark": {"type": "line", "strokeWidth": 1.8, "aria": False, "point": False},
+                "encoding": {"y": value, **dashed},
+            },
+            {
+                "params": [near],
+                "mark": {"type": "point", "filled": True, "size": 45, "aria": False},
+                "encoding": {
+                    "y": value,
+                    "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0},
+                    "tooltip": [*shown, *ends],
+                },
+            },
+        ],
+    }
+
+
+def heat(x: str, y: str, value: str, domain: tuple[float, float] | None = None) -> Spec:
+    """Cells over steps: rows with ``x``, ``x2`` (edges), ``y`` and ``value``."""
+    return _cells(
+        {
+            "x": {"field": "x", "type": "quantitative", "title": x, "scale": {"nice": False, "zero": False}},
+            "x2": {"field": "x2"},
+        },
+        [{"field": "x2", "title": x, "format": ",d"}],
+        y,
+        value,
+        domain,
+    )
+
+
+def cells(
+    x: str, y: str, value: str, domain: tuple[float, float] | None = None, scheme: str = "viridis"
+) -> Spec:
+    """Cells in a table: rows with ``x``, ``y`` and ``value``."""
+    axis = {"labelOverlap": "greedy", "labelAngle": 0}
+    return _cells(
+        {"x": {"field": "x", "type": "ordinal", "title": x, "axis": axis, "sort": None}},
+        [{"field": "x", "title": x}],
+        y,
+        value,
+        domain,
+        scheme,
+    )
+
+
+def _cells(
+    x: Spec,
+    told: list[Spec],
+    y: str,
+    value: str,
+    domain: tuple[float, float] | None,
+    scheme: str = "viridis",
+) -> Spec:
+    scale: Spec = {"scheme": scheme}
+    if domain is not None:
+        scale |= {"domain": list(domain), "clamp": True}
+    legend = {"orient": "top", "gradientLength": 180, "gradientThickness": 10}
+    return {
+        "height": HEIGHT,
+        "mark": {"type": "rect", "aria": False},
+        "encoding": {
+            **x,
+            "y": {"field": "y", "type": "ordinal", "title": y, "axis": {"labelOverlap": "greedy"}, "sort": None},
+            "color": {
+                "field": "value", "type": "quantitative", "title": value, "scale": scale, "legend": legend,
+            },
+            "tooltip": [
+                *told,
+                {"field": "y", "title": y},
+                {"field": "value", "type": "quantitative", "title": value, "format": ",.4~g"},
+            ],
+        },
+    }  # fmt: skip
+
+
+def timeline() -> Spec:
+    """Stretches of time: rows with ``phase``, ``ring_step``, ``what``, ``start`` and ``end`` in ms."""
+    return {
+        "height": 140,
+        "mark": {"type": "bar", "aria": False, "height": {"band": 0.7}},
+        "encoding": {
+            "x": {"field": "start", "type": "quantitative", "title": "ms (mean of ranks, all layers)"},
+            "x2": {"field": "end"},
+            "y": {"field": "phase", "type": "nominal", "title": None, "sort": ["forward", "backward"]},
+            "color": {
+                "field": "what",
+                "type": "nominal",
+                "title": None,
+                "scale": {
+                    "domain": ["computing", "waiting for transfers"],
+                    "range": [COLOURS[0], COLOURS[1]],
+                },
+                "legend": {"orient": "top"},
+            },
+            "tooltip": [
+                {"field": "phase", "title": "pass"},
+                {"field": "ring_step", "title": "ring step"},
+                {"field": "what", "title": "what"},
+                {"field": "duration", "type": "quantitative", "title": "ms", "format": ",.4~g"},
+            ],
+        },
+    }
+
+
+def bars(x: str, runs: int, groups: Sequence[str]) -> Spec:
+    """Bars by run: rows with ``run``, ``kind`` (one of ``groups``) and ``value``."""
+    return {
+        "height": 40 + 14 * len(groups) * runs,
+        "mark": {"type": "bar", "aria": False},
+        "encoding": {
+            "y": {
+                "field": "run",
+                "type": "nominal",
+                "title": None,
+                "sort": None,
+                "axis": {"labelLimit": 140},
+            },
+            "yOffset": {"field": "kind", "sort": list(groups)},
+            "x": {"field": "value", "type": "quantitative", "title": x, "scale": {"zero": True}},
+            "color": {
+                "field": "kind",
+                "type": "nominal",
+                "title": None,
+                "scale": {"domain": list(groups), "range": list(COLOURS[: len(groups)])},
+                "legend": {"orient": "top"},
+            },
+            "tooltip": [
+                {"field": "run", "title": "run"},
+                {"field": "kind", "title": "of"},
+                {"field": "value", "type": "quantitative", "title": x, "format": ",.4~g"},
+            ],
+        },
+    }
+
+
+def heads() -> Spec:
+    """A point a head: rows with ``layer``, ``head``, ``density`` and ``value`` (recall), in percent."""
+    percent = {"type": "quantitative", "scale": {"zero": False}}
+    return {
+        "height": HEIGHT,
+        "mark": {"type": "point", "filled": True, "size": 40, "aria": False},
+        "encoding": {
+            "x": {"field": "density", "title": "density (%)", **percent},
+            "y": {"field": "value", "title": "recall (%)", **percent},
+            "color": {
+                "field": "layer", "type": "quantitative", "scale": {"scheme": "viridis"},
+                "legend": {"orient": "top", "gradientLength": 180, "gradientThickness": 10},
+            },
+            "tooltip": [
+                {"field": "layer"},
+                {"field": "head"},
+                {"field": "density", "type": "quantitative", "title": "density (%)", "format": ",.4~g"},
+                {"field": "value", "type": "quantitative", "title": "recall (%)", "format": ",.4~g"},
+            ],
+        },
+    }  # fmt: skip
+
+
+def distances(bands: Sequence[str]) -> Spec:
+    """Stacked bars by distance: rows with ``x`` (a band), ``kind`` (kept or missed) and ``value`` in percent."""
+    return {
+        "height": HEIGHT,
+        "mark": {"type": "bar", "aria": False},
+        "encoding": {
+            "x": {
+                "field": "x", "type": "ordinal", "title": "distance (tokens)", "sort": list(bands),
+                "axis": {"labelAngle": -45},
+            },
+            "y": {"field": "value", "type": "quantitative", "title": "mass (%)"},
+            "color": {
+                "field": "kind", "type": "nominal", "title": None, "legend": {"orient": "top"},
+                "scale": {"domain": ["kept", "missed"], "range": [COLOURS[0], COLOURS[1]]},
+            },
+            "tooltip": [
+                {"field": "x", "title": "distance"},
+                {"field": "kind", "title": "of"},
+                {"field": "value", "type": "quantitative", "title": "mass (%)", "format": ",.3~g"},
+            ],
+        },
+    }  # fmt: skip
+
+
+def attention_map() -> Spec:
+    """Cells of keys and queries: rows with ``x``, ``y``, ``value`` (mass) and ``chosen``, both in percent."""
+    axis = {"labelOverlap": "greedy", "labelAngle": 0}
+    return {
+        "height": 420,
+        "encoding": {
+            "x": {"field": "x", "type": "ordinal", "title": "key (token)", "axis": axis},
+            "y": {"field": "y", "type": "ordinal", "title": "query (token)", "axis": {"labelOverlap": "greedy"}},
+            "tooltip": [
+                {"field": "y", "title": "queries from"},
+                {"field": "x", "title": "keys from"},
+                {"field": "value", "type": "quantitative", "title": "mass of a row (%)"},
+                {"field": "chosen", "type": "quantitative", "title": "computed (%)"},
+            ],
+        },
+        "layer": [
+            {
+                "mark": {"type": "rect", "aria": False},
+                "encoding": {
+                    "color": {
+                        "field": "value", "type": "quantitative", "title": "mass of a row (%)",
+                        "scale": {"scheme": "viridis", "type": "symlog", "constant": 0.1},
+                        "legend": {"orient": "top", "gradientLength": 180, "gradientThickness": 10},
+                    }
+                },
+            },
+            {
+                "transform": [{"filter": "datum.chosen > 0"}],
+                "mark": {
+                    "type": "point", "shape": "square", "filled": False, "stroke": COLOURS[1], "strokeWidth": 1,
+                    "opacity": 0.8, "aria": False,
+                },
+                "encoding": {
+                    "size": {
+                        "field": "chosen", "type": "quantitative", "title": "computed (%)",
+                        "scale": {"domain": [0, 100], "range": [4, 45]}, "legend": None,
+                    }
+                },
+            },
+        ],
+    }  # fmt: skip
