@@ -24,7 +24,8 @@ COMPARED_WORLDS = (8, 32)  # besides the run's own number of context-parallel ra
 
 
 def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
-    """The attention part of a metrics record: means over layers, density by layer too; empty when not observed."""
+    """The attention part of a metrics record: means over layers, density and recall by layer too; empty when not
+    observed."""
     if not layers:
         return {}
     record: dict[str, Any] = {
@@ -35,7 +36,7 @@ def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
     }
     recalls = [layer.recall for layer in layers if layer.recall is not None]
     if recalls:
-        record["recall"] = _mean(recalls)
+        record |= {"recall": _mean(recalls), "layer_recall": recalls}
     return record
 
 

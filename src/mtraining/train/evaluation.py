@@ -176,6 +176,8 @@ class Evaluation:
                         "perplexity": perplexity(total, count),
                         "bucket": width,
                         "by_position": (nll / tokens).tolist(),
+                        "documents": self._held.names(length),
+                        "by_sequence": (sums[:, 1] / sums[:, 0]).tolist(),
                     }
                 )
         return found
