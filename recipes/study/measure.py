@@ -66,25 +66,25 @@ def measure(study: Path, name: str, model: str, rope: Mapping[str, Any]) -> None
         samples=wanted["samples"],
         batch=wanted["batch"],
     )
+    done = {key for key, _ in results.lines()}
+    read = dict(ways(wanted["attention"], named, hf_model.config.num_hidden_layers))
     whole: Any = hf_model
-    for attention, pattern in ways(wanted["attention"], named, hf_model.config.num_hidden_layers):
-        began = time.perf_counter()
-        generator = Generator(whole, tokenizer, pattern=pattern, layout="striped")
-        whole = generator.model
-        done = {key for key, _ in results.lines()}
-        for number, document in enumerate(documents):
-            key = Key(name, attention, "text", document.name, wanted["seq_len"], number)
-            if key not in done:
-                record, indices = read_text(generator, document, wanted["seq_len"], wanted.get("bucket", 8192))
-                if number == 0:
-                    keep_indices(results.folder / f"indices-{attention}.npz", indices)
-                results.add(key, record)
-        copy = wanted["copy"]
-        for key, gap in copies(name, attention, copy, documents):
-            if key not in done:
-                results.add(key, copied(generator, documents[key.number].tokens, gap, copy["span"]))
-        evaluate(generator, name, attention, questions, maker, results, done)
-        print(f"{name}, read {attention}: {time.perf_counter() - began:.1f} s", flush=True)
+    # What is quick comes first, under every way of reading: time may run out.
+    for stage in ("text", "copy", "tasks"):
+        for attention, pattern in read.items():
+            began = time.perf_counter()
+            generator = Generator(whole, tokenizer, pattern=pattern, layout="striped")
+            whole = generator.model
+            if stage == "text":
+                _text(generator, name, attention, documents, wanted, results, done)
+            elif stage == "copy":
+                for key in copies(name, attention, wanted["copy"], documents):
+                    if key not in done:
+                        tokens = documents[key.number].tokens
+                        results.add(key, copied(generator, tokens, key.length, wanted["copy"]["span"]))
+            else:
+                evaluate(generator, name, attention, questions, maker, results, done)
+            print(f"{stage}, read {attention}: {time.perf_counter() - began:.1f} s", flush=True)
 
 
 def ways(
@@ -96,6 +96,25 @@ def ways(
     own = named.patterns(layers)
     if own is not None and own not in given.values() and not all(isinstance(one, Dense) for one in own):
         yield OWN, own
+
+
+def _text(
+    generator: Generator,
+    name: str,
+    attention: str,
+    documents: Sequence[Document],
+    wanted: Mapping[str, Any],
+    results: Results,
+    done: set[Key],
+) -> None:
+    for number, document in enumerate(documents):
+        key = Key(name, attention, "text", document.name, wanted["seq_len"], number)
+        if key in done:
+            continue
+        record, indices = read_text(generator, document, wanted["seq_len"], wanted["bucket"])
+        if number == 0:
+            keep_indices(results.folder / f"indices-{attention}.npz", indices)
+        results.add(key, record)
 
 
 @torch.no_grad()
@@ -125,11 +144,11 @@ def keep_indices(path: Path, indices: Sequence[SparseIndex]) -> None:
 
 def copies(
     name: str, attention: str, copy: Mapping[str, Any], documents: Sequence[Document]
-) -> Iterator[tuple[Key, int]]:
-    """Every repetition that is asked for: gap by gap, of as many documents as there are samples."""
+) -> Iterator[Key]:
+    """Every repetition that is asked for, its gap as the length: of as many documents as there are samples."""
     for gap in copy["gaps"]:
         for number in range(min(copy["samples"], len(documents))):
-            yield Key(name, attention, "copy", "copy", gap, number), gap
+            yield Key(name, attention, "copy", "copy", gap, number)
 
 
 def copied(generator: Generator, tokens: Sequence[int], gap: int, span: int) -> dict[str, Any]:

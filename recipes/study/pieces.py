@@ -65,9 +65,9 @@ def pieces_of(plan: Plan, study: Path, measured: bool = True) -> list[Piece]:
         rope = plan.config["model"].get("rope", {})
         command = (script, str(study), "base", plan.config["model"]["init"], json.dumps(rope))
         found.append(Piece("measure-base", command, plan.measure))
-    (study / "measure.yaml").write_text(
-        write_yaml({"seq_len": plan.config["train"]["seq_len"], **plan.measure}), encoding="utf-8"
-    )
+    train, evaluate = plan.config["train"], plan.config["evaluate"]
+    wanted = {"seq_len": train["seq_len"], "bucket": evaluate["bucket"], **plan.measure}
+    (study / "measure.yaml").write_text(write_yaml(wanted), encoding="utf-8")
     return found
 
 
