@@ -51,8 +51,10 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
     # A request to stop is passed on: pieces save what they have.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.stop())
-    complete = runner.run(found)
-    _summary(plan, args)
+    try:
+        complete = runner.run(found)
+    finally:
+        _summary(plan, args)
     if not complete:
         print("not everything is done; the same command goes on from here")
     return 0 if complete else SAVED

@@ -102,7 +102,9 @@ def read_plan(path: str | Path, smoke: bool = False, overrides: Sequence[str] = 
         raw = read_yaml(path.read_text(encoding="utf-8"), f"plan {path}")
     except OSError:
         plans = ", ".join(sorted(found.name for found in FOLDER.glob("*.yaml")))
-        raise UserError(f"--plan {path} cannot be read; give one of {plans}, or a file of your own.") from None
+        raise UserError(
+            f"--plan {path} cannot be read; give one of {plans}, or a file of your own."
+        ) from None
     missing = {"corpus", "config", "arms", "measure"} - set(raw or {})
     unknown = set(raw or {}) - set(_KEYS)
     if missing or unknown:

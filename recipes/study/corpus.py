@@ -78,7 +78,9 @@ def make(study: Path, corpus: Mapping[str, Any], seq_len: int, novels: Path | No
     done.append(prepare(options, progress=False))
     told = [summary.render(limit=3) for summary in done]
     if not works:
-        told.append("no novels were given (--novels): this study trains and is evaluated on source code alone")
+        told.append(
+            "no novels were given (--novels): this study trains and is evaluated on source code alone"
+        )
     return "\n".join(told)
 
 
