@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 
 from docs_pages import PAGES, ROOT, Block, blocks, command_lines
 from mtraining.pattern import build_pattern, load_table
-from mtraining.train.config import load_config, parse_config
+from mtraining.train.config import PatternSection, load_config, parse_config
 from mtraining.train.evaluate_section import EvaluateSection
 
 README = ROOT / "README.md"
@@ -173,7 +173,7 @@ def test_yaml_block_reads(block: Block, tmp_path: Path) -> None:
     if "train" in content:
         parse_config(content, source=block.where)
     elif set(content) == {"pattern"}:
-        build_pattern(**content["pattern"])
+        PatternSection(**content["pattern"])
     elif set(content) == {"evaluate"}:
         EvaluateSection(**content["evaluate"])
     elif set(content) == {"patterns", "layers"}:

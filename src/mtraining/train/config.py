@@ -26,7 +26,7 @@ from mtraining.data.windows import LOOK_AHEAD
 from mtraining.errors import UserError
 from mtraining.inputs.sections import Section, read_section
 from mtraining.inputs.yaml_text import read_yaml, write_yaml
-from mtraining.model import ModelOptions, Refresh
+from mtraining.model import Anneal, ModelOptions, Refresh
 from mtraining.pattern import Dense, Pattern, build_pattern, load_table, options_of
 from mtraining.train.evaluate_section import EvaluateSection
 from mtraining.train.policy import check_allow
@@ -151,12 +151,14 @@ class PatternSection(PatternChoice):
         refresh: when the index is estimated: `every_step`, `{every_n: k}` or `{frozen_at: step}`. Steps count from 1.
         coverage: extra block diagonals rotate with the step, so that every distance receives gradient within this many
             steps; 0 adds none.
+        anneal: steps of dense attention, and budgets that shrink over training.
     """
 
     table: Path | None = None
     dense_layers: NonNegativeInt = 0
     refresh: Literal["every_step"] | dict[Literal["every_n", "frozen_at"], PositiveInt] = "every_step"
     coverage: NonNegativeInt = 0
+    anneal: Anneal = Anneal()
 
     @field_validator("refresh", mode="before")
     @classmethod
