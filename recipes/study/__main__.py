@@ -34,6 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _prepare(plan: Plan, args: argparse.Namespace) -> int:
+    if plan.corpus.get("kind") == "associative":
+        from associative import make as make_associative
+
+        print(make_associative(args.study, plan.corpus, plan.config["train"]["seq_len"]))
+        return 0
     from corpus import make
 
     print(make(args.study, plan.corpus, plan.config["train"]["seq_len"], args.novels))
@@ -47,7 +52,7 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
     if not (args.study / "corpus" / "held-out").is_dir():
         raise UserError(f"{args.study} has no corpus; run the command prepare first, with the same --plan.")
     found = pieces_of(plan, args.study, measured=not args.train_only)
-    runner = Runner(args.study, places(args.gpus), args.minutes, lambda line: print(line, flush=True))
+    runner = Runner(args.study, places(args.gpus, args.processes), args.minutes, lambda line: print(line, flush=True))
     # A request to stop is passed on: pieces save what they have.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.stop())
@@ -67,15 +72,20 @@ def _summary(plan: Plan, args: argparse.Namespace) -> int:
     return 0
 
 
-def places(gpus: int | None) -> list[str | None]:
-    """What CUDA_VISIBLE_DEVICES is for each process that may run at one time; None is the CPU."""
+def places(gpus: int | None, processes: int) -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES is for each process that may run at one time; None is the CPU.
+
+    Args:
+        gpus: None takes those there are.
+        processes: at one time, where there is no GPU.
+    """
     if gpus is None:
         gpus = 0
         if shutil.which("nvidia-smi"):
             import torch
 
             gpus = torch.cuda.device_count()
-    return [str(number) for number in range(gpus)] or [None]
+    return [str(number) for number in range(gpus)] or [None] * processes
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--arms", default="", help="such as dense,recommended: these alone, in this order")
     run.add_argument("--seeds", type=int, help="at most so many seeds of each arm")
     run.add_argument("--minutes", type=float, help="stop after so many minutes, with everything saved")
-    run.add_argument("--gpus", type=int, help="processes at one time, one a GPU; default: all GPUs, or a CPU")
+    run.add_argument("--gpus", type=int, help="how many to use, a process each; default: all")
+    run.add_argument("--processes", type=int, default=1, help="at one time, where there is no GPU")
     run.add_argument("--train-only", action="store_true", help="leave out the measurements after training")
     command("summary", _summary, "tables and figures of what there is")
     return parser

@@ -40,7 +40,7 @@ def _lines(rows: Sequence[Row], across: Sequence[tuple[str, str]], value: str, l
             axes.plot([row[key] for row in line], [row[value] for row in line], label=run)
         axes.set_xlabel(name)
         axes.set_ylabel(label)
-    panels[0].legend(fontsize=8)
+    _legend(panels[0])
     return figure
 
 
@@ -63,7 +63,7 @@ def _positions(rows: Sequence[Row]) -> Any:
     for axes, title in ((before, "before training"), (after, "at the last evaluation")):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("position")
-        axes.legend(fontsize=7)
+        _legend(axes)
     before.set_ylabel("held-out loss")
     return figure
 
@@ -79,7 +79,7 @@ def _copy(rows: Sequence[Row]) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens between a span and its repetition")
     axes.set_ylabel("loss of the repetition")
-    axes.legend(fontsize=7)
+    _legend(axes)
     return figure
 
 
@@ -101,7 +101,7 @@ def _layers(rows: Sequence[Row]) -> Any:
         axes.set_xlabel("layer")
         axes.set_ylabel(value)
         axes.set_ylim(0, 1.02)
-    panels[0].legend(fontsize=7)
+    _legend(panels[0])
     return figure
 
 
@@ -110,6 +110,11 @@ def _runs(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         found.setdefault(f"{row['arm']}-{row['seed']}", []).append(row)
     return found
+
+
+def _legend(axes: Any) -> None:
+    """Over the lines rather than beside them: with many runs it would leave no room for the axes."""
+    axes.legend(fontsize=6).set_in_layout(False)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -236,6 +236,44 @@ def copy_rows(study: Study) -> list[Row]:
     return rows
 
 
+def answer_rows(study: Study) -> list[Row]:
+    """A line for each eighth of all distances, checkpoint, run and way of reading: answers that are given.
+
+    One is given where its probability is above one half. ``from`` is the shortest distance of the eighth, in tokens.
+    """
+    rows = []
+    seq_len = study.plan.config["train"]["seq_len"]
+    for (name, read, task), records in _grouped(study, ("answers",), lambda key: (key.task,)).items():
+        distances = np.concatenate([record["distances"] for record in records])
+        given = np.concatenate([record["likely"] for record in records]) > 0.5
+        for eighth in range(8):
+            here = distances * 8 // seq_len == eighth
+            if here.any():
+                rows.append(
+                    {
+                        "model": name, "read": read, "step": int(task.removeprefix("step-")),
+                        "from": eighth * seq_len // 8, "answers": int(here.sum()),
+                        "given": 100 * float(given[here].mean()),
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def steps_to(rows: Sequence[Row], share: float) -> list[Row]:
+    """Of each run, way of reading and eighth of distances, the first step with ``share`` percent of answers given;
+    None where no checkpoint had them."""
+    found: dict[tuple[Any, ...], int | None] = {}
+    for row in sorted(rows, key=lambda row: row["step"]):
+        key = row["model"], row["read"], row["from"]
+        reached = found.setdefault(key, None)
+        if reached is None and row["given"] >= share:
+            found[key] = row["step"]
+    return [
+        {"model": model, "read": read, "from": start, "step": step}
+        for (model, read, start), step in found.items()
+    ]
+
+
 def stability_rows(study: Study) -> list[Row]:
     """A line for each layer, model and way of reading: how much of the index of one text the untrained model chose too.
 

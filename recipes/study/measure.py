@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from associative import answers
+
+from mtraining.data import TokenShards
 from mtraining.errors import UserError
 from mtraining.evaluate.results import Key, Results, model_fingerprint, tokenizer_fingerprint
 from mtraining.evaluate.runner import Document, evaluate, read_documents
@@ -32,6 +35,7 @@ from mtraining.model import RopeOptions
 from mtraining.pattern import Dense, Pattern
 from mtraining.ring import Observer
 from mtraining.train.named import NamedModel, find_model
+from mtraining.train.store import CheckpointStore
 
 OWN = "own"  # reading by the pattern that the model was trained with
 CUE = 16  # first tokens of a repeated span, from which the model learns that it is one
@@ -58,6 +62,8 @@ def measure(study: Path, name: str, model: str, rope: Mapping[str, Any]) -> None
     settings = {"seed": maker.seed, "template": maker.template, "tokenizer": tokenizer_fingerprint(tokenizer)}
     results.begin({"settings": settings, "models": {name: model_fingerprint(hf_model)}})
     results.mend()
+    if wanted.get("answers"):
+        return _answers_over_training(study, name, Path(model), wanted, results)
     text = study / "corpus" / "held-out-text"
     documents = read_documents([text], tokenizer, wanted["seq_len"])
     questions = Questions(
@@ -85,6 +91,37 @@ def measure(study: Path, name: str, model: str, rope: Mapping[str, Any]) -> None
             else:
                 evaluate(generator, name, attention, questions, maker, results, done)
             print(f"{stage}, read {attention}: {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def _answers_over_training(
+    study: Path, name: str, run: Path, wanted: Mapping[str, Any], results: Results
+) -> None:
+    """Of every checkpoint, how likely each held-out answer is, with its distance (associative.py)."""
+    shards = TokenShards(study / "corpus" / "held-out")
+    done = {key for key, _ in results.lines()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for checkpoint in CheckpointStore(run).named():
+        named = find_model(str(checkpoint))
+        step = checkpoint.name.removeprefix("step_").lstrip("0")
+        hf_model = named.build("bfloat16" if device.type == "cuda" else "float32", device)
+        whole: Any = hf_model
+        for attention, pattern in ways(wanted["attention"], named, hf_model.config.num_hidden_layers):
+            generator = Generator(whole, pattern=pattern, layout="striped")
+            whole = generator.model
+            for number in range(shards.num_documents):
+                key = Key(name, attention, "answers", f"step-{step}", wanted["seq_len"], number)
+                if key not in done:
+                    results.add(key, answered(generator, shards.document(number).tolist()[: wanted["seq_len"]]))
+
+
+def answered(generator: Generator, tokens: Sequence[int]) -> dict[str, Any]:
+    """Of each answer in a sequence: tokens back to where it was told, and the probability that it was given."""
+    found = answers(tokens)
+    likely = generator.token_nll(tokens).double().neg().exp()
+    return {
+        "distances": [answer.distance for answer in found],
+        "likely": [round(float(likely[answer.position - 1]), 4) for answer in found],
+    }
 
 
 def ways(

@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[Study], list[Row]]] = {
     "positions": found.position_rows,
     "tasks": found.task_rows,
     "copy": found.copy_rows,
+    "answers": found.answer_rows,
     "layers": found.layer_rows,
     "coverage": found.coverage_rows,
     "stability": found.stability_rows,
@@ -79,6 +80,10 @@ def page(study: Study, rows: dict[str, list[Row]], commit: str) -> str:
         _section("Trained x read: held-out loss after training", _grid(rows["grid"])),
         _section("Tasks, percent", _by_length(rows["tasks"], "length", _score)),
         _section("Loss of a span that stands again after a gap", _by_length(rows["copy"], "gap", _again)),
+        *(
+            _section(f"First step with {share} % of answers given, by distance", _steps_to(rows["answers"], share))
+            for share in (50, 90)
+        ),
         _section(
             "Index shared with the untrained model's (columns / diagonals)", _stability(rows["stability"])
         ),
@@ -179,6 +184,16 @@ def _score(row: Row) -> str:
 
 def _again(row: Row) -> str:
     return f"{row['again']:.2f} (first {row['first']:.2f})"
+
+
+def _steps_to(rows: Sequence[Row], share: float) -> str:
+    lines: dict[tuple[str, str], dict[int, str]] = {}
+    for row in found.steps_to(rows, share):
+        step = "never" if row["step"] is None else str(row["step"])
+        lines.setdefault((row["model"], row["read"]), {})[row["from"]] = step
+    starts = sorted({start for line in lines.values() for start in line})
+    head = ["model", "read", *(f"from {start}" for start in starts)]
+    return markdown(head, [[*name, *(line.get(s, "-") for s in starts)] for name, line in lines.items()])
 
 
 def _stability(rows: Sequence[Row]) -> str:

@@ -1,0 +1,14 @@
+"""The scripts of the study are a folder beside the package."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+STUDY = Path(__file__).parents[2] / "recipes" / "study"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.syspath_prepend(str(STUDY))
+    yield STUDY
