@@ -52,7 +52,9 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
     if not (args.study / "corpus" / "held-out").is_dir():
         raise UserError(f"{args.study} has no corpus; run the command prepare first, with the same --plan.")
     found = pieces_of(plan, args.study, measured=not args.train_only)
-    runner = Runner(args.study, places(args.gpus, args.processes), args.minutes, lambda line: print(line, flush=True))
+    runner = Runner(
+        args.study, places(args.gpus, args.processes), args.minutes, lambda line: print(line, flush=True)
+    )
     # A request to stop is passed on: pieces save what they have.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.stop())

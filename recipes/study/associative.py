@@ -58,7 +58,9 @@ def sequence(seq_len: int, questions: int, pairs: int, seed: Sequence[int]) -> n
         free[slot] = False
 
     # Later questions first: what they leave free is enough for the earlier ones.
-    asked = np.sort(random.choice(np.arange(len(slots) // 8, len(slots)), size=questions, replace=False))[::-1]
+    asked = np.sort(random.choice(np.arange(len(slots) // 8, len(slots)), size=questions, replace=False))[
+        ::-1
+    ]
     free[asked] = False
     for number, slot in enumerate(asked):
         put(int(slot), QUESTION, number)
@@ -89,7 +91,8 @@ def make(study: Path, corpus: Mapping[str, Any], seq_len: int) -> str:
         source.parent.mkdir(parents=True, exist_ok=True)
         if not source.exists():
             rows = [
-                sequence(seq_len, corpus["questions"], corpus["pairs"], (part, number)) for number in range(count)
+                sequence(seq_len, corpus["questions"], corpus["pairs"], (part, number))
+                for number in range(count)
             ]
             table = pyarrow.table(
                 {"input_ids": rows, "name": [f"{name}-{number}" for number in range(count)]}

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from associative import answers
 
 from mtraining.data import TokenShards
@@ -111,7 +110,9 @@ def _answers_over_training(
             for number in range(shards.num_documents):
                 key = Key(name, attention, "answers", f"step-{step}", wanted["seq_len"], number)
                 if key not in done:
-                    results.add(key, answered(generator, shards.document(number).tolist()[: wanted["seq_len"]]))
+                    results.add(
+                        key, answered(generator, shards.document(number).tolist()[: wanted["seq_len"]])
+                    )
 
 
 def answered(generator: Generator, tokens: Sequence[int]) -> dict[str, Any]:

@@ -165,7 +165,9 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = place
         began = time.monotonic()
         self._say(f"{piece.name} begins{'' if place is None else f' on GPU {place}'}")
-        process = _Started(piece.command, log, environment) if place is not None else _Forked(piece.command, log)
+        process = (
+            _Started(piece.command, log, environment) if place is not None else _Forked(piece.command, log)
+        )
         # Looked at every second, for a request to stop may come at any time.
         while process.code() is None and self._left() > 0:
             process.wait(min(1.0, max(self._left(), 0.0)))
@@ -244,7 +246,9 @@ class _Forked:
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mtraining.train.loop", "mtraining.evaluate.runner", "mtraining.cli.train"])
+        context.set_forkserver_preload(
+            ["mtraining.train.loop", "mtraining.evaluate.runner", "mtraining.cli.train"]
+        )
         self._process = context.Process(target=_run, args=(tuple(command), log))
         self._process.start()
 

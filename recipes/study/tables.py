@@ -81,7 +81,9 @@ def page(study: Study, rows: dict[str, list[Row]], commit: str) -> str:
         _section("Tasks, percent", _by_length(rows["tasks"], "length", _score)),
         _section("Loss of a span that stands again after a gap", _by_length(rows["copy"], "gap", _again)),
         *(
-            _section(f"First step with {share} % of answers given, by distance", _steps_to(rows["answers"], share))
+            _section(
+                f"First step with {share} % of answers given, by distance", _steps_to(rows["answers"], share)
+            )
             for share in (50, 90)
         ),
         _section(

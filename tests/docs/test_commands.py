@@ -12,7 +12,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from docs_pages import PAGES, ROOT, Block, blocks, command_lines
-from mtraining.pattern import build_pattern, load_table
+from mtraining.pattern import load_table
 from mtraining.train.config import PatternSection, load_config, parse_config
 from mtraining.train.evaluate_section import EvaluateSection
 

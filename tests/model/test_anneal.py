@@ -56,7 +56,10 @@ def test_bad_options_are_one_sentence() -> None:
 def test_a_dense_step_trains_as_dense_attention_does(recompute: Any) -> None:
     """Loss and gradients, bit for bit; and the steps around it are the pattern's own."""
     annealed = parallelize(
-        tiny_model("qwen3"), pattern=VerticalSlash(**OPTIONS), anneal=Anneal(dense_every=2), recompute=recompute
+        tiny_model("qwen3"),
+        pattern=VerticalSlash(**OPTIONS),
+        anneal=Anneal(dense_every=2),
+        recompute=recompute,
     )
     dense = parallelize(tiny_model("qwen3"), pattern=Dense(block_size=BLOCK), recompute=recompute)
     sparse = parallelize(tiny_model("qwen3"), pattern=VerticalSlash(**OPTIONS), recompute=recompute)
@@ -102,7 +105,9 @@ def test_sparsity_grows_as_budgets_shrink() -> None:
         anneal=Anneal(widen=4.0, widen_steps=3),
         recompute="none",
     )
-    plain = parallelize(tiny_model("qwen3"), pattern=VerticalSlash(**OPTIONS | {"top_p": 1.0}), recompute="none")
+    plain = parallelize(
+        tiny_model("qwen3"), pattern=VerticalSlash(**OPTIONS | {"top_p": 1.0}), recompute="none"
+    )
     found = [step(model, number, [1])[0] for number in (1, 2, 3, 4, 5)]
     density = [layers[0].density().mean().item() for layers in found]
     assert density[0] > density[1] > density[2] > density[3] == density[4]

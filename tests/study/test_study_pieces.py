@@ -96,7 +96,9 @@ def test_forked_pieces_leave_a_log_and_a_status(tmp_path: Path) -> None:
     from pieces import Runner
 
     script = tmp_path / "script.py"
-    script.write_text("import os, sys; print('process', os.getpid(), sys.argv[1:]); sys.exit(int(sys.argv[1]))")
+    script.write_text(
+        "import os, sys; print('process', os.getpid(), sys.argv[1:]); sys.exit(int(sys.argv[1]))"
+    )
     from pieces import Piece
 
     pieces = [Piece(f"exit-{code}", (str(script), str(code)), {}) for code in (0, 3)]

@@ -37,7 +37,11 @@ def plan() -> Any:
 def test_differences_are_of_the_same_seed_step_and_documents(tmp_path: Path, plan: Any) -> None:
     from found import Study, held_out_rows
 
-    write(tmp_path, "dense-0", [evaluation(0, [[9, 9]] * 3), training(1), evaluation(1, [[1, 2], [3, 4], [5, 6]])])
+    write(
+        tmp_path,
+        "dense-0",
+        [evaluation(0, [[9, 9]] * 3), training(1), evaluation(1, [[1, 2], [3, 4], [5, 6]])],
+    )
     write(tmp_path, "recommended-0", [training(1), evaluation(1, [[1.5, 2], [3.5, 4], [5.5, 7]])])
     write(tmp_path, "moba-0", [training(1), evaluation(1, [[1, 2], [3, 4]])])
     rows = held_out_rows(Study(tmp_path, plan))

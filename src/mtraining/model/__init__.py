@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mtraining.model.anneal import Anneal
 from mtraining.model.allocator import use_expandable_segments
+from mtraining.model.anneal import Anneal
 from mtraining.model.export import export_model
 from mtraining.model.fixed_rope import fix_rope
 from mtraining.model.indices import Refresh

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from pydantic import Field, NonNegativeInt, model_validator
+from dataclasses import dataclass, replace
 
 from mtraining.errors import UserError
-from mtraining.inputs.sections import Section
 from mtraining.pattern import MoBA, Pattern, PerHead, VerticalSlash
 
 
-class Anneal(Section):
+@dataclass(frozen=True)
+class Anneal:
     """What steps compute in place of the pattern as it stands. Steps count from 1, as in the metrics.
 
     Attributes:
@@ -19,21 +17,27 @@ class Anneal(Section):
         dense_every: every so many steps, one attends to everything; 0: none does.
         widen: how many times as large budgets are in the first step; 1 leaves them as they are.
         widen_steps: steps in which that factor falls to 1, by the same ratio at each.
+
+    Raises:
+        UserError: a negative number, or one of ``widen`` and ``widen_steps`` without the other.
     """
 
-    dense_first: NonNegativeInt = 0
-    dense_every: NonNegativeInt = 0
-    widen: float = Field(default=1.0, ge=1, allow_inf_nan=False)
-    widen_steps: NonNegativeInt = 0
+    dense_first: int = 0
+    dense_every: int = 0
+    widen: float = 1.0
+    widen_steps: int = 0
 
-    @model_validator(mode="after")
-    def _widening_is_whole(self) -> Anneal:
+    def __post_init__(self) -> None:
+        for name, least in (("dense_first", 0), ("dense_every", 0), ("widen", 1), ("widen_steps", 0)):
+            if not least <= getattr(self, name) < float("inf"):
+                raise UserError(
+                    f"pattern.anneal.{name}={getattr(self, name)}: use a number of at least {least}."
+                )
         if (self.widen > 1) != (self.widen_steps > 0):
-            raise ValueError(
-                f"widen={self.widen:g} and widen_steps={self.widen_steps} belong together; give both, such as "
-                "widen: 4 and widen_steps: 200, or none"
+            raise UserError(
+                f"pattern.anneal: widen={self.widen:g} and widen_steps={self.widen_steps} belong together; give both, "
+                "such as widen: 4 and widen_steps: 200, or none."
             )
-        return self
 
     @property
     def active(self) -> bool:

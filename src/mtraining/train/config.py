@@ -140,6 +140,34 @@ class PatternChoice(Section):
         return build_pattern(self.name, **self.options)
 
 
+class AnnealSection(Section):
+    """Steps that are dense, and budgets that shrink over training. Steps count from 1.
+
+    Attributes:
+        dense_first: steps at the beginning that attend to everything.
+        dense_every: every so many steps, one attends to everything; 0: none does.
+        widen: how many times as large budgets are in the first step; 1 leaves them as they are.
+        widen_steps: steps in which that factor falls to 1, by the same ratio at each.
+    """
+
+    dense_first: NonNegativeInt = 0
+    dense_every: NonNegativeInt = 0
+    widen: float = 1.0
+    widen_steps: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _is_known(self) -> AnnealSection:
+        try:
+            self.build()
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def build(self) -> Anneal:
+        """What `mtraining.model.parallelize` takes."""
+        return Anneal(**self.model_dump())
+
+
 class PatternSection(PatternChoice):
     """What attention computes, and when it is chosen anew.
 
@@ -158,7 +186,7 @@ class PatternSection(PatternChoice):
     dense_layers: NonNegativeInt = 0
     refresh: Literal["every_step"] | dict[Literal["every_n", "frozen_at"], PositiveInt] = "every_step"
     coverage: NonNegativeInt = 0
-    anneal: Anneal = Anneal()
+    anneal: AnnealSection = AnnealSection()
 
     @field_validator("refresh", mode="before")
     @classmethod

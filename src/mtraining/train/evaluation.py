@@ -340,9 +340,7 @@ def _measure(config: Config, held: HeldOut | None) -> str:
         options = flat_options(config)
         names = [name for name in options if name.startswith(("pattern.", "layer_patterns"))]
         # What training holds or adds over steps has no part in an evaluation.
-        of.append(
-            {name: options[name] for name in names if not name.startswith(OVER_STEPS)}
-        )
+        of.append({name: options[name] for name in names if not name.startswith(OVER_STEPS)})
     return xxhash.xxh3_64_hexdigest(json.dumps(of, sort_keys=True).encode())
 
 

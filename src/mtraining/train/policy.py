@@ -147,7 +147,11 @@ POLICIES: dict[str, Policy] = {
     "distributed.silence_seconds": Policy("free", _SAME),
     "distributed.device": Policy("told", _ROUNDING),
 }
-OVER_STEPS = ("pattern.refresh", "pattern.coverage", "pattern.anneal.")  # what training holds, adds or changes by step
+OVER_STEPS = (
+    "pattern.refresh",
+    "pattern.coverage",
+    "pattern.anneal.",
+)  # what training holds, adds or changes by step
 OPEN = ("pattern.*",)  # keys that are free in the configuration share a row
 
 
