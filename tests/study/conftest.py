@@ -1,6 +1,5 @@
 """The scripts of the study are a folder beside the package."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,5 @@ STUDY = Path(__file__).parents[2] / "recipes" / "study"
 
 
 @pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(STUDY))
-    yield STUDY
