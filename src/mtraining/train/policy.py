@@ -147,11 +147,8 @@ POLICIES: dict[str, Policy] = {
     "distributed.silence_seconds": Policy("free", _SAME),
     "distributed.device": Policy("told", _ROUNDING),
 }
-OVER_STEPS = (
-    "pattern.refresh",
-    "pattern.coverage",
-    "pattern.anneal.",
-)  # what training holds, adds or changes by step
+# What training holds, adds or changes by step; an evaluation has no part in it.
+OVER_STEPS = ("pattern.refresh", "pattern.coverage", "pattern.anneal.")
 OPEN = ("pattern.*",)  # keys that are free in the configuration share a row
 
 
