@@ -12,8 +12,8 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from docs_pages import PAGES, ROOT, Block, blocks, command_lines
-from mtraining.pattern import build_pattern, load_table
-from mtraining.train.config import load_config, parse_config
+from mtraining.pattern import load_table
+from mtraining.train.config import PatternSection, load_config, parse_config
 from mtraining.train.evaluate_section import EvaluateSection
 
 README = ROOT / "README.md"
@@ -34,6 +34,14 @@ RUN_BY_TEST = {
         "tests/train/test_lora_run.py::test_the_adapter_and_the_merged_model_are_the_same"
     ),
     "torchrun --nproc-per-node 2 examples/own_loop.py": "tests/integrations/test_examples.py::test_own_loop",
+    **dict.fromkeys(
+        (
+            "python recipes/study prepare runs/study --novels novels",
+            "python recipes/study run runs/study --minutes 10",
+            "python recipes/study summary runs/study",
+        ),
+        "tests/study/test_study_measure.py::test_every_arm_runs_on_a_cpu",
+    ),
     "mtraining bench tiles": "tests/kernel/triton_interpreter/test_tiles_command.py::test_the_command",
     "mtraining generate runs/first --prompt a.txt": (
         "tests/cli/test_generate_command.py::test_a_folder_a_run_and_its_checkpoint_are_the_same_model"
@@ -64,6 +72,7 @@ RUN_BY_TEST = {
 }
 # A command that no test can run, and why.
 NOT_RUN = {
+    "recipes/study/two_gpus.sh": "needs two GPUs",
     "pip install '.[gpu]'": "would install Triton into the environment that runs the tests",
     "pip install 'mtraining[wandb,mlflow,trackio]'": "would change the environment that runs the tests",
     "pip install 'mtraining[lora]'": "would change the environment that runs the tests",
@@ -177,7 +186,7 @@ def test_yaml_block_reads(block: Block, tmp_path: Path) -> None:
     if "train" in content:
         parse_config(content, source=block.where)
     elif set(content) == {"pattern"}:
-        build_pattern(**content["pattern"])
+        PatternSection(**content["pattern"])
     elif set(content) == {"evaluate"}:
         EvaluateSection(**content["evaluate"])
     elif set(content) == {"patterns", "layers"}:

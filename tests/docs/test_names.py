@@ -180,7 +180,8 @@ def test_commands_and_their_flags_exist() -> None:
 def test_flags_exist() -> None:
     """Any flag at all is one of a command, of a benchmark, or of another program that is named above."""
     known = {flag for flags in COMMANDS.values() for flag in flags}
-    for script in [*(ROOT / "benchmarks").glob("*.py"), *SRC.rglob("*.py"), *(ROOT / "docs").rglob("*.py")]:
+    folders = (ROOT / "benchmarks", SRC, ROOT / "docs", ROOT / "recipes")
+    for script in [script for folder in folders for script in folder.rglob("*.py")]:
         known |= set(re.findall(r"add_argument\(\s*\"(--[\w-]+)", script.read_text()))
     foreign = {flag for flags in FOREIGN_FLAGS.values() for flag in flags.split()}
     said = [

@@ -65,6 +65,10 @@ def test_losses_are_those_of_transformers(tmp_path: Path, shards: Path, unseen: 
         edges = range(0, length, 30)
         by_position = [losses[:, max(edge - 1, 0) : edge + 29].mean().item() for edge in edges]
         assert row["by_position"] == pytest.approx(by_position, rel=1e-5)
+        for number, mine in enumerate(row["by_sequence"]):
+            expected = [losses[number, max(edge - 1, 0) : edge + 29].mean().item() for edge in edges]
+            assert mine == pytest.approx(expected, rel=1e-5)
+        assert row["documents"] == [data.name(data.document_at(int(start))) for start in starts]
     assert last["held_out_loss"] == last["held_out"][1]["loss"] < first["held_out_loss"]
 
 

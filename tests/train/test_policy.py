@@ -82,6 +82,10 @@ OTHER: dict[str, Any] = {
     "pattern.dense_layers": 1,
     "pattern.refresh": {"every_n": 2},
     "pattern.coverage": 4,
+    "pattern.anneal.dense_first": 5,
+    "pattern.anneal.dense_every": 3,
+    "pattern.anneal.widen": 2.0,
+    "pattern.anneal.widen_steps": 8,
     "layer_patterns": {1: {"name": "dense", "block_size": 16}},
     "layout.name": "contiguous",
     "layout.unit": 32,
@@ -120,6 +124,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "parallel.cp_outer": {"parallel.cp": 2},
     "parallel.dp": {"train.micro_batch_size": 2},
     "data.look_ahead": {"data.mode": "packed"},
+    # each needs the other
+    "pattern.anneal.widen": {"pattern.anneal.widen": 4.0, "pattern.anneal.widen_steps": 4},
+    "pattern.anneal.widen_steps": {"pattern.anneal.widen": 4.0, "pattern.anneal.widen_steps": 4},
     # which has no effect on its own
     **{
         option: {"evaluate.every": 3, "evaluate.data": "text"}

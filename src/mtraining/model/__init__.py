@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mtraining.model.allocator import use_expandable_segments
+from mtraining.model.anneal import Anneal
 from mtraining.model.export import export_model
 from mtraining.model.fixed_rope import fix_rope
 from mtraining.model.indices import Refresh
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mtraining.model.rope import RopeOptions
 
 __all__ = [
+    "Anneal",
     "LoraOptions",
     "ModelOptions",
     "ParallelLM",

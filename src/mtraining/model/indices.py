@@ -1,6 +1,7 @@
 """What happens to the indices of a model's layers from step to step: refreshed or held, covered, and counted.
 
 * *Refresh*: estimate anew at every forward (the paper), at every k-th step, or no more after some step.
+* *Anneal*: steps that are dense, and budgets that shrink (anneal.py).
 * *Coverage*: extra block diagonals that rotate with the step, so that every distance receives gradient within k steps.
 * *Count*: which distances have received gradient, in this step and since training began.
 
@@ -24,8 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
 from mtraining.kernel import SparseIndex
+from mtraining.model.anneal import Anneal
 from mtraining.model.key_coverage import key_coverage, overlap, unread_by_distance
-from mtraining.pattern import Pattern, SequenceShard
+from mtraining.pattern import Dense, Pattern, SequenceShard
 from mtraining.ring import Ring
 
 FAR_TOKENS = 32_768
@@ -89,14 +91,21 @@ class IndexMemory:
         coverage: every block distance receives gradient within this many steps; 0 adds nothing.
         dp_mesh: the replicas, which must hold the same indices; None for one.
         cp_mesh: the ranks that share a sequence, and the rows of its block lists; None for one.
+        anneal: which steps are dense, and how budgets shrink; None for neither.
     """
 
     def __init__(
-        self, refresh: Refresh, coverage: int, dp_mesh: DeviceMesh | None, cp_mesh: DeviceMesh | None
+        self,
+        refresh: Refresh,
+        coverage: int,
+        dp_mesh: DeviceMesh | None,
+        cp_mesh: DeviceMesh | None,
+        anneal: Anneal | None = None,
     ) -> None:
         if coverage < 0:
             raise UserError(f"pattern.coverage={coverage} must be a number of steps, or 0 for none.")
         self.refresh, self.coverage = refresh, coverage
+        self.anneal = anneal or Anneal()
         self._dp_mesh, self._cp_mesh = dp_mesh, cp_mesh
         self._step: int | None = None
         self._held: dict[int, SparseIndex] = {}
@@ -115,6 +124,11 @@ class IndexMemory:
     @property
     def in_step(self) -> bool:
         return self._step is not None
+
+    @property
+    def steps_matter(self) -> bool:
+        """Whether what a step computes depends on its number."""
+        return self.refresh.holds or self.coverage > 0 or self.anneal.active
 
     @contextmanager
     def training_step(self, step: int) -> Iterator[None]:
@@ -138,7 +152,8 @@ class IndexMemory:
             self._held_step = step
 
     def wrap(self, layer: int, pattern: Pattern) -> Pattern:
-        """``pattern`` for one layer, under this memory."""
+        """``pattern`` for one layer, under this memory; `UserError` where it cannot be annealed as asked."""
+        self.anneal.check(pattern)
         return Remembered(block_size=pattern.block_size, layer=layer, inner=pattern, memory=self)
 
     def held(self, layer: int, batch: int, shard: SequenceShard) -> SparseIndex | None:
@@ -165,6 +180,20 @@ class IndexMemory:
             columns=index.columns.expand(batch, -1, -1).contiguous(),
             blocks=None if index.blocks is None else index.blocks.expand(batch, -1, -1, -1).contiguous(),
         )
+
+    def pattern(self, inner: Pattern) -> Pattern:
+        """A layer's pattern with the budgets of this step; outside of steps as it stands."""
+        return inner if self._step is None else self.anneal.pattern(inner, self._step)
+
+    @property
+    def dense(self) -> bool:
+        """Whether this step attends to everything, whatever it holds."""
+        return self._step is not None and self.anneal.dense(self._step)
+
+    @property
+    def estimates_to_hold(self) -> bool:
+        """Whether later steps will use what this step estimates."""
+        return self._step is not None and self.refresh.holds and self.refresh.estimates(self._step)
 
     def keep(self, layer: int, index: SparseIndex) -> None:
         """Remember a layer's index, if it is the step's first and is to be held."""
@@ -370,10 +399,19 @@ class Remembered(Pattern):
     name = "remembered"
 
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
-        index = self.memory.held(self.layer, q.shape[0], shard)
-        if index is None:
-            index = self.inner.estimate(q, k, shard, scale)
+        if self.memory.dense:
+            if self.memory.estimates_to_hold:
+                self.memory.keep(self.layer, self._estimated(q, k, shard, scale))
+            index = Dense(block_size=self.block_size).estimate(q, k, shard, scale)
+            self.memory.count(self.layer, index, shard)
+            return index
+        found = self.memory.held(self.layer, q.shape[0], shard)
+        index = self._estimated(q, k, shard, scale) if found is None else found
+        if found is None:
             self.memory.keep(self.layer, index)
         index = self.memory.cover(index)
         self.memory.count(self.layer, index, shard)
         return index
+
+    def _estimated(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
+        return self.memory.pattern(self.inner).estimate(q, k, shard, scale)

@@ -23,6 +23,7 @@ from mtraining.kernel.starts import check_starts
 from mtraining.layout import Layout, build_layout
 from mtraining.model.adapters import Adapter, open_adapter
 from mtraining.model.allocator import use_expandable_segments
+from mtraining.model.anneal import Anneal
 from mtraining.model.attention import ATTENTION_NAME, attach, refuse_mask
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
@@ -120,10 +121,9 @@ class ParallelLM(nn.Module):
             UserError: position ids that the layout does not deal to this rank, starts that are none, or labels outside
                 of the vocabulary, on a CPU; a step that is not told where one matters.
         """
-        steps_matter = self.indices.refresh.holds or self.indices.coverage
-        if steps_matter and torch.is_grad_enabled() and not self.indices.in_step:
+        if self.indices.steps_matter and torch.is_grad_enabled() and not self.indices.in_step:
             raise UserError(
-                "pattern.refresh, pattern.coverage: both depend on the step; run forward and backward inside "
+                "pattern.refresh, coverage and anneal depend on the step; run forward and backward inside "
                 "`with model.training_step(step):`, steps counted from 1."
             )
         hidden = self._run_layers(input_ids, position_ids, starts)
@@ -242,6 +242,7 @@ def parallelize(
     layer_patterns: Mapping[int, Pattern | str] | None = None,
     refresh: Refresh | str | Mapping[Any, int] = "every_step",
     coverage: int = 0,
+    anneal: Anneal | None = None,
 ) -> ParallelLM:
     """Prepare a transformers causal language model for training on context-parallel shards, in training mode.
 
@@ -268,6 +269,7 @@ def parallelize(
         refresh: when indices are estimated: ``every_step`` (the paper), ``{"every_n": k}``, or ``{"frozen_at": step}``.
             Anything but the first needs ``model.training_step`` around each step.
         coverage: extra block diagonals, so that every distance receives gradient within this many steps; 0 for none.
+        anneal: which steps are dense, and how budgets shrink over steps; needs ``model.training_step`` too.
 
     Raises:
         UserError: a model, mesh or option that would not be computed as asked.
@@ -306,7 +308,7 @@ def parallelize(
     layout = build_layout(layout) if isinstance(layout, str) else layout
     dp_mesh = mesh["dp"] if mesh is not None and "dp" in (mesh.mesh_dim_names or ()) else None
     replicas = dp_mesh if dp_mesh is not None and dp_mesh.size() > 1 else None
-    indices = IndexMemory(Refresh.parse(refresh), coverage, replicas, cp_mesh)
+    indices = IndexMemory(Refresh.parse(refresh), coverage, replicas, cp_mesh, anneal)
     starts = BatchStarts()
     _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel, indices, starts)
     fuse(model, fused, device)

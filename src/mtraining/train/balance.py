@@ -27,8 +27,8 @@ def attention_record(layers: Sequence[AttentionStats]) -> dict[str, Any]:
     """The attention part of a metrics record; empty when not observed.
 
     Density and recall are means over the layers whose pattern chose, and absent where all layers have windows. Density
-    by layer is of every layer, 1.0 of one with a window, and imbalance is a mean over all layers. Recall by layer and by
-    head is of every layer too.
+    by layer is of every layer, 1.0 of one with a window, and imbalance is a mean over all layers. Recall by layer and
+    by head is of every layer too.
     """
     if not layers:
         return {}

@@ -43,6 +43,7 @@ def check_config(config: Config) -> None:
     Refresh.parse(config.pattern.refresh)
     for pattern in [config.pattern.build(), *config.patterns_by_layer.values()]:
         layout.check(config.train.seq_len, config.parallel.cp, pattern.block_size)
+        config.pattern.anneal.build().check(pattern)
     check_schedule(config.train)
     if config.train.deterministic and config.train.kernel in ("flash4", "cudnn"):
         raise UserError(

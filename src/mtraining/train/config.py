@@ -26,7 +26,7 @@ from mtraining.data.windows import LOOK_AHEAD
 from mtraining.errors import UserError
 from mtraining.inputs.sections import Section, read_section
 from mtraining.inputs.yaml_text import read_yaml, write_yaml
-from mtraining.model import ModelOptions, Refresh
+from mtraining.model import Anneal, ModelOptions, Refresh
 from mtraining.pattern import Dense, Pattern, build_pattern, load_table, options_of
 from mtraining.train.evaluate_section import EvaluateSection
 from mtraining.train.policy import check_allow
@@ -140,6 +140,34 @@ class PatternChoice(Section):
         return build_pattern(self.name, **self.options)
 
 
+class AnnealSection(Section):
+    """Steps that are dense, and budgets that shrink over training. Steps count from 1.
+
+    Attributes:
+        dense_first: steps at the beginning that attend to everything.
+        dense_every: every so many steps, one attends to everything; 0: none does.
+        widen: how many times as large budgets are in the first step; 1 leaves them as they are.
+        widen_steps: steps in which that factor falls to 1, by the same ratio at each.
+    """
+
+    dense_first: NonNegativeInt = 0
+    dense_every: NonNegativeInt = 0
+    widen: float = 1.0
+    widen_steps: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _is_known(self) -> AnnealSection:
+        try:
+            self.build()
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def build(self) -> Anneal:
+        """What `mtraining.model.parallelize` takes."""
+        return Anneal(**self.model_dump())
+
+
 class PatternSection(PatternChoice):
     """What attention computes, and when it is chosen anew.
 
@@ -151,12 +179,14 @@ class PatternSection(PatternChoice):
         refresh: when the index is estimated: `every_step`, `{every_n: k}` or `{frozen_at: step}`. Steps count from 1.
         coverage: extra block diagonals rotate with the step, so that every distance receives gradient within this many
             steps; 0 adds none.
+        anneal: steps of dense attention, and budgets that shrink over training.
     """
 
     table: Path | None = None
     dense_layers: NonNegativeInt = 0
     refresh: Literal["every_step"] | dict[Literal["every_n", "frozen_at"], PositiveInt] = "every_step"
     coverage: NonNegativeInt = 0
+    anneal: AnnealSection = AnnealSection()
 
     @field_validator("refresh", mode="before")
     @classmethod

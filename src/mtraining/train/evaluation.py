@@ -31,7 +31,7 @@ from mtraining.pattern import Dense, Pattern
 from mtraining.train.config import Config
 from mtraining.train.heldout import HeldOut, check_words, held_out, shards_tokenizer, shared_documents
 from mtraining.train.mesh import Process
-from mtraining.train.policy import flat_options
+from mtraining.train.policy import OVER_STEPS, flat_options
 from mtraining.train.resume import on_main
 
 MARK = "evaluation"  # a record of metrics.jsonl with this key is one of an evaluation
@@ -176,6 +176,8 @@ class Evaluation:
                         "perplexity": perplexity(total, count),
                         "bucket": width,
                         "by_position": (nll / tokens).tolist(),
+                        "documents": self._held.names(length),
+                        "by_sequence": (sums[:, 1] / sums[:, 0]).tolist(),
                     }
                 )
         return found
@@ -338,9 +340,7 @@ def _measure(config: Config, held: HeldOut | None) -> str:
         options = flat_options(config)
         names = [name for name in options if name.startswith(("pattern.", "layer_patterns"))]
         # What training holds or adds over steps has no part in an evaluation.
-        of.append(
-            {name: options[name] for name in names if name not in ("pattern.refresh", "pattern.coverage")}
-        )
+        of.append({name: options[name] for name in names if not name.startswith(OVER_STEPS)})
     return xxhash.xxh3_64_hexdigest(json.dumps(of, sort_keys=True).encode())
 
 

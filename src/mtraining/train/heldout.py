@@ -35,6 +35,10 @@ class HeldOut:
         found: list[int] = self.shards.gather(np.arange(first, first + length)).tolist()
         return found
 
+    def names(self, length: int) -> list[str]:
+        """Of the document that each sequence of ``length`` tokens begins in."""
+        return [self.shards.name(self.shards.document_at(int(start))) for start in self.starts[length]]
+
     def documents(self) -> list[int]:
         """Numbers of the documents that are read, ascending; in `concat` mode those that sequences begin in."""
         return sorted(

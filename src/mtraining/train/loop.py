@@ -136,6 +136,7 @@ def parallel_model(config: Config, process: Process) -> tuple[ParallelLM, Any]:
         layer_patterns=config.patterns_by_layer,
         refresh=config.pattern.refresh,
         coverage=config.pattern.coverage,
+        anneal=config.pattern.anneal.build(),
         layout=build_layout(config.layout.name, config.layout.unit),
         kernel=config.train.kernel,
         recompute=config.train.recompute,

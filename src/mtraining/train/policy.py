@@ -111,6 +111,10 @@ POLICIES: dict[str, Policy] = {
     "pattern.dense_layers": Policy("told", _ATTENDS),
     "pattern.refresh": Policy("told", "a step that needs indices which the checkpoint lacks is refused"),
     "pattern.coverage": Policy("told", _ATTENDS),
+    "pattern.anneal.dense_first": Policy("told", _STEP),
+    "pattern.anneal.dense_every": Policy("told", _STEP),
+    "pattern.anneal.widen": Policy("told", _STEP),
+    "pattern.anneal.widen_steps": Policy("told", _STEP),
     "layer_patterns": Policy("told", _ATTENDS),
     "layout.name": Policy("told", _ROUNDING),
     "layout.unit": Policy("told", _ROUNDING),
@@ -143,6 +147,8 @@ POLICIES: dict[str, Policy] = {
     "distributed.silence_seconds": Policy("free", _SAME),
     "distributed.device": Policy("told", _ROUNDING),
 }
+# What training holds, adds or changes by step; an evaluation has no part in it.
+OVER_STEPS = ("pattern.refresh", "pattern.coverage", "pattern.anneal.")
 OPEN = ("pattern.*",)  # keys that are free in the configuration share a row
 
 
@@ -247,9 +253,7 @@ def option_changes(config: Config, then: Mapping[str, Any], done: int) -> list[C
 
 def _first_step(config: Config, option: str, old: Any, new: Any, done: int) -> int:
     """The first step that a new value shows in: the next one, or the next that estimates anew."""
-    if option in ("pattern.refresh", "pattern.coverage") or not option.startswith(
-        ("pattern.", "layer_patterns")
-    ):
+    if option.startswith(OVER_STEPS) or not option.startswith(("pattern.", "layer_patterns")):
         return done + 1
     refresh = Refresh.parse(config.pattern.refresh)
     if refresh.frozen_at is not None and refresh.frozen_at <= done:

@@ -1,0 +1,176 @@
+"""A plan: the arms of a study, and the configuration of each one's runs.
+
+A plan is a YAML file (extend.yaml, learn.yaml). `config` is what all runs share. An arm changes some of it: `pattern`
+and `layout` as a whole, other sections key by key. `smoke` shrinks all of it to a size for CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mtraining.errors import UserError, did_you_mean
+from mtraining.inputs.yaml_text import read_yaml
+from mtraining.pattern import PATTERNS
+
+FOLDER = Path(__file__).parent
+_KEYS = ("question", "corpus", "config", "arms", "measure", "smoke")
+_WHOLE = ("pattern", "layout")  # sections that an arm replaces as a whole
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        about: one line for a reader.
+        seeds: one run each; the first one is run before any other arm's second.
+        changes: of the shared configuration.
+    """
+
+    name: str
+    about: str
+    seeds: tuple[int, ...]
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study does.
+
+    Attributes:
+        name: of its file.
+        corpus: what `corpus.make` takes.
+        config: sections that all runs share.
+        measure: what `measure.measure` takes.
+    """
+
+    name: str
+    corpus: Mapping[str, Any]
+    config: Mapping[str, Any]
+    arms: tuple[Arm, ...]
+    measure: Mapping[str, Any]
+
+    def arm(self, name: str) -> Arm:
+        """The arm of this name; `UserError` where there is none."""
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        names = [arm.name for arm in self.arms]
+        raise UserError(
+            f"--arms: {name!r} is not an arm of {self.name}{did_you_mean(name, names)}; choose of {', '.join(names)}."
+        )
+
+    def chosen(self, names: Sequence[str], seeds: int | None) -> Plan:
+        """The same with these arms alone, in this order (none given: all), and at most ``seeds`` seeds of each."""
+        arms = [self.arm(name) for name in names] or list(self.arms)
+        cut = [Arm(arm.name, arm.about, arm.seeds[:seeds], arm.changes) for arm in arms]
+        return Plan(self.name, self.corpus, self.config, tuple(cut), self.measure)
+
+    def runs(self) -> list[tuple[Arm, int]]:
+        """Every run. Second seeds come when every arm has its first."""
+        turns = max(len(arm.seeds) for arm in self.arms)
+        return [(arm, arm.seeds[turn]) for turn in range(turns) for arm in self.arms if turn < len(arm.seeds)]
+
+    def run_config(self, arm: Arm, seed: int, study: Path) -> dict[str, Any]:
+        """The configuration of one run, as `mtraining train` reads it."""
+        config = merged(self.config, arm.changes)
+        config["output"] = str(run_folder(study, arm.name, seed))
+        config["data"] = {**config.get("data", {}), "path": str(study / "corpus" / "tokens")}
+        config["train"] = {**config["train"], "seed": seed}
+        # Weights that are drawn differ by seed too.
+        config["model"] = {**config["model"], "seed": seed}
+        config["evaluate"] = {**config["evaluate"], "data": str(study / "corpus" / "held-out")}
+        return config
+
+
+def run_folder(study: Path, arm: str, seed: int) -> Path:
+    """Where a run of an arm lives."""
+    return study / "runs" / f"{arm}-{seed}"
+
+
+def read_plan(path: str | Path, smoke: bool = False, overrides: Sequence[str] = ()) -> Plan:
+    """Read a plan, shrink it for a CPU where asked, and apply `a.b=value` overrides such as config.train.steps=8.
+
+    Raises:
+        UserError: a file that is no plan, or an override of something that the plan does not have.
+    """
+    path = Path(path) if Path(path).exists() else FOLDER / Path(path).name
+    try:
+        raw = read_yaml(path.read_text(encoding="utf-8"), f"plan {path}")
+    except OSError:
+        plans = ", ".join(sorted(found.name for found in FOLDER.glob("*.yaml")))
+        raise UserError(
+            f"--plan {path} cannot be read; give one of {plans}, or a file of your own."
+        ) from None
+    missing = {"corpus", "config", "arms", "measure"} - set(raw or {})
+    unknown = set(raw or {}) - set(_KEYS)
+    if missing or unknown:
+        at_fault = f"misses {', '.join(sorted(missing))}" if missing else f"has {', '.join(sorted(unknown))}"
+        raise UserError(f"--plan {path} {at_fault}; a plan has {', '.join(_KEYS)}.")
+    small = raw.get("smoke", {}) if smoke else {}
+    if smoke and not small:
+        raise UserError(f"--smoke: {path} does not say how to shrink itself; give it a section `smoke`.")
+    for override in overrides:
+        _override(raw, override, path)
+    arms = []
+    for name, entry in raw["arms"].items():
+        changes = dict(entry.get("set", {}))
+        if smoke:
+            changes = _shrunk(changes, small)
+        seeds = (0,) if smoke else tuple(entry.get("seeds", (0,)))
+        arms.append(Arm(str(name), str(entry.get("about", "")), seeds, changes))
+    config = merged(raw["config"], small.get("config", {}))
+    if smoke:
+        config = _shrunk(config, small)
+    return Plan(
+        name=path.stem,
+        corpus=merged(raw["corpus"], small.get("corpus", {})),
+        config=config,
+        arms=tuple(arms),
+        measure=merged(raw["measure"], small.get("measure", {})),
+    )
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``: sections key by key, `pattern` and `layout` as a whole; null removes a key."""
+    found = dict(base)
+    for key, value in changes.items():
+        old = found.get(key)
+        if key not in _WHOLE and isinstance(old, Mapping) and isinstance(value, Mapping):
+            found[key] = merged(old, value)
+        elif value is None:
+            found.pop(key, None)
+        else:
+            found[key] = value
+    return found
+
+
+def _shrunk(changes: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """A section `pattern` or `layout` with the smoke plan's numbers in place of those that it could have."""
+    found = dict(changes)
+    pattern = found.get("pattern")
+    if pattern is not None:
+        own = {field.name for field in fields(PATTERNS[pattern["name"]])}
+        numbers = small.get("pattern", {})
+        # Options over training are shrunk where the arm has them; those of the pattern always.
+        found["pattern"] = pattern | {k: v for k, v in numbers.items() if k in own or k in pattern}
+    layout = found.get("layout")
+    if layout is not None and layout["name"] == "striped":
+        found["layout"] = layout | small.get("layout", {})
+    return found
+
+
+def _override(raw: dict[str, Any], override: str, path: Path) -> None:
+    name, equals, text = override.partition("=")
+    *parents, last = name.split(".")
+    place: Any = raw
+    for key in parents:
+        place = place.get(key) if isinstance(place, dict) else None
+    if not equals or not isinstance(place, dict):
+        raise UserError(
+            f"--set {override!r} is no part of {path.name}; write for example config.train.steps=8."
+        )
+    place[last] = read_yaml(text, f"--set {name}")

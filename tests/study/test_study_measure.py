@@ -1,0 +1,90 @@
+"""What the study measures of a model: the corpus it is read on, copying, and every arm from end to end."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mtraining.data import TokenShards
+from mtraining.errors import UserError
+
+CORPUS = {
+    "tokenizer": "byte",
+    "code": ["package:json"],
+    "code_held_out": "package:email",
+    "novels_held_out": ["held"],
+    "parts_held_out": 3,
+    "max_tokens": 3000,
+}
+
+
+def test_held_out_works_are_cut_into_parts_and_not_trained_on(tmp_path: Path) -> None:
+    from corpus import SPARE, make
+
+    novels = tmp_path / "novels"
+    novels.mkdir()
+    held = " ".join(f"unseen{number}" for number in range(200))
+    (novels / "held.txt").write_text(held)
+    (novels / "other.txt").write_text("a tale that is trained on " * 20)
+    make(tmp_path / "study", CORPUS, 500, novels)
+    unseen, tokens = (TokenShards(tmp_path / "study" / "corpus" / name) for name in ("held-out", "tokens"))
+    names = [unseen.name(number) for number in range(unseen.num_documents)]
+    # In turns: no work gives a second part before every work has given its first.
+    assert names == ["code-0.txt", "held-0.txt", "held-1.txt"]
+    assert set(unseen.lengths.tolist()) == {500 + SPARE + 1}
+    assert bytes(unseen.document(1)[:-1].astype("uint8")).decode() == held[: 500 + SPARE]
+    trained = b"".join(bytes(tokens.document(n)[:-1].astype("uint8")) for n in range(tokens.num_documents))
+    assert b"a tale that is trained on" in trained and b"unseen" not in trained
+
+
+def test_a_corpus_without_what_it_holds_out_is_refused(tmp_path: Path) -> None:
+    from corpus import make
+
+    (tmp_path / "other.txt").write_text("text")
+    with pytest.raises(UserError, match=r"has no held.txt, which the plan holds out"):
+        make(tmp_path / "study", CORPUS, 500, tmp_path)
+
+
+def test_the_loss_of_a_copy_is_that_of_its_second_reading() -> None:
+    from measure import CUE, copied
+
+    # The loss of a token is its place in the sequence, so means say which places were taken.
+    generator = SimpleNamespace(token_nll=lambda tokens: torch.arange(1, len(tokens)).float())
+    record = copied(generator, list(range(1000)), gap=100, span=32)
+    first, again = torch.arange(CUE, 32).float(), torch.arange(132 + CUE, 164).float()
+    assert record == {"first": first.mean().item(), "again": again.mean().item(), "tokens": 32 - CUE}
+    with pytest.raises(UserError, match=r"measure.copy.gaps: 1000 is more than"):
+        copied(generator, list(range(1000)), gap=1000, span=32)
+
+
+def study(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[2] / "recipes" / "study"), *words],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["extend.yaml", "learn.yaml"])
+def test_every_arm_runs_on_a_cpu(tmp_path: Path, plan: str) -> None:
+    """The commands of docs/study.md, tiny: nothing is missing in the end, and nothing is done twice."""
+    common = (str(tmp_path / "study"), "--plan", plan, "--smoke")
+    study("prepare", *common)
+    told = study("run", *common, "--processes", "2")
+    assert told.rstrip().endswith("## Missing\n\nnothing")
+    with open(tmp_path / "study" / "summary" / "arms.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    from arms import read_plan
+
+    assert [row["arm"] for row in rows] == [arm.name for arm in read_plan(plan).arms]
+    assert float(rows[0]["density"]) == 1 and 0 < float(rows[1]["density"]) < 0.6
+    again = study("run", *common)
+    assert "begins" not in again
+    table = "answers" if plan == "learn.yaml" else "copy"
+    assert (tmp_path / "study" / "summary" / f"{table}.csv").exists()

@@ -1,0 +1,69 @@
+"""Plans: every arm is a configuration, arms differ in their attention alone, seeds take turns."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtraining.errors import UserError
+from mtraining.train.config import parse_config
+
+PLANS = ("extend.yaml", "learn.yaml")
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("name", PLANS)
+def test_every_arm_reads_and_differs_in_its_attention_alone(name: str, smoke: bool, tmp_path: Path) -> None:
+    from arms import read_plan
+
+    plan = read_plan(name, smoke)
+    assert "dense" in [arm.name for arm in plan.arms]
+    shared: list[dict[str, Any]] = []
+    for arm, seed in plan.runs():
+        if seed:
+            continue
+        config = parse_config(plan.run_config(arm, seed, tmp_path)).model_dump(mode="json")
+        config["evaluate"].pop("attention")
+        shared.append({key: v for key, v in config.items() if key not in ("output", "pattern", "layout")})
+    assert all(config == shared[0] for config in shared)
+
+
+def test_the_arms_that_the_question_needs_are_there() -> None:
+    from arms import read_plan
+
+    extend, learn = (read_plan(name) for name in PLANS)
+    assert {arm.name for arm in extend.arms} >= {
+        "dense", "recommended", "paper-95", "paper-90", "frozen", "coverage", "moba", "xattention", "dense-first",
+        "dense-every", "widen",
+    }  # fmt: skip
+    assert {arm.name for arm in learn.arms} >= {"dense", "recommended", "frozen", "window", "coverage"}
+    for name in ("dense", "recommended", "paper-95"):
+        assert len(extend.arm(name).seeds) == 2
+
+
+def test_first_seeds_come_before_second_ones(tmp_path: Path) -> None:
+    from arms import read_plan
+
+    plan = read_plan("extend.yaml").chosen(["recommended", "moba", "dense"], None)
+    assert [(arm.name, seed) for arm, seed in plan.runs()] == [
+        ("recommended", 0), ("moba", 0), ("dense", 0), ("recommended", 1), ("dense", 1),
+    ]  # fmt: skip
+    assert len(plan.chosen([], 1).runs()) == 3
+    config = plan.run_config(plan.arm("dense"), 1, tmp_path)
+    assert config["train"]["seed"] == config["model"]["seed"] == 1
+
+
+def test_bad_plans_and_options_are_one_sentence(tmp_path: Path) -> None:
+    from arms import read_plan
+
+    with pytest.raises(UserError, match="did you mean 'recommended'"):
+        read_plan("extend.yaml").arm("recomended")
+    with pytest.raises(UserError, match=r"nothing.yaml cannot be read; give one of extend.yaml, learn.yaml"):
+        read_plan("nothing.yaml")
+    with pytest.raises(UserError, match="'trian.steps=4' is no part of extend.yaml"):
+        read_plan("extend.yaml", overrides=["trian.steps=4"])
+    (tmp_path / "mine.yaml").write_text("arms: {}\nconfig: {}\n")
+    with pytest.raises(UserError, match="misses corpus, measure"):
+        read_plan(tmp_path / "mine.yaml")
+    changed = read_plan("extend.yaml", overrides=["config.train.steps=4", "measure.samples=2"])
+    assert changed.config["train"]["steps"] == 4 and changed.measure["samples"] == 2
