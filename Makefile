@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 # Asked of the base interpreter: where PYTHON is itself a virtual environment's, the new one would not see that one's packages.
 BASE_HAS_TORCH := $(PYTHON) -c "import subprocess, sys; sys.exit(subprocess.call([sys._base_executable, '-c', 'import torch'], stderr=subprocess.DEVNULL))"
 
-.PHONY: setup smollm2 mds test test-all test-newest test-oldest try-install update gpu-test lint format demo docs clean
+.PHONY: setup smollm2 mds test test-all sweep test-newest test-oldest try-install update gpu-test lint format demo docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -62,9 +62,13 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadgroup
 test: $(STAMP)
 	$(PYTEST) -m "not gpu and not slow" $(PYTEST_ARGS)
 
-# Everything that needs no GPU, as CI runs it.
+# Everything that needs no GPU but the sweeps, as CI runs it.
 test-all: $(STAMP)
-	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not gpu and not sweep" $(PYTEST_ARGS)
+
+# Every architecture of transformers, and every arm of the studies.
+sweep: $(STAMP)
+	$(PYTEST) -m sweep $(PYTEST_ARGS)
 
 # All tests against the newest versions that pyproject.toml allows today. torch from the package index is a CUDA build of
 # several GB; TORCH="torch --index-url ..." names a smaller one.

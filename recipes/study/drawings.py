@@ -8,7 +8,7 @@ from typing import Any
 
 from found import Row
 
-from mtraining.report.figures import new_figure
+from mtraining.report.drawing import new_figure
 
 
 def draw(rows: dict[str, list[Row]], out: Path) -> None:

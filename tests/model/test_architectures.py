@@ -1,6 +1,6 @@
 """Every causal architecture of transformers: the accepted ones equal plain transformers, on two processes.
 
-A fast subset has one architecture of each kind. The whole sweep takes minutes, and is marked slow.
+A fast subset has one architecture of each kind. The whole sweep takes minutes: make sweep.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ def page_rows() -> dict[str, str]:
     return {found[1]: found[0] for found in re.finditer(r"^\| `([^`]+)` \|.*$", text, re.MULTILINE)}
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(KINDS)))
 def test_every_architecture_equals_transformers_or_is_refused(

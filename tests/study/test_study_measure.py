@@ -71,6 +71,18 @@ def study(*words: str) -> str:
 
 
 @pytest.mark.slow
+def test_two_arms_run_on_a_cpu(tmp_path: Path) -> None:
+    common = (str(tmp_path / "study"), "--smoke")
+    study("prepare", *common)
+    told = study("run", *common, "--arms", "dense,recommended", "--seeds", "1")
+    assert told.rstrip().endswith("## Missing\n\nnothing")
+    with open(tmp_path / "study" / "summary" / "arms.csv", newline="") as file:
+        dense, recommended = csv.DictReader(file)
+    assert float(dense["density"]) == 1 and 0 < float(recommended["density"]) < 0.6
+
+
+@pytest.mark.sweep
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["extend.yaml", "learn.yaml"])
 def test_every_arm_runs_on_a_cpu(tmp_path: Path, plan: str) -> None:
     """The commands of docs/study.md, tiny: nothing is missing in the end, and nothing is done twice."""
