@@ -306,9 +306,10 @@ def test_the_commands_of_the_recipes(
         main()
     dataset = SequenceDataset(config.data.path, full, mode=config.data.mode)
     assert len(dataset) == 2  # of each domain the first row; the fifth is one token short
-    assert [name for name, _ in dataset.shards.documents()] == [
+    (source,) = dataset.sources
+    assert [name for name, _ in source.shards.documents()] == [
         "princeton-nlp/prolong-data-512K/thestackv1_concat_by_repo-524288:0",
         "princeton-nlp/prolong-data-512K/book-524288:0",
     ]
-    reasons = {entry["reason"] for entry in dataset.shards.meta["skipped"]}
+    reasons = {entry["reason"] for entry in source.shards.meta["skipped"]}
     assert reasons == {f"shorter than --min-length {full + 1:,}"}

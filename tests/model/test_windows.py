@@ -130,7 +130,11 @@ RINGS = [
         ("llama4_text", "cp2", "striped"),
         ("gemma3_text", "cp1", "striped"),
         ("mistral", "cp4", "zigzag"),
-        *(pytest.param(name, *ring, marks=pytest.mark.slow) for name in WINDOWED for ring in RINGS),
+        *(
+            pytest.param(name, *ring, marks=[pytest.mark.slow, pytest.mark.sweep])
+            for name in WINDOWED
+            for ring in RINGS
+        ),
     ],
 )
 def test_windows_equal_transformers_on_every_ring(

@@ -83,6 +83,7 @@ def test_nothing_leaks_over_two_ranks(pool: ProcessPool) -> None:
         assert said == []
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", [(2,), (2, 2)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])

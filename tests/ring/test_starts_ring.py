@@ -17,7 +17,10 @@ from mtraining.pattern import build_pattern
 from mtraining.ring import AttentionRuntime, BatchStarts, IndexTape, Ring
 from starts_cases import STARTS, allowed, masked_attention, of_window
 
-LARGE = [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((4,), (8,), (2, 4), (4, 2))]
+LARGE = [
+    pytest.param((4,), marks=pytest.mark.slow),
+    *(pytest.param(sizes, marks=[pytest.mark.slow, pytest.mark.sweep]) for sizes in ((8,), (2, 4), (4, 2))),
+]
 TOPOLOGIES = [(1,), (2,), (2, 2), *LARGE]
 SIZE, TOKENS = 8, 128
 PATTERNS: dict[str, tuple[str, dict[str, Any]]] = {
