@@ -240,7 +240,9 @@ def test_older_keys_say_the_same_to_transformers_5(family: str, rope: Any, tmp_p
     written = json.loads((tmp_path / "config.json").read_text())
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == expected == config.rope_parameters
     if "full_attention" in config.rope_parameters:
-        assert not {"rope_theta", "rope_scaling"} & written.keys(), "older keys cannot differ by type of layer"
+        assert not {"rope_theta", "rope_scaling"} & written.keys(), (
+            "older keys cannot differ by type of layer"
+        )
         return
     theta = written["rotary_emb_base" if family == "gpt_neox" else "rope_theta"]
     assert theta == config.rope_parameters["rope_theta"]
