@@ -41,7 +41,7 @@ def layers(config: Config) -> list[AttentionStats]:
     pattern = ToeplitzRandom(density=0.05 - 2048 / 524288, columns=2048)
     index = pattern.estimate(q, q, SequenceShard.whole(config.train.seq_len), 1.0)
     work = tile_work(index, build_layout("striped", 128), 2)
-    return 36 * [AttentionStats(0.05, 2048.0, None, imbalance(work), work, index)]
+    return 36 * [AttentionStats(0.05, 2048.0, [], imbalance(work), work, index)]
 
 
 def told_of(

@@ -26,8 +26,8 @@ class AttentionStats:
     Attributes:
         density: as `SparseIndex.density` has it, of the blocks that hold a real token; mean over heads.
         columns: mean columns a head.
-        recall: share of the true attention mass that the index keeps, mean over sampled rows; None when not sampled.
-        recall_by_head: the same of each head, mean over the batch; empty when not sampled.
+        recall_by_head: share of the true attention mass that each head's index keeps, mean over the batch and sampled
+            rows; empty when not sampled.
         balance: imbalance in the layout and ring in use.
         tile_work: float64 (ranks, sources), slash tiles, in the layout in use.
         index: the index itself, whole on every rank, e.g. to ask how another layout would balance it.
@@ -36,12 +36,16 @@ class AttentionStats:
 
     density: float
     columns: float
-    recall: float | None
     recall_by_head: list[float]
     balance: Imbalance
     tile_work: Tensor
     index: SparseIndex
     window: Window | None = None
+
+    @property
+    def recall(self) -> float | None:
+        """Mean of ``recall_by_head``; None when not sampled."""
+        return sum(self.recall_by_head) / len(self.recall_by_head) if self.recall_by_head else None
 
 
 class Observer(AbstractContextManager["Observer"]):
@@ -80,17 +84,15 @@ def observe(
         real = index.upto(shard.covered(index.block_size))
     for observer in _observers:
         work = tile_work(index, plan.layout, plan.ring.world)
-        recall, by_head = None, []
+        by_head: list[float] = []
         if observer.recall_rows:
             chosen = torch.Generator().manual_seed(observer.seed + len(observer.stats))
             rows = torch.randint(shard.length, (observer.recall_rows,), generator=chosen).to(q.device)
             by_head = measure_recall(q, k, lse, rows, shard, scale).double().mean((0, 2)).tolist()
-            recall = sum(by_head) / len(by_head)
         observer.stats.append(
             AttentionStats(
                 density=real.density().mean().item(),
                 columns=real.column_counts.double().mean().item(),
-                recall=recall,
                 recall_by_head=by_head,
                 balance=imbalance(work, plan.ring.outer),
                 tile_work=work,
