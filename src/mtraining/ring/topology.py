@@ -170,26 +170,6 @@ class PendingSum:
         return self._x
 
 
-class Hop:
-    """One transfer under way: sends ``payload`` to a rank of the group and receives the like from another."""
-
-    def __init__(self, payload: Tensor, group: dist.ProcessGroup | None, to: int, sender: int) -> None:
-        self._payload = payload  # kept alive, and unwritten, until the transfer is done
-        self._received = torch.empty_like(payload)
-        count_sent(payload.nbytes)
-        self._works = begin_transfer(
-            dist.P2POp(dist.isend, payload, group=group, group_peer=to),
-            dist.P2POp(dist.irecv, self._received, group=group, group_peer=sender),
-        )
-
-    def wait(self) -> Tensor:
-        """Finish and return what was received."""
-        with waiting():
-            for work in self._works:
-                work.wait()
-        return self._received
-
-
 class Exchange:
     """A transfer under way of which either end may be missing: nothing to send, or nothing to receive."""
 
@@ -201,7 +181,8 @@ class Exchange:
         to: int,
         sender: int,
     ) -> None:
-        self._payload, self._into = payload, into  # both kept until the transfer is done
+        # Both kept alive, and the payload unwritten, until the transfer is done.
+        self._payload, self._received = payload, into
         send = None if payload is None else dist.P2POp(dist.isend, payload, group=group, group_peer=to)
         receive = None if into is None else dist.P2POp(dist.irecv, into, group=group, group_peer=sender)
         if payload is not None:
@@ -213,7 +194,20 @@ class Exchange:
         with waiting():
             for work in self._works:
                 work.wait()
-        return self._into
+        return self._received
+
+
+class Hop(Exchange):
+    """An exchange with both ends: sends ``payload`` to a rank of the group and receives the like from another."""
+
+    def __init__(self, payload: Tensor, group: dist.ProcessGroup | None, to: int, sender: int) -> None:
+        super().__init__(payload, torch.empty_like(payload), group, to, sender)
+
+    def wait(self) -> Tensor:
+        """Finish and return what was received."""
+        received = super().wait()
+        assert received is not None
+        return received
 
 
 def _dimension(mesh: DeviceMesh, dim: int) -> tuple[dist.ProcessGroup, int, int]:
