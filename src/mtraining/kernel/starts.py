@@ -12,7 +12,7 @@ sequence. So the queries that see a key form one run, as the keys of a query do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -59,11 +59,17 @@ def window_starts(seq_len: int, window: Window, device: torch.device | str = "cp
 def within_documents(starts: Tensor, window: Window) -> Tensor:
     """Starts of a window that begins anew in each document: int32 (batch, seq_len).
 
+    Layers of one window are given the same tensor, since kernels keep tables with it.
+
     Args:
         starts: int32 (batch, seq_len), of the documents.
     """
-    positions = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
-    return starts + first_keys(positions - starts, window)
+
+    def make() -> Tensor:
+        positions = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
+        return starts + first_keys(positions - starts, window)
+
+    return _kept(starts, make, ("within", window))
 
 
 def document_starts(begins: Tensor, seq_len: int) -> Tensor:
@@ -177,7 +183,7 @@ def local_ends_of_keys(starts: Tensor, q_blocks: Tensor, block_size: int) -> Ten
     return _kept(starts, make, "ends of keys", q_blocks)
 
 
-def _kept(starts: Tensor, make: Callable[[], Tensor], name: str, *blocks: Tensor) -> Tensor:
+def _kept(starts: Tensor, make: Callable[[], Tensor], name: Hashable, *blocks: Tensor) -> Tensor:
     """The table of this name that ``make`` makes for these blocks; from the second time on the one made first.
 
     Who writes new starts into the same memory gets new tables: PyTorch counts the writes.

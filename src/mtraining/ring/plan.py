@@ -7,7 +7,6 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mtraining.errors import UserError
 from mtraining.kernel import EstimationKernels, Placement, Window, reach_of
@@ -67,11 +66,7 @@ class RingPlan:
         if reach_of(window) < 1:
             raise UserError(f"window: {window} holds no token; give at least 1, or None for no window.")
         if starts is not None:
-            made = self._in_documents.setdefault(starts, {})
-            key = window, starts._version
-            if key not in made:
-                made[key] = within_documents(starts, window)
-            return made[key]
+            return within_documents(starts, window)
         if (batch, window) not in self._windows:
             alone = window_starts(self.seq_len, window, self.all_positions.device)
             self._windows[batch, window] = alone.repeat(batch, 1)
@@ -99,11 +94,6 @@ class RingPlan:
     def _windows(self) -> dict[tuple[int, Window], Tensor]:
         """Starts of the windows asked for, by batch size and window."""
         return {}
-
-    @cached_property
-    def _in_documents(self) -> WeakTensorKeyDictionary:
-        """Of each batch's documents, their starts under the windows asked for; they go when the batch does."""
-        return WeakTensorKeyDictionary()
 
     @cached_property
     def slots(self) -> Tensor:
