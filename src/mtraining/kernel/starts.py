@@ -97,11 +97,14 @@ def check_starts(starts: Tensor, batch: int, seq_len: int, device: torch.device)
             f"starts: {starts.dtype} {tuple(starts.shape)} on {starts.device} does not fit; "
             f"give int32 ({batch}, {seq_len}) on {device}, one start for each token of the whole sequence."
         )
-    if device.type != "cpu":
-        return
-    position = torch.arange(seq_len)
-    if (starts < 0).any() or (starts > position).any() or (starts.diff(dim=-1) < 0).any():
+    if device.type == "cpu" and bool(no_starts(starts)):
         raise UserError(NO_STARTS)
+
+
+def no_starts(starts: Tensor) -> Tensor:
+    """Whether a start is after its query or negative, or starts decrease: bool scalar on their device."""
+    position = torch.arange(starts.shape[-1], device=starts.device)
+    return (starts < 0).any() | (starts > position).any() | (starts.diff(dim=-1) < 0).any()
 
 
 def check_starts_kernel(kernel: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
-from mtraining.kernel.starts import NO_STARTS
+from mtraining.kernel.starts import NO_STARTS, no_starts
 from mtraining.layout import Layout
 from mtraining.model.loss import on_host
 from mtraining.ring import BatchStarts, Ring
@@ -77,7 +77,7 @@ class PositionCheck:
         """bool scalar on the ids' device. ``position_ids``: (..., local tokens)."""
         found = (position_ids != self._expected_of(position_ids)).any()
         starts = self.starts.value
-        return found if starts is None else found | _no_starts(starts)
+        return found if starts is None else found | no_starts(starts)
 
     def refuse(self, position_ids: Tensor) -> None:
         """Look at the ids, which waits for their device.
@@ -88,7 +88,7 @@ class PositionCheck:
         if not bool(self.wrong(position_ids)):
             return
         starts = self.starts.value
-        if starts is not None and bool(_no_starts(starts)):
+        if starts is not None and bool(no_starts(starts)):
             raise UserError(NO_STARTS)
         expected = self._expected_of(position_ids)
         rows, expected = torch.broadcast_tensors(position_ids.reshape(-1, expected.shape[-1]), expected)
@@ -163,12 +163,6 @@ class PositionCheck:
     def factor(self, position_ids: Tensor) -> Tensor:
         """fp32 scalar on the ids' device: 1 where they are right, else NaN."""
         return torch.where(self.wrong(position_ids), torch.nan, 1.0)
-
-
-def _no_starts(starts: Tensor) -> Tensor:
-    """bool scalar on the device: what `mtraining.kernel.starts.check_starts` refuses on a CPU."""
-    position = torch.arange(starts.shape[-1], device=starts.device)
-    return (starts < 0).any() | (starts > position).any() | (starts.diff(dim=-1) < 0).any()
 
 
 def _positions(arguments: dict[str, Any]) -> Tensor | None:
