@@ -190,14 +190,14 @@ class IndexMemory:
         """Whether this step attends to everything, whatever it holds."""
         return self._step is not None and self.anneal.dense(self._step)
 
-    @property
-    def estimates_to_hold(self) -> bool:
-        """Whether later steps will use what this step estimates."""
-        return self._step is not None and self.refresh.holds and self.refresh.estimates(self._step)
+    def wants(self, layer: int) -> bool:
+        """Whether later steps will use what a layer estimates next: it is the step's first, and is to be held."""
+        held = self._step is not None and self.refresh.holds and self.refresh.estimates(self._step)
+        return held and layer not in self._fresh
 
     def keep(self, layer: int, index: SparseIndex) -> None:
-        """Remember a layer's index, if it is the step's first and is to be held."""
-        if self._step is None or not self.refresh.holds or layer in self._fresh:
+        """Remember a layer's index, if it is wanted."""
+        if not self.wants(layer):
             return
         first = (index.diagonals[:1].clone(), index.columns[:1].clone())
         blocks = None if index.blocks is None else index.blocks[:1].clone()
@@ -400,7 +400,7 @@ class Remembered(Pattern):
 
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
         if self.memory.dense:
-            if self.memory.estimates_to_hold:
+            if self.memory.wants(self.layer):
                 self.memory.keep(self.layer, self._estimated(q, k, shard, scale))
             index = Dense(block_size=self.block_size).estimate(q, k, shard, scale)
             self.memory.count(self.layer, index, shard)
