@@ -45,19 +45,17 @@ def key_coverage(index: SparseIndex, shard: SequenceShard) -> Tensor:
     keys = sampled_keys(index.seq_len, device)
     first, last = _query_ranges(index, shard, keys)
     exists = first <= last  # (bands, batch, keys)
-    read = _by_column(index, keys)[None] & exists[:, :, None]
     if index.blocks is None:
         prefix = torch.nn.functional.pad(index.diagonals.cumsum(-1, dtype=torch.int32), (1, 0))
         low = (first // size - keys // size).clamp(0, index.num_blocks)
         high = (last // size - keys // size + 1).clamp(0, index.num_blocks)
         heads = index.diagonals.shape[1]
-        for band in range(len(BAND_STARTS)):
-            inside = [
-                prefix.gather(2, edge[band][:, None].expand(-1, heads, -1).long()) for edge in (low, high)
-            ]
-            read[band] |= (inside[1] > inside[0]) & exists[band][:, None]
+        prefix = prefix.expand(len(BAND_STARTS), -1, -1, -1)
+        below, upto = (prefix.gather(3, edge[:, :, None].expand(-1, -1, heads, -1)) for edge in (low, high))
+        tile = upto > below
     else:
-        read |= _by_tile(index, shard, keys, first, last) & exists[:, :, None]
+        tile = _by_tile(index, shard, keys, first, last)
+    read = (_by_column(index, keys) | tile) & exists[:, :, None]
     found = torch.where(read.any(1), READ, torch.where(exists.any(1)[:, None], UNREAD, ABSENT))
     return found.to(torch.uint8)
 
@@ -79,10 +77,10 @@ def _query_ranges(index: SparseIndex, shard: SequenceShard, keys: Tensor) -> tup
 
 def _by_column(index: SparseIndex, keys: Tensor) -> Tensor:
     """Whether each key is a column: bool (batch, q_heads, keys)."""
-    batch, heads, _ = index.columns.shape
-    there = torch.zeros(batch, heads, index.seq_len + 1, dtype=torch.bool, device=keys.device)
-    there.scatter_(2, index.columns.long(), True)
-    return there[..., keys]
+    columns = index.columns.contiguous()
+    sought = keys.to(columns.dtype).expand(*columns.shape[:2], -1).contiguous()
+    before, upto = (torch.searchsorted(columns, sought, right=right) for right in (False, True))
+    return upto > before
 
 
 def _by_tile(index: SparseIndex, shard: SequenceShard, keys: Tensor, first: Tensor, last: Tensor) -> Tensor:
