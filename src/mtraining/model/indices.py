@@ -26,14 +26,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from mtraining.errors import UserError
 from mtraining.kernel import SparseIndex
 from mtraining.model.anneal import Anneal
-from mtraining.model.key_coverage import key_coverage, overlap, unread_by_distance
+from mtraining.model.key_coverage import key_coverage, overlap, tiles_of_heads, unread_by_distance
 from mtraining.pattern import Dense, Pattern, SequenceShard
 from mtraining.ring import Ring
 
 FAR_TOKENS = 32_768
 # Of a block distance: some tile at it was computed; none was; no document is that long. The larger one counts.
 _JOINED, _MISSED, _ABSENT = 2, 1, 0
-_TILES = 2**26  # tiles of lists that are looked at a time
 _FORMS = "every_step, {every_n: k} or {frozen_at: step}"
 
 
@@ -358,21 +357,17 @@ def _distances(index: SparseIndex, shard: SequenceShard) -> Tensor:
     else:
         own = shard.all_blocks(index.block_size)[shard.comm.rank]
         key = own[:, None] - distance
-        heads = index.diagonals.shape[1]
-        width = max(1, _TILES // (key.numel() * index.diagonals.shape[0]))
-        joined = torch.cat([_joined(index, own, key, slice(h, h + width)) for h in range(0, heads, width)])
+        joined = torch.cat([_joined(tiles.any(0), key) for tiles in tiles_of_heads(index, own, distance)])
     return torch.where(joined, _JOINED, torch.where(exists.any(0), _MISSED, _ABSENT)).to(torch.uint8)
 
 
-def _joined(index: SparseIndex, own: Tensor, key: Tensor, heads: slice) -> Tensor:
-    """Distances at which some tile of a rank's query blocks ``own`` is selected: bool (heads, num_blocks).
+def _joined(tiles: Tensor, key: Tensor) -> Tensor:
+    """Distances at which some tile of a rank's query blocks is selected: bool (heads, num_blocks).
 
     Args:
+        tiles: bool (heads, rows, num_blocks), those selected.
         key: int64 (rows, num_blocks), the key block at each distance of each row; negative where there is none.
     """
-    assert index.blocks is not None
-    part = replace(index, diagonals=index.diagonals[:, heads], blocks=index.blocks[:, heads])
-    tiles = part.tile_mask(own, torch.arange(index.num_blocks, device=own.device)).any(0)
     return (tiles.gather(2, key.clamp(min=0).expand_as(tiles)) & (key >= 0)).any(1)
 
 

@@ -6,7 +6,7 @@ with the sequence. A layer keeps 4 x q_heads x 512 bytes, 64 KiB for 32 heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
@@ -89,16 +89,23 @@ def _by_tile(index: SparseIndex, shard: SequenceShard, keys: Tensor, first: Tens
     begin, end = own * index.block_size, (own + 1) * index.block_size - 1
     # (bands, batch, rows, keys): some query of the block is in the range
     meets = (begin[:, None] <= last[:, :, None]) & (end[:, None] >= first[:, :, None])
-    heads = index.diagonals.shape[1]
-    width = max(1, _TILES // (len(own) * len(keys) * index.diagonals.shape[0]))
-    parts = []
-    for head in range(0, heads, width):
-        chosen = slice(head, head + width)
-        assert index.blocks is not None
-        part = replace(index, diagonals=index.diagonals[:, chosen], blocks=index.blocks[:, chosen])
-        tiles = part.tile_mask(own, keys // index.block_size)
-        parts.append(torch.stack([(tiles & band[:, None]).any(2) for band in meets]))
+    parts = [
+        torch.stack([(tiles & band[:, None]).any(2) for band in meets])
+        for tiles in tiles_of_heads(index, own, keys // index.block_size)
+    ]
     return torch.cat(parts, 2)
+
+
+def tiles_of_heads(index: SparseIndex, q_blocks: Tensor, k_blocks: Tensor) -> Iterator[Tensor]:
+    """What :meth:`SparseIndex.tile_mask` says of an index that lists blocks, as many heads at a time as memory allows:
+    bool (batch, some heads, len(q_blocks), len(k_blocks))."""
+    assert index.blocks is not None
+    batch, heads, _ = index.diagonals.shape
+    width = max(1, _TILES // (batch * len(q_blocks) * len(k_blocks)))
+    for head in range(0, heads, width):
+        some = slice(head, head + width)
+        part = replace(index, diagonals=index.diagonals[:, some], blocks=index.blocks[:, some])
+        yield part.tile_mask(q_blocks, k_blocks)
 
 
 def unread_by_distance(by_layer: Mapping[int, Tensor]) -> list[float]:
