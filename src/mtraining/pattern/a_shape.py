@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtraining.kernel import SparseIndex
+from mtraining.kernel import SparseIndex, pack_blocks
 from mtraining.pattern.base import Pattern, SequenceShard, require
 from mtraining.pattern.diagonals import distances_to_diagonals
 
@@ -58,7 +58,8 @@ class AShape(Pattern):
         last = (first + tokens.clamp(max=self.sinks) - 1) // size
         tiles = (key >= (first // size)[..., None]) & (key <= last[..., None])
         alone = tokens == shard.length
-        tiles = (tiles & ~alone[..., None])[:, None].expand(-1, heads[1], -1, -1)
+        # Packed once, for all heads have the same.
+        lists = pack_blocks(tiles & ~alone[..., None])[:, None].expand(-1, heads[1], -1, -1).contiguous()
         alone = documents.sizes[:, :1] == shard.length
         columns = torch.where(alone[..., None], columns, seq_len).int().contiguous()
-        return shard.block_index(size, tiles, diagonals, columns)
+        return shard.listed_index(size, lists, columns, diagonals)
