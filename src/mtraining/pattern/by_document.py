@@ -35,6 +35,7 @@ from mtraining.pattern.documents import (
 from mtraining.pattern.probe import (
     column_and_slash_mass,
     document_probe,
+    owned_rows,
     probe_scope,
     probed,
     share_choice,
@@ -99,9 +100,7 @@ def estimate_documents(
     scope = probe_scope(at, documents, one.slash_size)
     verticals, slashes = column_and_slash_mass(q, k, at, shard, scale, one.slash_size, scope=scope)
 
-    rows = verticals.shape[0]
-    # Rows of (batch, heads) dealt in order; the last rank's last ones may stand for nothing.
-    number = (torch.arange(rows, device=q.device) + shard.comm.rank * rows).clamp(max=batch * q_heads - 1)
+    number = owned_rows(verticals, batch, q_heads, shard)
     mine = documents.of_rows(number // q_heads)
     given = Budgets(*(x[number % q_heads] for x in budgets(heads, q.device)))
     capacity = min(max(head.column_budget() for head in heads), shard.covered(size))

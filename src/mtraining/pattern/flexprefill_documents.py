@@ -31,6 +31,7 @@ from mtraining.pattern.probe import (
     column_and_slash_mass,
     document_probe,
     gather_queries,
+    owned_rows,
     probe_scope,
     share_choice,
     share_rows,
@@ -77,10 +78,10 @@ def estimate_documents(
     pattern: FlexPrefill, q: Tensor, k: Tensor, shard: SequenceShard, scale: float
 ) -> SparseIndex:
     """:meth:`mtraining.pattern.flexprefill.FlexPrefill.estimate` where the shard has documents."""
-    documents, size, comm = shard.documents, pattern.block_size, shard.comm
+    documents, size = shard.documents, pattern.block_size
     assert documents is not None
     batch, _, q_heads, _ = q.shape
-    own = shard.all_blocks(size)[comm.rank]
+    own = shard.all_blocks(size)[shard.comm.rank]
     at = document_probe(size, "last", documents)
     probed = _Probed.of(at, documents)
     probe = gather_queries(q, at, shard)
@@ -90,8 +91,7 @@ def estimate_documents(
     # A document's last block may be led by it and end in another: its own keys there are those of the lead.
     last_keys = _gathered(query_means(k, size, shard), shard, size)
 
-    rows = verticals.shape[0]
-    number = (torch.arange(rows, device=q.device) + comm.rank * rows).clamp(max=batch * q_heads - 1)
+    number = owned_rows(verticals, batch, q_heads, shard)
     mine = documents.of_rows(number // q_heads)
     both = torch.cat(
         [
@@ -104,7 +104,7 @@ def estimate_documents(
     aware = _query_aware(pattern, probe, keys, last_keys, true, probed, scale)  # (batch, heads, probe)
 
     one = _budgets(pattern, shard.seq_len, q.device)
-    given = Budgets(*(x.expand(rows, 1) for x in one))
+    given = Budgets(*(x.expand(len(number), 1) for x in one))
     capacity = min(pattern.max_columns, shard.covered(size))
     columns = choose_columns(verticals, mine, given, len(at[0]), size, capacity)
     places = DiagonalSlots.of(mine, size)

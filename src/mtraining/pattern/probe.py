@@ -175,6 +175,15 @@ def column_and_slash_mass(
     return verticals, slashes.sum(0)
 
 
+def owned_rows(owned: Tensor, batch: int, q_heads: int, shard: SequenceShard) -> Tensor:
+    """Which of the flattened (batch, q_heads) each owned row (rows, ...) is: int64 (rows,).
+
+    Rows are dealt in order. The last rank's last ones may stand for nothing; they are given the number of the last.
+    """
+    number = torch.arange(len(owned), device=owned.device) + shard.comm.rank * len(owned)
+    return number.clamp(max=batch * q_heads - 1)
+
+
 def share_rows(owned: Tensor, batch: int, q_heads: int, shard: SequenceShard) -> Tensor:
     """Owned rows (rows, n) of every rank -> (batch, q_heads, n) on every rank, the padding rows dropped."""
     return shard.comm.all_gather(owned).flatten(0, 1)[: batch * q_heads].unflatten(0, (batch, q_heads))

@@ -21,6 +21,7 @@ from mtraining.pattern.diagonals import distances_to_diagonals, heaviest_diagona
 from mtraining.pattern.probe import (
     PLACEMENTS,
     column_and_slash_mass,
+    owned_rows,
     probe_positions,
     sequence_scope,
     share_choice,
@@ -165,9 +166,8 @@ def estimate_by_head(
     verticals, slashes = verticals[:, :seq_len], slashes[:, : seq_len // size]
     tiles = None
     if shard.starts is not None:
-        number = torch.arange(verticals.shape[0], device=q.device) + shard.comm.rank * verticals.shape[0]
         of_batch = tiles_by_diagonal(shard.starts, seq_len, one.block_size)
-        tiles = of_batch[number.clamp(max=batch * q_heads - 1) // q_heads]
+        tiles = of_batch[owned_rows(verticals, batch, q_heads, shard) // q_heads]
     if heads.count(one) == len(heads):
         columns, diagonals = one.select(verticals, slashes, shard.backend, tiles)
     else:
