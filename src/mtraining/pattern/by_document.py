@@ -101,11 +101,12 @@ def estimate_documents(
     verticals, slashes = column_and_slash_mass(q, k, at, shard, scale, one.slash_size, scope=scope)
 
     number = owned_rows(verticals, batch, q_heads, shard)
-    mine = documents.of_rows(number // q_heads)
+    of_batch = number // q_heads
+    mine = documents.of_rows(of_batch)
+    places = DiagonalSlots.of(documents, size).of_rows(of_batch)
     given = Budgets(*(x[number % q_heads] for x in budgets(heads, q.device)))
     capacity = min(max(head.column_budget() for head in heads), shard.covered(size))
     columns = choose_columns(verticals, mine, given, probe, size, capacity)
-    places = DiagonalSlots.of(mine, size)
     if one.slash_by == "token":
         diagonals = diagonals_of_distances(slashes, mine, places, given, probe, size)
     else:

@@ -58,10 +58,7 @@ class Documents:
 
     def of_rows(self, rows: Tensor) -> Documents:
         """One sequence for each number of a batch row: int64 (n,)."""
-        if self.first.shape[0] == 1:
-            starts, first, past = (x.expand(len(rows), -1) for x in (self.starts, self.first, self.past))
-        else:
-            starts, first, past = (x[rows] for x in (self.starts, self.first, self.past))
+        starts, first, past = (_of_rows(x, rows) for x in (self.starts, self.first, self.past))
         return Documents(starts, first, past, self.length)
 
     def in_lead(self, block_size: int) -> Tensor:
@@ -115,10 +112,19 @@ class DiagonalSlots:
         first = torch.where(count > 0, torch.arange(slots, device=begin.device), 0).cummax(1).values
         return cls(2 * begin, reach, first, count.gather(1, first))
 
+    def of_rows(self, rows: Tensor) -> DiagonalSlots:
+        """As :meth:`Documents.of_rows` has it."""
+        return DiagonalSlots(*(_of_rows(x, rows) for x in (self.base, self.reach, self.first, self.count)))
+
     @property
     def offsets(self) -> Tensor:
         """int64 (batch, slots): the block diagonal that an entry stands for."""
         return torch.arange(self.first.shape[1], device=self.first.device) - self.first
+
+
+def _of_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x`` (batch, n) at batch rows ``rows``: (len(rows), n), without a copy where there is one."""
+    return x.expand(len(rows), -1) if x.shape[0] == 1 else x[rows]
 
 
 class Ranking:

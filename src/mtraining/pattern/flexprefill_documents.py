@@ -92,7 +92,9 @@ def estimate_documents(
     last_keys = _gathered(query_means(k, size, shard), shard, size)
 
     number = owned_rows(verticals, batch, q_heads, shard)
-    mine = documents.of_rows(number // q_heads)
+    of_batch = number // q_heads
+    mine = documents.of_rows(of_batch)
+    places = DiagonalSlots.of(documents, size).of_rows(of_batch)
     both = torch.cat(
         [
             (verticals * kept).unflatten(1, (-1, size)).sum(-1)
@@ -107,7 +109,6 @@ def estimate_documents(
     given = Budgets(*(x.expand(len(number), 1) for x in one))
     capacity = min(pattern.max_columns, shard.covered(size))
     columns = choose_columns(verticals, mine, given, len(at[0]), size, capacity)
-    places = DiagonalSlots.of(mine, size)
     diagonals = diagonals_of_distances(slashes, mine, places, given, len(at[0]), size)
     columns, diagonals = share_choice(columns, diagonals, batch, q_heads, shard)
     of_heads = Budgets(*(x.expand(q_heads, 1) for x in one))
