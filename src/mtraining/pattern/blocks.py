@@ -40,6 +40,15 @@ def _means(x: Tensor, block_size: int, counts: Tensor) -> Tensor:
     return means * (block_size / counts.clamp(min=1))[..., None, None].to(means.dtype)
 
 
+def gathered(means: Tensor, shard: SequenceShard, block_size: int) -> Tensor:
+    """Means of every rank's blocks, in global order: (batch, blocks, heads, head_dim). Collective."""
+    every = means.new_empty(means.shape[0], shard.seq_len // block_size, *means.shape[2:])
+    every[:, shard.all_blocks(block_size).flatten()] = (
+        shard.comm.all_gather(means).transpose(0, 1).flatten(1, 2)
+    )
+    return every
+
+
 def grouped_products(q: Tensor, k: Tensor) -> Tensor:
     """q.k for every query head and its kv head, summed in fp32 (fp64 for fp64 inputs).
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mtraining.kernel import SparseIndex
 from mtraining.pattern.base import Collective, Pattern, SequenceShard, require
-from mtraining.pattern.blocks import grouped_products, key_means, query_means
+from mtraining.pattern.blocks import gathered, grouped_products, key_means, query_means
 from mtraining.pattern.diagonals import distances_to_diagonals
 from mtraining.pattern.flexprefill_documents import estimate_documents
 from mtraining.pattern.pooled import heaviest_pairs, jensen_shannon_distance
@@ -73,12 +73,9 @@ class FlexPrefill(Pattern):
         # Budgets are those of the blocks that hold a real token, however much padding follows.
         covered = shard.covered(size)
         batch, _, q_heads, _ = q.shape
-        all_blocks = shard.all_blocks(size)
         queries = query_means(q, size, shard)
-        keys = queries.new_empty(batch, seq_len // size, *k.shape[2:])
-        means = comm.all_gather(key_means(k, size, shard))
-        keys[:, all_blocks.flatten()] = means.transpose(0, 1).flatten(1, 2)
-        own = all_blocks[comm.rank]
+        keys = gathered(key_means(k, size, shard), shard, size)
+        own = shard.all_blocks(size)[comm.rank]
         last = torch.arange(max(0, shard.length - size), shard.length, device=q.device)
         probe = gather_queries(q, last, shard)
         verticals, slashes = column_and_slash_mass(q, k, last, shard, scale, probe=probe)

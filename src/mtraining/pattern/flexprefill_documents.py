@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtraining.kernel import SparseIndex, pack_blocks
 from mtraining.pattern.base import SequenceShard
-from mtraining.pattern.blocks import grouped_products, key_means, query_means
+from mtraining.pattern.blocks import gathered, grouped_products, key_means, query_means
 from mtraining.pattern.by_document import (
     Budgets,
     choose_columns,
@@ -87,9 +87,9 @@ def estimate_documents(
     probe = gather_queries(q, at, shard)
     scope = probe_scope(at, documents, 1)
     verticals, slashes = column_and_slash_mass(q, k, at, shard, scale, probe=probe, scope=scope)
-    keys = _gathered(key_means(k, size, shard), shard, size)
+    keys = gathered(key_means(k, size, shard), shard, size)
     # A document's last block may be led by it and end in another: its own keys there are those of the lead.
-    last_keys = _gathered(query_means(k, size, shard), shard, size)
+    last_keys = gathered(query_means(k, size, shard), shard, size)
 
     number = owned_rows(verticals, batch, q_heads, shard)
     of_batch = number // q_heads
@@ -125,15 +125,6 @@ def estimate_documents(
     dropped = (probed.which(owner) & aware[:, :, None]).any(-1) & (columns < shard.seq_len)
     columns = torch.where(dropped, filler, columns).int()
     return shard.listed_index(size, lists, columns)
-
-
-def _gathered(means: Tensor, shard: SequenceShard, block_size: int) -> Tensor:
-    """Means of every rank's blocks, in global order: (batch, blocks, kv_heads, head_dim)."""
-    every = means.new_empty(means.shape[0], shard.seq_len // block_size, *means.shape[2:])
-    every[:, shard.all_blocks(block_size).flatten()] = (
-        shard.comm.all_gather(means).transpose(0, 1).flatten(1, 2)
-    )
-    return every
 
 
 def _query_aware(
