@@ -118,11 +118,14 @@ def test_ranks_together_hold_the_packed_sequence(shards: TokenShards, name: str,
     layout = build_layout(name, unit=4)
     whole = packed(shards)
     parts = [packed(shards, layout=layout, cp_rank=rank, cp_size=world) for rank in range(world)]
+    again = [whole.dealt(layout, rank, world) for rank in range(world)]
     for window in range(len(whole)):
         expected, dealt = whole[window], [part[window] for part in parts]
         for key in ("input_ids", "labels", "position_ids"):
             assert torch.equal(layout.unshard([item[key] for item in dealt], dim=0), expected[key])
         assert all(torch.equal(item["starts"], expected["starts"]) for item in dealt)
+        for item, part in zip(dealt, again, strict=True):
+            assert all(torch.equal(part[window][key], value) for key, value in item.items())
 
 
 def test_packing_is_pinned_and_depends_on_the_seed(shards: TokenShards) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from distributed import ProcessPool
-from mtraining.data import PrepareOptions, SequenceDataset, prepare
+from mtraining.data import PrepareOptions, SequenceDataset, prepare, windows
 from mtraining.errors import UserError
 from mtraining.model import build_model
 from mtraining.train import loop
@@ -152,6 +152,20 @@ def test_a_mixture_is_told_and_resumes_bit_for_bit(
         UserError, match=r"data.sources: .*weight 3, .* -> .*weight 2, .*checkpoint.allow=\[data.sources\]"
     ):
         loop.train(parse_config({**other, "train": {**other["train"], "steps": 6}}))
+
+
+def test_a_run_packs_each_source_once(
+    tmp_path: Path, books: Path, code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[int] = []
+    original = windows.best_fit
+    monkeypatch.setattr(
+        windows, "best_fit", lambda lengths, *rest: packed.append(len(lengths)) or original(lengths, *rest)
+    )
+    raw = mixed_raw(tmp_path / "run", books, code, checkpoint={"export": False})
+    raw["train"] |= {"steps": 1, "warmup_steps": 0}
+    loop.train(parse_config(raw))
+    assert len(packed) == 2
 
 
 def test_sources_that_end_before_the_run_are_refused_at_once(tmp_path: Path, books: Path, code: Path) -> None:

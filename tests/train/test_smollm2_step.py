@@ -10,7 +10,7 @@ import pytest
 
 from mtraining.data import PrepareOptions, build_loader, prepare
 from mtraining.train.config import load_config
-from mtraining.train.corpus import build_dataset
+from mtraining.train.corpus import build_dataset, data_sources, rank_dataset
 from mtraining.train.loop import parallel_model
 from mtraining.train.mesh import joined_processes
 from mtraining.train.optim import build_optimizer
@@ -51,7 +51,8 @@ def test_two_steps_of_a_pretrained_model(tmp_path: Path) -> None:
             ),
             progress=False,
         )
-        dataset = build_dataset(config, process, vocab_size=model.hf_model.config.vocab_size)
+        whole = build_dataset(config, data_sources(config))
+        dataset = rank_dataset(config, whole, process, model.hf_model.config.vocab_size)
         stepper = Stepper(
             model,
             build_optimizer(model, config.train, process.device),

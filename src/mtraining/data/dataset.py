@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,20 +98,8 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         self.seq_len, self.mode, self.seed, self.mask_boundaries = seq_len, mode, seed, mask_boundaries
         if seq_len < 1:
             raise UserError(f"train.seq_len is {seq_len}; it must be at least 1")
-        if not 0 <= cp_rank < cp_size:
-            raise UserError(f"cp_rank is {cp_rank}; it must lie in 0..{cp_size - 1} for cp_size {cp_size}")
-        if layout is None and cp_size > 1:
-            raise UserError(f"layout is missing; cp_size {cp_size} needs one of contiguous, zigzag, striped")
-        self.vocab_size = vocab_size
-        for source in self.sources:
-            if vocab_size is not None and source.shards.max_token_id >= vocab_size:
-                _refuse_vocabulary(source.shards, vocab_size)
+        self._deal(layout, cp_rank, cp_size, vocab_size)
         check_same_vocabulary([source.shards for source in self.sources])
-        if layout is None:
-            self._positions = np.arange(seq_len)
-        else:
-            layout.check(seq_len, cp_size)
-            self._positions = layout.positions(seq_len, cp_size)[cp_rank].numpy()
         self.windows = [
             Windows(source.shards, seq_len, mode, seed=seed, number=number, look_ahead=look_ahead)
             for number, source in enumerate(self.sources)
@@ -125,6 +114,33 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
             seed,
         )
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    def dealt(
+        self, layout: Layout | None, cp_rank: int, cp_size: int, vocab_size: int | None = None
+    ) -> SequenceDataset:
+        """The same sequences as one cp rank holds them; they are packed once, however often they are dealt.
+
+        Raises:
+            UserError: an id outside the vocabulary, a length the layout cannot deal.
+        """
+        other = copy(self)
+        other._deal(layout, cp_rank, cp_size, vocab_size)
+        return other
+
+    def _deal(self, layout: Layout | None, cp_rank: int, cp_size: int, vocab_size: int | None) -> None:
+        if not 0 <= cp_rank < cp_size:
+            raise UserError(f"cp_rank is {cp_rank}; it must lie in 0..{cp_size - 1} for cp_size {cp_size}")
+        if layout is None and cp_size > 1:
+            raise UserError(f"layout is missing; cp_size {cp_size} needs one of contiguous, zigzag, striped")
+        self.vocab_size = vocab_size
+        for source in self.sources:
+            if vocab_size is not None and source.shards.max_token_id >= vocab_size:
+                _refuse_vocabulary(source.shards, vocab_size)
+        if layout is None:
+            self._positions = np.arange(self.seq_len)
+        else:
+            layout.check(self.seq_len, cp_size)
+            self._positions = layout.positions(self.seq_len, cp_size)[cp_rank].numpy()
 
     @property
     def report(self) -> DatasetReport:

@@ -21,7 +21,7 @@ from mtraining.model.load import load_tokenizer
 from mtraining.model.lora import require_peft
 from mtraining.pattern import load_table
 from mtraining.train.config import Config
-from mtraining.train.corpus import build_dataset, data_sources
+from mtraining.train.corpus import RunData, build_dataset, data_sources
 from mtraining.train.heldout import held_out
 from mtraining.train.identity import check_options
 from mtraining.train.mesh import Process
@@ -31,8 +31,11 @@ from mtraining.train.store import CheckpointStore, read_manifest, require_comple
 from mtraining.train.trackers import check_trackers
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config) -> RunData:
     """Check everything about a run that needs neither processes nor a model.
+
+    Returns:
+        the data that had to be opened and packed for it.
 
     Raises:
         UserError: a sequence length that the layout cannot deal, more ranks than blocks, an unknown pattern, layout or
@@ -53,11 +56,11 @@ def check_config(config: Config) -> None:
     require_peft(config.model.lora)
     check_trackers(config.log.trackers)
     check_output(config)
-    sources = [source.shards for source in data_sources(config)]
-    check_tokenizer(config, sources)
-    build_dataset(config, None, config.model.config.get("vocab_size"))
-    if config.evaluate.every is not None:
-        held_out(config, sources)
+    sources = data_sources(config)
+    shards = [source.shards for source in sources]
+    check_tokenizer(config, shards)
+    dataset = build_dataset(config, sources)
+    return RunData(dataset, held_out(config, shards) if config.evaluate.every is not None else None)
 
 
 def check_tokenizer(config: Config, sources: Sequence[TokenShards]) -> None:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mtraining.data import DataSource, SequenceDataset, TokenShards, step_plan
 from mtraining.layout import build_layout
 from mtraining.train.config import Config
-from mtraining.train.heldout import shards_tokenizer
+from mtraining.train.heldout import HeldOut, shards_tokenizer
 from mtraining.train.mesh import Process
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads, opened and checked once.
+
+    Attributes:
+        dataset: whole sequences; :func:`rank_dataset` deals them.
+        held: what evaluations read; None for nothing.
+    """
+
+    dataset: SequenceDataset
+    held: HeldOut | None
 
 
 def data_sources(config: Config) -> list[DataSource]:
@@ -23,25 +38,34 @@ def data_sources(config: Config) -> list[DataSource]:
     ]
 
 
-def build_dataset(config: Config, process: Process | None, vocab_size: int | None) -> SequenceDataset:
-    """A rank's view of the data: its context-parallel share of every sequence, or all of each for no process.
+def build_dataset(config: Config, sources: Sequence[DataSource]) -> SequenceDataset:
+    """The sequences of a run, whole.
 
     Raises:
         UserError: data that cannot be used, or sources that reach their caps before the last step.
     """
     dataset = SequenceDataset(
-        data_sources(config),
+        sources,
         config.train.seq_len,
         mode=config.data.mode,
         seed=config.train.seed,
-        layout=None if process is None else build_layout(config.layout.name, config.layout.unit),
-        cp_rank=0 if process is None else process.cp_rank,
-        cp_size=1 if process is None else config.parallel.cp,
-        vocab_size=vocab_size,
+        vocab_size=config.model.config.get("vocab_size"),
         look_ahead=config.data.look_ahead,
     )
     dataset.counts(config.train.steps * config.train.batch_size)
     return dataset
+
+
+def rank_dataset(
+    config: Config, dataset: SequenceDataset, process: Process, vocab_size: int
+) -> SequenceDataset:
+    """A rank's view of the data: its context-parallel share of every sequence.
+
+    Raises:
+        UserError: an id outside the vocabulary.
+    """
+    layout = build_layout(config.layout.name, config.layout.unit)
+    return dataset.dealt(layout, process.cp_rank, config.parallel.cp, vocab_size)
 
 
 def data_tokenizer(config: Config) -> Any:

@@ -29,7 +29,7 @@ from mtraining.generate.losses import bucketed, perplexity
 from mtraining.model import ParallelLM
 from mtraining.pattern import Dense, Pattern
 from mtraining.train.config import Config
-from mtraining.train.heldout import HeldOut, check_words, held_out, shards_tokenizer, shared_documents
+from mtraining.train.heldout import HeldOut, check_words, shards_tokenizer, shared_documents
 from mtraining.train.mesh import Process
 from mtraining.train.policy import OVER_STEPS, flat_options
 from mtraining.train.resume import on_main
@@ -235,6 +235,7 @@ def build_evaluation(
     config: Config,
     process: Process,
     model: ParallelLM,
+    held: HeldOut | None,
     training: Sequence[TokenShards],
     tokenizer: Any,
     builder: SuiteBuilder | None,
@@ -243,6 +244,7 @@ def build_evaluation(
     """The evaluation that a configuration asks for; None where it asks for none. Collective.
 
     Args:
+        held: the held-out sequences; None for none.
         training: the sources that are trained on.
         tokenizer: the model's; None takes that of the training data.
         builder: of `evaluate.suites`.
@@ -254,7 +256,6 @@ def build_evaluation(
     if settings.every is None:
         return None
     check_positions(config, model.hf_model.config)
-    held = held_out(config, training)
     if held is not None:
         check_words(held.shards, model.hf_model.config.vocab_size)
         told = on_main(process, lambda: _overlap(config, held, training))

@@ -31,7 +31,7 @@ from mtraining.train.balance import attention_record, ring_record, write_balance
 from mtraining.train.checkpoint import Checkpointer
 from mtraining.train.checks import check_config, check_same_tiles, check_table, rounding_warning
 from mtraining.train.config import Config
-from mtraining.train.corpus import build_dataset, data_record, data_tokenizer, mix
+from mtraining.train.corpus import data_record, data_tokenizer, mix, rank_dataset
 from mtraining.train.display import Display
 from mtraining.train.evaluation import Evaluation, SuiteBuilder, build_evaluation, curves, told
 from mtraining.train.memory_report import MemoryLog
@@ -70,7 +70,7 @@ def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
             checkpoint that could not be written.
         RunStopped: a signal asked for it, and what was done is saved; or a process that reads data died.
     """
-    check_config(config)
+    data = check_config(config)
     with (
         stoppable(config.output) as stops,
         joined_processes(config) as process,
@@ -89,9 +89,16 @@ def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
         torch.manual_seed(config.train.seed)
         model, tokenizer = parallel_model(config, process)
         tiles = check_same_tiles(process, DTYPES[config.train.dtype], head_dim_of(model.hf_model.config))
-        dataset = build_dataset(config, process, vocab_size=model.hf_model.config.vocab_size)
+        dataset = rank_dataset(config, data.dataset, process, model.hf_model.config.vocab_size)
         evaluation = build_evaluation(
-            config, process, model, [source.shards for source in dataset.sources], tokenizer, suites, tell
+            config,
+            process,
+            model,
+            data.held,
+            [source.shards for source in dataset.sources],
+            tokenizer,
+            suites,
+            tell,
         )
         optimizer = build_optimizer(model, config.train, process.device)
         stops.prepare(process, tell)
