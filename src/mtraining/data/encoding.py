@@ -50,9 +50,8 @@ class EncodeSetup:
     """
 
     tokenizer_folder: Path
-    is_byte: bool
     eos_token_id: int
-    tokenizer: str = "byte"
+    tokenizer: str
     bos_token_id: int | None = None
     bos_before_ids: bool = False
     train_on: str = "assistant"
@@ -81,7 +80,7 @@ class ItemEncoder:
 
     def __init__(self, setup: EncodeSetup) -> None:
         self._setup = setup
-        self._encoder = Encoder(setup.tokenizer_folder, is_byte=setup.is_byte)
+        self._encoder = Encoder(setup.tokenizer_folder, is_byte=setup.tokenizer == "byte")
 
     @cached_property
     def _chats(self) -> ChatEncoder:

@@ -224,18 +224,18 @@ class _Run:
         most_documents = options.max_documents if limited and options.max_documents else 2**63
         most_tokens = options.max_tokens if limited and options.max_tokens else 2**63
         setup = EncodeSetup(
-            (options.out / TOKENIZER).resolve(),
-            options.tokenizer == "byte",
-            int(self.state["eos_token_id"]),
-            options.tokenizer,
-            self.state.get("bos_token_id"),  # a folder that an older version began has none
-            bool(options.add_bos),
-            options.train_on or TRAIN_ON[0],
-            options.min_length,
-            options.max_length,
-            options.bad_rows == "skip",
-            options.ids_tokenizer,
-            (options.out / IDS_TOKENIZER).resolve() if options.ids_tokenizer else None,
+            tokenizer_folder=(options.out / TOKENIZER).resolve(),
+            eos_token_id=int(self.state["eos_token_id"]),
+            tokenizer=options.tokenizer,
+            # A folder that an older version began has none.
+            bos_token_id=self.state.get("bos_token_id"),
+            bos_before_ids=bool(options.add_bos),
+            train_on=options.train_on or TRAIN_ON[0],
+            min_length=options.min_length,
+            max_length=options.max_length,
+            skip_unknown_ids=options.bad_rows == "skip",
+            ids_tokenizer=options.ids_tokenizer,
+            ids_tokenizer_folder=(options.out / IDS_TOKENIZER).resolve() if options.ids_tokenizer else None,
         )
         # An entry that is not kept still counts as read, so that positions agree between runs.
         remaining = islice(self._entries(), writer.consumed, None)
