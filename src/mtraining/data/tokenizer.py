@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line
 from mtraining.inputs import hub
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -171,8 +171,9 @@ def _load_fast(name: str) -> Any:
         with hub.quiet():
             loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **found)
     except Exception as error:  # the hub, the file and the parser each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"tokenizer '{name}' cannot be loaded ({reason}); give {_KNOWN}") from error
+        raise UserError(
+            f"tokenizer '{name}' cannot be loaded ({first_line(error)}); give {_KNOWN}"
+        ) from error
     if not loaded.is_fast:
         raise UserError(f"tokenizer '{name}' is not a fast tokenizer; convert it to a tokenizer.json first")
     return loaded

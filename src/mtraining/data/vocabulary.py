@@ -59,18 +59,21 @@ def check_same_vocabulary(mixed: Sequence[TokenShards]) -> None:
         )
 
 
-def vocabulary_difference(shards: TokenShards, tokenizer: Any) -> str | None:
+def vocabulary_difference(shards: TokenShards, tokenizer: Any, whose: str = "the model's") -> str | None:
     """A token on which the shards' tokenizer and ``tokenizer`` disagree, in words; None where they agree.
 
     The plain vocabularies must be equal: with more or fewer words the same text has other tokens. Added tokens (end of
     text, padding, chat marks) may differ as long as no shard holds one that the model knows otherwise.
+
+    Args:
+        whose: what messages call ``tokenizer``.
     """
     theirs = dict(tokenizer.get_vocab()), {str(token) for token in tokenizer.added_tokens_decoder.values()}
     found = _difference(_words(shards), theirs, shards.max_token_id)
     if found is None:
         return None
     token, here, there = found
-    return f"token {token!r} is {here} there and {there} in the model's"
+    return f"token {token!r} is {here} there and {there} in {whose}"
 
 
 Words = tuple[Mapping[str, int], set[str]]

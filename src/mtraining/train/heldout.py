@@ -14,7 +14,7 @@ import numpy as np
 
 from mtraining.data import TokenShards
 from mtraining.data.vocabulary import vocabulary_difference
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line
 from mtraining.train.config import Config
 
 
@@ -131,9 +131,8 @@ def _check_tokenizer(config: Config, shards: TokenShards, training: TokenShards)
     """The training data's own is the model's, or meant to be another one."""
     if shards.tokenizer_path == training.tokenizer_path:
         return
-    difference = vocabulary_difference(shards, shards_tokenizer(training))
+    difference = vocabulary_difference(shards, shards_tokenizer(training), whose="the other")
     if difference is not None:
-        difference = difference.replace("the model's", "the other")
         raise UserError(
             f"evaluate.data={shards.path} was prepared with another tokenizer than {config.data.named} "
             f"({difference}); prepare it again with --tokenizer {training.tokenizer_path}."
@@ -149,7 +148,7 @@ def shards_tokenizer(shards: TokenShards) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(
             f"dataset '{shards.path}': its tokenizer {shards.tokenizer_path} cannot be read "
-            f"({str(error).strip().splitlines()[0]}); prepare it again."
+            f"({first_line(error)}); prepare it again."
         ) from None
 
 
