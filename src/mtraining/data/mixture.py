@@ -7,6 +7,7 @@ They are integers modulo 2^64, so no machine rounds them otherwise.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -86,11 +87,7 @@ class Mixture:
     def _chunk(self, sample: int) -> _Chunk:
         while sample >= self._next:
             self._grow()
-        low, high = 0, len(self._chunks) - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._chunks[middle].first <= sample else (low, middle - 1)
-        return self._chunks[low]
+        return self._chunks[bisect_right(self._chunks, sample, key=lambda chunk: chunk.first) - 1]
 
     def _grow(self) -> None:
         """Decide the next samples, up to the one at which a source reaches its cap."""
