@@ -41,7 +41,6 @@ def saved_works(
         )
     block, batch = config["pattern"]["block_size"], config["train"]["micro_batch_size"]
     model, cp, outer = hf_model.config, config["parallel"]["cp"], config["parallel"]["cp_outer"]
-    heads = model.num_attention_heads
     works = {}
     for entry in balance["layouts"]:
         world, name = entry["world"], entry["layout"]
@@ -51,18 +50,14 @@ def saved_works(
         order = torch.tensor([ring_offset(a, b, rings) for a in range(rings) for b in range(world // rings)])
         sources = (torch.arange(world)[:, None] - order) % world
         tiles = torch.zeros(world, world, dtype=torch.float64).scatter_(1, sources, load)
-        nothing = Index(seq_len, block, torch.zeros(seq_len // block, dtype=torch.float64), columns)
-        for each in {1, rings}:
-            works[name, world, each] = LayerWork(
-                tiles=tiles,
-                column_tiles=heads * nothing.column_tiles(layout, world),
-                rows=heads * seq_len // block // world,
-                tokens=seq_len // world,
-                columns=columns,
-                block_size=block,
-                heads=heads,
-                kv_heads=model.num_key_value_heads,
-                head_dim=head_dim_of(model),
-                dense=False,
-            )
+        index = Index.no_tiles(seq_len, block, columns)
+        works[name, world, 1] = works[name, world, rings] = LayerWork.of(
+            index,
+            layout,
+            world,
+            model.num_attention_heads,
+            model.num_key_value_heads,
+            head_dim_of(model),
+            tiles,
+        )
     return works

@@ -48,6 +48,13 @@ class Index:
         )
 
     @staticmethod
+    def no_tiles(seq_len: int, block_size: int, columns: int, dense: bool = False) -> Index:
+        """Columns alone, where tiles were counted elsewhere."""
+        return Index(
+            seq_len, block_size, torch.zeros(seq_len // block_size, dtype=torch.float64), columns, dense
+        )
+
+    @staticmethod
     def prescribed(pattern: ToeplitzRandom, seq_len: int, heads: int) -> Index:
         """The index that `mtraining bench train` and `bench ring` prescribe."""
         q = torch.empty(1, 1, heads, 1)
@@ -95,10 +102,17 @@ class LayerWork:
     dense: bool
 
     @staticmethod
-    def of(index: Index, layout: Layout, world: int, heads: int, kv_heads: int, head_dim: int) -> LayerWork:
-        """The work of an index under a layout."""
+    def of(
+        index: Index, layout: Layout, world: int, heads: int, kv_heads: int, head_dim: int,
+        tiles: Tensor | None = None,
+    ) -> LayerWork:  # fmt: skip
+        """The work of an index under a layout.
+
+        Args:
+            tiles: as the attribute, where they were measured; None counts those of the index.
+        """
         return LayerWork(
-            tiles=heads * index.tiles(layout, world),
+            tiles=heads * index.tiles(layout, world) if tiles is None else tiles,
             column_tiles=heads * index.column_tiles(layout, world),
             rows=heads * len(index.diagonals) // world,
             tokens=index.seq_len // world,

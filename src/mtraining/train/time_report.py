@@ -109,13 +109,10 @@ def predict_seconds(
     batch, block = train.micro_batch_size, layers[0].index.block_size
     columns = round(sum(layer.columns for layer in layers) / len(layers))
     dense = all(layer.density >= 1 for layer in layers)
-    index = Index(
-        train.seq_len, block, torch.zeros(train.seq_len // block, dtype=torch.float64), columns, dense
-    )
+    index = Index.no_tiles(train.seq_len, block, columns, dense)
     # The mean layer; its tiles are those of all heads and of all sequences of the micro-batch.
     tiles = torch.stack([layer.tile_work for layer in layers]).mean(0).cpu() / batch
-    empty = LayerWork.of(index, layout, parallel.cp, shape.heads, shape.kv_heads, shape.head_dim)
-    work = LayerWork(**{**vars(empty), "tiles": tiles})
+    work = LayerWork.of(index, layout, parallel.cp, shape.heads, shape.kv_heads, shape.head_dim, tiles)
     setting = Setting(
         parallel.dp, parallel.cp, parallel.cp_outer, layout, train.recompute, train.offload, train.fused
     )
