@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtraining.bench.record import appended, provenance
+from mtraining.bench.timing import wait
 from mtraining.bench.train.cases import SHAPES, TrainCase
 from mtraining.bench.train.model import (
     batches,
@@ -122,17 +123,12 @@ def step_seconds(
     step, data = stepper(case, model, process), packed_batches(case, process, starts)
     taken = []
     for number in range(steps + 2):
-        _wait(process.device)
+        wait(process.device)
         begin = time.perf_counter()
         step.run(data, number)
-        _wait(process.device)
+        wait(process.device)
         taken.append(time.perf_counter() - begin)
     return statistics.median(taken[2:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,6 +25,7 @@ from matplotlib.patches import Rectangle
 from mtraining.evaluate.heatmap import needle_figure
 from mtraining.kernel import SparseIndex
 from mtraining.layout import build_layout
+from mtraining.report.drawing import BLUE, GREEN, GREY, ORANGE
 from mtraining.ring import imbalance, tile_work
 from mtraining.ring.balance import by_step
 
@@ -34,7 +35,7 @@ RESULTS = HERE.parents[1] / "benchmarks" / "results"
 STYLE = {"svg.hashsalt": "mtraining", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 # With another version of matplotlib the same figure is other text.
 DRAWN_WITH = "3.11.2"
-BLUE, GREY, ORANGE, GREEN, LIGHT = "#2a6fbb", "#8c8c8c", "#d9822b", "#3a9a5c", "#e8e8e8"
+LIGHT = "#e8e8e8"
 
 
 def rows(name: str) -> list[dict[str, str]]:

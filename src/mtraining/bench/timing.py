@@ -58,6 +58,12 @@ def measure(
     return Timing(statistics.median(times), peak, statistics.mean(clocks) if clocks else None)
 
 
+def wait(device: torch.device) -> None:
+    """Until a GPU has done all it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _keep_busy(run: Callable[[], object], calls: int, seconds: float) -> None:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:

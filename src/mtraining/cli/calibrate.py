@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mtraining.cli.on_ring import DEVICES, Device, refuse_unknown
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,7 +46,7 @@ def calibrate(
     block_size: Annotated[int, typer.Option(min=1, help="Tokens a tile spans.")] = 128,
     probe: Annotated[int, typer.Option(min=1, help="Queries in the probe.")] = 64,
     probe_at: Annotated[str, typer.Option(help="last, spread or mixed.")] = "spread",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     chart: Annotated[bool, typer.Option(help="Draw recall against density (needs matplotlib).")] = True,
 ) -> None:
     """Search, for every head of MODEL, the pattern and budget that keep most attention on DATA; write a table for
@@ -69,14 +71,9 @@ def calibrate(
         )
     if not 0 < density <= 1:
         raise UserError(f"--density {density} must be a share of full attention, such as 0.2.")
-    choices = (
-        ("device", device, ("auto", "cpu", "cuda")),
-        ("cost", cost, COSTS),
-        ("probe-at", probe_at, PLACEMENTS),
-    )
-    for option, value, known in choices:
-        if value not in known:
-            raise UserError(f"--{option} {value} is not known; use {', '.join(known[:-1])} or {known[-1]}.")
+    refuse_unknown("device", device, DEVICES)
+    refuse_unknown("cost", cost, COSTS)
+    refuse_unknown("probe-at", probe_at, PLACEMENTS)
     base = VerticalSlash(block_size=block_size, probe=probe, probe_at=probe_at)
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     place = torch.device("cuda" if cuda else "cpu")

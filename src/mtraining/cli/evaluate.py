@@ -69,6 +69,14 @@ class Request:
         """Positions that stretched rotary embeddings must cover; 1 where nothing is stretched."""
         return max(self.lengths) if self.rope.get("type") else 1
 
+    def answered(self) -> list[Task]:
+        """The tasks of suites that ask questions."""
+        from mtraining.evaluate.tasks import SUITES as ANSWERED
+        from mtraining.evaluate.tasks import build_tasks
+
+        suites = [suite for suite in self.suites if suite in ANSWERED]
+        return build_tasks(suites, self.tasks, self.sources) if self.tasks else []
+
 
 def evaluate(
     model: Annotated[
@@ -327,14 +335,11 @@ def _one_model(
 
 def _plan(request: Request, tokenizer: Any) -> Plan:
     from mtraining.evaluate.runner import Plan, read_documents
-    from mtraining.evaluate.tasks import SUITES as ANSWERED
-    from mtraining.evaluate.tasks import build_tasks
 
-    answered = [suite for suite in request.suites if suite in ANSWERED]
     longest = None if "words" in request.suites else max(request.lengths)
     documents = read_documents(request.text, tokenizer, longest) if request.text else []
     plan = Plan(
-        tasks=build_tasks(answered, request.tasks, request.sources) if request.tasks else [],
+        tasks=request.answered(),
         lengths=request.lengths,
         samples=request.samples,
         documents=documents,

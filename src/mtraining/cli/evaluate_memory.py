@@ -53,11 +53,8 @@ def show_prediction(request: Request, memory_gib: float | None) -> None:
 
 def _readings(request: Request) -> Iterator[tuple[str, list[int], int]]:
     """(suite, prompts read together, new tokens at most) of everything asked for, at the longest length."""
-    from mtraining.evaluate.tasks import SUITES, build_tasks
-
     length, rows = max(request.lengths), min(request.batch, request.samples)
-    answered = [suite for suite in request.suites if suite in SUITES]
-    for task in build_tasks(answered, request.tasks, request.sources) if request.tasks else []:
+    for task in request.answered():
         new_tokens = task.answer_tokens(length)
         if new_tokens < length:
             yield f"{task.suite} {task.name}", [length - new_tokens] * rows, new_tokens

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mtraining.cli.on_ring import Device, Dtype, Tokenizer
+from mtraining.cli.on_ring import DEVICES, DTYPES, Device, Dtype, Tokenizer, refuse_unknown
 
 
 def inspect(
@@ -36,7 +36,6 @@ def inspect(
     a pattern misses. One process holds the whole model."""
     import torch
 
-    from mtraining.errors import UserError
     from mtraining.evaluate.calibrate import read_sequences
     from mtraining.evaluate.inspect import inspect_attention
     from mtraining.generate import parse_attention
@@ -44,12 +43,8 @@ def inspect(
     from mtraining.report.page import chart_library, write_page
     from mtraining.train.named import find_model
 
-    for option, value, known in (
-        ("device", device, ("auto", "cpu", "cuda")),
-        ("dtype", dtype, ("auto", "bfloat16", "float32", "float64")),
-    ):
-        if value not in known:
-            raise UserError(f"--{option} {value} is not known; use {', '.join(known[:-1])} or {known[-1]}.")
+    refuse_unknown("device", device, DEVICES)
+    refuse_unknown("dtype", dtype, DTYPES)
     choice = parse_attention(attention)
     named = find_model(model, tokenizer=tokenizer)
     chart_library()  # says now if it is missing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float32", "float64")
+DEVICES = ("auto", "cpu", "cuda")
 
 # Options that these commands share, each with its help.
 Kernel = Annotated[str, typer.Option(help="Attention backend.")]
@@ -98,6 +99,15 @@ class Processes:
         return "bfloat16" if device.type == "cuda" else "float32"
 
 
+def refuse_unknown(option: str, value: str, known: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: ``value`` is none of those that the option knows.
+    """
+    if value not in known:
+        raise UserError(f"--{option} {value} is not known; use {', '.join(known[:-1])} or {known[-1]}.")
+
+
 def processes(nproc: int | None, outer: int, dtype: str, device: str) -> Processes:
     """The processes that options ask for.
 
@@ -106,10 +116,8 @@ def processes(nproc: int | None, outer: int, dtype: str, device: str) -> Process
     """
     from mtraining.train.mesh import launched_world
 
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is not known; use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device} is not known; use auto, cpu or cuda.")
+    refuse_unknown("dtype", dtype, DTYPES)
+    refuse_unknown("device", device, DEVICES)
     if nproc is not None and "RANK" in os.environ:
         raise UserError(
             "--nproc starts processes of its own; leave it out under torchrun or another launcher."

@@ -238,13 +238,13 @@ class Planner:
                 f"blocks of {self.job.index.block_size}, with at most --batch sequences at a time; choose a multiple "
                 f"of {2 * self.job.index.block_size * self.cluster.world}, or a larger --batch."
             )
-        budget = self.cluster.rates.memory_gib * GIB
-        best = next((way for way in ways if self.memory(way.setting).needed <= budget), None)
+        best = next(filter(self._fits, ways), None)
         if best is None:
             least = min((self.memory(way.setting) for way in ways), key=lambda memory: memory.needed)
             raise UserError(
                 f"no way to spread {self.job.seq_len} tokens over {self.cluster.world} GPUs fits: the least needs "
-                f"{size_text(least.needed)} of {size_text(budget)} on each GPU; use more GPUs or a shorter --seq-len."
+                f"{size_text(least.needed)} of {size_text(self._budget)} on each GPU; use more GPUs or a shorter "
+                "--seq-len."
             )
         zigzag = build_layout("zigzag", self.job.index.block_size)
         dense = self.outcome(replace(best.setting, layout=zigzag), dense=True)
@@ -275,11 +275,16 @@ class Planner:
         for dp, cp in dict.fromkeys((way.setting.dp, way.setting.cp) for way in ways):
             if (dp, cp) != (at.dp, at.cp):
                 same = [way for way in ways if (way.setting.dp, way.setting.cp) == (dp, cp)]
-                fits = next((way for way in same if self._fits(way)), same[-1])
+                fits = next(filter(self._fits, same), same[-1])
                 yield self._alternative("dp x cp", f"{dp} x {cp}, ring {ring_text(fits.setting)}", fits, best)
 
+    @property
+    def _budget(self) -> float:
+        """Bytes of a GPU."""
+        return self.cluster.rates.memory_gib * GIB
+
     def _fits(self, way: Outcome) -> bool:
-        return self.memory(way.setting).needed <= self.cluster.rates.memory_gib * GIB
+        return self.memory(way.setting).needed <= self._budget
 
     def _alternative(self, choice: str, value: str, way: Outcome, best: Outcome) -> Alternative:
         loss = 1 - way.tokens_per_second / best.tokens_per_second

@@ -8,7 +8,7 @@ Not counted: that a transfer takes multiprocessors from a kernel beside it, laun
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -120,7 +120,6 @@ class StepTime:
     parts: dict[str, float]
     forward: Simulated
     backward: Simulated
-    notes: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtraining.kernel import SparseIndex
 from mtraining.layout import Layout
 from mtraining.pattern import ToeplitzRandom
 from mtraining.pattern.base import SequenceShard
@@ -59,7 +60,12 @@ class Index:
         """The index that `mtraining bench train` and `bench ring` prescribe."""
         q = torch.empty(1, 1, heads, 1)
         found = pattern.estimate(q, q, SequenceShard.whole(seq_len), 1.0)
-        return Index(seq_len, pattern.block_size, found.diagonals[0].double().mean(0), pattern.columns)
+        return Index.of(found, pattern.columns)
+
+    @staticmethod
+    def of(index: SparseIndex, columns: int) -> Index:
+        """The mean head of an index's first sequence, with so many columns."""
+        return Index(index.seq_len, index.block_size, index.diagonals[0].double().mean(0).cpu(), columns)
 
     def tiles(self, layout: Layout, world: int) -> Tensor:
         """Tiles of one head that each rank computes for each source's keys: float64 (ranks, sources)."""

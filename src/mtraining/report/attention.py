@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mtraining.evaluate.inspect import Inspection
 from mtraining.report import specs
-from mtraining.report.chart import Chart
+from mtraining.report.chart import Chart, grid
 from mtraining.report.page import Section, html_table, page
 from mtraining.report.series import short
 
@@ -45,15 +45,14 @@ def attention_page(
 
 
 def _by_head(found: Inspection, name: str) -> Chart:
-    grid = found.recall if name == "recall" else found.density
+    shares = found.recall if name == "recall" else found.density
     what = (
         "of a row's attention mass that the pattern keeps"
         if name == "recall"
         else "of causal attention computed"
     )
     spec = specs.cells("head", "layer", f"{name} (%)", (0, 100) if name == "recall" else None)
-    z = [[short(100 * value) for value in line] for line in grid.tolist()]
-    table = {"x": list(range(len(z[0]))), "y": list(range(len(z))), "z": z}
+    table = grid([[short(100 * value) for value in line] for line in shares.tolist()])
     return Chart(
         f"{name}-heads", f"{name.capitalize()} by head", f"Share {what}.", spec, {"all heads": table}
     )

@@ -50,6 +50,11 @@ class Chart:
         return [row for key in chosen for row in unpacked(key, self.tables[key])]
 
 
+def grid(z: list[list[Any]]) -> Table:
+    """The table of lines of values, both numbered from 0."""
+    return {"x": list(range(len(z[0]))), "y": list(range(len(z))), "z": z}
+
+
 def unpacked(key: str, table: Table) -> Iterator[dict[str, Any]]:
     """Rows of a table: of its ``parts``, of its grid ``z`` (and ``chosen``) over ``x`` and ``y``, or of
     its columns. A grid may be a triangle, with its longest line last."""

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from mtraining.report import specs
-from mtraining.report.chart import Chart, Table
+from mtraining.report.chart import Chart, Table, grid
 from mtraining.report.evaluated import evaluation_charts
 from mtraining.report.runs import Run, number, numbers
 from mtraining.report.series import curve, difference, heat, short
@@ -132,7 +132,7 @@ def _recall_by_head(run: Run) -> Table:
         grid = record.get("recall_by_head")
         if isinstance(grid, list) and grid and all(numbers(line) for line in grid):
             z = [[short(None if value is None else 100 * value) for value in numbers(line)] for line in grid]
-            return {"x": list(range(len(z[0]))), "y": list(range(len(z))), "z": z}
+            return grid(z)
     return {}
 
 
@@ -147,7 +147,7 @@ def _load(runs: Sequence[Run], layout: str) -> Chart:
         values = [value for row in load for value in row if value is not None]
         mean = sum(values) / len(values) or 1.0
         z = [[short(None if value is None else value / mean) for value in row] for row in load]
-        tables[run.name] = {"x": list(range(len(z[0]))), "y": list(range(len(z))), "z": z}
+        tables[run.name] = grid(z)
         highest = max(highest, *(value / mean for value in values))
     spec = specs.cells("ring step", "rank", "load / mean", (0, short(highest) or 2.0))
     says = (

@@ -14,6 +14,7 @@ from mtraining.report.evaluated import score_table
 from mtraining.report.figures import write_figures
 from mtraining.report.page import Section, html_table, page, write_page
 from mtraining.report.runs import Run, duration, known, read_runs
+from mtraining.report.series import differences
 from mtraining.report.specs import colour_of
 
 REPORT = "report.html"
@@ -45,7 +46,10 @@ def write_report(
     Raises:
         UserError: a folder that does not exist, no folder with anything to show, or vl-convert missing.
     """
-    runs = read_runs(folders)
+    return _write(read_runs(folders), out, figures, refresh)
+
+
+def _write(runs: Sequence[Run], out: Path, figures: Path | None = None, refresh: int = 0) -> list[Path]:
     charts = build_charts(runs)
     path = out / REPORT
     write_page(compare(runs, charts, refresh), path)
@@ -55,12 +59,15 @@ def write_report(
 
 def watch_report(folders: Sequence[Path], out: Path, seconds: int, tell: Callable[[str], None]) -> None:
     """Write the report again every so many seconds, until no run goes on; the page loads itself again meanwhile."""
-    while any(run.state in ("running", "no step yet") for run in read_runs(folders)):
-        (path,) = write_report(folders, out, refresh=seconds)
+    while True:
+        runs = read_runs(folders)
+        goes_on = any(run.state in ("running", "no step yet") for run in runs)
+        (path,) = _write(runs, out, refresh=seconds if goes_on else 0)
+        if not goes_on:
+            tell(f"wrote {path}; no run goes on")
+            return
         tell(f"wrote {path}")
         time.sleep(seconds)
-    (path,) = write_report(folders, out)
-    tell(f"wrote {path}; no run goes on")
 
 
 def compare(runs: Sequence[Run], charts: Sequence[Chart], refresh: int = 0) -> str:
@@ -95,14 +102,13 @@ def _summary(runs: Sequence[Run]) -> str:
     lines = []
     for run in runs:
         losses = known(run.evaluations, "held_out_loss")
-        left = run.seconds_left
-        going = run.state == "running" and left is not None
+        left = run.seconds_left if run.state == "running" else None
         lines.append(
             [
                 run.name,
                 run.state,
                 f"{run.done}/{run.planned}" if run.planned else str(run.done or "-"),
-                duration(left) if going and left is not None else "-",
+                "-" if left is None else duration(left),
                 run.pattern or "-",
                 _last(run, "loss", "{:.4f}"),
                 _to_dense(run, base),
@@ -125,14 +131,9 @@ def _to_dense(run: Run, base: Run | None) -> str:
     """Mean difference of loss over the last tenth of the steps that both have."""
     if base is None or run is base:
         return "-"
-    there = {record["step"]: known([record], "loss") for record in base.steps}
-    pairs = [
-        (mine[0], other[0])
-        for record in run.steps
-        if (mine := known([record], "loss")) and (other := there.get(record["step"]))
-    ]
-    last = pairs[-max(1, len(pairs) // 10) :] if pairs else []
-    return f"{sum(mine - other for mine, other in last) / len(last):+.4f}" if last else "-"
+    found = [less for _, less in differences(run.steps, base.steps, "loss")]
+    last = found[-max(1, len(found) // 10) :]
+    return f"{sum(last) / len(last):+.4f}" if last else "-"
 
 
 def _missing(runs: Sequence[Run]) -> str:
@@ -148,11 +149,10 @@ def _flat(options: Any, prefix: str = "") -> dict[str, str]:
     }
 
 
-def _differing(facts: Sequence[dict[str, str]], names: Sequence[str]) -> list[list[str]]:
-    """A line for each fact that is not the same in all runs, a cell for each run."""
+def _side_by_side(facts: Sequence[dict[str, str]]) -> list[list[str]]:
+    """A line for each fact, a cell for each run."""
     keys = dict.fromkeys(key for one in facts for key in one)
-    lines = [[key, *(one.get(key, "-") for one in facts)] for key in keys]
-    return [line for line in lines if len(set(line[1:])) > 1 or len(names) == 1]
+    return [[key, *(one.get(key, "-") for one in facts)] for key in keys]
 
 
 def _options(runs: Sequence[Run]) -> str:
@@ -160,7 +160,9 @@ def _options(runs: Sequence[Run]) -> str:
     if not known_runs:
         return "<p class='soft'>No run has a configuration that can be read.</p>"
     names = [run.name for run in known_runs]
-    lines = _differing([_flat(run.config) for run in known_runs], names)
+    lines = _side_by_side([_flat(run.config) for run in known_runs])
+    if len(names) > 1:
+        lines = [line for line in lines if len(set(line[1:])) > 1]
     if not lines:
         return "<p>All options are the same.</p>"
     return html_table(
@@ -173,6 +175,4 @@ def _environment(runs: Sequence[Run]) -> str:
     shown = {name: _flat(fact) for name, fact in facts.items() if isinstance(fact, dict)}
     if not shown:
         return "<p class='soft'>No run has written down its environment.</p>"
-    keys = dict.fromkeys(key for one in shown.values() for key in one)
-    lines = [[key, *(one.get(key, "-") for one in shown.values())] for key in keys]
-    return html_table(["", *shown], lines, "Versions and devices")
+    return html_table(["", *shown], _side_by_side(list(shown.values())), "Versions and devices")

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+BLUE, GREY, ORANGE, GREEN = "#2a6fbb", "#8c8c8c", "#d9822b", "#3a9a5c"
+
+
 def new_figure(**options: Any) -> Figure:
     """A figure that needs no display.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mtraining.predict.ring import Simulated, Span
 from mtraining.predict.step_time import StepTime
-from mtraining.report.drawing import new_figure
+from mtraining.report.drawing import BLUE, GREEN, ORANGE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 LANES = ("compute", "wait", "intra", "inter")
 _NAMES = {"compute": "kernels", "wait": "waiting", "intra": "inside the node", "inter": "to the next node"}
-_COLOURS = {"compute": "#2a6fbb", "wait": "#d9822b", "intra": "#3a9a5c", "inter": "#8c5fa8"}
+_COLOURS = {"compute": BLUE, "wait": ORANGE, "intra": GREEN, "inter": "#8c5fa8"}
 
 
 def write_timeline(time: StepTime, path: Path) -> None:

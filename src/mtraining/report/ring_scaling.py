@@ -13,7 +13,7 @@ from mtraining.predict.plan import prescribed_pattern
 from mtraining.predict.ring import Network, Simulated
 from mtraining.predict.step_time import attention_passes
 from mtraining.predict.work import Index, LayerWork
-from mtraining.report.drawing import new_figure
+from mtraining.report.drawing import BLUE, GREEN, GREY, ORANGE, new_figure
 from mtraining.report.layer_timeline import draw_spans
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ NODE = 8  # GPUs
 INTRA, INTER = 300e9, 25e9  # bytes per second of a GPU's link, in one direction
 TOKENS, DENSITY, COLUMNS = 524288, 0.05, 2048
 HEADS, KV_HEADS, HEAD_DIM = 16, 2, 128
-_BLUE, _GREY, _ORANGE, _GREEN = "#2a6fbb", "#8c8c8c", "#d9822b", "#3a9a5c"
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ def scaling_figure(ranks: Sequence[int]) -> Figure:
     figure = new_figure(figsize=(7, 3.6))
     axes = figure.subplots()
     alone = layer_on(1, False).milliseconds
-    axes.plot(ranks, [alone / n for n in ranks], color=_GREEN, linestyle=":", label="one GPU's time, divided")
-    for nested, colour, label in ((False, _GREY, "one flat ring"), (True, _BLUE, "rings of eight")):
+    axes.plot(ranks, [alone / n for n in ranks], color=GREEN, linestyle=":", label="one GPU's time, divided")
+    for nested, colour, label in ((False, GREY, "one flat ring"), (True, BLUE, "rings of eight")):
         times = [layer_on(n, nested).milliseconds for n in ranks]
         axes.plot(ranks, times, color=colour, marker="o", label=label)
     axes.set_xscale("log", base=2)
@@ -94,8 +93,8 @@ def binding_figure(ranks: Sequence[int]) -> Figure:
     waits = [one.waiting * one.milliseconds for one in found]
     busy = [one.milliseconds - wait for one, wait in zip(found, waits, strict=True)]
     places = range(len(ranks))
-    axes.barh(places, busy, color=_BLUE, label="computing")
-    axes.barh(places, waits, left=busy, color=_ORANGE, label="waiting for messages")
+    axes.barh(places, busy, color=BLUE, label="computing")
+    axes.barh(places, waits, left=busy, color=ORANGE, label="waiting for messages")
     for place, one in enumerate(found):
         axes.text(one.milliseconds, place, f" {one.milliseconds:.1f} ms", va="center")
     axes.set_yticks(places, [f"{n} GPUs" for n in ranks])

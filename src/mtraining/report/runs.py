@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from mtraining.train.balance import BALANCE
 from mtraining.train.evaluation import MARK
 from mtraining.train.metrics import METRICS
 
-# A run that wrote nothing for this many of its steps, and for a minute, is taken as ended.
 _BY_HEAD = "recall_by_head"
+# A run that wrote nothing for this many of its steps, and for a minute, is taken as ended.
 _SILENT_STEPS, _SILENT_SECONDS = 20, 60
 
 
@@ -131,9 +131,9 @@ def read_run(folder: Path, name: str) -> Run:
     """Read one folder. What cannot be read is left out and said in ``missing``."""
     run = Run(name, folder)
     _read_metrics(run)
-    run.config = _read_yaml(run, "config.yaml")
-    run.about = _read_json(run, ABOUT, "environment and predicted memory")
-    layouts = _read_json(run, BALANCE, "load of ranks and ring steps").get("layouts")
+    run.config = _read(run, "config.yaml", "its options", yaml.safe_load)
+    run.about = _read(run, ABOUT, "environment and predicted memory", json.loads)
+    layouts = _read(run, BALANCE, "load of ranks and ring steps", json.loads).get("layouts")
     run.balance = [entry for entry in layouts or [] if _is_load(entry)]
     for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         run.scores += list(Results(place, writes=False).lines()) if (place / RESULTS).is_file() else []
@@ -184,25 +184,14 @@ def _read_metrics(run: Run) -> None:
         run.missing.append(f"{gaps} steps up to step {run.done} have no record")
 
 
-def _read_yaml(run: Run, name: str) -> dict[str, Any]:
+def _read(run: Run, name: str, what: str, parsed: Callable[[str], Any]) -> dict[str, Any]:
+    """The mapping in a file that tells ``what``; empty where there is none."""
     try:
-        found = yaml.safe_load((run.folder / name).read_text(encoding="utf-8"))
-    except OSError:
-        run.missing.append(f"no {name}: its options are not known")
-        return {}
-    except (yaml.YAMLError, ValueError):
-        run.missing.append(f"{name} cannot be read")
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _read_json(run: Run, name: str, what: str) -> dict[str, Any]:
-    try:
-        found = json.loads((run.folder / name).read_text(encoding="utf-8"))
+        found = parsed((run.folder / name).read_text(encoding="utf-8"))
     except OSError:
         run.missing.append(f"no {name}: {what} are not known")
         return {}
-    except ValueError:
+    except (yaml.YAMLError, ValueError):
         run.missing.append(f"{name} cannot be read")
         return {}
     return found if isinstance(found, dict) else {}

@@ -48,14 +48,22 @@ def curve(
 def difference(
     records: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], name: str, points: int
 ) -> dict[str, Column]:
-    """:func:`bucketed` of ``name`` less that of ``base`` at the same step; empty where they share no step."""
+    """:func:`bucketed` of :func:`differences`; empty where they share no step."""
+    found = differences(records, base, name)
+    return bucketed([step for step, _ in found], [value for _, value in found], points) if found else {}
+
+
+def differences(
+    records: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], name: str
+) -> list[tuple[int, float]]:
+    """(step, ``name`` less that of ``base`` at the same step), where both have it."""
     there = {record["step"]: number(record.get(name)) for record in base}
     found = []
     for record in records:
         value, other = number(record.get(name)), there.get(record["step"])
         if value is not None and other is not None:
             found.append((record["step"], value - other))
-    return bucketed([step for step, _ in found], [value for _, value in found], points) if found else {}
+    return found
 
 
 def heat(records: Sequence[dict[str, Any]], name: str, columns: int, factor: float = 1.0) -> dict[str, Any]:

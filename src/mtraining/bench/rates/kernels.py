@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from mtraining.bench.attention.cases import Case
-from mtraining.bench.attention.problem import Layer, Problem, build
+from mtraining.bench.attention.problem import Layer, build
 from mtraining.bench.timing import measure
 from mtraining.bench.train.cases import Shape
 from mtraining.bench.train.model import build_model
@@ -91,9 +91,9 @@ class Rater:
         self, case: Case, head_dim: int, backend: Backend
     ) -> dict[str, tuple[float, int, float, float]]:
         """(tiles of 128 x 128, block rows, column tiles, seconds) of each pass, over all heads."""
-        case = Case(**{**vars(case), "head_dim": head_dim})
+        case = replace(case, head_dim=head_dim)
         problem = build(case, self.device, seed=1)
-        index = _counted(problem)
+        index = Index.of(problem.index, case.columns)
         dealt = build_layout("contiguous", 1)
         scaled = (case.block_size / 128) ** 2 * case.q_heads
         tiles = float(index.tiles(dealt, 1).sum()) * scaled
@@ -214,9 +214,3 @@ _NOTHING = "mtraining_rates_nothing"
 def _queries_back(module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """Attention that costs nothing: (batch, heads, tokens, head_dim) queries as the output."""
     return query.transpose(1, 2).contiguous(), None
-
-
-def _counted(problem: Problem) -> Index:
-    index, case = problem.index, problem.case
-    diagonals = index.diagonals[0].double().mean(0).cpu()
-    return Index(case.seq_len, case.block_size, diagonals, case.columns)

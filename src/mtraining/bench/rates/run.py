@@ -22,6 +22,7 @@ from mtraining.bench.options import RatesOptions, arguments, parse
 from mtraining.bench.processes import on_gpu, process_count, start, take_device, under_torchrun
 from mtraining.bench.rates.kernels import Rater, Say, Sizes
 from mtraining.bench.record import provenance
+from mtraining.bench.timing import wait
 from mtraining.bench.train.cases import SHAPES
 from mtraining.errors import UserError
 from mtraining.predict.measured import own_path
@@ -83,7 +84,7 @@ def measure_link(sizes: Sequence[int], device: torch.device) -> list[list[float]
         times = []
         for _ in range(_REPEATS + 1):
             dist.barrier()
-            _wait(device)
+            wait(device)
             begin = time.perf_counter()
             works = dist.batch_isend_irecv(
                 [
@@ -93,7 +94,7 @@ def measure_link(sizes: Sequence[int], device: torch.device) -> list[list[float]
             )
             for work in works:
                 work.wait()
-            _wait(device)
+            wait(device)
             times.append(time.perf_counter() - begin)
         slowest = torch.tensor(sorted(times[1:])[_REPEATS // 2], dtype=torch.float64, device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -153,8 +154,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -101,14 +101,14 @@ def draw(rows: Sequence[TrainRow], path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    from mtraining.report.drawing import new_figure
+    from mtraining.report.drawing import BLUE, GREY, new_figure
 
     figure = new_figure(figsize=(8, 0.8 + 0.32 * len(rows)))
     axes = figure.subplots()
     labels = []
     for place, row in enumerate(rows):
         dense = row.pattern == "dense"
-        axes.barh(place, row.step_seconds, color="#8c8c8c" if dense else "#2a6fbb")
+        axes.barh(place, row.step_seconds, color=GREY if dense else BLUE)
         gain = f"  {row.speedup:.1f}x" if row.speedup and not dense else ""
         axes.text(row.step_seconds, place, f" {row.step_seconds:.3g} s{gain}", va="center", fontsize=8)
         what = "dense" if dense else f"{row.density:.1%}"

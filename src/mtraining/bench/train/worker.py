@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from mtraining.bench.attention.gate import GateError
 from mtraining.bench.record import Provenance
+from mtraining.bench.timing import wait
 from mtraining.bench.train.cases import TrainCase
 from mtraining.bench.train.gate import check_step, shortened
 from mtraining.bench.train.model import (
@@ -163,10 +164,10 @@ def _time(case: TrainCase, effort: Effort, process: Process) -> _Timed:
 def _slowest(process: Process, run: Callable[[], object]) -> float:
     """Seconds that ``run`` takes on the slowest rank, from a common start to the end of its work on the device."""
     process.sum(torch.zeros(1, device=process.device))
-    _wait(process.device)
+    wait(process.device)
     start = time.perf_counter()
     run()
-    _wait(process.device)
+    wait(process.device)
     return max(process.gather(time.perf_counter() - start))
 
 
@@ -237,11 +238,6 @@ def _estimate(case: TrainCase, process: Process) -> float:
     pattern, scale = VerticalSlash(block_size=shape.block_size), shape.head_dim**-0.5
     taken = [_slowest(process, lambda: pattern.estimate(q, k, shard, scale)) for _ in range(4)]
     return case.layers * statistics.median(taken[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _free(device: torch.device) -> None:
