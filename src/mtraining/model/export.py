@@ -32,7 +32,7 @@ def export_model(
     With an adapter only what was trained is gathered, and ``peft.PeftModel.from_pretrained`` loads it.
 
     Collective over the model's ranks. The first rank writes to a temporary folder beside ``folder`` and moves it there
-    when it is whole, so that a half-written export is never found under its name; the other ranks wait for it.
+    when it is whole. So a half-written export is never found under its name. The other ranks wait for the first.
 
     Args:
         model: from `parallelize`.

@@ -63,9 +63,8 @@ def tiles_by_diagonal(starts: Tensor, seq_len: int, block_size: int) -> Tensor:
         starts: integers (batch, at least seq_len), the first key that each query may attend.
     """
     block = torch.arange(seq_len // block_size, device=starts.device)
-    reach = (
-        block - starts[:, :seq_len:block_size] // block_size
-    )  # the farthest diagonal of each row of blocks
+    # The farthest diagonal of each row of blocks.
+    reach = block - starts[:, :seq_len:block_size] // block_size
     rows = torch.zeros_like(reach).scatter_add_(1, reach, torch.ones_like(reach))
     return rows.flip(1).cumsum(1).flip(1)
 
