@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from distributed import ProcessPool, Worker
+from library_warnings import COMPILE
 from mtraining.errors import UserError
 from mtraining.model import parallelize
 
@@ -90,10 +91,7 @@ def test_a_text_of_one_token_is_refused() -> None:
         generator_for(None, "qwen2").score([5])
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-    "ignore:.torch.jit.script_method. is :DeprecationWarning",
-)
+@pytest.mark.filterwarnings(*COMPILE)
 def test_compiled_layers_answer_eagerly() -> None:
     """No graph is made for any length; afterwards the layers are compiled as they were."""
     import functools

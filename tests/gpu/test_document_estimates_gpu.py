@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from library_warnings import SYNC_CHECKS
 from mtraining import sparse_ring_attention
 from mtraining.kernel import select_backend
 from mtraining.pattern import Pattern, PerHead, SequenceShard, build_pattern
@@ -87,16 +87,9 @@ def test_a_document_changes_no_bit_of_another(name: str, packed: str) -> None:
             assert not (changed & ~mine[..., 0, 0]).any(), f"{what} changed with the document at {first}"
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Back to normal after the test, however it ends."""
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("name", [*PATTERNS, "per_head"])
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.filterwarnings(SYNC_CHECKS)
 def test_agrees_with_the_cpu_and_waits_for_nothing(name: str) -> None:
     pattern, starts = pattern_of(name), starts_of(PACKED["anywhere"])
     q, k, *_ = inputs()

@@ -8,17 +8,14 @@ from typing import Any
 import pytest
 
 import mtraining.train.loop as loop
+from library_warnings import COMPILE
 from mtraining.data import PrepareOptions, prepare
 from mtraining.train.config import Config, parse_config
 from mtraining.train.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-        "ignore:.torch.jit.script_method. is :DeprecationWarning",
-        "ignore:.*deterministic:UserWarning",
-    ),
+    pytest.mark.filterwarnings(*COMPILE, "ignore:.*deterministic:UserWarning"),
 ]
 SEQ_LEN = 8192
 

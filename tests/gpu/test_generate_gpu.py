@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from library_warnings import SYNC_CHECKS
 
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parents[1] / "generate"))
@@ -64,15 +65,8 @@ def model_of(dtype: str, device: str = "cuda") -> Generator:
     return Generator(model, pattern=build_pattern("dense", block_size=16), layout=build_layout("striped", 16))
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Back to normal after the test, however it ends."""
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.filterwarnings(SYNC_CHECKS)
 @torch.no_grad()
 def test_nothing_waits_for_the_device_within_a_token() -> None:
     made = model_of("bfloat16")

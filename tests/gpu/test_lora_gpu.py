@@ -7,9 +7,10 @@ from typing import Any, cast
 
 import pytest
 import torch
-from test_step_gpu import FUSED_TOLERANCE, SEQ_LEN, VOCAB, Options, batches, process  # noqa: F401  # a fixture
+from test_step_gpu import FUSED_TOLERANCE, SEQ_LEN, VOCAB, Options, batches
 from torch.distributed.tensor import DTensor
 
+from library_warnings import COMPILE
 from mtraining.layout import build_layout
 from mtraining.model import LoraOptions, ModelOptions, ParallelLM, build_model, parallelize
 from mtraining.pattern import VerticalSlash
@@ -20,10 +21,7 @@ from mtraining.train.step import Stepper, StepResult
 pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-        "ignore:.torch.jit.script_method. is :DeprecationWarning",
-    ),
+    pytest.mark.filterwarnings(*COMPILE),
 ]
 
 SIZES = {
@@ -32,7 +30,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def make(process: Process, **options: Any) -> ParallelLM:  # noqa: F811
+def make(process: Process, **options: Any) -> ParallelLM:
     """Frozen weights in bf16, trained ones in fp32."""
     lora = LoraOptions(r=8, also_train=("embed_tokens", "norm"))
     model, _ = build_model(ModelOptions(config=SIZES, dtype="bfloat16", lora=lora), SEQ_LEN)
@@ -47,7 +45,7 @@ def make(process: Process, **options: Any) -> ParallelLM:  # noqa: F811
     )
 
 
-def steps(process: Process, **options: Any) -> tuple[list[StepResult], ParallelLM]:  # noqa: F811
+def steps(process: Process, **options: Any) -> tuple[list[StepResult], ParallelLM]:
     model, settings = make(process, **options), cast(Any, Options())
     optimizer = build_optimizer(model, settings, process.device)
     stepper = Stepper(model, optimizer, settings, process, accumulation=1)
@@ -55,7 +53,7 @@ def steps(process: Process, **options: Any) -> tuple[list[StepResult], ParallelL
     return [stepper.run(data, step) for step in range(3)], model
 
 
-def test_liger_learns_the_same(process: Process) -> None:  # noqa: F811
+def test_liger_learns_the_same(process: Process) -> None:
     pytest.importorskip("liger_kernel")
     expected, _ = steps(process, recompute="full")
     found, _ = steps(process, recompute="full", fused="liger")
@@ -65,7 +63,7 @@ def test_liger_learns_the_same(process: Process) -> None:  # noqa: F811
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=norm, abs=0), step
 
 
-def test_steps_move_what_is_trained_alone(process: Process) -> None:  # noqa: F811
+def test_steps_move_what_is_trained_alone(process: Process) -> None:
     before = {name: whole(p).clone() for name, p in make(process).named_parameters()}
     _, model = steps(process)
     for name, parameter in model.named_parameters():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from library_warnings import LEAF_GRADIENTS, SYNC_CHECKS
 from mtraining.kernel.starts import document_starts
 from mtraining.layout import build_layout
 from mtraining.pattern import Pattern, VerticalSlash, build_pattern
@@ -50,17 +50,10 @@ def attend(
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Back to normal after the test, however it ends."""
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("layout", ["striped", "zigzag"])
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.filterwarnings(SYNC_CHECKS)
 def test_nothing_waits_for_the_device_from_q_to_gradients(name: str, layout: str) -> None:
     tensors = inputs()
     attend(PATTERNS[name], layout, *tensors)  # compiles, and makes what is kept for every later call
@@ -71,7 +64,7 @@ def test_nothing_waits_for_the_device_from_q_to_gradients(name: str, layout: str
 
 @pytest.mark.parametrize("name", ["top_p", "dense"])
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.filterwarnings(SYNC_CHECKS)
 def test_nothing_waits_with_documents_and_a_window(name: str) -> None:
     tensors = inputs()
     batches = [document_starts(torch.tensor(begins).cuda(), 4096) for begins in ([700, 701, 3000], [5, 1024])]
@@ -82,7 +75,7 @@ def test_nothing_waits_with_documents_and_a_window(name: str) -> None:
 
 
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.filterwarnings(SYNC_CHECKS)
 def test_the_check_sees_a_wait() -> None:
     x = torch.ones(1, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
@@ -112,10 +105,7 @@ def test_replayed_index_gives_the_same_bits() -> None:
 
 
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.filterwarnings(
-    "ignore:Synchronization debug mode is a prototype:UserWarning",
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-)
+@pytest.mark.filterwarnings(SYNC_CHECKS, LEAF_GRADIENTS)
 def test_compiled_attention_has_the_same_bits_and_waits_for_nothing() -> None:
     q, k, v, dout = inputs()
     runtime = AttentionRuntime(MASS, build_layout("striped"), None, "triton")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from library_warnings import COMPILE, SYNC_CHECKS
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, parallelize
 from mtraining.pattern import Pattern, VerticalSlash, build_pattern
@@ -20,11 +18,7 @@ from mtraining.train.mesh import Process
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings(
-        "ignore:Synchronization debug mode is a prototype:UserWarning",
-        "ignore:.torch.jit.script_method. is :DeprecationWarning",
-        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-    ),
+    pytest.mark.filterwarnings(*COMPILE, SYNC_CHECKS),
 ]
 SEQ_LEN, VOCAB = 4096, 1000
 # At blocks and elsewhere; one within a tile, one over many; the last is padding.
@@ -41,15 +35,6 @@ PATTERNS: dict[str, Pattern] = {
     "xattention": build_pattern("xattention", threshold=0.6),
     "flexprefill": build_pattern("flexprefill", gamma=0.6),
 }
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Process]:
-    torch.cuda.set_device(0)
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh("cuda", (1, 1), mesh_dim_names=("dp", "cp"))
-    yield Process(torch.device("cuda", 0), mesh, rank=0, world=1, dp_rank=0, cp_rank=0)
-    dist.destroy_process_group()
 
 
 def plain_model() -> Any:

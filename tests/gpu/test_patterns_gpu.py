@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from library_warnings import SYNC_CHECKS
 from mtraining import sparse_ring_attention
 from mtraining.kernel import select_backend
 from mtraining.kernel.reference.estimate import ReferenceEstimation
@@ -49,16 +49,9 @@ def inputs(dtype: torch.dtype) -> list[Tensor]:
     return [x.to("cuda", dtype) for x in (q, k, v)]
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Back to normal after the test, however it ends."""
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.filterwarnings(SYNC_CHECKS)
 def test_agrees_with_the_cpu_and_waits_for_nothing(name: str) -> None:
     pattern = build_pattern(PATTERNS[name][0], **PATTERNS[name][1])
     q, k, _ = inputs(torch.bfloat16)

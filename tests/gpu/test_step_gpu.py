@@ -8,11 +8,10 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from library_warnings import COMPILE, SYNC_CHECKS
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, parallelize
@@ -24,11 +23,7 @@ from mtraining.train.step import Batch, Stepper, StepResult
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-        "ignore:.torch.jit.script_method. is :DeprecationWarning",
-        "ignore:Synchronization debug mode is a prototype:UserWarning",
-    ),
+    pytest.mark.filterwarnings(*COMPILE, SYNC_CHECKS),
 ]
 SEQ_LEN, VOCAB = 4096, 1000
 # Relative, of loss and gradient norm: of the first step, which rounds otherwise at the same weights, and of those after
@@ -47,15 +42,6 @@ class Options:
     seq_len, steps, warmup_steps, schedule = SEQ_LEN, 10, 0, "constant"
     decay_steps, decay = None, "cosine"
     lr, min_lr, weight_decay, betas, eps, clip = 1e-4, 0.0, 0.1, (0.9, 0.95), 1e-8, 1.0
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Process]:
-    torch.cuda.set_device(0)  # or the mesh warns that it has to choose one
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh("cuda", (1, 1), mesh_dim_names=("dp", "cp"))
-    yield Process(torch.device("cuda", 0), mesh, rank=0, world=1, dp_rank=0, cp_rank=0)
-    dist.destroy_process_group()
 
 
 def make(process: Process, family: str = "qwen2", **options: Any) -> ParallelLM:

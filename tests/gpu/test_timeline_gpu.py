@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from library_warnings import SYNC_CHECKS
 from mtraining.ring import Timeline
 from mtraining.ring.links import _cycles_per_second
 from mtraining.ring.timeline import begin_step, timed_pass, waiting
@@ -34,7 +35,7 @@ def two_steps(x: Tensor, transfer: float) -> None:
     spin(COMPUTE)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.filterwarnings(SYNC_CHECKS)
 def test_exposed_is_what_computing_did_not_hide() -> None:
     x = torch.ones(1, device="cuda")
     two_steps(x, COMPUTE)  # measures the clock; the first stream takes milliseconds to make

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
+from library_warnings import SYNC_CHECKS
 from mtraining.kernel import Placement, ReferenceBackend, SparseIndex, choice, select_backend
 from mtraining.kernel.hopper import backend as hopper_backend
 from mtraining.kernel.hopper.backend import HopperBackend, unsupported
@@ -180,15 +180,8 @@ def test_offsets_past_2_to_the_31(backend: TritonBackend) -> None:
         assert relative_error(got[:, rows], true[:, rows]) <= 4e-3  # the third last block has queries outside
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """Back to normal after the test, however it ends."""
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.filterwarnings(SYNC_CHECKS)
 def test_nothing_waits_for_the_device(backend: TritonBackend) -> None:
     for name in ("group of 4", "block mask", "zigzag, others"):
         p = build(CASES[name], "cuda")

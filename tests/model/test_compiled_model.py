@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from distributed import ProcessPool, Worker
+from library_warnings import COMPILE
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import parallel, parallelize
@@ -23,10 +24,7 @@ from mtraining.model.fused import fuse
 from mtraining.pattern import build_pattern
 from mtraining.ring import Observer
 
-pytestmark = pytest.mark.filterwarnings(  # torch.compile's own
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-    "ignore:.torch.jit.script_method. is :DeprecationWarning",
-)
+pytestmark = pytest.mark.filterwarnings(*COMPILE)
 
 
 def step(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from library_warnings import SCRIPT_METHODS
 from mtraining.errors import UserError
 from mtraining.model import loss as loss_module
 from mtraining.model.logits import Head, LogitForm
@@ -46,7 +47,7 @@ def fresh_compiler() -> None:
 FORMS = [LogitForm(0.0625), LogitForm(cap=1.5), LogitForm(3.0, 2.0), LogitForm(-1.5, 4.0)]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is :DeprecationWarning")
+@pytest.mark.filterwarnings(SCRIPT_METHODS)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_factor_cap_and_bias(form: LogitForm, compiled: bool) -> None:
@@ -81,7 +82,7 @@ def test_only_what_is_trained_has_a_gradient() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is :DeprecationWarning")
+@pytest.mark.filterwarnings(SCRIPT_METHODS)
 def test_compiled_equals_eager() -> None:
     """The last of its chunks is a short one."""
     results = []
@@ -94,7 +95,7 @@ def test_compiled_equals_eager() -> None:
         torch.testing.assert_close(fused, eager, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is :DeprecationWarning")
+@pytest.mark.filterwarnings(SCRIPT_METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_compiled_equals_eager_over_many_words(dtype: torch.dtype) -> None:
     """So many that a compiler's loops have several turns: where one reads what another overwrote, losses are wrong."""
@@ -165,7 +166,7 @@ def test_a_label_outside_of_the_vocabulary_is_refused(label: int) -> None:
             call()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is :DeprecationWarning")
+@pytest.mark.filterwarnings(SCRIPT_METHODS)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("label", [-1, -101, VOCAB])
 def test_where_labels_cannot_be_looked_at_such_a_label_makes_the_loss_nan(

@@ -13,6 +13,7 @@ from tiny_models import SPARSE, tiny_batch, tiny_model
 from torch import Tensor
 
 from distributed import ProcessPool, Worker
+from library_warnings import COMPILE
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import parallel, parallelize, recompute
@@ -118,10 +119,7 @@ def test_all_but_the_last_layer_leave_and_buffers_serve_again(mode: str, kept: i
     assert not any(buffer.isnan().any() for buffer in lane.buffers)
 
 
-@pytest.mark.filterwarnings(  # torch.compile's own
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-    "ignore:.torch.jit.script_method. is :DeprecationWarning",
-)
+@pytest.mark.filterwarnings(*COMPILE)
 def test_with_compiled_layers() -> None:
     expected, _ = gradients(mock.Mock(), None, "keep_attention", None, fused="compile")
     found, lane = gradients(mock.Mock(), None, "keep_attention", "away", fused="compile")

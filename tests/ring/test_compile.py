@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
+from library_warnings import LEAF_GRADIENTS
 from mtraining.layout import build_layout
 from mtraining.pattern import Pattern, VerticalSlash, build_pattern
 from mtraining.ring import AttentionRuntime, IndexTape, Observer, attention, op
@@ -35,7 +36,7 @@ def fresh_compiler() -> None:
 
 
 # torch.compile's own, in PyTorch 2.14.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings(LEAF_GRADIENTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_operators_are_what_they_say(dtype: torch.dtype) -> None:
     """Schema, fake shapes, dtypes and strides, no aliasing, gradients registered, traceable with dynamic shapes."""
