@@ -73,6 +73,10 @@ class Worker:
             self._meshes[key] = init_device_mesh(self.device.type, sizes, mesh_dim_names=labels)
         return self._meshes[key]
 
+    def ring_mesh(self, topology: Sequence[int]) -> Any:
+        """The mesh of a ring, (ranks,), or of a ring of rings, (outer, inner). Collective."""
+        return self.mesh() if len(topology) == 1 else self.mesh(topology, ("cp_outer", "cp_inner"))
+
 
 def _filters() -> list[tuple[str, str, type[Warning], str, int]]:
     """The parent's warning filters, most important first, as arguments of `warnings.filterwarnings`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,15 +15,12 @@ import torch
 from mtraining.kernel import ReferenceBackend, SparseIndex
 from mtraining.pattern import PATTERNS, MoBA
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HEADS = (2, 1, 16)
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import estimate_cost  # type: ignore[import-not-found]
-
+def bench(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    estimate_cost = script("estimate_cost")
     monkeypatch.setattr(estimate_cost, "SMALL", 512)
     return estimate_cost
 

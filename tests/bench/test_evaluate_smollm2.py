@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,11 +17,8 @@ from mtraining.data.tokenizer import save_byte_tokenizer
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import evaluate_smollm2  # type: ignore[import-not-found]
-
-    return evaluate_smollm2
+def bench(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("evaluate_smollm2")
 
 
 def row(bench: ModuleType, task: str, length: int, attention: str, value: float) -> Any:

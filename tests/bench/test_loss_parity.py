@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,14 +17,10 @@ from mtraining.bench.processes import share_gpus
 from mtraining.errors import UserError
 from mtraining.train.config import Config
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import loss_parity  # type: ignore[import-not-found]
-
+def bench(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    loss_parity = script("loss_parity")
     monkeypatch.setenv("MTRAINING_COMMIT", "abc")
     monkeypatch.setattr(loss_parity, "prepare_text", lambda text, folder: folder / "data")
     return loss_parity

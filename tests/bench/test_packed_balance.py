@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,17 +14,10 @@ from mtraining.pattern import SequenceShard
 from mtraining.ring import imbalance, tile_work
 from starts_cases import of_documents
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import packed_balance  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return packed_balance
+@pytest.fixture
+def bench(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("packed_balance")
 
 
 def test_mixes_fill_the_sequence_with_ever_shorter_documents(bench: ModuleType) -> None:

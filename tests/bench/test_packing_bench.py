@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,16 +15,6 @@ import torch.distributed as dist
 
 from mtraining.data import PrepareOptions, prepare
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return __import__(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
 
 @pytest.mark.parametrize(
     ("align", "sequences"),
@@ -34,17 +24,17 @@ def load(name: str) -> ModuleType:
         (16, 6),
     ],
 )
-def test_padding_counts_sequences(align: int, sequences: int) -> None:
-    found, share = load("packing_padding").padding(np.array([26, 5, 5, 6, 3]), 16, align, 100)
+def test_padding_counts_sequences(align: int, sequences: int, script: Callable[[str], ModuleType]) -> None:
+    found, share = script("packing_padding").padding(np.array([26, 5, 5, 6, 3]), 16, align, 100)
     assert found == sequences and share == 1 - 45 / (sequences * 16)
 
 
-def test_padding_of_a_prepared_folder(tmp_path: Path) -> None:
+def test_padding_of_a_prepared_folder(tmp_path: Path, script: Callable[[str], ModuleType]) -> None:
     for number, length in enumerate((10, 100, 1000)):
         (tmp_path / f"{number}.txt").write_text("x" * length)
     prepare(PrepareOptions(sources=(str(tmp_path),), out=tmp_path / "data", kind="text"), progress=False)
     options = ["--out", str(tmp_path / "out.csv"), "--seq-len", "256", "--sequences", "50"]
-    load("packing_padding").main([f"some={tmp_path / 'data'}", f"more={tmp_path / 'data'}", *options])
+    script("packing_padding").main([f"some={tmp_path / 'data'}", f"more={tmp_path / 'data'}", *options])
     with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 3 * 4 and {row["corpus"] for row in rows} == {"some", "more", "all"}
@@ -53,8 +43,10 @@ def test_padding_of_a_prepared_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_packed_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = load("packed_steps")
+def test_packed_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Callable[[str], ModuleType]
+) -> None:
+    bench = script("packed_steps")
     given: list[dict[str, Any]] = []
     plain = bench.packed_batches
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -12,18 +11,12 @@ import torch
 from mtraining.evaluate.recall import attention_rows
 from mtraining.pattern import SequenceShard
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOKENS, SIZE = 512, 32
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import pattern_recall_all  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return pattern_recall_all
+@pytest.fixture
+def bench(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("pattern_recall_all")
 
 
 def test_frontier_mixes_the_best_budgets_and_extrapolates_nothing(bench: ModuleType) -> None:

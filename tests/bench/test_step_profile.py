@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -44,12 +45,8 @@ def kernel(name: str, number: int, start: float, end: float, what: str = "kernel
     return {"cat": what, "name": name, "ts": start, "dur": end - start, "args": {"correlation": number}}
 
 
-def test_kernels_belong_to_what_launched_them() -> None:
-    spec = importlib.util.spec_from_file_location("step_profile", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    profile = importlib.util.module_from_spec(spec)
-    sys.modules["step_profile"] = profile  # its dataclass looks for itself there
-    spec.loader.exec_module(profile)
+def test_kernels_belong_to_what_launched_them(script: Callable[[str], ModuleType]) -> None:
+    profile = script("step_profile")
     events = [
         around("part:loss", 10, 20), launch(12, 1), launch(21, 2), launch(13, 3, thread=2),
         around("part:attention forward", 30, 40, 2), around("nccl:sendrecv", 31, 90, 2), launch(32, 4, 2),

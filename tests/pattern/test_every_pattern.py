@@ -33,7 +33,7 @@ def estimate_jobs(
     worker: Worker, topology: tuple[int, ...], layout: str
 ) -> dict[str, tuple[SparseIndex, SparseIndex]]:
     """(distributed and made whole, single-process) for every case."""
-    mesh = worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
+    mesh = worker.ring_mesh(topology)
     ring, dealt = Ring.over(mesh), build_layout(layout, SIZE)
     shard = SequenceShard(dealt.positions(128, ring.world), ring)
     q, k = inputs(128)

@@ -72,7 +72,7 @@ def test_heads_that_share_a_probe_are_estimated_once(monkeypatch: pytest.MonkeyP
 
 
 def ring_job(worker: Worker, layout: str, topology: tuple[int, ...]) -> tuple[SparseIndex, torch.Tensor]:
-    mesh = worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
+    mesh = worker.ring_mesh(topology)
     ring, dealt = Ring.over(mesh), build_layout(layout, 8)
     q, k, v = (dealt.shard(x, ring.rank, ring.world) for x in qkv())
     pattern = PerHead(block_size=8, heads=MIXED)

@@ -152,7 +152,7 @@ HEADS = (
 
 
 def estimate_job(worker: Worker, layout: str, topology: tuple[int, ...], heads: int) -> Any:
-    mesh = worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
+    mesh = worker.ring_mesh(topology)
     torch.manual_seed(5)
     q, k = (
         torch.randn(2, 128, heads, 16, dtype=torch.float64) * 2,

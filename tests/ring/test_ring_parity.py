@@ -49,12 +49,7 @@ def peaked_inputs(case: dict[str, Any]) -> list[Tensor]:
 def ring_job(worker: Worker, case: dict[str, Any]) -> tuple[list[Tensor], Any, int]:
     """This rank's [out, dq, dk, dv, lse], lse as (batch, tokens, heads); the index; the rank in the ring."""
     topology = case["topology"]
-    if math.prod(topology) == 1:
-        mesh = None
-    elif len(topology) == 1:
-        mesh = worker.mesh()
-    else:
-        mesh = worker.mesh(topology, ("cp_outer", "cp_inner"))
+    mesh = None if math.prod(topology) == 1 else worker.ring_mesh(topology)
     layout, rank = build_layout(*case["layout"]), Ring.over(mesh).rank
     q, k, v, dout = (layout.shard(x, rank, worker.world) for x in peaked_inputs(case))
     for x in (q, k, v):

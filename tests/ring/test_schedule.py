@@ -23,7 +23,7 @@ def schedule_job(
 ) -> tuple[list[str], list[str], list[int], float, float]:
     """What happened in which order on this rank to keys and to gradients, the sources met, and the gradient that came
     home."""
-    mesh = worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
+    mesh = worker.ring_mesh(topology)
     ring, events = Ring.over(mesh), []
     start, wait = Hop.__init__, Hop.wait
 
@@ -146,7 +146,7 @@ def test_attention_lets_go_of_what_it_has_used() -> None:
 
 def message_job(worker: Worker, topology: tuple[int, ...]) -> tuple[list[Any], list[Any], list[Any]]:
     """What this rank sends in forward and in backward, as (shape, dtype), and the same of sums over the ring."""
-    mesh = worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
+    mesh = worker.ring_mesh(topology)
     pattern = VerticalSlash(block_size=8, top_p=None, top_k_columns=8, top_k_slashes=3, sinks=2, window=2)
     q, k, v = (torch.randn(2, 16, heads, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
     sent: list[Any] = []

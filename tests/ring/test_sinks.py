@@ -46,7 +46,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> Tenso
 
 def job(worker: Worker, name: str, topology: tuple[int, ...], recompute: str | None) -> tuple[Any, ...]:
     """This rank's [out, dq, dk, dv], its share of the sinks' gradient, the index, and its rank."""
-    mesh = worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
+    mesh = worker.ring_mesh(topology)
     layout, rank = build_layout("striped", SIZE), Ring.over(mesh).rank
     q, k, v, dout = (layout.shard(x, rank, worker.world) for x in peaked_inputs({"seed": 5, "shape": SHAPE}))
     learned = sinks()

@@ -43,15 +43,10 @@ def tensors(heads: int = 4, kv_heads: int = 2, dim: int = 16) -> list[Tensor]:
     ]
 
 
-def make_mesh(worker: Worker, topology: tuple[int, ...]) -> Any:
-    if math.prod(topology) == 1:
-        return None
-    return worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
-
-
 def starts_job(worker: Worker, case: dict[str, Any]) -> tuple[list[Tensor], Any, int]:
     """This rank's [out, dq, dk, dv]; the whole index; the rank in the ring."""
-    mesh = make_mesh(worker, case["topology"])
+    topology = case["topology"]
+    mesh = None if math.prod(topology) == 1 else worker.ring_mesh(topology)
     layout, rank = build_layout(case["layout"], SIZE), Ring.over(mesh).rank
     q, k, v, dout = (layout.shard(x, rank, worker.world) for x in tensors())
     for x in (q, k, v):

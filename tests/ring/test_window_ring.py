@@ -22,7 +22,7 @@ def sent_job(
     worker: Worker, topology: tuple[int, ...], layout: str, window: int | None
 ) -> tuple[int, list[int]]:
     """The rank in the ring, and the bytes it sent forward and backward."""
-    mesh = worker.mesh() if len(topology) == 1 else worker.mesh(topology, ("cp_outer", "cp_inner"))
+    mesh = worker.ring_mesh(topology)
     q = torch.randn(BATCH, TOKENS // worker.world, 4, DIM, dtype=torch.float64, requires_grad=True)
     k, v = (
         torch.randn(BATCH, TOKENS // worker.world, KV_HEADS, DIM, dtype=torch.float64, requires_grad=True)
