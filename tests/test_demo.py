@@ -42,7 +42,7 @@ def test_small_demo_runs_end_to_end(tmp_path: Path) -> None:
     assert f"{numbers['loss_sparse']:.4f}" in done.stdout
     assert Path(numbers["checkpoint"]).is_dir() and Path(numbers["run"]).is_dir()
     loads = list(csv.DictReader((tmp_path / "balance.csv").read_text().splitlines()))
-    assert {row["layout"] for row in loads} == {"striped", "zigzag"}
+    assert {row["layout"] for row in loads} == {"contiguous", "striped", "zigzag"}
 
 
 @pytest.mark.skipif(not LAST.exists(), reason="make demo has not run here; CI runs it before the tests")

@@ -57,7 +57,7 @@ def test_metrics_hold_what_was_asked(run: Path) -> None:
     assert len(observed["layer_density"]) == 2
     assert observed["density"] == pytest.approx(sum(observed["layer_density"]) / 2)
     assert observed["density"] > 0
-    assert 0 < observed["recall"] <= 1
+    assert 0 < observed["recall"] <= 1 + 1e-6  # the ratio of two sums, each rounded
     assert observed["recall"] == pytest.approx(sum(observed["layer_recall"]) / len(observed["layer_density"]))
     assert observed["worker_imbalance"] >= 1
     assert observed["step_imbalance"] >= 1

@@ -129,9 +129,9 @@ def _heat(run: Run, runs: Sequence[Run], key: str, factor: float) -> Table:
 
 def _recall_by_head(run: Run) -> Table:
     for record in reversed(run.steps):
-        grid = record.get("recall_by_head")
-        if isinstance(grid, list) and grid and all(numbers(line) for line in grid):
-            z = [[short(None if value is None else 100 * value) for value in numbers(line)] for line in grid]
+        heads = record.get("recall_by_head")
+        if isinstance(heads, list) and heads and all(numbers(line) for line in heads):
+            z = [[short(None if value is None else 100 * value) for value in numbers(line)] for line in heads]
             return grid(z)
     return {}
 
