@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from mtraining.data import ReaderDied, SequenceDataset, TokenShards, build_loader, read, step_plan
+from mtraining.data import ReaderDied, SequenceDataset, TokenShards, build_loader, loader, read, step_plan
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from processes import started, wait_for
@@ -167,12 +168,37 @@ def test_a_killed_reading_process_is_found_when_its_batch_is_waited_for(dataset:
         firsts(batches)
 
 
-def test_an_error_of_a_reading_process_stays_itself(dataset: SequenceDataset) -> None:
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])
+def test_a_process_killed_while_it_hands_a_batch_over_is_told_alike(
+    dataset: SequenceDataset, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks before the end of the process is known."""
+    batches = read(build_loader(dataset, global_batch=8, num_workers=1, prefetch=2))
+    next(batches)
+    worker = next(each for each in multiprocessing.active_children() if os.getpgid(each.pid) == each.pid)
+
+    def broken(loader: Any) -> Any:
+        os.kill(worker.pid, signal.SIGKILL)
+        raise error
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", broken)
+    with pytest.raises(ReaderDied, match=rf"\(process {worker.pid}\) was killed by SIGKILL"):
+        next(batches)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_an_error_of_a_reading_process_stays_itself(
+    dataset: SequenceDataset, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "_END_SECONDS", 0.1)
     dataset.__class__ = BrokenDataset
-    with pytest.raises(RuntimeError, match="broken on purpose"):
+    dataset.error = error  # type: ignore[attr-defined]
+    with pytest.raises(error, match="broken on purpose"):
         next(read(build_loader(dataset, global_batch=8, num_workers=1)))
 
 
 class BrokenDataset(SequenceDataset):
+    error: type[Exception]
+
     def __getitem__(self, window: int) -> dict[str, torch.Tensor]:
-        raise RuntimeError("broken on purpose")
+        raise self.error("broken on purpose")

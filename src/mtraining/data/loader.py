@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from mtraining.data.dataset import SequenceDataset
 from mtraining.errors import UserError
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_END_SECONDS = 5.0  # in which the end of a killed process is known
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,13 @@ def _told(
 ) -> Iterator[dict[str, torch.Tensor]]:
     try:
         yield from batches
-    except RuntimeError:
+    except (RuntimeError, OSError, EOFError) as error:
+        if readers and not isinstance(error, RuntimeError):
+            # A process killed while it hands a batch over breaks the connection, before its end is known.
+            ended = wait([reader.sentinel for reader in readers], timeout=_END_SECONDS)
+            for reader in readers:
+                if reader.sentinel in ended:
+                    reader.join()
         dead = next((reader for reader in readers if reader.exitcode), None)
         if dead is None or dead.exitcode is None:
             raise
