@@ -127,7 +127,7 @@ def grid_job_on(folder: Path, pool: ProcessPool, shards: Path, unseen: Path, gri
     [
         {"dp": 2},
         {"cp": 2},
-        pytest.param({"dp": 4}, marks=pytest.mark.slow),
+        pytest.param({"dp": 4}, marks=[pytest.mark.slow, pytest.mark.sweep]),
         pytest.param({"dp": 2, "cp": 2}, marks=pytest.mark.slow),
         pytest.param({"cp": 4, "cp_outer": 2}, marks=pytest.mark.slow),
     ],
@@ -173,7 +173,7 @@ HELD = {"refresh": {"every_n": 3}, "coverage": 8, **SPARSE}
     "grid",
     [
         {},
-        pytest.param({"cp": 2}, marks=pytest.mark.slow),
+        pytest.param({"cp": 2}, marks=[pytest.mark.slow, pytest.mark.sweep]),
         pytest.param({"dp": 2, "cp": 2}, marks=pytest.mark.slow),
         pytest.param({"train": {"recompute": "keep_attention"}}, marks=pytest.mark.slow),
         pytest.param(

@@ -336,7 +336,14 @@ def test_export_refuses_what_is_no_run(tmp_path: Path, shards: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "grid", [{"cp": 2}, {"dp": 2}, {"dp": 2, "cp": 2}, {"cp": 4, "cp_outer": 2}], ids=lambda grid: str(grid)
+    "grid",
+    [
+        pytest.param({"cp": 2}, marks=pytest.mark.sweep),
+        pytest.param({"dp": 2}, marks=pytest.mark.sweep),
+        {"dp": 2, "cp": 2},
+        {"cp": 4, "cp_outer": 2},
+    ],
+    ids=str,
 )
 def test_frozen_indices_survive_checkpoints_and_other_grids(
     tmp_path: Path, pool: ProcessPool, shards: Path, grid: dict[str, int]
