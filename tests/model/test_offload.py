@@ -69,8 +69,8 @@ def gradients(
     layout = build_layout("striped", SPARSE["block_size"])
     lane = LateLane()
 
-    def make(layers: int, device: torch.device) -> Offloader:
-        return Offloader(layers, lane if offload == "away" else None)
+    def make(device: torch.device) -> Offloader:
+        return Offloader(lane if offload == "away" else None)
 
     compiler = functools.partial(fuse, backend="aot_eager")
     with mock.patch.object(recompute, "make_offloader", make), mock.patch.object(parallel, "fuse", compiler):
@@ -130,11 +130,11 @@ def test_with_compiled_layers() -> None:
 
 def test_each_layer_is_fetched_while_the_one_after_it_computes() -> None:
     lane = LateLane()
-    offloader = Offloader(5, lane)
+    offloader = Offloader(lane)
     tensors = [torch.full((3,), float(layer)) for layer in range(5)]
     kept, numbers = [], []
     for layer in range(5):
-        kept.append(offloader.layer(layer))
+        kept.append(offloader.layer(layer, layer == 4))
         numbers.append(kept[-1].keep(tensors[layer]))
     assert [entry for entry in lane.log if entry.startswith("out")] == [f"out {n}" for n in range(4)]
     assert lane.log.index("wait 1") < lane.log.index("out 3")  # two layers at most are on their way out

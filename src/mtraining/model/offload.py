@@ -125,12 +125,11 @@ class Offloader:
     """The host memory of one model and the copies to and from it.
 
     Args:
-        layers: of the model. The last one's tensors stay where they are: backward begins with them.
         lane: the copies; None keeps everything in place (on a CPU there is no other memory).
     """
 
-    def __init__(self, layers: int, lane: Lane | None) -> None:
-        self._layers, self._lane = layers, lane
+    def __init__(self, lane: Lane | None) -> None:
+        self._lane = lane
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self._leaving: deque[list[tuple[Tensor, Any]]] = deque()
         self._newest: Callable[[], Kept | None] = lambda: None
@@ -140,10 +139,9 @@ class Offloader:
         assert self._lane is not None, "nothing leaves without a lane"
         return self._lane
 
-    def layer(self, index: int) -> Kept:
-        """For layer ``index`` as its forward begins; layers come in order."""
-        stays = self._lane is None or index == self._layers - 1
-        kept = Kept(self, self._newest() if index else None, stays)
+    def layer(self, index: int, stays: bool) -> Kept:
+        """For layer ``index`` as its forward begins; layers come in order. What ``stays`` is kept where it is."""
+        kept = Kept(self, self._newest() if index else None, stays or self._lane is None)
         self._newest = weakref.ref(kept)
         while len(self._leaving) >= _LEAVING:
             self._let_go()
@@ -170,9 +168,9 @@ class Offloader:
             self.lane.wait(copied)
 
 
-def make_offloader(layers: int, device: torch.device) -> Offloader:
+def make_offloader(device: torch.device) -> Offloader:
     """An offloader for a model on ``device``."""
-    return Offloader(layers, CudaLane(device) if device.type == "cuda" else None)
+    return Offloader(CudaLane(device) if device.type == "cuda" else None)
 
 
 @dataclass

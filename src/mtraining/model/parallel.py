@@ -8,7 +8,7 @@ Parameter names stay the model's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from mtraining.model.loss import (
     unknown_labels,
 )
 from mtraining.model.positions import PositionCheck
-from mtraining.model.recompute import recompute_layers
+from mtraining.model.recompute import LayerPolicy, layer_policies, recompute_layers
 from mtraining.model.support import (
     attention_modules,
     check_supported,
@@ -64,6 +64,7 @@ class ParallelLM(nn.Module):
         indices: the attention indices over the steps of training.
         positions: the check that tokens stand where the layout deals them.
         adapter: the low-rank adapter in ``hf_model``, None where all weights are trained.
+        policies: what each layer keeps between forward and backward.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class ParallelLM(nn.Module):
         starts: BatchStarts,
         compiled_loss: bool = False,
         adapter: Adapter | None = None,
+        policies: Sequence[LayerPolicy] = (),
     ) -> None:
         super().__init__()
         self.hf_model = hf_model
@@ -89,6 +91,7 @@ class ParallelLM(nn.Module):
         self.positions = positions
         self._starts = starts
         self.adapter = adapter
+        self.policies = policies
         self._compiled_loss = compiled_loss
         self._logit_form = LogitForm.of_fields(fields_of(hf_model.config))
 
@@ -232,7 +235,7 @@ def parallelize(
     pattern: Pattern | str = "vertical_slash",
     layout: Layout | str = "striped",
     kernel: str = "auto",
-    recompute: Literal["full", "keep_attention", "none"] = "full",
+    recompute: Literal["full", "keep_attention", "none"] | Sequence[LayerPolicy] = "full",
     offload: bool = False,
     fused: Literal["none", "compile", "liger"] = "none",
     param_dtype: torch.dtype | None = None,
@@ -256,7 +259,8 @@ def parallelize(
         kernel: backend of the attention kernels.
         recompute: ``full`` recomputes each layer in backward from its input, with the attention index of the
             first pass; ``keep_attention`` also keeps each layer's attention output, so attention runs once;
-            ``none`` keeps everything.
+            ``none`` keeps everything. Or one policy for each layer, such as
+            `mtraining.predict.recompute.choose_policies` finds; they say what is offloaded too.
         offload: what recompute keeps waits in pinned host memory; on a CPU it stays where it is.
         fused: how what surrounds attention is computed: ``none`` is transformers' own eager code, ``compile`` is
             torch.compile of each layer (shapes are fixed: each new length compiles anew), ``liger`` is liger-kernel;
@@ -312,7 +316,8 @@ def parallelize(
     starts = BatchStarts()
     _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel, indices, starts)
     fuse(model, fused, device)
-    recompute_layers(model, recompute, offload, device)
+    policies = layer_policies(recompute, offload, len(layers_of(model)))
+    recompute_layers(model, policies, device, fused)
     positions = PositionCheck(layout, cp_mesh, starts)
     positions.attach(decoder_of(model))
     wrapped = ParallelLM(
@@ -326,6 +331,7 @@ def parallelize(
         starts,
         compiled_loss=fused != "none",
         adapter=adapter,
+        policies=policies,
     )
     if fsdp_mesh is not None:
         _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -23,6 +23,8 @@ from mtraining.model import parallelize
 from mtraining.model.adapters import adapted_like
 from mtraining.model.allocator import EXPANDABLE, VARIABLES, reserve_share, segments_expand
 from mtraining.model.fixed_rope import fix_rope
+from mtraining.model.products import MLP, PROJECTIONS, mark_products
+from mtraining.model.recompute import ATTENTION, LayerPolicy, layer_policies, runs
 from mtraining.model.support import head_dim_of, layers_of
 from mtraining.model.windows import band, windows_of
 from mtraining.pattern import Pattern
@@ -33,7 +35,8 @@ from mtraining.sizes import size_text
 GIB = 2**30
 # What PyTorch does not count: the CUDA context, NCCL's buffers, loaded kernels.
 OUTSIDE = 2 * GIB
-_OFFLOAD_RESIDENT = 3  # layers whose kept tensors are on the device: the last one, and two on their way
+_OFFLOAD_MOVING = 2  # offloaded layers whose kept tensors are on the device, on their way
+_OFFLOADED = ("kept: layer inputs", "kept: attention outputs")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Workload:
         batch: sequences that a rank's forward takes at once.
         accumulation: micro-batches a step; gradients then outlive a backward.
         patterns: of the layers; the one with most columns counts.
+        recompute: a name of `mtraining.model.recompute.RECOMPUTE`, or the policy of each layer, which says too what is
+            offloaded.
         compute: dtype of activations and gathered parameters; ``reduce``: of gradients while they are summed.
     """
 
@@ -58,12 +63,17 @@ class Workload:
     accumulation: int
     patterns: Sequence[Pattern]
     layout: Layout
-    recompute: str
+    recompute: str | Sequence[LayerPolicy]
     offload: bool
     fused: str
     compute: torch.dtype
     loss_chunk: int = signature(parallelize).parameters["loss_chunk"].default
     reduce: torch.dtype = torch.float32
+
+    @property
+    def policies(self) -> list[LayerPolicy]:
+        """What each layer keeps."""
+        return layer_policies(self.recompute, self.offload, len(layers_of(self.hf_model)))
 
 
 @dataclass(frozen=True)
@@ -131,14 +141,53 @@ class Unpredictable(UserError):
     """A model whose own code cannot run on shapes alone."""
 
 
-def predict(work: Workload) -> Prediction:
+class Traces:
+    """Activations of a workload's layers under one policy or another; each is traced once.
+
+    Args:
+        work: its own way to recompute does not matter here.
+    """
+
+    def __init__(self, work: Workload) -> None:
+        self.work, self.sizes = work, _Parameters.of(work)
+        self._found: dict[LayerPolicy, Trace] = {}
+
+    def of(self, policy: LayerPolicy) -> Trace:
+        """Of layers that all have ``policy``, none of them offloaded.
+
+        Raises:
+            Unpredictable: the model's code reads numbers, as some that route tokens do.
+        """
+        policy = replace(policy, offload=False)
+        if policy not in self._found:
+            self._found[policy] = _traced(self.work, policy, self.sizes.largest)
+        return self._found[policy]
+
+    def kept(self, policy: LayerPolicy) -> dict[str, float]:
+        """Bytes that one layer keeps, by kind."""
+        kept = float(self.of(policy).kept)
+        if policy.everything:
+            return {"kept: everything": kept}
+        found = {}
+        if ATTENTION in policy.parts:
+            found["kept: attention outputs"] = _attention_outputs(self.work)
+        attention = policy.parts & {ATTENTION}
+        if policy.parts != attention:
+            found["kept: products of matrices"] = kept - self.of(LayerPolicy(attention)).kept
+        return {"kept: layer inputs": kept - sum(found.values())} | found
+
+
+def predict(work: Workload, traces: Traces | None = None) -> Prediction:
     """The peak of a step once the optimizer has its state, that is from the second step on.
+
+    Args:
+        traces: of this workload, where some were made before.
 
     Raises:
         Unpredictable: the model's code reads numbers, as some that route tokens do.
     """
-    sizes = _Parameters.of(work)
-    seen = _traced(work, sizes.largest)
+    traces = Traces(work) if traces is None else traces
+    sizes = traces.sizes
     layers, outlives = sizes.layers, work.accumulation > 1
     compute, reduce = work.compute.itemsize, work.reduce.itemsize
     owned, gathered = _owned(work, sizes), _gathered(work, sizes)
@@ -146,40 +195,70 @@ def predict(work: Workload) -> Prediction:
     # Of the layer whose backward runs; and of the one before it, on their way round.
     whole = {"gradients (whole, of a layer)": compute * sizes.trained_layer}
     summed = {"gradients being summed": reduce * sizes.trained_layer} if layers > 1 else {}
-    resident = min(layers, _OFFLOAD_RESIDENT) if work.offload else layers
-    attended = _attention_outputs(work) if work.recompute == "keep_attention" else 0.0
-    kept = {
-        "kept: layer inputs" if work.recompute != "none" else "kept: everything": resident
-        * (seen.kept - attended)
-    }
-    if attended:
-        kept["kept: attention outputs"] = resident * attended
+    spans = runs(work.policies)
 
     def shards(done: int) -> dict[str, float]:
         """Gradients of the layers whose backward is done."""
         share = 1.0 if outlives else done * sizes.trained_layer / sizes.trained
         return {"gradients (shard)": share * trained}
 
-    def activations(name: str, peak: int) -> dict[str, float]:
-        """What all layers keep, and the rest of a ``peak`` that has what the traced ones keep."""
-        return kept | {name: peak - LAYERS * seen.kept}
+    def activations(name: str, number: int, peak: float, counted: int) -> dict[str, float]:
+        """What layers up to a number keep, and the rest of a ``peak`` that has what so many traced ones keep."""
+        own = traces.of(work.policies[number]).kept
+        return _held(traces, spans, number) | {name: peak - counted * own}
 
-    moments = {
-        "in the last layer's forward": owned | gathered | shards(0)
-        | activations("working set of a layer", seen.forward),
-        "in the loss": owned | gathered | shards(0) | activations("loss", seen.loss),
-        "in the last layer's backward": owned | gathered | whole | shards(0)
-        | activations("working set of a layer", seen.backward),
-        "in the first layer's backward": owned | gathered | whole | summed | shards(layers - 1)
-        | {"working set of a layer": seen.last},
-        "when the embeddings' gradients are summed": owned | shards(layers)
+    forward, loss, backward = (
+        owned | gathered | shards(0),
+        owned | gathered | shards(0),
+        owned | gathered | whole,
+    )
+    moments = {"in the loss": loss | activations("loss", layers - 1, traces.of(spans[-1][2]).loss, LAYERS)}
+    layer = "working set of a layer"
+    # Within a run of layers with one policy, memory rises or falls steadily: its ends tell.
+    for first, end, policy in spans:
+        seen = traces.of(policy)
+        moments[f"in {_named(end, layers)} forward"] = forward | activations(layer, end, seen.forward, LAYERS)
+        if end == layers - 1:
+            moments["in the last layer's backward"] = (
+                backward | shards(0) | activations(layer, end, seen.backward, LAYERS)
+            )
+        for number in sorted({first, end}):
+            if number < layers - 1 or layers == 1:
+                moments[f"in {_named(number, layers, first=True)} backward"] = (
+                    backward | summed | shards(layers - 1 - number) | activations(layer, number, seen.last, 1)
+                )
+    moments["when the embeddings' gradients are summed"] = (
+        owned | shards(layers)
         | {"gathered parameters": compute * sizes.root}
-        | {"gradients being summed": (compute + reduce) * sizes.trained_root},
-        "in the optimizer": owned | {"gradients (shard)": trained},
-    }  # fmt: skip
+        | {"gradients being summed": (compute + reduce) * sizes.trained_root}
+    )  # fmt: skip
+    moments["in the optimizer"] = owned | {"gradients (shard)": trained}
     totals = {name: sum(parts.values()) for name, parts in moments.items()}
     moment = max(totals, key=lambda name: totals[name])
-    return Prediction(moment, dict(moments[moment]), totals, seen.attention)
+    attention = max(traces.of(policy).attention for _, _, policy in spans)
+    return Prediction(moment, dict(moments[moment]), totals, attention)
+
+
+def _named(number: int, layers: int, first: bool = False) -> str:
+    """A layer, as a possessive; of a model with one layer, that one is called first or last."""
+    if number == layers - 1 and not (first and layers == 1):
+        return "the last layer's"
+    return f"layer {number}'s" if number else "the first layer's"
+
+
+def _held(traces: Traces, spans: Sequence[tuple[int, int, LayerPolicy]], number: int) -> dict[str, float]:
+    """Bytes on the device that layers up to ``number`` keep, by kind."""
+    found: dict[str, float] = {}
+    moving = _OFFLOAD_MOVING
+    for first, end, policy in reversed(spans):
+        layers = min(end, number) - first + 1
+        if layers <= 0:
+            continue
+        here = min(layers, moving) if policy.offload else layers
+        moving -= here if policy.offload else 0
+        for name, size in traces.kept(policy).items():
+            found[name] = found.get(name, 0.0) + size * (here if name in _OFFLOADED else layers)
+    return found
 
 
 def standing(work: Workload) -> dict[str, float]:
@@ -238,7 +317,7 @@ def _counts(module: nn.Module) -> tuple[int, int]:
     return sum(one for one, _ in sizes), sum(one for _, one in sizes)
 
 
-def _traced(work: Workload, largest: int) -> Trace:
+def _traced(work: Workload, policy: LayerPolicy, largest: int) -> Trace:
     """Activations of a short model of the same shape, on the meta device, with layers like number ``largest``."""
     short = shortened(work.hf_model, largest).to(work.compute)
     fix_rope(short, work.seq_len)
@@ -247,9 +326,11 @@ def _traced(work: Workload, largest: int) -> Trace:
         short,
         pattern=pattern,
         layout=work.layout,
-        recompute=work.recompute,  # type: ignore[arg-type]
+        recompute=[policy] * LAYERS,
         loss_chunk=_eager_chunk(work),
     )
+    if not policy.parts & {PROJECTIONS, MLP}:
+        mark_products(short)  # for what recompute repeats of them
     if work.fused != "none":
         fuse_shapes(short)
     heads, ring = short.config.num_attention_heads, work.ring

@@ -8,7 +8,7 @@ Python lets go of it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +24,7 @@ from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import ParallelLM
 from mtraining.model.attention import attach
+from mtraining.model.products import PRODUCTS, current_products
 from mtraining.model.support import attention_modules, layers_of
 from mtraining.pattern import Pattern
 from mtraining.ring.attention import PreparedCall, attend_backward, attend_prepared
@@ -32,6 +33,23 @@ from mtraining.ring.topology import PendingSum, Ring
 
 META = torch.device("meta")
 LAYERS = 2  # the second layer's share is what each further one takes
+
+
+@dataclass(frozen=True)
+class Again:
+    """Products of matrices that are computed again: their floating-point operations, and bytes of their results."""
+
+    flops: int = 0
+    size: int = 0
+
+    @staticmethod
+    def of(func: Any, args: Sequence[Any], result: Tensor) -> Again:
+        """Of one product; a bias comes before the two factors."""
+        biased = func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.baddbmm)
+        return Again(2 * result.numel() * args[biased].shape[-1], result.numel() * result.element_size())
+
+    def __add__(self, other: Again) -> Again:
+        return Again(self.flops + other.flops, self.size + other.size)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -44,6 +62,7 @@ class LiveBytes(TorchDispatchMode):
         self.peaks: dict[str, int] = {}
         self.begins: dict[str, int] = {}
         self.attention = 0  # most bytes that one pass of attention had at a time, beside its inputs
+        self.again: dict[str, Again] = {}  # products of matrices that recompute repeated, by part
         self._sizes: dict[int, int] = {}
         self._top = 0
 
@@ -73,6 +92,9 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
+        tape = current_products()
+        if tape is not None and tape.part is not None and tape.replaying and func.overloadpacket in PRODUCTS:
+            self.again[tape.part] = self.again.get(tape.part, Again()) + Again.of(func, args, result)
         if func is torch.ops.aten.logsumexp.default:  # it makes a copy of its input, inside
             self._saw(self.live + args[0].numel() * args[0].element_size())
         return result
@@ -263,6 +285,8 @@ class Trace:
         forward, loss, backward, last: peaks in the last layer's forward, in the loss, in the last layer's backward (the
             first to run) and in the first layer's.
         attention: most that one pass of attention has at a time: keys in flight, sums in fp32, columns.
+        again: of one layer, what recompute repeats of its products, by part of `mtraining.model.products`; empty
+            where nothing tells them apart.
     """
 
     kept: int
@@ -271,6 +295,7 @@ class Trace:
     backward: int
     last: int
     attention: int
+    again: Mapping[str, Again]
 
 
 def trace(model: ParallelLM, call: PreparedCall, batch: int, local_tokens: int) -> Trace:
@@ -294,6 +319,7 @@ def trace(model: ParallelLM, call: PreparedCall, batch: int, local_tokens: int) 
         backward=live.peaks["backward1"],
         last=live.peaks["backward0"],
         attention=live.attention,
+        again={part: Again(one.flops // LAYERS, one.size // LAYERS) for part, one in live.again.items()},
     )
 
 
