@@ -19,7 +19,7 @@ from mtraining.errors import UserError
 from mtraining.layout import Layout, build_layout
 from mtraining.model import LoraOptions, ParallelLM, parallel, parallelize
 from mtraining.model.lora import add_lora
-from mtraining.model.products import MLP, PROJECTIONS, PRODUCTS
+from mtraining.model.products import MLP, PRODUCTS, PROJECTIONS
 from mtraining.model.recompute import PARTS, LayerPolicy, recompute_layers, runs
 from mtraining.pattern import VerticalSlash, build_pattern
 from mtraining.ring import attention as ring_attention

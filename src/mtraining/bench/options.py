@@ -140,7 +140,7 @@ class TrainOptions:
         default=(), metadata=_help("flat, or OUTERxINNER such as 2x2; may be repeated.")
     )
     recompute: tuple[str, ...] = field(
-        default=(), metadata=_help("full, keep_attention or none; may be repeated.")
+        default=(), metadata=_help("auto, full, keep_attention or none; may be repeated.")
     )
     layers: int | None = field(
         default=None, metadata=_help("Decoder layers, of both sides; default: the model's own.")

@@ -122,6 +122,7 @@ def _model(name: str, seq_len: int) -> Any:
 def _show(console: Console, planner: Planner, found: Plan, budget: float, pattern: str) -> None:
     from rich.table import Table
 
+    from mtraining.predict.recompute import policies_text
     from mtraining.sizes import size_text, tokens_text
 
     best, rates, cluster = found.best, planner.cluster.rates, planner.cluster
@@ -134,6 +135,8 @@ def _show(console: Console, planner: Planner, found: Plan, budget: float, patter
         f"{planner.shape.layers} layers, {planner.shape.total / 1e9:.2f}B parameters, attention {pattern}"
     )
     say(f"best: {_words(best)}")
+    if best.setting.policies is not None:
+        say(f"train.recompute=auto: {policies_text(best.setting.policies)}")
     shown = Table("", "sparse", "dense")
     for row in _rows(best, found.dense, budget, cluster.world):
         shown.add_row(*row)

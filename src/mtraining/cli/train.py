@@ -12,6 +12,9 @@ from mtraining.cli.dry_run import DryRun, MemoryGib, refuse_memory, show_memory
 from mtraining.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mtraining.model.recompute import LayerPolicy
     from mtraining.train.config import Config
 
 Overrides = Annotated[
@@ -65,8 +68,30 @@ def _dry_run(settings: Config, memory_gib: float | None) -> None:
 
     world = settings.parallel.world
     title = f"{world} GPU{'s' if world > 1 else ''}, {settings.train.seq_len} tokens"
-    shown = [(title, predict_config(settings))]
+    policies = _chosen(settings, memory_gib) if settings.train.recompute == "auto" else None
+    shown = [(title, predict_config(settings, policies=policies))]
     evaluated = predict_evaluations(settings)
     if evaluated is not None:
         shown.append((f"evaluation: {evaluated[0]}", evaluated[1]))
     show_memory(shown, memory_gib)
+
+
+def _chosen(settings: Config, memory_gib: float | None) -> Sequence[LayerPolicy]:
+    """What each layer is to keep on the GPU here, or one with as much memory as is given; told too."""
+    import torch
+
+    from mtraining.predict.memory import GIB
+    from mtraining.predict.recompute import Room
+    from mtraining.train.memory_report import workload
+    from mtraining.train.recompute import choose, gpu_memory, known_rates
+
+    here = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if memory_gib is None and here.type == "cpu":
+        raise UserError(
+            "--dry-run: train.recompute=auto chooses by the memory of a GPU, and there is none here; add --memory-gib "
+            "with the memory of one, such as 79.1."
+        )
+    room = Room.of(gpu_memory(here) if memory_gib is None else memory_gib * GIB)
+    choice = choose(workload(settings), room, known_rates(here))
+    typer.echo(choice.render(room))
+    return choice.policies

@@ -36,10 +36,14 @@ class Dealer:
         layout: who holds which tokens.
         block_sizes: of all patterns; sequences are padded to whole blocks on every rank.
         rank, world: the place in the ring.
+
+    Attributes:
+        longest: tokens of a sequence at most where gradients are computed; None has no limit.
     """
 
     def __init__(self, layout: Layout, block_sizes: set[int], rank: int, world: int) -> None:
         self.layout, self.rank, self.world = layout, rank, world
+        self.longest: int | None = None
         self.multiple = math.lcm(*(layout.multiple(world, size) for size in block_sizes))
 
     def deal(self, inputs: Mapping[str, Any]) -> Dealt:
@@ -50,11 +54,17 @@ class Dealer:
                 them; ``attention_mask`` and ``position_ids`` where there are any.
 
         Raises:
-            UserError: no labels, padding on the left, a mask that is no padding, or packed documents.
+            UserError: no labels, padding on the left, a mask that is no padding, packed documents, or a sequence that is
+                too long.
         """
         ids, labels = inputs["input_ids"], inputs.get("labels")
         if labels is None:
             raise UserError("labels: the batch has none; use a data collator that makes them.")
+        if self.longest is not None and torch.is_grad_enabled() and ids.shape[1] > self.longest:
+            raise UserError(
+                f"seq_len={self.longest}: a batch has sequences of {ids.shape[1]} tokens, for which recompute='auto' left "
+                "no room; give ContextParallelConfig a larger seq_len, or truncate."
+            )
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
         _refuse_mask(inputs.get("attention_mask"))
         given = inputs.get("position_ids")

@@ -22,11 +22,14 @@ class ContextParallelConfig:
         layer_patterns: other patterns for some layers, by number.
         layout: who holds which tokens; an object or a name.
         kernel: backend of the attention kernels.
-        recompute: as in `mtraining.model.parallelize`; None is ``full`` where the trainer's arguments ask for
-            activation checkpointing, else ``none``.
+        recompute: as in `mtraining.model.parallelize`, or ``auto``: as little as the GPU's memory allows, chosen for each
+            layer from ``seq_len``. None is ``full`` where the trainer's arguments ask for activation checkpointing, else
+            ``none``.
         offload: what recompute keeps waits in pinned host memory.
         fused: how what surrounds attention is computed.
         loss_chunk: tokens whose logits exist at one time.
+        seq_len: tokens of the longest sequence, which ``recompute="auto"`` must know; longer batches are refused then.
+            None is ``max_length`` of TRL's arguments.
     """
 
     cp: int | None = None
@@ -35,10 +38,28 @@ class ContextParallelConfig:
     layer_patterns: Mapping[int, Pattern | str] = field(default_factory=dict)
     layout: Layout | str = "striped"
     kernel: str = "auto"
-    recompute: Literal["full", "keep_attention", "none"] | None = None
+    recompute: Literal["auto", "full", "keep_attention", "none"] | None = None
     offload: bool = False
     fused: Literal["none", "compile", "liger"] = "none"
     loss_chunk: int = 8192
+    seq_len: int | None = None
+
+    def longest(self, args: Any) -> int:
+        """Tokens of the longest sequence.
+
+        Args:
+            args: a `TrainingArguments`, or one of TRL's configs.
+
+        Raises:
+            UserError: nobody says.
+        """
+        found = self.seq_len or getattr(args, "max_length", None)
+        if not found:
+            raise UserError(
+                "recompute='auto' must know the longest sequence; use ContextParallelConfig(seq_len=...), or set "
+                "recompute to 'full', 'keep_attention' or 'none'."
+            )
+        return int(found)
 
     def grid(self, world: int) -> tuple[int, int]:
         """(dp, cp) of ``world`` processes.

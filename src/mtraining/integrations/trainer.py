@@ -7,10 +7,11 @@ who reads which batch, the loss, the norm of the gradient, and the files of a ch
 
 from __future__ import annotations
 
+import logging
 import os
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,18 @@ from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from mtraining.errors import UserError
 from mtraining.integrations.batches import IGNORED, Dealer, shifted
 from mtraining.integrations.options import ContextParallelConfig, refuse_arguments
-from mtraining.layout import build_layout
+from mtraining.layout import Layout, build_layout
 from mtraining.model import ParallelLM, parallelize
-from mtraining.model.adapters import trained, without_frozen
+from mtraining.model.adapters import open_adapter, trained, without_frozen
 from mtraining.model.export import whole_state
-from mtraining.pattern import build_pattern
+from mtraining.model.recompute import LayerPolicy
+from mtraining.pattern import Pattern, build_pattern
+from mtraining.predict.memory import Workload
 from mtraining.ring import Ring
 from mtraining.train.config import ParallelSection
 from mtraining.train.mesh import build_mesh
 from mtraining.train.reader import SafeReader, load
+from mtraining.train.recompute import choose_together
 
 STATE = "mtraining"
 """The folder of a checkpoint that has weights and optimizer as shards, from which any number of processes resumes."""
@@ -159,6 +163,10 @@ class ContextParallelTrainer(Trainer):
         blocks = {pattern.block_size for pattern in patterns.values()}
         self._dealer = Dealer(layout, blocks, self.cp_rank, self.cp_size)
         default = patterns.pop(-1)
+        recompute: Any = options.recompute or ("full" if args.activation_checkpointing else "none")
+        offload = options.offload
+        if recompute == "auto":
+            recompute, offload = self._chosen([default, *patterns.values()], layout), False
         made = parallelize(
             self.model,
             self.mesh,
@@ -166,8 +174,8 @@ class ContextParallelTrainer(Trainer):
             layer_patterns=patterns,
             layout=layout,
             kernel=options.kernel,
-            recompute=options.recompute or ("full" if args.activation_checkpointing else "none"),
-            offload=options.offload,
+            recompute=recompute,
+            offload=offload,
             fused=options.fused,
             param_dtype=torch.bfloat16 if args.bf16 else None,
             loss_chunk=options.loss_chunk,
@@ -175,6 +183,32 @@ class ContextParallelTrainer(Trainer):
         # Layers recompute already; transformers' own would do it once more.
         self.model.activation_checkpointing_enable = lambda **_: None
         return made
+
+    def _chosen(self, patterns: list[Pattern], layout: Layout) -> Sequence[LayerPolicy] | str:
+        """What each layer keeps, from the memory of the smallest GPU. Collective."""
+        options, args = self.context_parallel, self.args
+        longest = options.longest(args)
+        self._dealer.longest = longest
+        hf_model, _ = open_adapter(self.model)
+        work = Workload(
+            hf_model,
+            world=self.dp_size * self.cp_size,
+            ring=(options.cp_outer, self.cp_size // options.cp_outer),
+            seq_len=longest + -longest % self._dealer.multiple,
+            batch=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            patterns=patterns,
+            layout=layout,
+            recompute="full",
+            offload=options.offload,
+            fused=options.fused,
+            compute=torch.bfloat16 if args.bf16 else next(hf_model.parameters()).dtype,
+            loss_chunk=options.loss_chunk,
+        )
+        choice, line = choose_together(work, args.device, _from_all)
+        if self.is_world_process_zero():
+            logging.getLogger("mtraining").info(line)
+        return "none" if choice is None else choice.policies
 
     # -- loss and gradient
 
@@ -287,6 +321,15 @@ class ContextParallelTrainer(Trainer):
             )
         with _alone_is_meant():
             load(state, SafeReader(str(folder)))
+
+
+def _from_all(value: Any) -> list[Any]:
+    """Each process's value, in rank order. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    everything: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, value)
+    return everything
 
 
 @contextmanager

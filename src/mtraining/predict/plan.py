@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from mtraining.layout import build_layout
 from mtraining.model.recompute import RECOMPUTE
 from mtraining.pattern import ToeplitzRandom
 from mtraining.predict.measured import Link, Rates
-from mtraining.predict.memory import GIB, Prediction, Workload, predict
+from mtraining.predict.memory import GIB, Prediction, Traces, Unpredictable, Workload, predict
+from mtraining.predict.recompute import Choice, Room, choose_policies
 from mtraining.predict.ring import Network, Simulated
 from mtraining.predict.step_time import ModelShape, Setting, StepTime, attention_passes, step_time
 from mtraining.predict.work import Index, LayerWork
@@ -148,6 +150,8 @@ class Planner:
         cluster.rates.attention_at(self.shape.head_dim)
         self._passes: dict[tuple[str, int, int, bool], tuple[Simulated, Simulated]] = {}
         self._memory: dict[Setting, Prediction] = {}
+        self._traces: dict[tuple[int, int], Traces] = {}
+        self._chosen: dict[Setting, Choice | None] = {}
         self._dense = Index.all_tiles(job.seq_len, job.index.block_size)
 
     def settings(self) -> Iterator[Setting]:
@@ -167,7 +171,7 @@ class Planner:
                         continue  # too few blocks for so many ranks
                     if job.works and (name, cp, outer) not in job.works:
                         continue
-                    for recompute in RECOMPUTE:
+                    for recompute in ("auto", *RECOMPUTE):
                         for offload in (False, True) if self._can_offload(recompute) else (False,):
                             yield Setting(
                                 self.cluster.world // cp, cp, outer, layout, recompute, offload, job.fused
@@ -177,7 +181,8 @@ class Planner:
         return recompute != "none" and self.cluster.rates.host_gb_per_s is not None
 
     def outcome(self, setting: Setting, dense: bool = False) -> Outcome:
-        """A step's time under a setting; simulated once for each ring and layout."""
+        """A step's time under a setting; simulated once for each ring and layout. With ``recompute: auto`` it is that
+        of a step that keeps everything, until `resolved` has chosen what is kept."""
         index = self._dense if dense else self.job.index
         key = (setting.layout.name, setting.cp, setting.outer, dense)
         if key not in self._passes:
@@ -191,37 +196,64 @@ class Planner:
             self._passes[key] = attention_passes(
                 work, setting.outer, self.cluster.rates, self.cluster.network, slow
             )
+        timed = setting
+        if setting.recompute == "auto" and setting.policies is None:
+            timed = replace(setting, recompute="none", offload=False)
         time = step_time(
-            self.shape, index, setting, self.cluster.rates, self.cluster.network, self._passes[key]
+            self.shape, index, timed, self.cluster.rates, self.cluster.network, self._passes[key]
         )
         return Outcome(setting, time, self.job.seq_len)
 
     def memory(self, setting: Setting) -> Prediction:
-        """Of each GPU; traced once for each setting, for it is the same in all layouts.
+        """Of each GPU; the same in all layouts.
 
         Raises:
             Unpredictable: a model whose code reads numbers.
         """
-        job = self.job
-        setting = replace(setting, layout=build_layout("striped", job.index.block_size))
+        setting = self._any_layout(setting)
         if setting not in self._memory:
-            self._memory[setting] = predict(
-                Workload(
-                    job.hf_model,
-                    world=setting.world,
-                    ring=(setting.outer, setting.cp // setting.outer),
-                    seq_len=job.seq_len,
-                    batch=1,
-                    accumulation=1,
-                    patterns=[job.pattern],
-                    layout=setting.layout,
-                    recompute=setting.recompute,
-                    offload=setting.offload,
-                    fused=setting.fused,
-                    compute=torch.bfloat16,
-                )
-            )
+            self._memory[setting] = predict(*self._work(setting))
         return self._memory[setting]
+
+    def resolved(self, way: Outcome) -> Outcome | None:
+        """The way, with what each layer keeps where ``recompute: auto`` has yet to choose that; None where nothing
+        fits. It is never faster than it was before, as if everything were kept."""
+        setting = way.setting
+        if setting.recompute != "auto" or setting.policies is not None:
+            return way
+        key = self._any_layout(setting)
+        if key not in self._chosen:
+            try:
+                work, traces = self._work(key)
+                self._chosen[key] = choose_policies(work, Room.of(self._budget), self.cluster.rates, traces)
+            except Unpredictable:
+                raise
+            except UserError:
+                self._chosen[key] = None
+        chosen = self._chosen[key]
+        return None if chosen is None else self.outcome(replace(setting, policies=chosen.policies))
+
+    def _any_layout(self, setting: Setting) -> Setting:
+        return replace(setting, layout=build_layout("striped", self.job.index.block_size))
+
+    def _work(self, setting: Setting) -> tuple[Workload, Traces]:
+        """Layers are traced once for each ring, and each way to recompute."""
+        job, ring = self.job, (setting.outer, setting.cp // setting.outer)
+        work = Workload(
+            job.hf_model,
+            world=setting.world,
+            ring=ring,
+            seq_len=job.seq_len,
+            batch=1,
+            accumulation=1,
+            patterns=[job.pattern],
+            layout=setting.layout,
+            recompute=setting.recompute if setting.policies is None else setting.policies,
+            offload=setting.offload and setting.policies is None,
+            fused=setting.fused,
+            compute=torch.bfloat16,
+        )
+        return work, self._traces.setdefault(ring, Traces(work))
 
     def plan(self) -> Plan:
         """The fastest way that fits.
@@ -238,9 +270,10 @@ class Planner:
                 f"blocks of {self.job.index.block_size}, with at most --batch sequences at a time; choose a multiple "
                 f"of {2 * self.job.index.block_size * self.cluster.world}, or a larger --batch."
             )
-        best = next(filter(self._fits, ways), None)
+        best = self._fastest(ways)
         if best is None:
-            least = min((self.memory(way.setting) for way in ways), key=lambda memory: memory.needed)
+            fixed = [way.setting for way in ways if way.setting.recompute != "auto"]
+            least = min((self.memory(setting) for setting in fixed), key=lambda memory: memory.needed)
             raise UserError(
                 f"no way to spread {self.job.seq_len} tokens over {self.cluster.world} GPUs fits: the least needs "
                 f"{size_text(least.needed)} of {size_text(self._budget)} on each GPU; use more GPUs or a shorter "
@@ -249,6 +282,20 @@ class Planner:
         zigzag = build_layout("zigzag", self.job.index.block_size)
         dense = self.outcome(replace(best.setting, layout=zigzag), dense=True)
         return Plan(best, self.memory(best.setting), dense, list(self._alternatives(best, ways)))
+
+    def _fastest(self, ways: Iterable[Outcome]) -> Outcome | None:
+        """The fastest of some ways that fits."""
+        # Stable: of equals, the one that was given first.
+        waiting = [(-way.tokens_per_second, number, way) for number, way in enumerate(ways)]
+        heapify(waiting)
+        while waiting:
+            _, number, way = heappop(waiting)
+            resolved = self.resolved(way)
+            if resolved is not None and resolved is not way:
+                heappush(waiting, (-resolved.tokens_per_second, number, resolved))
+            elif resolved is not None and self._fits(way):
+                return way
+        return None
 
     def _alternatives(self, best: Outcome, ways: list[Outcome]) -> Iterator[Alternative]:
         """The ways that differ from the best one in one choice."""
@@ -275,7 +322,9 @@ class Planner:
         for dp, cp in dict.fromkeys((way.setting.dp, way.setting.cp) for way in ways):
             if (dp, cp) != (at.dp, at.cp):
                 same = [way for way in ways if (way.setting.dp, way.setting.cp) == (dp, cp)]
-                fits = next(filter(self._fits, same), same[-1])
+                fits = self._fastest(same) or next(
+                    way for way in reversed(same) if way.setting.recompute != "auto"
+                )
                 yield self._alternative("dp x cp", f"{dp} x {cp}, ring {ring_text(fits.setting)}", fits, best)
 
     @property
@@ -287,6 +336,10 @@ class Planner:
         return self.memory(way.setting).needed <= self._budget
 
     def _alternative(self, choice: str, value: str, way: Outcome, best: Outcome) -> Alternative:
+        found = self.resolved(way)
+        if found is None:
+            return Alternative(choice, value, None, None, "does not fit, whatever is recomputed")
+        way = found
         loss = 1 - way.tokens_per_second / best.tokens_per_second
         if not self._fits(way):
             needed = size_text(self.memory(way.setting).needed)

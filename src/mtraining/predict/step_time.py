@@ -8,6 +8,7 @@ Not counted: that a transfer takes multiprocessors from a kernel beside it, laun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import nn
 
 from mtraining.errors import UserError
 from mtraining.layout import Layout
-from mtraining.model.support import decoder_of, head_dim_of
+from mtraining.model.products import MLP, PROJECTIONS
+from mtraining.model.recompute import ATTENTION, LayerPolicy, layer_policies
+from mtraining.model.support import attention_modules, decoder_of, head_dim_of
 from mtraining.predict.measured import Link, Rates
 from mtraining.predict.ring import Network, Simulated, simulate, slowed
 from mtraining.predict.work import Index, LayerWork
@@ -35,7 +38,7 @@ class ModelShape:
     """What time depends on.
 
     Attributes:
-        linear: parameters of the products of a layer.
+        linear: parameters of the products of a layer; ``projections``: those in its attention module.
         last: of them, those of its last product, which eager recompute leaves out: nobody needs what it gives.
         layer: parameters of a layer, ``total``: of the model.
         mlp: width of the gated MLP.
@@ -49,6 +52,7 @@ class ModelShape:
     head_dim: int
     vocab: int
     linear: int
+    projections: int
     last: int
     layer: int
     total: int
@@ -72,7 +76,11 @@ class ModelShape:
                 "for a model without experts, or time one layer with `mtraining bench train`."
             )
         layers = decoder_of(hf_model).layers
-        linear = [one.weight.numel() for one in layers[0].modules() if isinstance(one, nn.Linear)]
+
+        def products(module: nn.Module) -> list[int]:
+            return [one.weight.numel() for one in module.modules() if isinstance(one, nn.Linear)]
+
+        linear, (_, attention) = products(layers[0]), next(attention_modules(hf_model))
         return ModelShape(
             layers=len(layers),
             hidden=config.hidden_size,
@@ -82,6 +90,7 @@ class ModelShape:
             head_dim=head_dim_of(config),
             vocab=config.vocab_size,
             linear=sum(linear),
+            projections=sum(products(attention)),
             last=linear[-1],
             layer=sum(p.numel() for p in layers[0].parameters()),
             total=sum(p.numel() for p in hf_model.parameters()),
@@ -94,6 +103,7 @@ class Setting:
 
     Attributes:
         dp: sequences at a time; cp: ranks that share one, in ``outer`` rings.
+        recompute: a name of `mtraining.model.recompute.RECOMPUTE`, or ``auto`` with the policies that were chosen.
     """
 
     dp: int
@@ -103,6 +113,11 @@ class Setting:
     recompute: str = "keep_attention"
     offload: bool = False
     fused: str = "liger"
+    policies: tuple[LayerPolicy, ...] | None = None
+
+    def by_layer(self, layers: int) -> Sequence[LayerPolicy]:
+        """The policy of each of so many layers."""
+        return self.policies or layer_policies(self.recompute, self.offload, layers)
 
     @property
     def world(self) -> int:
@@ -162,15 +177,19 @@ def step_time(
     tokens = index.seq_len // setting.cp
     flops, memory = 1e12 * rates.matmul_tflops, 1e9 * rates.memory_gb_per_s
     logit, around = rates.around(setting.fused)
-    again = setting.recompute != "none"
-    # A compiled layer is recomputed to its end, an eager one up to the last tensor that backward needs.
-    repeated = shape.linear - (shape.last if setting.fused != "compile" else 0)
-    products = [2 * shape.linear * tokens / flops, (4 * shape.linear + 2 * again * repeated) * tokens / flops]
+    policies = setting.by_layer(shape.layers)
+    # Means over layers. A compiled layer is recomputed to its end, an eager one up to the last tensor that backward
+    # needs.
+    again = sum(not policy.everything for policy in policies) / shape.layers
+    unneeded = shape.last if setting.fused != "compile" else 0
+    repeated = sum(_repeated(shape, policy, unneeded) for policy in policies) / shape.layers
+    attended = sum(policy.everything or ATTENTION in policy.parts for policy in policies) / shape.layers
+    products = [2 * shape.linear * tokens / flops, (4 * shape.linear + 2 * repeated) * tokens / flops]
     # Activations are in two bytes.
     traffic = [2 * (AROUND_HIDDEN[i] * shape.hidden + AROUND_MLP[i] * shape.mlp) for i in range(2)]
     surround = [tokens * traffic[0] / around, tokens * (traffic[1] + again * traffic[0]) / around]
     estimate = 0.0 if index.dense or not estimated else 1e-9 * rates.estimate_ns * tokens * shape.heads
-    replay = forward.seconds if setting.recompute == "full" else 0.0
+    replay = forward.seconds * (1 - attended)
     layer = [
         products[0] + surround[0] + forward.seconds + estimate,
         products[1] + surround[1] + backward.seconds + replay,
@@ -187,8 +206,8 @@ def step_time(
         / memory,
         "parameters not hidden": _sharding(shape, setting.world, network, layer),
     }
-    if setting.offload:
-        parts["offload not hidden"] = _offload(shape, setting, tokens, rates, layer)
+    if any(policy.offload for policy in policies):
+        parts["offload not hidden"] = _offload(shape, policies, tokens, rates, layer)
     return StepTime({name: seconds for name, seconds in parts.items() if seconds}, forward, backward)
 
 
@@ -214,7 +233,17 @@ def shard_seconds(size: float, world: int, network: Network) -> float:
     return seconds
 
 
-def _offload(shape: ModelShape, setting: Setting, tokens: int, rates: Rates, layer: list[float]) -> float:
+def _repeated(shape: ModelShape, policy: LayerPolicy, unneeded: int) -> int:
+    """Parameters of the products that recompute repeats in a layer; of all but ``unneeded`` where none is kept."""
+    if policy.everything:
+        return 0
+    projections = 0 if PROJECTIONS in policy.parts else shape.projections
+    return projections + (0 if MLP in policy.parts else shape.linear - shape.projections - unneeded)
+
+
+def _offload(
+    shape: ModelShape, policies: Sequence[LayerPolicy], tokens: int, rates: Rates, layer: list[float]
+) -> float:
     """Copies of what layers keep that no layer hides.
 
     Raises:
@@ -225,11 +254,13 @@ def _offload(shape: ModelShape, setting: Setting, tokens: int, rates: Rates, lay
             f"plan: copies to host memory were not measured on {rates.gpu}, so offload cannot be planned; leave it "
             "out, or measure with `mtraining bench rates`."
         )
-    kept = 2.0 * shape.hidden
-    if setting.recompute == "keep_attention":
-        kept += shape.heads * (2 * shape.head_dim + 4)
-    seconds = tokens * kept / (1e9 * rates.host_gb_per_s)
-    return shape.layers * sum(max(0.0, seconds - beside) for beside in layer)
+    total = 0.0
+    for policy in policies:
+        if policy.offload:
+            attention = shape.heads * (2 * shape.head_dim + 4) if ATTENTION in policy.parts else 0
+            seconds = tokens * (2.0 * shape.hidden + attention) / (1e9 * rates.host_gb_per_s)
+            total += sum(max(0.0, seconds - beside) for beside in layer)
+    return total
 
 
 def one_machine(rates: Rates, gpus: int) -> Network:

@@ -264,8 +264,8 @@ class TrainSection(Section):
         clip: the largest norm of the gradient; null does not clip.
         dtype: what layers compute in.
         recompute: what backward computes again. `full`: each layer, from its input. `keep_attention`: the same without
-            attention. `none`: nothing.
-        offload: what recompute keeps waits in pinned host memory.
+            attention. `none`: nothing. `auto`: as little as the GPU's memory allows, chosen for each layer.
+        offload: what recompute keeps waits in pinned host memory; `auto` then uses that memory where it saves time.
         fused: how norms, rotary embedding, MLP and the loss's softmax are computed: by transformers, by
             torch.compile, or by liger-kernel.
         loss_chunk: tokens whose logits exist at one time.
@@ -289,7 +289,7 @@ class TrainSection(Section):
     weight_decay: NonNegativeFloat = 0.0
     clip: PositiveFloat | None = 1.0
     dtype: Literal["bf16", "fp32"] = "fp32"
-    recompute: Literal["full", "keep_attention", "none"] = "full"
+    recompute: Literal["auto", "full", "keep_attention", "none"] = "full"
     offload: bool = False
     fused: Literal["none", "compile", "liger"] = "none"
     loss_chunk: PositiveInt = 8192

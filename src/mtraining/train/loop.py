@@ -11,7 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from mtraining.data import ReaderDied, SequenceDataset, build_loader, read, step
 from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, build_model, export_model, parallelize
+from mtraining.model.recompute import LayerPolicy
 from mtraining.model.support import head_dim_of
 from mtraining.ring import Timeline
 from mtraining.train.about import write_about
@@ -39,6 +40,7 @@ from mtraining.train.mesh import Process, joined_processes, repeatable
 from mtraining.train.metrics import MetricsWriter
 from mtraining.train.optim import build_optimizer
 from mtraining.train.policy import flat_options
+from mtraining.train.recompute import settle_recompute
 from mtraining.train.resume import on_main
 from mtraining.train.step import Batch, NonFinite, Stepper, StepResult
 from mtraining.train.stop import StopRequest, stoppable
@@ -87,7 +89,7 @@ def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
         console = Console(file=sys.stdout) if process.is_main else None
         tell = Display(steps=0, done=0, title="", log_every=1, console=console).tell
         torch.manual_seed(config.train.seed)
-        model, tokenizer = parallel_model(config, process)
+        model, tokenizer = parallel_model(config, process, *settle_recompute(config, process, tell))
         tiles = check_same_tiles(process, DTYPES[config.train.dtype], head_dim_of(model.hf_model.config))
         dataset = rank_dataset(config, data.dataset, process, model.hf_model.config.vocab_size)
         evaluation = build_evaluation(
@@ -132,8 +134,17 @@ def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
     return RunResult(config.output, checkpoint, export)
 
 
-def parallel_model(config: Config, process: Process) -> tuple[ParallelLM, Any]:
-    """The model of a configuration, spread over the mesh, and its tokenizer (None for a random model)."""
+def parallel_model(
+    config: Config,
+    process: Process,
+    recompute: str | Sequence[LayerPolicy] = "full",
+    offload: bool = False,
+) -> tuple[ParallelLM, Any]:
+    """The model of a configuration, spread over the mesh, and its tokenizer (None for a random model).
+
+    Args:
+        recompute, offload: as `settle_recompute` has them; nothing that is not trained depends on them.
+    """
     hf_model, tokenizer = build_model(config.model, config.train.seq_len)
     check_table(config, hf_model.config.num_hidden_layers)
     model = parallelize(
@@ -146,8 +157,8 @@ def parallel_model(config: Config, process: Process) -> tuple[ParallelLM, Any]:
         anneal=config.pattern.anneal.build(),
         layout=build_layout(config.layout.name, config.layout.unit),
         kernel=config.train.kernel,
-        recompute=config.train.recompute,
-        offload=config.train.offload,
+        recompute=recompute,  # type: ignore[arg-type]
+        offload=offload,
         fused=config.train.fused,
         param_dtype=DTYPES[config.train.dtype],
         loss_chunk=config.train.loss_chunk,
@@ -182,8 +193,10 @@ def _steps(
         if process.is_main
         else None
     )
-    memory = MemoryLog(config, model.hf_model, process.device, display.tell) if writer is not None else None
-    predicted = TimeLog(config, model.hf_model, process.device, display.tell) if writer is not None else None
+    memory = predicted = None
+    if writer is not None:
+        run = (config, model.hf_model, process.device, display.tell, model.policies)
+        memory, predicted = MemoryLog(*run), TimeLog(*run)
     if memory is not None:
         write_about(config.output, process.device, process.world, memory.prediction)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from mtraining.layout import build_layout
 from mtraining.model import build_model
 from mtraining.model.adapters import open_adapter
+from mtraining.model.recompute import LayerPolicy
 from mtraining.predict.evaluation import predict_evaluation
 from mtraining.predict.memory import Prediction, Unpredictable, Workload, predict
 from mtraining.sizes import size_text
@@ -20,13 +22,17 @@ _ANSWER = 64  # tokens that answer a question of a suite at most; they take litt
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def predict_config(config: Config, hf_model: Any = None) -> Prediction:
+def predict_config(
+    config: Config, hf_model: Any = None, policies: Sequence[LayerPolicy] | None = None
+) -> Prediction:
     """What a step of this configuration takes on each GPU.
 
     Args:
         hf_model: the run's model, if it is there; otherwise its shapes are made on the meta device.
+        policies: what each layer keeps, where ``recompute: auto`` has chosen that.
     """
-    return predict(_workload(config, hf_model))
+    work = workload(config, hf_model)
+    return predict(work if policies is None else replace(work, recompute=policies, offload=False))
 
 
 def predict_evaluations(config: Config, hf_model: Any = None) -> tuple[str, Prediction] | None:
@@ -34,7 +40,7 @@ def predict_evaluations(config: Config, hf_model: Any = None) -> tuple[str, Pred
     settings = config.evaluate
     if settings.every is None:
         return None
-    work = _workload(config, hf_model)
+    work = workload(config, hf_model)
     check_positions(config, work.hf_model.config)
     asked = {"held-out loss": 0} if settings.data is not None else {}
     asked |= dict.fromkeys(settings.suites, _ANSWER)
@@ -50,7 +56,8 @@ def predict_evaluations(config: Config, hf_model: Any = None) -> tuple[str, Pred
     return most, found[most]
 
 
-def _workload(config: Config, hf_model: Any) -> Workload:
+def workload(config: Config, hf_model: Any = None) -> Workload:
+    """One step of this configuration, of a model that is given or made on the meta device."""
     if hf_model is None:
         hf_model, _ = open_adapter(build_model(config.model, config.train.seq_len, device="meta")[0])
     layout, parallel, train = (
@@ -83,12 +90,17 @@ class MemoryLog:
     the optimizer has its state. Measured on GPUs only: elsewhere nobody counts tensors apart from the process."""
 
     def __init__(
-        self, config: Config, hf_model: Any, device: torch.device, tell: Callable[[str], None]
+        self,
+        config: Config,
+        hf_model: Any,
+        device: torch.device,
+        tell: Callable[[str], None],
+        policies: Sequence[LayerPolicy] | None = None,
     ) -> None:
         self._device, self._tell, self._steps = device, tell, 0
         self.prediction: Prediction | None = None
         try:
-            self.prediction = predict_config(config, hf_model)
+            self.prediction = predict_config(config, hf_model, policies)
             tell(render(self.prediction))
             evaluation = predict_evaluations(config, hf_model)
             if evaluation is not None:

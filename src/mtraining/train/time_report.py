@@ -11,6 +11,7 @@ import torch
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import device_name
 from mtraining.layout import build_layout
+from mtraining.model.recompute import LayerPolicy
 from mtraining.predict.measured import Rates, rates_of_device
 from mtraining.predict.ring import Network
 from mtraining.predict.step_time import ModelShape, Setting, attention_passes, one_machine, step_time
@@ -27,9 +28,15 @@ class TimeLog:
     takes. On GPUs only, and where their rates were measured; elsewhere it says so once, on a CPU nothing."""
 
     def __init__(
-        self, config: Config, hf_model: Any, device: torch.device, tell: Callable[[str], None]
+        self,
+        config: Config,
+        hf_model: Any,
+        device: torch.device,
+        tell: Callable[[str], None],
+        policies: Sequence[LayerPolicy] | None = None,
     ) -> None:
         self._config, self._model, self._device, self._tell = config, hf_model, device, tell
+        self._policies = policies
         self._steps, self._measured = 0, float("inf")
         self._predicted: float | None = None
         self._rates: Rates | None = None
@@ -58,7 +65,9 @@ class TimeLog:
         self._steps += 1
         if layers and self._predicted is None and self._steps < max(_COUNTED):
             try:
-                self._predicted = predict_seconds(self._config, self._model, layers, self._rates)
+                self._predicted = predict_seconds(
+                    self._config, self._model, layers, self._rates, policies=self._policies
+                )
                 self._tell(f"seconds a step, predicted: {self._predicted:.2f}")
             except UserError as reason:
                 self._rates = None
@@ -86,11 +95,13 @@ def predict_seconds(
     layers: Sequence[AttentionStats],
     rates: Rates,
     node_size: int | None = None,
+    policies: Sequence[LayerPolicy] | None = None,
 ) -> float:
     """Seconds of a step of this configuration, with the indices that ``layers`` had.
 
     Args:
         node_size: GPUs of a machine; None asks the launcher's LOCAL_WORLD_SIZE.
+        policies: what each layer keeps, where ``recompute: auto`` has chosen that.
 
     Raises:
         UserError: something that was not measured, or a model that cannot be timed from shapes.
@@ -114,8 +125,9 @@ def predict_seconds(
     tiles = torch.stack([layer.tile_work for layer in layers]).mean(0).cpu() / batch
     work = LayerWork.of(index, layout, parallel.cp, shape.heads, shape.kv_heads, shape.head_dim, tiles)
     setting = Setting(
-        parallel.dp, parallel.cp, parallel.cp_outer, layout, train.recompute, train.offload, train.fused
-    )
+        parallel.dp, parallel.cp, parallel.cp_outer, layout, train.recompute, train.offload, train.fused,
+        None if policies is None else tuple(policies),
+    )  # fmt: skip
     passes = attention_passes(work, parallel.cp_outer, rates, network)
     step = step_time(shape, index, setting, rates, network, passes, config.pattern.name != "dense")
     once = step.parts["optimizer"]

@@ -8,10 +8,11 @@ from itertools import product
 from typing import Any
 
 from mtraining.errors import UserError
+from mtraining.model.recompute import LayerPolicy
 from mtraining.pattern import Dense, Pattern, ToeplitzRandom
 from mtraining.sizes import tokens_text
 
-RECOMPUTE = ("full", "keep_attention", "none")
+RECOMPUTE = ("auto", "full", "keep_attention", "none")
 LAYOUTS = ("striped", "zigzag", "contiguous")
 _K = 1024
 
@@ -83,6 +84,7 @@ class TrainCase:
         kernel: backend of attention.
         fused: how the parts around attention are fused, as `mtraining.parallelize` takes it.
         offload: whether kept tensors wait in host memory.
+        policies: what each layer keeps, once ``recompute="auto"`` has chosen that.
     """
 
     shape: Shape
@@ -95,6 +97,14 @@ class TrainCase:
     kernel: str = "auto"
     fused: str = "none"
     offload: bool = False
+    policies: tuple[LayerPolicy, ...] | None = None
+
+    @property
+    def keeps(self) -> tuple[str | tuple[LayerPolicy, ...], bool]:
+        """(recompute, offload) as `mtraining.parallelize` takes them. Where ``auto`` has not chosen, all is kept."""
+        if self.recompute != "auto":
+            return self.recompute, self.offload
+        return ("none" if self.policies is None else self.policies), False
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:

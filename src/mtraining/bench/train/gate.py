@@ -30,20 +30,24 @@ VOCABULARY = 512
 def shortened(case: TrainCase, world: int) -> TrainCase:
     """The case on a short sequence, two layers, with an index that is thin enough to have gaps.
 
-    Cases that shorten to the same are checked once.
+    Where layers keep different things there is a layer of each kind. Cases that shorten to the same are checked once.
     """
     size = case.shape.block_size
     blocks = 2 * world * max(2, -(-8 // world))  # a multiple of what zigzag deals
     shape = replace(case.shape, columns=size, window=2)
     density = None if case.density is None else 0.4
-    return replace(case, shape=shape, seq_len=blocks * size, layers=LAYERS, density=density)
+    kinds = None if case.policies is None else tuple(dict.fromkeys(case.policies))
+    if kinds is not None:
+        kinds += kinds[-1:] * (LAYERS - len(kinds))
+    layers = LAYERS if kinds is None else len(kinds)
+    return replace(case, shape=shape, seq_len=blocks * size, layers=layers, density=density, policies=kinds)
 
 
 def gate_model(case: TrainCase, device: torch.device) -> Any:
     """Weights that make attention neither uniform, its gradients rounded away, nor so sharp that rounding decides."""
     spread = 1.2 * case.shape.hidden**-0.5
     fields = {"vocab_size": VOCABULARY, "intermediate_size": 256, "initializer_range": spread}
-    return build_model(case.shape, case.seq_len, LAYERS, device, **fields)
+    return build_model(case.shape, case.seq_len, case.layers, device, **fields)
 
 
 def check_step(case: TrainCase, process: Process, dp: int = 1) -> tuple[float, float]:

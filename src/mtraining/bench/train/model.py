@@ -80,16 +80,17 @@ def build_model(shape: Shape, seq_len: int, layers: int, device: torch.device, *
 
 def parallel(case: TrainCase, model: Any, process: Process) -> ParallelLM:
     """The model under the case's settings, by the path that training takes."""
+    recompute, offload = case.keeps
     return parallelize(
         model,
         process.mesh,
         pattern=case.pattern(),
         layout=build_layout(case.layout, case.shape.block_size),
         kernel=case.kernel,
-        recompute=cast(Any, case.recompute),
+        recompute=cast(Any, recompute),
         param_dtype=compute_dtype(process.device),
         fused=cast(Any, case.fused),
-        offload=case.offload,
+        offload=offload,
     )
 
 

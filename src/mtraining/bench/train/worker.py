@@ -37,6 +37,7 @@ from mtraining.predict.memory import GIB, Prediction, Workload, predict
 from mtraining.ring import Ring, Timeline
 from mtraining.ring.plan import make_plan
 from mtraining.train.mesh import Process
+from mtraining.train.recompute import choose_together
 
 Say = Callable[[str], None]
 
@@ -70,6 +71,10 @@ def run_cases(
         say(case.describe())
         try:
             process = process_for(case, device, rank, world)
+            if case.recompute == "auto":
+                choice, line = choose_together(_work(case, world, device), device, process.gather_objects)
+                case = replace(case, policies=None if choice is None else choice.policies)
+                say(f"  {line}")
             if device.type == "cuda":  # a run out of memory costs all processes a new start
                 memory = torch.cuda.get_device_properties(device).total_memory
                 _predicted(case, world, device).check(1.1 * memory)  # a prediction may be that far off
@@ -124,22 +129,25 @@ class _Timed:
 
 def _predicted(case: TrainCase, world: int, device: torch.device) -> Prediction:
     """The memory of each rank."""
+    recompute, offload = case.keeps
+    return predict(replace(_work(case, world, device), recompute=recompute, offload=offload))
+
+
+def _work(case: TrainCase, world: int, device: torch.device) -> Workload:
     outer = case.outer(world)
-    return predict(
-        Workload(
-            build_model(case.shape, case.seq_len, case.layers, torch.device("meta")),
-            world=world,
-            ring=(outer, world // outer),
-            seq_len=case.seq_len,
-            batch=1,
-            accumulation=1,
-            patterns=[case.pattern()],
-            layout=build_layout(case.layout, case.shape.block_size),
-            recompute=case.recompute,
-            offload=case.offload,
-            fused=case.fused,
-            compute=compute_dtype(device),
-        )
+    return Workload(
+        build_model(case.shape, case.seq_len, case.layers, torch.device("meta")),
+        world=world,
+        ring=(outer, world // outer),
+        seq_len=case.seq_len,
+        batch=1,
+        accumulation=1,
+        patterns=[case.pattern()],
+        layout=build_layout(case.layout, case.shape.block_size),
+        recompute=case.recompute,
+        offload=case.offload,
+        fused=case.fused,
+        compute=compute_dtype(device),
     )
 
 
