@@ -27,6 +27,7 @@ from mtraining.layout import build_layout
 from mtraining.model import LoraOptions, parallelize
 from mtraining.model.adapters import open_adapter
 from mtraining.model.lora import add_lora
+from mtraining.model.recompute import LayerPolicy
 from mtraining.pattern import Pattern, build_pattern
 from mtraining.predict.memory import Prediction, Workload, predict
 from mtraining.predict.trace import META, ShapeKernels
@@ -52,7 +53,7 @@ class MemoryCase:
     hidden: int = 128
     mlp: int = 512
     vocab: int = 1024
-    recompute: str = "full"
+    recompute: str | tuple[LayerPolicy, ...] = "full"
     pattern: str = "toeplitz_random"
     world: int = 2
     cp_outer: int = 1
@@ -131,7 +132,7 @@ def measured(worker: Worker, case: MemoryCase) -> int:
         # The eager reference works in masks and copies that no GPU kernel has.
         patch.setattr(attention, "select_backend", lambda *args: ShapeKernels())
         model = parallelize(
-            case.model("cpu"), mesh, pattern=case.build(), layout=layout, recompute=case.recompute,
+            case.model("cpu"), mesh, pattern=case.build(), layout=layout, recompute=case.recompute,  # type: ignore[arg-type]
             param_dtype=case.dtype, loss_chunk=case.loss_chunk,
         )  # fmt: skip
         options: Any = Optimisation(case.seq_len)

@@ -17,6 +17,7 @@ from distributed import ProcessPool
 from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
+from mtraining.model.recompute import PARTS, LayerPolicy
 from mtraining.pattern import build_pattern
 from mtraining.predict.memory import GIB, Prediction, Unpredictable, Workload, columns_of, predict
 from mtraining.train.config import load_config
@@ -27,6 +28,9 @@ FOUR = ["parallel.cp=4", "parallel.cp_outer=1"]
 
 # Each makes another part of the formula the largest: layers, kept tensors, everything, dense pieces, ring of rings,
 # parameters, the loss, gradients over micro-batches, fp32, deep models, untied embeddings.
+PRODUCTS = LayerPolicy(frozenset(PARTS))
+ATTENTION, INNER = LayerPolicy(frozenset({"attention"})), LayerPolicy(frozenset({"attention", "mlp"}))
+NOTHING, EVERYTHING = LayerPolicy(), LayerPolicy(everything=True)
 CASES = {
     "full": MemoryCase(),
     "keep_attention": MemoryCase(recompute="keep_attention", layers=8),
@@ -54,11 +58,24 @@ CASES = {
     "adapter, everything kept": MemoryCase(lora=16, recompute="none"),
     "windows": MemoryCase(window=100, layers=6, mlp=256),
     "hierarchical, kept": MemoryCase(world=4, cp_outer=2, recompute="keep_attention", layers=8),
+    "mixed": MemoryCase(recompute=(NOTHING, ATTENTION, INNER, PRODUCTS, EVERYTHING), layers=5),
+    "mixed, most kept first": MemoryCase(
+        recompute=(EVERYTHING, PRODUCTS, INNER, ATTENTION, NOTHING), layers=5
+    ),
+    "products": MemoryCase(recompute=(PRODUCTS,) * 6, layers=6, mlp=1024),
+    "mixed, hierarchical": MemoryCase(
+        recompute=(NOTHING, INNER, INNER, EVERYTHING), world=4, cp_outer=2, accumulation=2
+    ),
+    "mixed, experts": MemoryCase(
+        recompute=(NOTHING, INNER, PRODUCTS, EVERYTHING), experts=4, mlp=128, seq_len=2048
+    ),
+    "mixed, adapter": MemoryCase(recompute=(NOTHING, ATTENTION, PRODUCTS, EVERYTHING), lora=16),
 }
 
 
-# Where the layers, the parameters, the loss and an adapter are the largest. Slow tests have the others.
-FAST = ("full", "parameters", "loss", "adapter")
+# Where the layers, the parameters, the loss and an adapter are the largest, and where layers keep different things.
+# Slow tests have the others.
+FAST = ("full", "parameters", "loss", "adapter", "mixed")
 
 
 @pytest.mark.parametrize(

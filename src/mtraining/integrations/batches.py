@@ -54,16 +54,16 @@ class Dealer:
                 them; ``attention_mask`` and ``position_ids`` where there are any.
 
         Raises:
-            UserError: no labels, padding on the left, a mask that is no padding, packed documents, or a sequence that is
-                too long.
+            UserError: no labels, padding on the left, a mask that is no padding, packed documents, or a sequence that
+                is too long.
         """
         ids, labels = inputs["input_ids"], inputs.get("labels")
         if labels is None:
             raise UserError("labels: the batch has none; use a data collator that makes them.")
         if self.longest is not None and torch.is_grad_enabled() and ids.shape[1] > self.longest:
             raise UserError(
-                f"seq_len={self.longest}: a batch has sequences of {ids.shape[1]} tokens, for which recompute='auto' left "
-                "no room; give ContextParallelConfig a larger seq_len, or truncate."
+                f"seq_len={self.longest}: a batch has sequences of {ids.shape[1]} tokens, for which recompute='auto' "
+                "left no room; give ContextParallelConfig a larger seq_len, or truncate."
             )
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
         _refuse_mask(inputs.get("attention_mask"))

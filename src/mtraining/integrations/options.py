@@ -22,9 +22,9 @@ class ContextParallelConfig:
         layer_patterns: other patterns for some layers, by number.
         layout: who holds which tokens; an object or a name.
         kernel: backend of the attention kernels.
-        recompute: as in `mtraining.model.parallelize`, or ``auto``: as little as the GPU's memory allows, chosen for each
-            layer from ``seq_len``. None is ``full`` where the trainer's arguments ask for activation checkpointing, else
-            ``none``.
+        recompute: as in `mtraining.model.parallelize`, or ``auto``: as little as the GPU's memory allows, chosen for
+            each layer from ``seq_len``. None is ``full`` where the trainer's arguments ask for activation
+            checkpointing, else ``none``.
         offload: what recompute keeps waits in pinned host memory.
         fused: how what surrounds attention is computed.
         loss_chunk: tokens whose logits exist at one time.

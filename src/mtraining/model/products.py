@@ -135,7 +135,7 @@ def mark_products(model: Any) -> None:
             own = list(module.parameters(recurse=False))
             part = PROJECTIONS if id(module) in attention else MLP
             if isinstance(module, nn.Linear):
-                module.forward = _told(module.forward, part, settles=False)
+                module.forward = _told(module.forward, part, settles=False)  # type: ignore[method-assign]
             elif any(parameter.ndim > 2 for parameter in own):
                 module.forward = _told(module.forward, part, settles=True)
             elif own and id(module) not in attention:

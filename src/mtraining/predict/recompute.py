@@ -210,7 +210,7 @@ def _costs(work: Workload, traces: Traces, rates: Rates | None) -> _Costs:
     if rates is not None and known and rates.host_gb_per_s is not None:
         sizes = traces.kept(LayerPolicy())["kept: layer inputs"], attended
         taken = [size / (1e9 * rates.host_gb_per_s) for size in (sizes[0], sum(sizes))]
-        copies = tuple(max(0.0, one - forward) + max(0.0, one - 2 * forward) for one in taken)  # type: ignore[assignment]
+        copies = tuple(max(0.0, one - forward) + max(0.0, one - 2 * forward) for one in taken)
     elif work.offload:
         basis += ", with copies to host memory taken to be hidden"
     if work.fused == "compile":  # which keeps attention's outputs or everything
