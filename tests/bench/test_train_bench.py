@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from distributed import ProcessPool, Worker
+from memory_limits import limited
 from mtraining.bench.options import TrainOptions
 from mtraining.bench.record import Provenance
 from mtraining.bench.train import gate as train_gate
@@ -144,6 +145,25 @@ def count_estimates(worker: Worker) -> tuple[int, int]:
         data = train_model.batches(SPARSE, train_model.random_sequences(256, 128), process)
         train_model.stepper(SPARSE, model, process).run(data, 0)
         return len(counted), SPARSE.layers
+
+
+def scarce(worker: Worker, path: Path) -> tuple[Any, dict[str, Any]]:
+    """Job: a case with recompute=auto where memory is scarce."""
+    with pytest.MonkeyPatch.context() as patch:
+        chosen = limited(patch, train_worker, 0.4)
+        return chosen, run(worker, [replace(SPARSE, recompute="auto", layers=4)], path)
+
+
+def test_what_auto_chose_passes_the_gate_and_is_timed(pool: ProcessPool, tmp_path: Path) -> None:
+    chosen, found = pool.run(scarce, 2, path=tmp_path / "p")[0]
+    assert len(chosen) == 1 and len(set(chosen[0])) > 1
+    assert found["failures"] == [] and found["notes"] == [], found
+    assert [row.recompute for row in found["rows"]] == ["auto"]
+    kinds = tuple(dict.fromkeys(chosen[0]))
+    small = train_gate.shortened(replace(SPARSE, recompute="auto", layers=4, policies=tuple(chosen[0])), 2)
+    assert small.policies == kinds and small.layers == len(kinds)
+    alike = replace(SPARSE, recompute="auto", policies=chosen[0][:1] * 4)
+    assert train_gate.shortened(alike, 2).policies == chosen[0][:1] * 2
 
 
 def test_every_layer_of_the_timed_step_estimates_once(pool: ProcessPool) -> None:

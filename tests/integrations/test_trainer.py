@@ -13,6 +13,7 @@ from trainer_cases import DENSE, arguments, collate, curves, examples, launched,
 from transformers import AutoModelForCausalLM, Trainer
 
 from distributed import ProcessPool, Worker
+from memory_limits import limited
 from mtraining.errors import UserError
 
 pytest.importorskip("accelerate")
@@ -144,6 +145,35 @@ def test_arguments_that_cannot_be_honoured_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         ours(tmp_path, "alone", **options)
+
+
+def with_recompute(output: Path, recompute: str, **options: Any) -> dict[str, list[float]]:
+    """What a run alone logged."""
+    from mtraining.integrations import ContextParallelConfig, ContextParallelTrainer
+
+    given = ContextParallelConfig(recompute=recompute, **options, **DENSE)  # type: ignore[arg-type]
+    settings = arguments(output, 2, max_steps=2, gradient_accumulation_steps=1, eval_strategy="no")
+    trainer = ContextParallelTrainer(
+        model(), settings, collate, train_dataset=examples(), context_parallel=given
+    )
+    trainer.train()
+    return curves(trainer)
+
+
+def test_layers_keep_what_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtraining.integrations import trainer
+
+    expected = with_recompute(tmp_path / "none", "none")
+    assert with_recompute(tmp_path / "cpu", "auto", seq_len=64) == expected
+    chosen = limited(monkeypatch, trainer, 0.5)
+    assert with_recompute(tmp_path / "auto", "auto", seq_len=64) == expected
+    assert len(chosen) == 1 and not all(policy.everything for policy in chosen[0])
+    with pytest.raises(UserError, match="seq_len=48: a batch has sequences of 6. tokens"):
+        with_recompute(tmp_path / "longer", "auto", seq_len=48)
+    with pytest.raises(
+        UserError, match=r"recompute='auto' must know the longest sequence; use .*\(seq_len=...\)"
+    ):
+        with_recompute(tmp_path / "unknown", "auto")
 
 
 def test_metrics_of_logits_are_refused(tmp_path: Path) -> None:
