@@ -42,6 +42,8 @@ RUN_BY_TEST = {
         ),
         "tests/study/test_study_measure.py::test_every_arm_runs_on_a_cpu",
     ),
+    "mtraining train recipes/qwen2.5-3b-512k.yaml --dry-run --memory-gib 79.1 --set train.recompute=auto "
+    "--set parallel.cp=4 --set parallel.cp_outer=1": "tests/predict/test_recompute_choice.py::test_dry_run",
     "mtraining bench tiles": "tests/kernel/triton_interpreter/test_tiles_command.py::test_the_command",
     "mtraining generate runs/first --prompt a.txt": (
         "tests/cli/test_generate_command.py::test_a_folder_a_run_and_its_checkpoint_are_the_same_model"

@@ -15,6 +15,7 @@ from mtraining.bench.train.cases import SHAPES, TrainCase
 from mtraining.bench.train.model import build_model
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
+from mtraining.model.recompute import PARTS, LayerPolicy, layer_policies
 from mtraining.pattern import ToeplitzRandom
 from mtraining.predict.measured import Link, built_in, rates_of, rates_of_device, read_rates
 from mtraining.predict.ring import Network
@@ -147,11 +148,23 @@ def test_recompute_and_sharding() -> None:
     index = Index.prescribed(ToeplitzRandom(density=0.1), tokens, 16)
     network = Network(8, rates.intra, Link.of_rate(25e9))
 
-    def seconds(recompute: str, link: Network = network) -> float:
-        setting = Setting(1, 32, 4, build_layout("striped", 128), recompute)
+    def seconds(
+        recompute: str, link: Network = network, policies: tuple[LayerPolicy, ...] | None = None
+    ) -> float:
+        setting = Setting(1, 32, 4, build_layout("striped", 128), recompute, policies=policies)
         return step_time(model, index, setting, rates, link).seconds
 
     assert seconds("none") < seconds("keep_attention") < seconds("full")
+    mixed = {
+        name: seconds("auto", policies=tuple(layer_policies(name, False, 4))) for name in ("none", "full")
+    }
+    assert mixed == {name: seconds(name) for name in mixed}
+    parts = [frozenset[str](), *(frozenset(PARTS[:n]) for n in (1, 2, 3))]
+    kept = [seconds("auto", policies=(LayerPolicy(part),) * 4) for part in parts]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
+    assert kept[0] == seconds("full") and kept[1] == seconds("keep_attention") and kept[3] > seconds("none")
+    half = (LayerPolicy(), LayerPolicy(), LayerPolicy(everything=True), LayerPolicy(everything=True))
+    assert seconds("auto", policies=half) == pytest.approx((seconds("full") + seconds("none")) / 2)
     slow = Network(8, rates.intra, Link.of_rate(1e9))
     assert seconds("full", slow) > seconds("full")
     # 31/32 of a gigabyte over eight links of 25 GB/s to the next node.

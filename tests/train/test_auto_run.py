@@ -28,12 +28,12 @@ def run(output: Path, data: Path, recompute: str, **sections: Any) -> list[tuple
     return [(one["loss"], one["grad_norm"]) for one in read_metrics(loop.train(config).run)]
 
 
-def both(worker: Worker, folder: Path, data: Path, **sections: Any) -> Any:
+def both(worker: Worker, folder: Path, shards: Path, **sections: Any) -> Any:
     """Job: what was chosen where memory is scarce, and a run with it beside one that keeps everything."""
     with pytest.MonkeyPatch.context() as patch:
         chosen = limited(patch, in_training, 0.4)
-        found = run(folder / "auto", data, "auto", **sections)
-    return chosen, found, run(folder / "none", data, "none", **sections)
+        found = run(folder / "auto", shards, "auto", **sections)
+    return chosen, found, run(folder / "none", shards, "none", **sections)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_layers_that_keep_different_things_learn_the_same(
 ) -> None:
     if "model" in sections:
         pytest.importorskip("peft")
-    ranks = pool.run(both, 2, folder=tmp_path, data=shards, **sections)
+    ranks = pool.run(both, 2, folder=tmp_path, shards=shards, **sections)
     for chosen, found, expected in ranks:
         assert len(chosen) == 1 and len(set(chosen[0])) > 1 and chosen == ranks[0][0]
         assert len(found) == 2 and found == expected
