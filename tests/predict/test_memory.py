@@ -94,6 +94,21 @@ def test_cases_have_their_peaks_at_different_moments() -> None:
     assert moments["keep_attention"] == "in the last layer's backward"
 
 
+def test_dense_layers_and_steps_count() -> None:
+    def attention(*options: str) -> float:
+        return predict_config(load_config(RECIPE, [*FOUR, "pattern.max_columns=128", *options])).attention
+
+    plain, dense = attention(), attention("pattern=dense")
+    assert dense > 1.1 * plain
+    for option in (
+        "pattern.anneal={dense_every: 10}",
+        "pattern.anneal={dense_first: 1}",
+        "pattern.dense_layers=2",
+    ):
+        assert attention(option) == pytest.approx(dense, rel=1e-3), option
+    assert attention("pattern.anneal={widen: 64, widen_steps: 100}") > plain
+
+
 def test_components_add_up_and_scale() -> None:
     case = CASES["keep_attention"]
     found = case.predicted()

@@ -49,7 +49,7 @@ class Workload:
         ring: (outer, inner) ranks that share a sequence.
         batch: sequences that a rank's forward takes at once.
         accumulation: micro-batches a step; gradients then outlive a backward.
-        patterns: of the layers; the one with most columns counts.
+        patterns: of the layers, and of steps that have others; the one with most columns counts, and a dense one.
         recompute: a name of `mtraining.model.recompute.RECOMPUTE`, or the policy of each layer, which says too what is
             offloaded.
         compute: dtype of activations and gathered parameters; ``reduce``: of gradients while they are summed.
@@ -160,7 +160,10 @@ class Traces:
         """
         policy = replace(policy, offload=False)
         if policy not in self._found:
-            self._found[policy] = _traced(self.work, policy, self.sizes.largest)
+            seen = [
+                _traced(self.work, policy, self.sizes.largest, pattern) for pattern in _hungriest(self.work)
+            ]
+            self._found[policy] = Trace.highest(seen)
         return self._found[policy]
 
     def kept(self, policy: LayerPolicy) -> dict[str, float]:
@@ -317,11 +320,18 @@ def _counts(module: nn.Module) -> tuple[int, int]:
     return sum(one for one, _ in sizes), sum(one for _, one in sizes)
 
 
-def _traced(work: Workload, policy: LayerPolicy, largest: int) -> Trace:
+def _hungriest(work: Workload) -> list[Pattern]:
+    """Those of a workload's patterns that may take most: the one with most columns; a dense one, whose kernel has
+    results of its own."""
+    most = widest(work.hf_model, work.patterns, work.seq_len)
+    dense = [pattern for pattern in work.patterns if pattern.name == "dense"]
+    return [most] if most.name == "dense" else [most, *dense[:1]]
+
+
+def _traced(work: Workload, policy: LayerPolicy, largest: int, pattern: Pattern) -> Trace:
     """Activations of a short model of the same shape, on the meta device, with layers like number ``largest``."""
     short = shortened(work.hf_model, largest).to(work.compute)
     fix_rope(short, work.seq_len)
-    pattern = widest(work.hf_model, work.patterns, work.seq_len)
     model = parallelize(
         short,
         pattern=pattern,

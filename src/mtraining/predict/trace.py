@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -296,6 +296,12 @@ class Trace:
     last: int
     attention: int
     again: Mapping[str, Again]
+
+    @staticmethod
+    def highest(traces: Sequence[Trace]) -> Trace:
+        """Every number at its highest; what recompute repeats is that of the first."""
+        sizes = [field.name for field in fields(Trace) if field.name != "again"]
+        return replace(traces[0], **{name: max(getattr(one, name) for one in traces) for name in sizes})
 
 
 def trace(model: ParallelLM, call: PreparedCall, batch: int, local_tokens: int) -> Trace:

@@ -12,6 +12,7 @@ from mtraining.layout import build_layout
 from mtraining.model import build_model
 from mtraining.model.adapters import open_adapter
 from mtraining.model.recompute import LayerPolicy
+from mtraining.pattern import Dense
 from mtraining.predict.evaluation import predict_evaluation
 from mtraining.predict.memory import Prediction, Unpredictable, Workload, predict
 from mtraining.sizes import size_text
@@ -68,6 +69,11 @@ def workload(config: Config, hf_model: Any = None) -> Workload:
     patterns = [config.pattern.build(), *config.patterns_by_layer.values()]
     for pattern in patterns:
         layout.check(train.seq_len, parallel.cp, pattern.block_size)
+    anneal = config.pattern.anneal.build()
+    if anneal.widen_steps:  # the first step has the largest budgets
+        patterns = [anneal.pattern(pattern, 1) for pattern in patterns]
+    if anneal.dense_first or anneal.dense_every:
+        patterns.append(Dense(block_size=patterns[0].block_size))
     return Workload(
         hf_model,
         world=parallel.world,
