@@ -130,12 +130,12 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def products_of(parts: frozenset[str], everything: bool = False) -> int:
+def products_of(parts: frozenset[str], everything: bool = False, family: str = "qwen2") -> int:
     """Products of one step, attention's own and the loss's among them."""
     layout = build_layout("striped", SPARSE["block_size"])
     policies = [LayerPolicy(parts, everything)] * LAYERS
     model = parallelize(
-        tiny_model("qwen2"), pattern=build_pattern(**SPARSE), layout=layout, recompute=policies
+        tiny_model(family), pattern=build_pattern(**SPARSE), layout=layout, recompute=policies
     )
     with Counted() as counted:
         run_step(model, layout)
@@ -150,6 +150,8 @@ def test_what_is_kept_is_not_computed_again() -> None:
     assert products_of(frozenset({"attention", PROJECTIONS})) == kept + LAYERS * 2
     assert products_of(frozenset({"attention", MLP})) == kept + LAYERS * 4
     assert products_of(attention) == kept + LAYERS * 6
+    # Where a norm follows the last product, it needs that.
+    assert products_of(frozenset(PARTS), family="olmo2") == products_of(frozenset(), True, "olmo2")
 
 
 class _OverwritingRotary(torch.autograd.Function):

@@ -118,6 +118,11 @@ def test_components_add_up_and_scale() -> None:
     assert found.components["kept: attention outputs"] == outputs
     inputs = case.layers * 2 * case.hidden * case.seq_len // 2
     assert found.components["kept: layer inputs"] == pytest.approx(inputs, rel=0.05)
+    # Queries, keys, values, what follows attention, gate and up; not the last product, which nobody needs.
+    products = replace(case, recompute=(PRODUCTS,) * case.layers).predicted().components
+    wide = 3 * case.hidden + 2 * case.mlp
+    assert products["kept: products of matrices"] == case.layers * 2 * wide * case.seq_len // 2
+    assert products["kept: attention outputs"] == outputs
     assert "kept: attention outputs" not in replace(case, recompute="full").predicted().components
     assert 0 < found.attention < found.components["working set of a layer"]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtraining.model.support import attention_modules, layers_of
+from mtraining.ring.tape import Tape
 
 PROJECTIONS, MLP = "projections", "mlp"
 """Products in a layer's attention module, and all others."""
@@ -29,79 +30,62 @@ PRODUCTS = {
     for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_grouped_mm")
     if hasattr(_aten, name)
 }
-_local = threading.local()  # recompute runs in autograd's thread, the first pass in the caller's
 
 
-class ProductTape:
-    """Products of one pass through one layer.
-
-    Use ``record()`` around the first run and ``replay()`` around each later one. A result is given back once; a replay
-    after that computes it.
+class ProductTape(Tape):
+    """Products of one pass through one layer. A result is given back once; a replay after that computes it.
 
     Args:
         parts: whose results are kept, of `PROJECTIONS` and `MLP`.
         copied: of them, those that are kept as copies, since later code overwrites the originals.
     """
 
+    _local = threading.local()
+
     def __init__(self, parts: frozenset[str], copied: frozenset[str] = frozenset()) -> None:
+        super().__init__()
         self.parts, self.copied = parts, copied
-        self.replaying = False
         self.part: str | None = None
         """Of the module that runs, None between such modules."""
-        self._results: list[Tensor | None] = []
-        self._next = 0
         self._needed = 0
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        self._results.clear()
         self._needed = 0
-        with self._active(replaying=False):
+        with super().record():
             yield
         # Nothing follows the last product: backward needs what goes into it, and recompute ends before it.
-        if len(self._results) > self._needed:
-            self._results[-1] = None
-
-    @contextmanager
-    def replay(self) -> Iterator[None]:
-        self._next = 0
-        with self._active(replaying=True):
-            yield
-
-    @contextmanager
-    def _active(self, replaying: bool) -> Iterator[None]:
-        before, self.replaying = current_products(), replaying
-        _local.tape = self
-        try:
-            yield
-        finally:
-            _local.tape, self.part = before, None
+        if len(self._kept) > self._needed:
+            self._kept[-1] = None
 
     @contextmanager
     def inside(self, part: str) -> Iterator[None]:
         """Around a module whose products are of ``part``."""
         mode: AbstractContextManager[Any] = _Products(self) if part in self.parts else nullcontext()
         self.part = part
-        with mode:
-            yield
-        self.part = None
+        try:
+            with mode:
+                yield
+        finally:
+            self.part = None
 
     def settle(self) -> None:
         """What was recorded so far is needed by what follows."""
-        self._needed = len(self._results)
+        self._needed = len(self._kept)
 
     def result(self, compute: Callable[[], Tensor]) -> Tensor:
         """The next product: computed and kept in the first pass, given back in a replay."""
         if not self.replaying:
             made = compute()
             # An alias: the tensor itself is about to become a part of the graph, which would never be freed.
-            self._results.append(made.clone() if self.part in self.copied else made.detach())
+            self._kept.append(made.clone() if self.part in self.copied else made.detach())
             return made
         number = self._next
         self._next += 1
-        if number >= len(self._results):
+        if number >= len(self._kept):
             return compute()
-        kept, self._results[number] = self._results[number], None
+        kept: Tensor | None = self._kept[number]
+        self._kept[number] = None
         return compute() if kept is None else kept
 
 
@@ -117,11 +101,6 @@ class _Products(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
 
         return self._tape.result(compute) if func.overloadpacket in PRODUCTS else compute()
-
-
-def current_products() -> ProductTape | None:
-    """The tape that surrounds this thread's layer, if any."""
-    return getattr(_local, "tape", None)
 
 
 def mark_products(model: Any) -> None:
@@ -145,7 +124,7 @@ def mark_products(model: Any) -> None:
 def _told(forward: Callable[..., Any], part: str, settles: bool) -> Callable[..., Any]:
     @functools.wraps(forward)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        tape = current_products()
+        tape = ProductTape.current()
         if tape is None:
             return forward(*args, **kwargs)
         with tape.inside(part):
@@ -158,6 +137,6 @@ def _told(forward: Callable[..., Any], part: str, settles: bool) -> Callable[...
 
 
 def _settle(module: nn.Module, args: Any) -> None:
-    tape = current_products()
+    tape = ProductTape.current()
     if tape is not None:
         tape.settle()

@@ -24,7 +24,7 @@ from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import ParallelLM
 from mtraining.model.attention import attach
-from mtraining.model.products import PRODUCTS, current_products
+from mtraining.model.products import PRODUCTS, ProductTape
 from mtraining.model.support import attention_modules, layers_of
 from mtraining.pattern import Pattern
 from mtraining.ring.attention import PreparedCall, attend_backward, attend_prepared
@@ -92,7 +92,7 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
-        tape = current_products()
+        tape = ProductTape.current()
         if tape is not None and tape.part is not None and tape.replaying and func.overloadpacket in PRODUCTS:
             self.again[tape.part] = self.again.get(tape.part, Again()) + Again.of(func, args, result)
         if func is torch.ops.aten.logsumexp.default:  # it makes a copy of its input, inside

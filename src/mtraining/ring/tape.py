@@ -6,12 +6,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Self
 
 from torch import Tensor
 
 from mtraining.kernel import SparseIndex
-
-_local = threading.local()  # recompute runs in autograd's thread, the first pass in the caller's
 
 
 @dataclass
@@ -23,30 +22,24 @@ class Recorded:
     lse: Tensor | None = None
 
 
-class IndexTape:
-    """Records the attention calls made in one forward region and hands them back, in order, when the region
-    is run again.
+class Tape:
+    """What one pass through a layer made, kept to be handed back, in order, when the layer is run again.
 
     Use ``record()`` around the first run and ``replay()`` around each later one (``torch.utils.checkpoint``
     takes the pair as its ``context_fn``).
-
-    Of each call it keeps :meth:`SparseIndex.nbytes`. For a vertical-slash pattern this is a byte a block and four a
-    column for each head: 20 KiB a head at 512K tokens and 4096 columns. For block lists it is a bit for each pair of a
-    local query block and a block: 64 KiB a head at 512K tokens over 32 ranks, 256 KiB over 8.
-
-    Args:
-        keep_outputs: keep (out, lse) too, so that a replay runs neither the ring nor the estimation.
     """
 
-    def __init__(self, keep_outputs: bool = False) -> None:
-        self.keep_outputs = keep_outputs
+    _local: threading.local
+    """Of each kind of tape: the one in force. Recompute runs in autograd's thread, the first pass in the caller's."""
+
+    def __init__(self) -> None:
         self.replaying = False
-        self._calls: list[Recorded] = []
+        self._kept: list[Any] = []
         self._next = 0
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        self._calls.clear()
+        self._kept.clear()
         with self._active(replaying=False):
             yield
 
@@ -58,25 +51,49 @@ class IndexTape:
 
     @contextmanager
     def _active(self, replaying: bool) -> Iterator[None]:
-        before, self.replaying = current_tape(), replaying
-        _local.tape = self
+        before, self.replaying = self.current(), replaying
+        self._local.tape = self
         try:
             yield
         finally:
-            _local.tape = before
+            self._local.tape = before
+
+    @classmethod
+    def current(cls) -> Self | None:
+        """The tape of this kind that surrounds what this thread runs, if any."""
+        return getattr(cls._local, "tape", None)
+
+
+class IndexTape(Tape):
+    """Records the attention calls made in one forward region.
+
+    Of each call it keeps :meth:`SparseIndex.nbytes`. For a vertical-slash pattern this is a byte a block and four a
+    column for each head: 20 KiB a head at 512K tokens and 4096 columns. For block lists it is a bit for each pair of a
+    local query block and a block: 64 KiB a head at 512K tokens over 32 ranks, 256 KiB over 8.
+
+    Args:
+        keep_outputs: keep (out, lse) too, so that a replay runs neither the ring nor the estimation.
+    """
+
+    _local = threading.local()
+
+    def __init__(self, keep_outputs: bool = False) -> None:
+        super().__init__()
+        self.keep_outputs = keep_outputs
 
     def write(self, call: Recorded) -> None:
-        self._calls.append(call)
+        self._kept.append(call)
 
     def read(self) -> Recorded:
-        if self._next >= len(self._calls):
+        if self._next >= len(self._kept):
             raise RuntimeError(
                 "recompute made more attention calls than the first pass: the layer is not deterministic"
             )
         self._next += 1
-        return self._calls[self._next - 1]
+        call: Recorded = self._kept[self._next - 1]
+        return call
 
 
 def current_tape() -> IndexTape | None:
     """The tape that surrounds this thread's attention calls, if any."""
-    return getattr(_local, "tape", None)
+    return IndexTape.current()
