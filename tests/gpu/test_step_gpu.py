@@ -16,6 +16,7 @@ from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, parallelize
 from mtraining.model.loss import chunked_cross_entropy
+from mtraining.model.recompute import PARTS, LayerPolicy
 from mtraining.pattern import VerticalSlash
 from mtraining.train.mesh import Process
 from mtraining.train.optim import build_optimizer
@@ -128,6 +129,7 @@ def test_every_way_learns_the_same(process: Process, family: str, options: dict[
         {"recompute": "full"},
         {"recompute": "keep_attention", "offload": True},
         {"recompute": "keep_attention", "fused": "compile", "offload": True},
+        {"recompute": 2 * [LayerPolicy(frozenset(PARTS), offload=True)] + [LayerPolicy(everything=True)]},
     ],
     ids=str,
 )

@@ -21,7 +21,7 @@ from mtraining.predict.measured import rates_of
 from mtraining.predict.memory import GIB, OUTSIDE, Traces, Unpredictable, Workload, predict
 from mtraining.predict.recompute import Choice, Room, choose_policies, policies_text
 from mtraining.train import recompute as in_training
-from mtraining.train.recompute import ON_CPU, choose_together
+from mtraining.train.recompute import ON_CPU, choose_together, gpu_memory
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen2.5-3b-512k.yaml"
 CASE = MemoryCase(layers=8)
@@ -207,6 +207,26 @@ def test_all_ranks_choose_for_the_smallest_gpu(
         for choice, line in smallest(work, memory, monkeypatch):
             assert choice.policies == choose_policies(work, Room.of(small), None, traces).policies
             assert not choice.policies[0].everything and "of 2.0" in line
+
+
+@pytest.mark.parametrize(
+    "free, reserved, limit, expected",
+    [
+        (79.0, 0.0, 1.0, 80),
+        (70.0, 9.0, 1.0, 80),
+        (60.0, 5.0, 1.0, 67),
+        (79.0, 0.0, 0.5, 40),
+        (60.0, 5.0, 0.9, 67),
+    ],
+    ids=["own context", "own tensors", "another program", "limit", "another program and a limit"],
+)
+def test_memory_that_a_process_may_take(
+    monkeypatch: pytest.MonkeyPatch, free: float, reserved: float, limit: float, expected: float
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * GIB)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: limit, raising=False)
+    assert gpu_memory(GPU) == expected * GIB
 
 
 def test_on_cpus_all_is_kept_and_told(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,8 @@ class ProductTape(Tape):
         with super().record():
             yield
         # Nothing follows the last product: backward needs what goes into it, and recompute ends before it.
-        if len(self._kept) > self._needed:
-            self._kept[-1] = None
+        if len(self._made) > self._needed:
+            self._made[-1] = None
 
     @contextmanager
     def inside(self, part: str) -> Iterator[None]:
@@ -71,21 +71,21 @@ class ProductTape(Tape):
 
     def settle(self) -> None:
         """What was recorded so far is needed by what follows."""
-        self._needed = len(self._kept)
+        self._needed = len(self._made)
 
     def result(self, compute: Callable[[], Tensor]) -> Tensor:
         """The next product: computed and kept in the first pass, given back in a replay."""
         if not self.replaying:
             made = compute()
             # An alias: the tensor itself is about to become a part of the graph, which would never be freed.
-            self._kept.append(made.clone() if self.part in self.copied else made.detach())
+            self._made.append(made.clone() if self.part in self.copied else made.detach())
             return made
         number = self._next
         self._next += 1
-        if number >= len(self._kept):
+        if number >= len(self._made):
             return compute()
-        kept: Tensor | None = self._kept[number]
-        self._kept[number] = None
+        kept: Tensor | None = self._made[number]
+        self._made[number] = None
         return compute() if kept is None else kept
 
 

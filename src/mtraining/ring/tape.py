@@ -34,12 +34,12 @@ class Tape:
 
     def __init__(self) -> None:
         self.replaying = False
-        self._kept: list[Any] = []
+        self._made: list[Any] = []
         self._next = 0
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        self._kept.clear()
+        self._made.clear()
         with self._active(replaying=False):
             yield
 
@@ -82,15 +82,15 @@ class IndexTape(Tape):
         self.keep_outputs = keep_outputs
 
     def write(self, call: Recorded) -> None:
-        self._kept.append(call)
+        self._made.append(call)
 
     def read(self) -> Recorded:
-        if self._next >= len(self._kept):
+        if self._next >= len(self._made):
             raise RuntimeError(
                 "recompute made more attention calls than the first pass: the layer is not deterministic"
             )
         self._next += 1
-        call: Recorded = self._kept[self._next - 1]
+        call: Recorded = self._made[self._next - 1]
         return call
 
 
