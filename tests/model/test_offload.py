@@ -19,6 +19,7 @@ from mtraining.layout import build_layout
 from mtraining.model import parallel, parallelize, recompute
 from mtraining.model.fused import fuse
 from mtraining.model.offload import Offloader
+from mtraining.model.recompute import PARTS, LayerPolicy
 from mtraining.pattern import build_pattern
 
 LAYERS = 2
@@ -80,7 +81,7 @@ def gradients(
             pattern=build_pattern(**SPARSE),
             layout=layout,
             recompute=mode,
-            offload=offload is not None,
+            offload=offload is not None and isinstance(mode, str),
             fused=fused,
         )
     batch = tiny_batch()
@@ -126,6 +127,16 @@ def test_with_compiled_layers() -> None:
     assert lane.buffers
     for name, gradient in found.items():
         assert torch.equal(gradient, expected[name]), name
+
+
+def test_layers_that_keep_other_things_beside_what_leaves() -> None:
+    expected, _ = gradients(mock.Mock(), None, "full", None)
+    for last in (LayerPolicy(everything=True), LayerPolicy(frozenset(PARTS))):
+        policies = [LayerPolicy(frozenset(PARTS), offload=True), last]
+        found, lane = gradients(mock.Mock(), None, policies, "away", steps=2)
+        assert len(lane.buffers) == 3  # an input, and attention's output and lse; no product
+        for name, gradient in found.items():
+            assert torch.equal(gradient, expected[name]), name
 
 
 def test_each_layer_is_fetched_while_the_one_after_it_computes() -> None:

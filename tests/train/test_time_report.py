@@ -114,8 +114,10 @@ def test_a_run_tells_it(
     """A real run, on a CPU that says it is a GPU of known rates: both lines, and that they are far apart."""
 
     class AsIfOnAGpu(TimeLog):
-        def __init__(self, config: Config, model: Any, device: torch.device, tell: Any) -> None:
-            super().__init__(config, model, torch.device("cuda"), tell)
+        def __init__(
+            self, config: Config, model: Any, device: torch.device, tell: Any, policies: Any
+        ) -> None:
+            super().__init__(config, model, torch.device("cuda"), tell, policies)
 
     known = rates_of("h200")
     attention = dict.fromkeys((8, 16, 32), known.attention[128])
