@@ -19,7 +19,7 @@ from mtraining.errors import UserError
 from mtraining.layout import Layout, build_layout
 from mtraining.model import LoraOptions, ParallelLM, parallel, parallelize
 from mtraining.model.lora import add_lora
-from mtraining.model.products import MLP, PRODUCTS, PROJECTIONS
+from mtraining.model.products import MLP, PRODUCTS, PROJECTIONS, ProductTape
 from mtraining.model.recompute import PARTS, LayerPolicy, recompute_layers, runs
 from mtraining.pattern import VerticalSlash, build_pattern
 from mtraining.ring import attention as ring_attention
@@ -186,6 +186,19 @@ def test_a_result_that_is_overwritten_is_kept_as_a_copy(monkeypatch: pytest.Monk
     expected = gradients(LayerPolicy(everything=True))
     for name, gradient in gradients(LayerPolicy(frozenset(PARTS))).items():
         assert torch.equal(gradient, expected[name]), name
+
+
+def test_a_result_is_given_back_once_and_never_after_it_was_overwritten() -> None:
+    tape, a = ProductTape(frozenset({MLP})), torch.eye(2)
+    rounds = []
+    for phase in (tape.record, tape.replay, tape.replay):
+        with phase(), Counted() as counted, tape.inside(MLP):
+            made = [torch.mm(a, a) for _ in range(3)]
+        made[1].add_(1)
+        rounds.append(([one.tolist() for one in made[::2]], counted.products))
+    kept = torch.eye(2).tolist()
+    # The one that was overwritten, and the last one, are computed again; the second time all three.
+    assert rounds == [([kept, kept], 3), ([kept, kept], 2), ([kept, kept], 3)]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmo2", "phi"])

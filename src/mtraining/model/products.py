@@ -33,7 +33,8 @@ PRODUCTS = {
 
 
 class ProductTape(Tape):
-    """Products of one pass through one layer. A result is given back once; a replay after that computes it.
+    """Products of one pass through one layer. A result is given back once, and not after the model has overwritten it:
+    a replay then computes it.
 
     Args:
         parts: whose results are kept, of `PROJECTIONS` and `MLP`.
@@ -78,15 +79,25 @@ class ProductTape(Tape):
         if not self.replaying:
             made = compute()
             # An alias: the tensor itself is about to become a part of the graph, which would never be freed.
-            self._made.append(made.clone() if self.part in self.copied else made.detach())
+            kept = made.clone() if self.part in self.copied else _alias(made)
+            self._made.append((kept, kept._version))
             return made
         number = self._next
         self._next += 1
         if number >= len(self._made):
             return compute()
-        kept: Tensor | None = self._made[number]
+        entry: tuple[Tensor, int] | None = self._made[number]
         self._made[number] = None
-        return compute() if kept is None else kept
+        if entry is None or entry[0]._version != entry[1]:  # overwritten by an operation that autograd knows
+            return compute()
+        return entry[0]
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory, whose version counts what autograd knows to overwrite it. Below autograd, where a dispatch mode
+    stands, versions are shared only under this guard."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
 
 
 class _Products(TorchDispatchMode):
