@@ -230,9 +230,9 @@ def test_deterministic_holds_for_the_run_and_no_longer(
     seen = []
     real = loop.parallel_model
 
-    def built(config: Config, process: Process) -> Any:
+    def built(config: Config, process: Process, *recompute: Any) -> Any:
         seen.append(torch.are_deterministic_algorithms_enabled())
-        return real(config, process)
+        return real(config, process, *recompute)
 
     monkeypatch.setattr(loop, "parallel_model", built)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")

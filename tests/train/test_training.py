@@ -86,8 +86,8 @@ def signalled_job(worker: Worker, raw: dict[str, Any]) -> tuple[str, int]:
     """A run whose last rank alone gets SIGTERM, amid its fourth step."""
     original = loop.parallel_model
 
-    def build(config: Any, process: Any) -> Any:
-        model, tokenizer = original(config, process)
+    def build(config: Any, process: Any, *recompute: Any) -> Any:
+        model, tokenizer = original(config, process, *recompute)
         forward, calls = model.forward, iter(range(10**6))
 
         def send(*args: Any, **options: Any) -> torch.Tensor:
@@ -166,8 +166,8 @@ def poison(rank: int, at_call: int, gradient: bool) -> None:
     """Make the model's loss (or only its gradient) NaN on one rank at one call."""
     original = loop.parallel_model
 
-    def poisoned(config: Any, process: Any) -> Any:
-        model, tokenizer = original(config, process)
+    def poisoned(config: Any, process: Any, *recompute: Any) -> Any:
+        model, tokenizer = original(config, process, *recompute)
         forward, calls = model.forward, iter(range(10**6))
 
         def broken(*args: Any, **options: Any) -> torch.Tensor:
@@ -291,8 +291,8 @@ def exported_losses(worker: Worker, raw: dict[str, Any]) -> tuple[torch.Tensor, 
     kept: list[Any] = []
     original = loop.parallel_model
 
-    def keep(config: Any, process: Any) -> Any:
-        kept.append(original(config, process)[0])
+    def keep(config: Any, process: Any, *recompute: Any) -> Any:
+        kept.append(original(config, process, *recompute)[0])
         return kept[0], None
 
     loop.parallel_model = keep
