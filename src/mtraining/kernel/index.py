@@ -17,16 +17,19 @@ tile, so no entry counts twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mtraining.kernel.placement import Piece, Placement
 from mtraining.kernel.starts import query_ends
+
+
+K = TypeVar("K", bound=Hashable)
 
 
 class Gathering(Protocol):
@@ -70,10 +73,10 @@ class SparseIndex:
     @cached_property
     def column_counts(self) -> Tensor:
         """int32 (batch, q_heads): columns in use, padding and repetitions left out."""
-        return self._first_of_columns.sum(-1, dtype=torch.int32)
+        return self.first_of_columns.sum(-1, dtype=torch.int32)
 
     @property
-    def _first_of_columns(self) -> Tensor:
+    def first_of_columns(self) -> Tensor:
         """bool, like ``columns``: a column, and not the one before it again."""
         again = torch.nn.functional.pad(self.columns[..., 1:] == self.columns[..., :-1], (1, 0))
         return (self.columns < self.seq_len) & ~again
@@ -243,7 +246,7 @@ class SparseIndex:
             counts = [tiles.sum(dtype=torch.float64) for _, _, tiles in self.tiles_by_head()]
             slash = torch.stack(counts).view(self.diagonals.shape[:2]) * size * size
         blocks_reading_column = (self._column_ends - self.columns // size).clamp(min=0).double()
-        blocks_reading_column[~self._first_of_columns] = 0
+        blocks_reading_column[~self.first_of_columns] = 0
         return slash + blocks_reading_column.sum(-1) * size
 
     def cost(self) -> Tensor:
@@ -262,7 +265,7 @@ class SparseIndex:
         Whole tiles, and each column from its own block down to the last row that may attend to it; tiles own the
         overlap.
         """
-        size, used = self.block_size, self._first_of_columns
+        size, used = self.block_size, self.first_of_columns
         block = (self.columns // size).long().clamp(max=self.num_blocks - 1)
         last = (self._column_ends - 1).clamp(min=block)
         # Of each head its tiles, and of each column those that hold it.
@@ -317,6 +320,30 @@ def dense_index(batch: int, q_heads: int, seq_len: int, block_size: int, device:
     diagonals = torch.ones(batch, q_heads, seq_len // block_size, dtype=torch.bool, device=device)
     columns = torch.empty(batch, q_heads, 0, dtype=torch.int32, device=device)
     return SparseIndex(seq_len, block_size, diagonals, columns, dense=True)
+
+
+def joined(indices: Sequence[SparseIndex]) -> SparseIndex:
+    """One index with the heads of all, in order; they are alike in all else, and list no blocks."""
+    diagonals = torch.cat([index.diagonals for index in indices], 1)
+    columns = torch.cat([index.columns for index in indices], 1)
+    return replace(indices[0], diagonals=diagonals, columns=columns)
+
+
+def joined_where_alike(indices: Mapping[K, SparseIndex]) -> Iterator[tuple[list[K], SparseIndex]]:
+    """Join indices that have the same shapes and starts, so that few kernels look at many layers.
+
+    Yields:
+        names of some indices, and one index with the heads of all of them, in that order. One that lists blocks comes
+        alone.
+    """
+    groups: dict[Hashable, list[K]] = {}
+    for name, index in indices.items():
+        shapes = (index.seq_len, index.block_size, index.diagonals.shape, index.columns.shape)
+        alike = (*shapes, index.dense, id(index.starts)) if index.blocks is None else (name,)
+        groups.setdefault(alike, []).append(name)
+    for names in groups.values():
+        first = indices[names[0]]
+        yield names, first if len(names) == 1 else joined([indices[name] for name in names])
 
 
 def _repeat_last(starts: Tensor, more: int) -> Tensor:

@@ -13,7 +13,7 @@ of ranks can go on from it: of block lists each rank holds its own rows, and a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mtraining.errors import UserError
-from mtraining.kernel import SparseIndex
+from mtraining.kernel import SparseIndex, joined_where_alike
+from mtraining.kernel.index import joined
 from mtraining.model.anneal import Anneal
 from mtraining.model.key_coverage import key_coverage, overlap, tiles_of_heads, unread_by_distance
 from mtraining.pattern import Dense, Pattern, SequenceShard
@@ -116,6 +117,9 @@ class IndexMemory:
         # uint8 (bands, q_heads, keys), as `key_coverage` has it.
         self._keys_now: dict[int, Tensor] = {}
         self._keys_ever: dict[int, Tensor] = {}
+        # Indices that are not counted yet: one a layer, of one micro-batch, with its starts.
+        self._uncounted: dict[int, SparseIndex] = {}
+        self._shard: SequenceShard | None = None
         # The first index of each layer, in this step and in the one before.
         self._used: dict[int, SparseIndex] = {}
         self._used_before: dict[int, SparseIndex] = {}
@@ -136,16 +140,15 @@ class IndexMemory:
         self._fresh.clear()
         self._now.clear()
         self._keys_now.clear()
+        self._uncounted.clear()
         self._used_before, self._used = self._used, {}
         try:
             yield
         finally:
             self._step = None
-        for current, so_far in ((self._now, self._ever), (self._keys_now, self._keys_ever)):
-            for layer, now in current.items():
-                ever = so_far.get(layer)
-                again = ever is not None and ever.shape == now.shape
-                so_far[layer] = torch.maximum(ever, now) if again and ever is not None else now.clone()
+        self._count_all()
+        for now, ever in ((self._now, self._ever), (self._keys_now, self._keys_ever)):
+            _add(ever, {layer: seen if layer in ever else seen.clone() for layer, seen in now.items()})
         if self.refresh.holds and self.refresh.estimates(step):
             self._held, self._fresh = {n: self._from_first_replica(x) for n, x in self._fresh.items()}, {}
             self._held_step = step
@@ -217,20 +220,30 @@ class IndexMemory:
         return replace(index, diagonals=index.diagonals | extra)
 
     def count(self, layer: int, index: SparseIndex, shard: SequenceShard) -> None:
-        """Note which block distances of a layer receive gradient, and which its documents have.
+        """Note which block distances and which keys of a layer receive gradient, and which its documents have.
 
-        Of block lists each rank counts its own rows; :meth:`uncovered` joins what the ranks have.
+        Of block lists each rank counts its own rows; :meth:`uncovered` and :meth:`unread` join what the ranks have.
         """
         if self._step is None:
             return
-        bounded = replace(index, starts=shard.starts)
-        for counted, seen in (
-            (self._now, _distances(bounded, shard)),
-            (self._keys_now, key_coverage(bounded, shard)),
-        ):
-            counted[layer] = torch.maximum(counted[layer], seen) if layer in counted else seen
+        if layer in self._uncounted:  # of the micro-batch before
+            self._count_all()
+        self._uncounted[layer], self._shard = replace(index, starts=shard.starts), shard
         if index.blocks is None:
             self._used.setdefault(layer, index)
+        else:  # lists are large, so they are not held until all layers can be counted at once
+            self._count_all()
+
+    def _count_all(self) -> None:
+        """Count what is not counted yet. Some forty small kernels, whatever the number of layers that are alike."""
+        for layers, index in joined_where_alike(self._uncounted):
+            assert self._shard is not None
+            distances = _distances(index, self._shard).unflatten(0, (len(layers), -1))
+            keys = key_coverage(index, self._shard).unflatten(1, (len(layers), -1)).transpose(0, 1)
+            _add(self._now, dict(zip(layers, distances.contiguous().unbind(), strict=True)))
+            _add(self._keys_now, dict(zip(layers, keys.contiguous().unbind(), strict=True)))
+        self._uncounted.clear()
+        self._shard = None
 
     def moved(self) -> list[float]:
         """By layer, the share of the last step's index that was already in the index of the step before.
@@ -242,7 +255,7 @@ class IndexMemory:
         pairs = [(self._used[n], self._used_before[n]) for n in sorted(self._used) if n in self._used_before]
         if not pairs or any(now.diagonals.shape[1:] != then.diagonals.shape[1:] for now, then in pairs):
             return []
-        counts = torch.stack([overlap(now, then) for now, then in pairs])
+        counts = _overlaps(pairs)
         if self._dp_mesh is not None:
             group = self._dp_mesh.get_group()
             dist.broadcast(counts, src=dist.get_global_rank(group, 0), group=group)
@@ -330,14 +343,38 @@ class IndexMemory:
 
     def _over_ranks(self, by_layer: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The largest value that any rank of any replica has, in each place: for each layer, uint8 of its shape."""
-        joined = {layer: by_layer[layer].clone() for layer in sorted(by_layer)}
+        layers = sorted(by_layer)
         ring = Ring.over(self._cp_mesh)
-        for layer, distances in joined.items():
-            if ring.world > 1:
-                joined[layer] = distances = ring.all_gather(distances.contiguous()).amax(0)
-            if self._dp_mesh is not None:
-                dist.all_reduce(distances, op=dist.ReduceOp.MAX, group=self._dp_mesh.get_group())
-        return joined
+        if not layers or (ring.world == 1 and self._dp_mesh is None):
+            return {layer: by_layer[layer].clone() for layer in layers}
+        together = torch.cat([by_layer[layer].flatten() for layer in layers])
+        if ring.world > 1:
+            together = ring.all_gather(together).amax(0)
+        if self._dp_mesh is not None:
+            dist.all_reduce(together, op=dist.ReduceOp.MAX, group=self._dp_mesh.get_group())
+        parts = together.split([by_layer[layer].numel() for layer in layers])
+        return {layer: part.view(by_layer[layer].shape) for layer, part in zip(layers, parts, strict=True)}
+
+
+def _add(so_far: dict[int, Tensor], more: Mapping[int, Tensor]) -> None:
+    """Keep the larger value of each place, by layer; what has another shape than before begins anew, as it is."""
+    old = [layer for layer, now in more.items() if layer in so_far and so_far[layer].shape == now.shape]
+    if old:
+        torch._foreach_maximum_([so_far[layer] for layer in old], [more[layer] for layer in old])
+    so_far.update({layer: now for layer, now in more.items() if layer not in old})
+
+
+def _overlaps(pairs: Sequence[tuple[SparseIndex, SparseIndex]]) -> Tensor:
+    """(shared, all) scores of each pair of indices: float64 (pairs, 2)."""
+    counts: dict[int, Tensor] = {}
+    for places, now in joined_where_alike(dict(enumerate(now for now, _ in pairs))):
+        then = [pairs[place][1] for place in places]
+        if len({one.columns.shape for one in then}) == 1:
+            found = overlap(now, joined(then)).unflatten(1, (len(places), -1)).sum(-1).T
+        else:
+            found = torch.stack([overlap(*pairs[place]).sum(-1) for place in places])
+        counts.update(zip(places, found, strict=True))
+    return torch.stack([counts[place] for place in range(len(pairs))])
 
 
 def _missed(distances: Tensor) -> Tensor:

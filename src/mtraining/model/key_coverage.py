@@ -61,18 +61,26 @@ def key_coverage(index: SparseIndex, shard: SequenceShard) -> Tensor:
 
 
 def _query_ranges(index: SparseIndex, shard: SequenceShard, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last query of each band that may attend to each key: int64 (bands, batch, keys), empty where first is
-    after last."""
+    """First and last query of each band that may attend to each sampled key: int64 (bands, batch, keys), empty where
+    first is after last."""
     batch = index.diagonals.shape[0]
     if index.starts is None:
         ends = torch.full((batch, len(keys)), shard.length, device=keys.device)
     else:
         ends = query_ends(index.starts, keys).long().clamp(max=shard.length)
-    first, last = [], []
-    for begin, end in zip(BAND_STARTS, (*BAND_STARTS[1:], index.seq_len), strict=True):
-        first.append((keys + begin).expand(batch, -1))
-        last.append(torch.minimum(keys + max(begin, end) - 1, ends - 1))
-    return torch.stack(first), torch.stack(last)
+    first, last = _bands_of_keys(index.seq_len, keys.device, BAND_STARTS)
+    return first.expand(-1, batch, -1), torch.minimum(last, ends - 1)
+
+
+@lru_cache(maxsize=8)
+def _bands_of_keys(seq_len: int, device: torch.device, starts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """First and last position of each band of each sampled key, whether or not the sequence reaches it: int64 (bands, 1,
+    keys)."""
+    keys = sampled_keys(seq_len, device)
+    ends = (*starts[1:], seq_len)
+    first = torch.stack([keys + begin for begin in starts])
+    last = torch.stack([keys + max(begin, end) - 1 for begin, end in zip(starts, ends, strict=True)])
+    return first[:, None], last[:, None]
 
 
 def _by_column(index: SparseIndex, keys: Tensor) -> Tensor:
@@ -124,7 +132,8 @@ def unread_by_distance(by_layer: Mapping[int, Tensor]) -> list[float]:
 
 
 def overlap(index: SparseIndex, before: SparseIndex) -> Tensor:
-    """How much of an index was in another one already: float64 (2,), shared and all scores of the first sequence.
+    """How much of an index was in another one already: float64 (2, q_heads), shared and all scores of each head in the
+    first sequence.
 
     A slash stands for the scores of its tiles, a column for those of all later queries. Scores that a column shares
     with a tile count in both. Block lists are left aside.
@@ -132,15 +141,11 @@ def overlap(index: SparseIndex, before: SparseIndex) -> Tensor:
     size, device = index.block_size, index.diagonals.device
     tiles = torch.arange(index.num_blocks, 0, -1, device=device).double() * size * size
     now, then = index.diagonals[0], before.diagonals[0]
-    shared, total = ((now & then) * tiles).sum(), (now * tiles).sum()
-    column = [_column_mask(one) for one in (index, before)]
-    reach = torch.arange(index.seq_len, 0, -1, device=device).double()
-    shared, total = shared + ((column[0] & column[1]) * reach).sum(), total + (column[0] * reach).sum()
-    return torch.stack([shared, total])
-
-
-def _column_mask(index: SparseIndex) -> Tensor:
-    """Columns of the first sequence: bool (q_heads, seq_len)."""
-    heads = index.columns.shape[1]
-    there = torch.zeros(heads, index.seq_len + 1, dtype=torch.bool, device=index.columns.device)
-    return there.scatter_(1, index.columns[0].long(), True)[:, :-1]
+    slashes = torch.stack([((now & then) * tiles).sum(-1), (now * tiles).sum(-1)])
+    columns, earlier = index.columns[0].contiguous(), before.columns[0].contiguous()
+    reach = (index.seq_len - columns.double()) * index.first_of_columns[0]
+    there = torch.zeros_like(reach)
+    if earlier.shape[1]:
+        place = torch.searchsorted(earlier, columns).clamp(max=earlier.shape[1] - 1)
+        there = reach * (earlier.gather(1, place) == columns)
+    return slashes + torch.stack([there.sum(-1), reach.sum(-1)])
