@@ -15,6 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed import ProcessPool, Worker
+from mtraining.bench.train.cases import SHAPES, TrainCase
+from mtraining.bench.train.model import batches, parallel, random_sequences
+from mtraining.bench.train.model import build_model as build_shape
+from mtraining.bench.train.model import stepper as step_of
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import ModelOptions, build_model, parallelize
@@ -197,6 +201,31 @@ def test_the_host_reads_once_and_only_after_the_update(monkeypatch: pytest.Monke
     with reads:
         step.run(iter([batch()]), 0)
     assert reads.log == ["_fused_adamw_"] * 2 + ["tolist"]  # matrices, vectors
+
+
+def test_telemetry_is_read_after_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an observed step asks of the device before its update is what any step of this pattern asks on a CPU."""
+    case = TrainCase(SHAPES["tiny"], 128, 0.6, "striped", "flat", "keep_attention", 2)
+    process = Alone(CPU, None, 0, 1, 0, 0)  # type: ignore[arg-type]
+    tolist = Tensor.tolist
+    asked: list[int] = []
+    for observe in (False, True):
+        model = parallel(case, build_shape(case.shape, 128, 2, CPU), process)
+        step, data = step_of(case, model, process), batches(case, random_sequences(256, 128), process)
+        step.run(data, 0, observe=observe)
+        reads = Reads()
+
+        def noted(self: Tensor, log: list[str] = reads.log) -> Any:
+            log.append("tolist")
+            return tolist(self)
+
+        monkeypatch.setattr(Tensor, "tolist", noted)
+        with reads:
+            result = step.run(data, 1, observe=observe, recall_rows=4)
+        monkeypatch.setattr(Tensor, "tolist", tolist)
+        asked.append(reads.log.index("_fused_adamw_"))
+        assert len(result.attention) == 2 * observe and bool(result.telemetry) == observe
+    assert asked[0] == asked[1]
 
 
 def sharded_job(worker: Worker) -> list[list[Tensor]]:

@@ -28,7 +28,6 @@ from torch import Tensor
 from mtraining.kernel.placement import Piece, Placement
 from mtraining.kernel.starts import query_ends
 
-
 K = TypeVar("K", bound=Hashable)
 
 

@@ -74,8 +74,7 @@ def _query_ranges(index: SparseIndex, shard: SequenceShard, keys: Tensor) -> tup
 
 @lru_cache(maxsize=8)
 def _bands_of_keys(seq_len: int, device: torch.device, starts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """First and last position of each band of each sampled key, whether or not the sequence reaches it: int64 (bands, 1,
-    keys)."""
+    """First and last position of each band of each sampled key, also beyond the sequence: int64 (bands, 1, keys)."""
     keys = sampled_keys(seq_len, device)
     ends = (*starts[1:], seq_len)
     first = torch.stack([keys + begin for begin in starts])

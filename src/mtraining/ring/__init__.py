@@ -1,7 +1,7 @@
 """How keys travel: topology, transfers, the autograd function that joins pattern, layout and kernel, and balance."""
 
 from mtraining.ring.attention import sparse_ring_attention
-from mtraining.ring.balance import Imbalance, imbalance, tile_work
+from mtraining.ring.balance import Imbalance, imbalance, tile_work, tile_works
 from mtraining.ring.links import prioritise_transfers, slow_links
 from mtraining.ring.merge import merge_over_ring
 from mtraining.ring.observe import AttentionStats, Observer, chosen
@@ -28,5 +28,6 @@ __all__ = [
     "slow_links",
     "sparse_ring_attention",
     "tile_work",
+    "tile_works",
     "with_sinks",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -52,22 +53,43 @@ def tile_work(index: SparseIndex, layout: Layout, world: int) -> Tensor:
     Raises:
         ValueError: the index holds one rank's block rows only; make it whole first.
     """
-    if index.blocks is not None or index.starts is not None:
-        return _listed_work(index, layout, world)
-    counts = _diagonal_counts(layout, index.seq_len, index.block_size, world)
-    return counts @ index.diagonals.sum((0, 1), dtype=torch.float64).cpu()
+    return tile_works([index], [(layout, world)])[0][0]
 
 
-def _listed_work(index: SparseIndex, layout: Layout, world: int) -> Tensor:
-    """:func:`tile_work` of an index with block lists or starts: every tile looked at."""
+def tile_works(indices: Sequence[SparseIndex], rings: Sequence[tuple[Layout, int]]) -> list[Tensor]:
+    """:func:`tile_work` of many indices of one length under many (layout, world): for each ring, float64 (indices,
+    ranks, sources), on the CPU.
+
+    Slashes are counted by distance, all indices in one product. Block lists and starts need a look at every tile, once
+    for all rings.
+    """
+    works = [torch.empty(len(indices), world, world, dtype=torch.float64) for _, world in rings]
+    by_distance: dict[tuple[int, int], list[int]] = {}
+    for place, index in enumerate(indices):
+        if index.blocks is None and index.starts is None:
+            by_distance.setdefault((index.seq_len, index.block_size), []).append(place)
+            continue
+        tiles = _tiles(index)
+        for work, (layout, world) in zip(works, rings, strict=True):
+            holds = torch.zeros(world, index.num_blocks, dtype=torch.float64)
+            holds = holds.scatter_(1, layout.blocks(index.seq_len, world, index.block_size), 1.0)
+            work[place] = (holds.to(tiles.device) @ tiles @ holds.to(tiles.device).T).cpu()
+    for (seq_len, block_size), places in by_distance.items():
+        sums = [indices[place].diagonals.sum((0, 1), dtype=torch.float64) for place in places]
+        slashes = torch.stack(sums).cpu()
+        for work, (layout, world) in zip(works, rings, strict=True):
+            counts = _diagonal_counts(layout, seq_len, block_size, world)
+            work[places] = (counts @ slashes.T).permute(2, 0, 1)
+    return works
+
+
+def _tiles(index: SparseIndex) -> Tensor:
+    """How many heads of all sequences select each tile: float64 (num_blocks, num_blocks)."""
     device = index.diagonals.device
-    blocks = layout.blocks(index.seq_len, world, index.block_size)
-    holds = torch.zeros(world, index.num_blocks, dtype=torch.float64)
-    holds.scatter_(1, blocks, 1.0)
     heads = torch.zeros(index.num_blocks, index.num_blocks, dtype=torch.float64, device=device)
     for _, _, tiles in index.tiles_by_head():
         heads += tiles
-    return (holds.to(device) @ heads @ holds.to(device).T).cpu()
+    return heads
 
 
 def by_step(work: Tensor, outer: int = 1) -> Tensor:

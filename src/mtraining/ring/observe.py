@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from mtraining.kernel import SparseIndex, Window
+from mtraining.kernel import SparseIndex, Window, joined_where_alike
 from mtraining.pattern import SequenceShard
 from mtraining.pattern.probe import gather_queries, global_lse, sequence_scope
 from mtraining.ring.balance import Imbalance, imbalance, tile_work
@@ -48,11 +48,27 @@ class AttentionStats:
         return sum(self.recall_by_head) / len(self.recall_by_head) if self.recall_by_head else None
 
 
+@dataclass
+class _Seen:
+    """One call, before the host has read anything of it.
+
+    Attributes:
+        real: the part of the index that holds real tokens.
+        recall: float64 (q_heads,), or None.
+    """
+
+    index: SparseIndex
+    real: SparseIndex
+    plan: RingPlan
+    recall: Tensor | None
+    window: Window | None
+
+
 class Observer(AbstractContextManager["Observer"]):
     """Collects one :class:`AttentionStats` per attention call made inside it, in order.
 
-    Costs host synchronisation and collectives (for recall, and for the rows of block patterns, which every rank then
-    holds whole): enter it on logging steps, on all ranks alike.
+    The host reads nothing of a call before ``stats`` is asked for, so it may run ahead of the device. Recall, and rows
+    of block patterns, which every rank then holds whole, cost collectives: enter it on all ranks alike.
 
     Args:
         recall_rows: rows sampled at random for recall; 0 leaves it out.
@@ -61,7 +77,8 @@ class Observer(AbstractContextManager["Observer"]):
 
     def __init__(self, recall_rows: int = 0, seed: int = 0) -> None:
         self.recall_rows, self.seed = recall_rows, seed
-        self.stats: list[AttentionStats] = []
+        self._seen: list[_Seen] = []
+        self._stats: list[AttentionStats] = []
 
     def __enter__(self) -> Observer:
         _observers.append(self)
@@ -71,6 +88,42 @@ class Observer(AbstractContextManager["Observer"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _observers.remove(self)
+
+    @property
+    def calls(self) -> int:
+        """How many calls were made."""
+        return len(self._stats) + len(self._seen)
+
+    @property
+    def stats(self) -> list[AttentionStats]:
+        """What was seen. Waits for the device."""
+        seen, self._seen = self._seen, []
+        self._stats += _stats(seen)
+        return self._stats
+
+
+def _stats(seen: Sequence[_Seen]) -> list[AttentionStats]:
+    """Few kernels for all calls together, and few waits."""
+    shares: dict[int, tuple[float, float]] = {}
+    for places, index in joined_where_alike({place: one.real for place, one in enumerate(seen)}):
+        both = torch.stack([index.density(), index.column_counts.double()])
+        means = both.unflatten(2, (len(places), -1)).mean((1, 3)).T.tolist()
+        shares |= {place: (density, columns) for place, (density, columns) in zip(places, means, strict=True)}
+    found = []
+    for place, one in enumerate(seen):
+        work = tile_work(one.index, one.plan.layout, one.plan.ring.world)
+        found.append(
+            AttentionStats(
+                density=shares[place][0],
+                columns=shares[place][1],
+                recall_by_head=[] if one.recall is None else one.recall.tolist(),
+                balance=imbalance(work, one.plan.ring.outer),
+                tile_work=work,
+                index=one.index,
+                window=one.window,
+            )
+        )
+    return found
 
 
 @torch.no_grad()
@@ -83,23 +136,13 @@ def observe(
         index = index.whole(plan.ring)
         real = index.upto(shard.covered(index.block_size))
     for observer in _observers:
-        work = tile_work(index, plan.layout, plan.ring.world)
-        by_head: list[float] = []
+        recall = None
         if observer.recall_rows:
-            chosen = torch.Generator().manual_seed(observer.seed + len(observer.stats))
-            rows = torch.randint(shard.length, (observer.recall_rows,), generator=chosen).to(q.device)
-            by_head = measure_recall(q, k, lse, rows, shard, scale).double().mean((0, 2)).tolist()
-        observer.stats.append(
-            AttentionStats(
-                density=real.density().mean().item(),
-                columns=real.column_counts.double().mean().item(),
-                recall_by_head=by_head,
-                balance=imbalance(work, plan.ring.outer),
-                tile_work=work,
-                index=index,
-                window=window,
-            )
-        )
+            chosen = torch.Generator().manual_seed(observer.seed + observer.calls)
+            rows = torch.randint(shard.length, (observer.recall_rows,), generator=chosen)
+            rows = rows.to(q.device, non_blocking=True)
+            recall = measure_recall(q, k, lse, rows, shard, scale).double().mean((0, 2))
+        observer._seen.append(_Seen(index, real, plan, recall, window))
 
 
 def chosen(stats: Sequence[AttentionStats]) -> list[AttentionStats]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mtraining.errors import UserError
-from mtraining.layout import build_layout
-from mtraining.ring import AttentionStats, Timeline, chosen, imbalance, tile_work
+from mtraining.layout import Layout, build_layout
+from mtraining.ring import AttentionStats, Timeline, chosen, imbalance, tile_works
 from mtraining.ring.balance import by_step
 from mtraining.ring.timeline import PHASES
 from mtraining.train.config import Config
@@ -73,11 +75,11 @@ def write_balance(config: Config, step: int, layers: Sequence[AttentionStats]) -
     layer, by rank and ring step; `worker` and `step` are imbalance degrees (max / mean), means over layers.
     """
     worlds = sorted({config.parallel.cp, *COMPARED_WORLDS})
+    rings = [(world, layout) for world in worlds for layout in _layouts(config, world, layers)]
+    works = tile_works([layer.index for layer in layers], [(layout, world) for world, layout in rings])
     entries = [
-        entry
-        for world in worlds
-        for name in COMPARED_LAYOUTS
-        if (entry := _entry(config, name, world, layers)) is not None
+        _entry(layout.name, world, work, config.parallel.cp_outer if world == config.parallel.cp else 1)
+        for (world, layout), work in zip(rings, works, strict=True)
     ]
     fresh = config.output / f"{BALANCE}.new"
     try:
@@ -89,18 +91,19 @@ def write_balance(config: Config, step: int, layers: Sequence[AttentionStats]) -
             raise
 
 
-def _entry(config: Config, name: str, world: int, layers: Sequence[AttentionStats]) -> dict[str, Any] | None:
+def _layouts(config: Config, world: int, layers: Sequence[AttentionStats]) -> Iterator[Layout]:
+    """Layouts that deal this sequence to a ring of ``world``; a ring that it is too short for is no choice of the run,
+    so there is nothing to refuse."""
     index = layers[0].index
-    outer = config.parallel.cp_outer if world == config.parallel.cp else 1
-    # Striped by one block is the paper's layout at any block size; the run's own unit may be wider.
-    layout = build_layout(name, config.layout.unit if name == config.layout.name else index.block_size)
-    try:
-        layout.check(index.seq_len, world, max(layer.index.block_size for layer in layers))
-    except UserError:
-        return (
-            None  # a ring that this sequence is too short for: not a choice of the run, so nothing to refuse
-        )
-    works = [tile_work(layer.index, layout, world) for layer in layers]
+    for name in COMPARED_LAYOUTS:
+        # Striped by one block is the paper's layout at any block size; the run's own unit may be wider.
+        layout = build_layout(name, config.layout.unit if name == config.layout.name else index.block_size)
+        with suppress(UserError):
+            layout.check(index.seq_len, world, max(layer.index.block_size for layer in layers))
+            yield layout
+
+
+def _entry(name: str, world: int, works: Tensor, outer: int) -> dict[str, Any]:
     degrees = [imbalance(work, outer) for work in works]
     load = torch.stack([by_step(work, outer) for work in works]).mean(0)
     return {

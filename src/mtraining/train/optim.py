@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -71,14 +71,42 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def layer_gradient_norms(layers: Iterable[nn.Module]) -> torch.Tensor:
-    """:func:`gradient_norm` of each layer: fp32 (layers,), 0 for one without gradients. Collective when sharded."""
-    norms = []
-    for layer in layers:
-        parameters = [parameter for parameter in layer.parameters() if parameter.grad is not None]
-        norms.append(gradient_norm(parameters).float() if parameters else None)
-    zero = next((torch.zeros_like(norm) for norm in norms if norm is not None), torch.zeros(()))
-    return torch.stack([zero if norm is None else norm for norm in norms])
+def layer_gradient_norms(layers: Sequence[nn.Module]) -> torch.Tensor:
+    """:func:`gradient_norm` of each layer: fp32 (layers,), 0 for one without gradients.
+
+    Collective when sharded: one sum over the shards for all layers together.
+    """
+    grads = [
+        (place, p.grad)
+        for place, layer in enumerate(layers)
+        for p in layer.parameters()
+        if p.grad is not None
+    ]
+    if not grads:
+        return torch.zeros(len(layers))
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for _, grad in grads]
+    squares = torch.stack(torch._foreach_norm(local)).float().square().unbind()
+    # By the groups over which shards are to be summed: as a rule one, and none without sharding.
+    by_groups: dict[tuple[Any, ...], list[list[torch.Tensor]]] = {}
+    for (place, grad), square in zip(grads, squares, strict=True):
+        by_groups.setdefault(_shard_groups(grad), [[] for _ in layers])[place].append(square)
+    found = squares[0].new_zeros(len(layers))
+    for groups, of_layers in by_groups.items():
+        zero = found.new_zeros(())
+        sums = torch.stack([torch.stack(of_layer).sum() if of_layer else zero for of_layer in of_layers])
+        for group in groups:
+            torch.distributed.all_reduce(sums, group=group)
+        found += sums
+    return found.sqrt()
+
+
+def _shard_groups(grad: torch.Tensor) -> tuple[Any, ...]:
+    """Process groups over which a gradient is cut."""
+    if not isinstance(grad, DTensor):
+        return ()
+    assert not any(placement.is_partial() for placement in grad.placements), "reduce gradients first"
+    mesh = grad.device_mesh
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(grad.placements) if placement.is_shard())
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, limit: float | None) -> None:

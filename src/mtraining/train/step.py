@@ -101,12 +101,13 @@ class Stepper:
         ]
         labels = torch.stack([(piece["labels"] != IGNORED).sum() for piece in pieces]).sum()
         labels = self._process.sum(labels)
-        attention: list[AttentionStats] = []
+        observers: list[Observer] = []
         local = torch.zeros((), dtype=torch.float64, device=device)
         with self._model.training_step(step + 1):
             for number, piece in enumerate(pieces):
-                observer = Observer(recall_rows=recall_rows) if observe and number == 0 else None
-                with observer or nullcontext():
+                if observe and number == 0:
+                    observers.append(Observer(recall_rows=recall_rows))
+                with observers[0] if observers and number == 0 else nullcontext():
                     share = self._model(
                         piece["input_ids"],
                         piece["position_ids"],
@@ -114,15 +115,14 @@ class Stepper:
                         labels,
                         starts=piece.get("starts"),
                     )
-                if observer is not None:
-                    attention = list(observer.stats)
                 share.backward()
                 local += share.detach().double()
         asked = local.new_zeros(()) if stop is None else stop.to(device, non_blocking=True)
         loss, stops = self._process.sum(torch.stack([local, asked])).unbind()
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         norm = gradient_norm(parameters)
-        telemetry = self._telemetry() if observe else {}
+        # Before clipping, and read after the step, as all other telemetry is.
+        layer_norms = layer_gradient_norms(layers_of(self._model.hf_model)) if observe else None
         clip_gradients(parameters, norm, self._options.clip)
         lr = learning_rate(step, self._options)
         set_learning_rate(self._optimizer, lr)
@@ -145,11 +145,11 @@ class Stepper:
             grad_norm=norm_seen,
             lr=lr,
             stop=stops_seen > 0,
-            attention=attention,
-            telemetry=telemetry,
+            attention=[stats for observer in observers for stats in observer.stats],
+            telemetry={} if layer_norms is None else self._telemetry(layer_norms),
         )
 
-    def _telemetry(self) -> dict[str, Any]:
+    def _telemetry(self, layer_norms: Tensor) -> dict[str, Any]:
         """What a logged step says besides (docs/see.md): coverage and stability of indices, gradient norms of
         layers. Collective, and waits for the device."""
         indices = self._model.indices
@@ -157,9 +157,8 @@ class Stepper:
         stability = indices.moved()
         if stability:
             found["layer_stability"] = stability
-        norms = layer_gradient_norms(layers_of(self._model.hf_model))
         # JSON has no infinity; the gradient norm itself stops a run that is not finite.
-        found["layer_grad_norm"] = [norm if math.isfinite(norm) else None for norm in norms.tolist()]
+        found["layer_grad_norm"] = [norm if math.isfinite(norm) else None for norm in layer_norms.tolist()]
         return found
 
     def _refuse_inputs(self, step: int, pieces: list[dict[str, Tensor]]) -> None:
