@@ -9,11 +9,20 @@ from typing import Any
 
 import yaml
 
+from mtraining.train.balance import LANES
+
 LAYERS, HEADS, RANKS = 4, 6, 4
 
 
-def step_record(step: int, pattern: str, seed: int = 0, every: int = 2) -> dict[str, Any]:
-    """A step's record, with what a step on a ring logs."""
+def step_record(
+    step: int,
+    pattern: str,
+    seed: int = 0,
+    every: int = 2,
+    size: tuple[int, int, int] = (LAYERS, HEADS, RANKS),
+) -> dict[str, Any]:
+    """A step's record, with all that a step on a ring logs."""
+    layers, heads, ranks = size
     wave = math.sin(step * 1.7 + seed)
     dense = pattern == "dense"
     record: dict[str, Any] = {
@@ -24,17 +33,21 @@ def step_record(step: int, pattern: str, seed: int = 0, every: int = 2) -> dict[
     if not dense and step % every == 0:
         record |= {
             "density": 0.2, "recall": 0.9, "worker_imbalance": 1.2, "step_imbalance": 1.4,
-            "layer_density": [0.1 + 0.05 * layer + 0.01 * wave for layer in range(LAYERS)],
-            "layer_recall": [0.95 - 0.03 * layer for layer in range(LAYERS)],
-            "recall_by_head": [[0.99 - 0.02 * head - 0.03 * layer for head in range(HEADS)] for layer in range(LAYERS)],
-            "layer_stability": [0.5 + 0.1 * layer for layer in range(LAYERS)],
-            "layer_grad_norm": [1.0 + layer for layer in range(LAYERS)],
-            "uncovered_by_distance": [0.0, 0.1, 0.4, 0.7], "uncovered_run_by_distance": [0.0, 0.0, 0.1, 0.3],
+            "layer_density": [0.1 + 0.05 * (layer % 8) + 0.01 * wave for layer in range(layers)],
+            "layer_recall": [0.95 - 0.03 * (layer % 8) + 0.001 * wave for layer in range(layers)],
+            "recall_by_head": [
+                [0.99 - 0.02 * (head % 8) - 0.03 * (layer % 8) for head in range(heads)] for layer in range(layers)
+            ],
+            "layer_stability": [0.5 + 0.05 * (layer % 8) + 0.01 * wave for layer in range(layers)],
+            "layer_grad_norm": [1.0 + layer + wave for layer in range(layers)],
+            "uncovered": 0.3, "uncovered_far": 0.5, "uncovered_run": 0.1, "uncovered_run_far": 0.2,
+            "uncovered_by_distance": [0.0, 0.1, 0.4, 0.7 + 0.1 * wave],
+            "uncovered_run_by_distance": [0.0, 0.0, 0.1, 0.3],
         }  # fmt: skip
     if step % every == 0:
-        record |= {"ring_exposed_fraction": 0.1 + 0.02 * wave}
+        record |= {"ring_exposed_fraction": 0.1 + 0.02 * wave, "ring_exposed_fraction_max": 0.2}
         for phase in ("forward", "backward"):
-            record |= {f"ring_{phase}_compute": [0.004] * RANKS, f"ring_{phase}_exposed": [0.001] * RANKS}
+            record |= {f"ring_{phase}_compute": [0.004] * ranks, f"ring_{phase}_exposed": [0.001] * ranks}
     return record
 
 
@@ -68,30 +81,45 @@ def make_run(
     planned: int = 10,
     seed: int = 0,
     every: int = 2,
+    size: tuple[int, int, int] = (LAYERS, HEADS, RANKS),
+    evaluations: int = 2,
 ) -> Path:
-    """Write a run folder."""
+    """Write a run folder.
+
+    Args:
+        every: steps between those that log everything.
+        size: layers, heads, and ranks of the ring.
+        evaluations: after the one before the first step.
+    """
     folder.mkdir(parents=True)
+    ranks = size[2]
     records = [evaluation(0, 5.0)]
     for step in range(1, steps + 1):
-        records.append(step_record(step, pattern, seed, every))
-        if step in (steps // 2, steps):
+        records.append(step_record(step, pattern, seed, every, size))
+        if step % max(1, steps // evaluations) == 0:
             records.append(evaluation(step, 5.0 - step / steps))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = {
         "output": str(folder),
         "pattern": {"name": pattern},
-        "train": {"steps": planned, "lr": 1e-4 * (1 + seed)},
+        "model": {"init": "models/Qwen2.5-3B"},
+        "train": {"steps": planned, "seq_len": 65536, "batch_size": 4, "lr": 1e-4 * (1 + seed)},
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(options | {"parallel": {"cp": RANKS}}))
+    (folder / "config.yaml").write_text(yaml.safe_dump(options | {"parallel": {"cp": ranks}}))
     layouts = [
         {
             "layout": layout, "world": world, "worker": 1.5, "step": 1.2,
             "load": [[1.0 + rank + step for step in range(world)] for rank in range(world)],
         }
         for layout in ("contiguous", "zigzag", "striped")
-        for world in (RANKS, 8)
+        for world in (ranks, 8)
     ]  # fmt: skip
     (folder / "balance.json").write_text(json.dumps({"step": steps, "layouts": layouts}))
+    lanes: dict[str, Any] = {"step": steps, "ranks": list(range(0, ranks, -(-ranks // LANES)))}
+    for phase, seconds in (("forward", 0.001), ("backward", 0.002)):
+        compute = [[seconds * (1 + rank)] * ranks for rank in lanes["ranks"]]
+        lanes[phase] = {"compute": compute, "exposed": [[0.0005] * ranks for _ in compute]}
+    (folder / "ring.json").write_text(json.dumps(lanes))
     about = {
         "environment": {"torch": "2.13", "device": "H100"}, "measured_on": "cuda",
         "memory_predicted": {"peak": 2.9 * 2**30, "components": {"weights": 2.9 * 2**30}},

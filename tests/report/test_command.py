@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import needs_browser, visit
+from browser import Browser, needs_browser
 
 from mtraining.cli import main
 from mtraining.data import PrepareOptions, prepare
@@ -93,11 +93,11 @@ def test_the_inspection_of_the_page(folder: Path, monkeypatch: pytest.MonkeyPatc
 @needs_browser
 @pytest.mark.slow
 @pytest.mark.xdist_group("browser")
-def test_an_inspection_in_a_browser(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_inspection_in_a_browser(
+    folder: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     out = tmp_path / "attention.html"
     run(f"mtraining inspect runs/sparse book.txt --tokens 1024 --rows 16 --out {out}", folder, monkeypatch)
-    visited = visit(
-        out, "document.body.dataset.wide = String(document.documentElement.scrollWidth > 390);", width=500
-    )
-    assert visited.complaints == [] and visited.of_body("drawn") == "5"
-    assert re.search(r'data-rows="[1-9]', visited.figure("map"))
+    with browser.open(out, width=390) as tab:
+        assert tab.complaints == [] and tab.run("document.body.dataset.drawn") == "5"
+        assert tab.rows("map") > 0 and tab.run("document.documentElement.scrollWidth") == 390

@@ -80,13 +80,60 @@ def test_loads_rings_coverage_and_memory(sparse: Path) -> None:
     load = charts["load-striped"].tables["sparse"]["z"]
     assert len(load) == RANKS and sum(map(sum, load)) == pytest.approx(RANKS**2)
     assert load[3][1] / load[0][0] == pytest.approx(5)
-    ring = charts["ring"].tables["sparse"]
-    assert ring["end"][:4] == pytest.approx([4, 5, 9, 10]) and ring["start"][1:4] == ring["end"][:3]
-    assert ring["what"][:2] == ["computing", "waiting for transfers"] and len(ring["phase"]) == 4 * RANKS
+    for phase, seconds in (("forward", 1), ("backward", 2)):
+        parts = charts[f"ring-{phase}"].tables["sparse"]["parts"]
+        assert [part["rank"] for part in parts[::2]] == [f"rank {rank}" for rank in range(RANKS)]
+        for rank, (computing, waiting) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
+            assert (computing["what"], waiting["what"]) == ("computing", "waiting for transfers")
+            assert computing["end"] == waiting["start"] and computing["start"] == [0, *waiting["end"][:-1]]
+            assert waiting["end"][-1] == pytest.approx(RANKS * (seconds * (1 + rank) + 0.5))
     bands = {part["kind"]: part["value"][-1] for part in charts["coverage-run"].tables["sparse"]["parts"]}
     assert bands == {"< 1K": 0, "1K to 4K": 0, "4K to 32K": 10, "> 32K": 30}
     memory = charts["memory"].tables["sparse"]
     assert memory == {"kind": ["predicted for a GPU", "measured on a GPU"], "value": [2.9, 3.0]}
+
+
+def test_without_ranks_the_ring_has_their_mean(sparse: Path) -> None:
+    (sparse / "ring.json").write_text(json.dumps({"ranks": [0], "forward": {"compute": [["a"]]}}))
+    computing, waiting = charts_of(sparse)["ring-forward"].tables["sparse"]["parts"]
+    assert computing["rank"] == waiting["rank"] == "mean of ranks"
+    assert computing["end"][:2] == pytest.approx([4, 9]) and waiting["end"][:2] == pytest.approx([5, 10])
+
+
+def test_bands_beyond_the_sequence_are_left_out(sparse: Path) -> None:
+    """No query is 32K tokens from a key there, which is no coverage."""
+    text = (sparse / "config.yaml").read_text()
+    (sparse / "config.yaml").write_text(text.replace("seq_len: 65536", "seq_len: 32768"))
+    chart = charts_of(sparse)["coverage-step"]
+    assert [part["kind"] for part in chart.tables["sparse"]["parts"]] == ["< 1K", "1K to 4K", "4K to 32K"]
+    assert "> 32K" not in json.dumps(chart.spec)
+
+
+def test_colours_of_percentages_span_five_points_at_least(sparse: Path) -> None:
+    """Or a run whose density never moves would look as if it did. A dense run beside it changes nothing."""
+    density = charts_of(sparse)["density"]
+    low, high = density.tables["sparse"]["domain"]
+    values = [value for line in density.tables["sparse"]["z"] for value in line]
+    assert low <= min(values) and high >= max(values)
+    write(sparse, [step_record(2, "x") | {"layer_density": [0.205, 0.2051]}])
+    table = charts_of(sparse)["density"].tables["sparse"]
+    assert table["domain"] == pytest.approx([18, 23], abs=0.1)
+    write(sparse, [step_record(2, "x") | {"layer_density": [1.0, 1.0]}])
+    chart = charts_of(sparse)["density"]
+    assert chart.tables["sparse"]["domain"] == [95, 100]
+    assert filled(chart)["encoding"]["color"]["scale"]["domain"] == [95, 100]
+
+
+def test_the_page_says_what_ran_and_what_its_words_mean(sparse: Path, dense: Path, tmp_path: Path) -> None:
+    (page,) = write_report([sparse, dense], tmp_path / "out")
+    text = page.read_text()
+    assert (
+        "<h1>Training runs: sparse, dense</h1>" in text and "compared with dense, which computes all" in text
+    )
+    assert "<dt>recall</dt>" in text
+    assert "<td>Qwen2.5-3B</td><td>65,536</td><td>4</td><td>1 x 4</td>" in text
+    (page,) = write_report([sparse], tmp_path / "out")
+    assert "No dense run" in page.read_text()
 
 
 def test_evaluations_of_training_and_of_the_command(sparse: Path) -> None:
@@ -104,7 +151,7 @@ def test_evaluations_of_training_and_of_the_command(sparse: Path) -> None:
 
 def test_every_chart_draws_on_paper(sparse: Path, dense: Path) -> None:
     drawn = [chart for chart in charts_of(sparse, dense).values() if chart.tables]
-    assert len(drawn) == 23
+    assert len(drawn) == 24
     for chart in drawn:
         svg = vl_convert.vegalite_to_svg(filled(chart))
         assert re.search(r'mark-(line|rect).*?<path[^>]* d="M', svg, re.DOTALL), chart.name
@@ -138,7 +185,7 @@ def test_the_page_needs_nothing_else_and_holds_every_table(sparse: Path, dense: 
     outside = re.findall(r"""(?:src|href)=["'](?!#)[^"']*["']""", text.partition("<script>")[0])
     assert outside == []
     data = packed(page)
-    assert len(data["charts"]) == 23 and all(chart["tables"] for chart in data["charts"])
+    assert len(data["charts"]) == 24 and all(chart["tables"] for chart in data["charts"])
     assert "train.lr" not in text.partition("Options that differ")[0]
     assert '<th scope="row">pattern.name</th><td>vertical_slash</td><td>dense</td>' in text
     assert "H100" in text and "+0.0200" in text and "needle_words" in text
@@ -220,13 +267,53 @@ def test_watching_ends_with_the_runs(sparse: Path, tmp_path: Path, monkeypatch: 
     assert packed(tmp_path / "out/report.html")["refresh"] == 0
 
 
+def test_watching_waits_for_a_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And shows what there is: here the options, and the memory that was predicted."""
+    run = make_run(tmp_path / "run")
+    later = {name: (run / name).read_text() for name in ("metrics.jsonl", "balance.json", "ring.json")}
+    for name in later:
+        (run / name).unlink()
+    with pytest.raises(UserError, match="--watch to wait for a first step"):
+        write_report([run], tmp_path / "out")
+    told: list[str] = []
+
+    def begin(seconds: float) -> None:
+        page = tmp_path / "out/report.html"
+        assert packed(page)["refresh"] == 5 and "no step yet" in page.read_text()
+        assert [chart["name"] for chart in packed(page)["charts"]] == ["memory"]
+        for name, text in later.items():
+            (run / name).write_text(text)
+
+    monkeypatch.setattr("time.sleep", begin)
+    watch_report([run], tmp_path / "out", 5, told.append)
+    assert len(told) == 2 and len(packed(tmp_path / "out/report.html")["charts"]) > 15
+
+
 @pytest.mark.slow
 def test_twenty_long_runs_stay_under_five_megabytes(tmp_path: Path) -> None:
-    first = make_run(tmp_path / "run0", steps=10_000, planned=10_000, every=10)
+    """Each of 10,000 steps, of 36 layers with 16 heads on a ring of 32, with all that a step can log."""
+    first = make_run(
+        tmp_path / "run0", steps=10_000, planned=10_000, every=10, size=(36, 16, 32), evaluations=100
+    )
+    add_results(first / "evaluation")
     folders = [first]
     for number in range(1, 20):
         folders.append(tmp_path / f"run{number}")
         shutil.copytree(first, folders[-1])
     (page,) = write_report(folders, tmp_path / "out")
     assert page.stat().st_size < 5_000_000
-    assert len(packed(page)["charts"][0]["tables"]) == 20
+    charts = {chart["name"]: chart for chart in packed(page)["charts"]}
+    # All but the difference to a dense run, of which there is none.
+    assert len(charts) == 23 and all(
+        len(charts[name]["tables"]) == 20 for name in ("loss", "density", "ring-forward")
+    )
+
+
+def test_many_evaluations_are_thinned_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", steps=12, planned=12, evaluations=12)
+    monkeypatch.setattr("mtraining.report.evaluated._POINTS", 20)  # 4 curves of 13 points
+    chart = charts_of(run)["held-out"]
+    assert [part["step"] for part in chart.tables["run"]["parts"]] == [[0, 3, 6, 9, 12]] * 4
+    assert chart.missing == ["2 of 3 evaluations, for there are 52 points"]

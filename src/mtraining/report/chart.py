@@ -57,7 +57,7 @@ def grid(z: list[list[Any]]) -> Table:
 
 def unpacked(key: str, table: Table) -> Iterator[dict[str, Any]]:
     """Rows of a table: of its ``parts``, of its grid ``z`` (and ``chosen``) over ``x`` and ``y``, or of
-    its columns. A grid may be a triangle, with its longest line last."""
+    its columns. A grid may be a triangle, with its longest line last, and say the ``domain`` of its colours."""
     if "parts" in table:
         for part in table["parts"]:
             yield from unpacked(key, part)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from mtraining.model.key_coverage import BAND_STARTS
 from mtraining.report import specs
 from mtraining.report.chart import Chart, Table, grid
 from mtraining.report.evaluated import evaluation_charts
 from mtraining.report.runs import Run, number, numbers
 from mtraining.report.series import curve, difference, heat, short
+from mtraining.ring.timeline import PHASES
+from mtraining.train.balance import LANES
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 BANDS = ("< 1K", "1K to 4K", "4K to 32K", "> 32K")
 _WORLD = 8  # ranks of the load charts, where the run itself had one
+_LEAST_RANGE = 5.0  # of a scale of percentages, in percentage points
 _POINTS, _CELLS = 6000, 4000  # of one chart: points of all runs, cells of one run
 
 
@@ -27,9 +31,9 @@ def build_charts(runs: Sequence[Run]) -> list[Chart]:
         *evaluation_charts(runs, [run.name for run in trained]),
         *_layers(trained),
         *[_load(trained, layout) for layout in LAYOUTS],
-        _timeline(trained),
+        *[_timeline(trained, phase) for phase in PHASES],
         *_coverage(trained, points),
-        _memory(trained),
+        _memory([run for run in runs if run.steps or run.about]),
     ]
 
 
@@ -124,7 +128,17 @@ def _heat(run: Run, runs: Sequence[Run], key: str, factor: float) -> Table:
     records = [record for record in run.steps if isinstance(record.get(key), list)]
     layers = max((len(record[key]) for record in records), default=0)
     cells = _CELLS if len(runs) <= 5 else _CELLS // 2
-    return heat(records, key, max(20, min(160, cells // max(1, layers))), factor)
+    table = heat(records, key, max(20, min(160, cells // max(1, layers))), factor)
+    return table | {"domain": _percents(table)} if table and factor == 100 else table
+
+
+def _percents(table: Table) -> list[float]:
+    """A scale of colours for percentages: from the least to the greatest, but not less than `_LEAST_RANGE` wide, so
+    that differences of nothing do not look like some."""
+    values = [value for line in table["z"] for value in line if value is not None] or [0.0]
+    low, high = min(values), max(values)
+    low = max(0.0, min(low - max(0.0, _LEAST_RANGE - (high - low)) / 2, 100 - _LEAST_RANGE))
+    return [float(f"{low:.3g}"), float(f"{max(high, low + _LEAST_RANGE):.3g}")]
 
 
 def _recall_by_head(run: Run) -> Table:
@@ -168,32 +182,51 @@ def _entry(run: Run, layout: str) -> dict[str, Any] | None:
     return there.get(max((world for world in there if 1 < world <= _WORLD), default=0))
 
 
-def _timeline(runs: Sequence[Run]) -> Chart:
+def _timeline(runs: Sequence[Run], phase: str) -> Chart:
+    """A lane a rank; where only the mean over ranks was written, that one lane."""
     says = (
-        "Computing and exposed waits of each ring step in the last step that was timed: how a pass goes by."
+        f"The {phase} pass on each rank, ring step after ring step, in the last step that was timed: computing, and "
+        "waits for transfers that computing did not hide. Sums over layers."
     )
-    chart = Chart("ring", "Ring timeline", says, specs.timeline(), menu="run")
-    _fill(chart, runs, _stretches)
+    chart = Chart(f"ring-{phase}", f"Ring timeline: {phase}", says, {}, menu="run")
+    lanes = LANES if len(runs) <= 5 else LANES // 2
+    _fill(chart, runs, partial(_stretches, phase=phase, lanes=lanes))
+    chart.spec = specs.timeline(max((len(table["parts"]) // 2 for table in chart.tables.values()), default=0))
     return chart
 
 
-def _stretches(run: Run) -> Table:
-    phases = ("forward", "backward")
-    record: dict[str, Any] = next((one for one in reversed(run.steps) if "ring_forward_compute" in one), {})
-    names = ("phase", "ring_step", "what", "start", "end", "duration")
-    table: Table = {name: [] for name in names}
-    for phase in phases:
-        now = 0.0
-        compute = numbers(record.get(f"ring_{phase}_compute"))
-        exposed = numbers(record.get(f"ring_{phase}_exposed"))
-        for step, pair in enumerate(zip(compute, exposed, strict=False)):
-            for what, seconds in zip(("computing", "waiting for transfers"), pair, strict=True):
-                length = 1000 * (seconds or 0.0)
-                row = (phase, step, what, short(now), short(now + length), short(length))
-                for name, value in zip(names, row, strict=True):
-                    table[name].append(value)
-                now += length
-    return table if table["phase"] else {}
+def _stretches(run: Run, phase: str, lanes: int) -> Table:
+    """A part for each lane and kind of time, with the ring steps as its columns."""
+    parts: list[Table] = []
+    chosen = list(_lanes(run, phase))
+    for rank, compute, exposed in chosen[:: -(-len(chosen) // lanes) or 1]:
+        now, ends = 0.0, [0.0]
+        for pair in zip(compute, exposed, strict=False):
+            for seconds in pair:
+                now += 1000 * (seconds or 0.0)
+                ends.append(short(now) or 0.0)
+        for first, what in enumerate(("computing", "waiting for transfers")):
+            steps = range(len(ends) // 2)
+            columns = {
+                "ring_step": list(steps),
+                "start": [ends[2 * step + first] for step in steps],
+                "end": [ends[2 * step + first + 1] for step in steps],
+            }
+            parts.append({"rank": rank, "what": what, **columns})
+    return {"parts": parts} if parts else {}
+
+
+def _lanes(run: Run, phase: str) -> Iterator[tuple[str, list[float | None], list[float | None]]]:
+    """A name, and seconds computing and waiting by ring step."""
+    if run.ring:
+        part = run.ring[phase]
+        for rank, compute, exposed in zip(run.ring["ranks"], part["compute"], part["exposed"], strict=True):
+            yield f"rank {rank}", numbers(compute), numbers(exposed)
+        return
+    key = f"ring_{phase}_compute"
+    record: dict[str, Any] = next((one for one in reversed(run.steps) if key in one), {})
+    if record:
+        yield "mean of ranks", numbers(record[key]), numbers(record.get(f"ring_{phase}_exposed"))
 
 
 def _coverage(runs: Sequence[Run], points: int) -> list[Chart]:
@@ -212,14 +245,15 @@ def _coverage(runs: Sequence[Run], points: int) -> list[Chart]:
             f"Share of key positions to which no query at that distance brought a gradient {when}; "
             "mean of layers and heads."
         )
-        names = [run.name for run in runs]
-        spec = specs.lines("step", "key positions (%)", names, BANDS, zero=True)
-        chart = Chart(name, title, says, spec, smooths=True)
+        chart = Chart(name, title, says, {}, smooths=True)
 
         def bands(run: Run, key: str = key) -> Table:
             parts = []
             told = [(r["step"], numbers(r[key])) for r in run.steps if isinstance(r.get(key), list)]
+            length = run.option("train", "seq_len")
             for place, band in enumerate(BANDS):
+                if isinstance(length, int) and length <= BAND_STARTS[place]:
+                    break  # no query is so far from a key
                 records = [
                     {"step": step, "value": values[place]}
                     for step, values in told
@@ -230,6 +264,9 @@ def _coverage(runs: Sequence[Run], points: int) -> list[Chart]:
             return {"parts": parts} if parts else {}
 
         _fill(chart, runs, bands)
+        told_apart = [part["kind"] for table in chart.tables.values() for part in table["parts"]]
+        there = [band for band in BANDS if band in told_apart]
+        chart.spec = specs.lines("step", "key positions (%)", [run.name for run in runs], there, zero=True)
         charts.append(chart)
     return charts
 

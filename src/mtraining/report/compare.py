@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -25,7 +26,11 @@ _SECTIONS = (
     ("sparsity", "Sparsity by layer", ("density", "recall", "recall-heads", "stability", "layer-gradient")),
     ("coverage", "Coverage by distance", ("coverage-step", "coverage-run")),
     ("balance", "Load of ranks and ring steps", ("load-contiguous", "load-zigzag", "load-striped")),
-    ("ring-section", "Ring", ("ring", "exposed", "worker-imbalance", "step-imbalance")),
+    (
+        "ring-section",
+        "Ring",
+        ("ring-forward", "ring-backward", "exposed", "worker-imbalance", "step-imbalance"),
+    ),
     ("memory-section", "Memory", ("memory",)),
 )
 
@@ -60,7 +65,7 @@ def _write(runs: Sequence[Run], out: Path, figures: Path | None = None, refresh:
 def watch_report(folders: Sequence[Path], out: Path, seconds: int, tell: Callable[[str], None]) -> None:
     """Write the report again every so many seconds, until no run goes on; the page loads itself again meanwhile."""
     while True:
-        runs = read_runs(folders)
+        runs = read_runs(folders, empty=True)
         goes_on = any(run.state in ("running", "no step yet") for run in runs)
         (path,) = _write(runs, out, refresh=seconds if goes_on else 0)
         if not goes_on:
@@ -74,7 +79,7 @@ def compare(runs: Sequence[Run], charts: Sequence[Chart], refresh: int = 0) -> s
     """The page of some runs."""
     by_name = {chart.name: chart for chart in charts}
     trained = [run.name for run in runs if run.steps]
-    sections = [Section("summary", "Summary", _summary(runs) + _missing(runs))]
+    sections = [Section("summary", "Summary", _summary(runs) + _what_ran(runs) + _missing(runs))]
     for name, title, holds in _SECTIONS:
         section = Section(name, title, charts=[by_name[one] for one in holds], three=name == "balance")
         sections.append(section)
@@ -84,15 +89,80 @@ def compare(runs: Sequence[Run], charts: Sequence[Chart], refresh: int = 0) -> s
     sections.append(Section("options", "Options that differ", _options(runs)))
     sections.append(Section("environment", "Environment", _environment(runs)))
     title = ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
-    made = datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
     return page(
-        title,
-        f'<p class="soft">Runs of MTraining, as of {made}.</p>',
+        f"Training runs: {title}",
+        _lead(runs),
         sections,
         {name: colour_of(place) for place, name in enumerate(trained)},
         smooths=bool(trained),
         refresh=refresh,
     )
+
+
+_WORDS = {
+    "density": "share of all pairs of a token and an earlier one that is computed; 100 % is dense.",
+    "recall": "share of dense attention's mass, its weights after softmax, that falls on what is computed.",
+    "index": "what a head computes: slashes, which are distances between tokens, and columns, which are tokens that "
+    "all later ones read.",
+    "rank": "one process with one device. The ranks of a ring hold parts of the same sequence.",
+    "ring step": "each rank attends to the keys of one other rank while the next ones are on their way to it.",
+    "exposed wait": "time in which a rank has nothing to compute, for the next keys are not there yet.",
+    "held-out loss": "loss on text that is not trained on.",
+}
+
+
+def _lead(runs: Sequence[Run]) -> str:
+    """For a reader who was sent the page: what it is about, and its words."""
+    made = datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
+    base = dense_run(runs)
+    dense = (
+        f"Losses are compared with {html.escape(base.name)}, which computes all of it."
+        if base is not None
+        else "No dense run, to compare losses with, is among these."
+    )
+    words = "".join(f"<dt>{word}</dt><dd>{html.escape(meaning)}</dd>" for word, meaning in _WORDS.items())
+    return (
+        "<p>Language models trained on long contexts with sparse attention, which computes a part of all pairs of "
+        f'tokens. {dense}</p><p class="soft">Made by MTraining from the folders of the runs, {made}.</p>'
+        f"<details><summary>Words on this page</summary><dl>{words}</dl></details>"
+    )
+
+
+def _what_ran(runs: Sequence[Run]) -> str:
+    """What each run trained, and on what."""
+    lines = []
+    for run in runs:
+        environment = run.about.get("environment")
+        known_there = environment if isinstance(environment, dict) else {}
+        if not run.config:
+            continue
+        cp, dp = run.option("parallel", "cp"), run.option("parallel", "dp")
+        lines.append(
+            [
+                run.name,
+                _model(run),
+                _shown(run.option("train", "seq_len")),
+                _shown(run.option("train", "batch_size")),
+                "-" if cp is None else f"{_shown(dp or 1)} x {_shown(cp)}",
+                run.option("layout", "name") or "-",
+                known_there.get("device", "-"),
+            ]
+        )
+    heads = ["run", "model", "tokens a sequence", "sequences a step", "rings x ranks", "layout", "device"]
+    return html_table(heads, lines, "What ran", breaks=False) if lines else ""
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "-"
+
+
+def _model(run: Run) -> str:
+    """The model's name, or the kind of a random one."""
+    init, config = run.option("model", "init"), run.option("model", "config")
+    if init == "random" and isinstance(config, dict):
+        layers = config.get("num_hidden_layers")
+        return f"random {config.get('model_type', 'model')}" + (f", {layers} layers" if layers else "")
+    return str(init or "-").rstrip("/").split("/")[-1]
 
 
 def _summary(runs: Sequence[Run]) -> str:

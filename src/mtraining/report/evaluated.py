@@ -13,6 +13,8 @@ from mtraining.report.runs import Run, number, numbers
 from mtraining.report.series import short
 from mtraining.sizes import tokens_text
 
+_POINTS = 10_000  # of a chart over steps, in all its curves
+
 
 def evaluation_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     """Held-out loss over steps and by position, scores while training, and needles by length and depth."""
@@ -48,9 +50,23 @@ def _chart(
 ) -> Chart:
     kinds = list(dict.fromkeys(kind for tables in found.values() for kind in tables))
     chart = Chart(name, title, says, specs.lines("step", y, names, kinds))
-    chart.tables = {run: {"parts": list(tables.values())} for run, tables in found.items() if tables}
+    points = sum(len(table["step"]) for tables in found.values() for table in tables.values())
+    every = -(-points // _POINTS) or 1
+    chart.tables = {
+        run: {"parts": [_thinned(table, every) for table in tables.values()]}
+        for run, tables in found.items()
+        if tables
+    }
     _say_missing(chart, names)
+    if every > 1:
+        chart.missing.append(f"{every - 1} of {every} evaluations, for there are {points:,} points")
     return chart
+
+
+def _thinned(table: Table, every: int) -> Table:
+    """Every so many points of a curve, and its last one."""
+    first = (len(table["step"]) - 1) % every
+    return table | {name: table[name][first::every] for name in ("step", "value")}
 
 
 def _say_missing(chart: Chart, names: Sequence[str]) -> None:

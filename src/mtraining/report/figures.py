@@ -18,6 +18,9 @@ def filled(chart: Chart) -> Spec:
     """The specification of a chart as it first shows, with its data, at a fixed width."""
     spec = deepcopy(chart.spec)
     rows = chart.rows()
+    domain = next(iter(chart.tables.values()), {}).get("domain") if chart.menu else None
+    if domain:
+        spec["encoding"]["color"]["scale"] |= {"domain": domain, "clamp": True}
     if "layer" in spec:  # points that only a pointer shows
         ranges = any(row.get("low") is not None for row in rows)
         spec["layer"] = [

@@ -160,12 +160,14 @@ def _figure(chart: Chart) -> str:
     name, title = chart.name, _text(chart.title)
     options = "".join(f'<option value="{_text(key)}">{_text(key)}</option>' for key in chart.tables)
     menu = f"<label>{_text(chart.menu)} <select>{options}</select></label>" if chart.menu else ""
+    chosen = '<p class="chosen"></p>' if chart.menu else ""
     log = '<label><input type="checkbox" class="log"> log scale</label>' if chart.logs else ""
     missing = f'<p class="soft">Not shown: {_text("; ".join(chart.missing))}.</p>' if chart.missing else ""
     return (
         f'<figure id="{name}" aria-labelledby="{name}-title" aria-describedby="{name}-says">'
         f'<h3 id="{name}-title">{title}</h3><figcaption id="{name}-says">{_text(chart.says)}</figcaption>'
-        f'<div class="plot"></div>{missing}<div class="tools" role="group" aria-label="{title}: tools">{menu}{log}'
+        f'{chosen}<div class="plot"></div>{missing}'
+        f'<div class="tools" role="group" aria-label="{title}: tools">{menu}{log}'
         f'<button type="button" class="svg" aria-label="Save {title} as SVG">SVG</button>'
         f'<button type="button" class="pdf" aria-label="Print {title} or save it as PDF">PDF</button></div>'
         '<details><summary>Data</summary><div class="rows" tabindex="0" role="region" '

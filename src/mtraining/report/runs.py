@@ -14,8 +14,9 @@ import yaml
 
 from mtraining.errors import UserError
 from mtraining.evaluate.results import RESULTS, Key, Results
+from mtraining.ring.timeline import PHASES
 from mtraining.train.about import ABOUT
-from mtraining.train.balance import BALANCE
+from mtraining.train.balance import BALANCE, RING
 from mtraining.train.evaluation import MARK
 from mtraining.train.metrics import METRICS
 
@@ -34,6 +35,7 @@ class Run:
         evaluations: records of evaluations, in ascending order.
         config: the configuration by section; empty where it cannot be read.
         balance: entries of balance.json: load by rank and ring step under each layout.
+        ring: ring.json: seconds of each ring step on some ranks, by phase; empty where that cannot be read.
         about: environment and predicted memory, as the run wrote them when it began.
         scores: lines of evaluation results in the folder or one folder below.
         missing: sentences that say what this folder lacks.
@@ -46,6 +48,7 @@ class Run:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     balance: list[dict[str, Any]] = field(default_factory=list)
+    ring: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     scores: list[tuple[Key, dict[str, Any]]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -98,8 +101,11 @@ def known(records: Sequence[dict[str, Any]], name: str) -> list[float]:
     return [value for record in records if (value := number(record.get(name))) is not None]
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path], empty: bool = False) -> list[Run]:
     """Read every folder.
+
+    Args:
+        empty: runs without a first step are runs too, even if there is nothing else.
 
     Raises:
         UserError: a folder that does not exist, or none of them holds a step or a result.
@@ -108,11 +114,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         if not folder.is_dir():
             raise UserError(f"report: {folder} is no folder; give the output folder of a run.")
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    if not any(run.steps or run.evaluations or run.scores for run in runs):
+    if not empty and not any(run.steps or run.evaluations or run.scores for run in runs):
         named = ", ".join(str(folder) for folder in folders)
         raise UserError(
-            f"report: {named} holds neither {METRICS} with a step nor {RESULTS}; give the folder of a run, or of "
-            "mtraining evaluate."
+            f"report: {named} holds neither {METRICS} with a step nor {RESULTS}; give the folder of a run or of "
+            "mtraining evaluate, or --watch to wait for a first step."
         )
     return runs
 
@@ -135,6 +141,9 @@ def read_run(folder: Path, name: str) -> Run:
     run.about = _read(run, ABOUT, "environment and predicted memory", json.loads)
     layouts = _read(run, BALANCE, "load of ranks and ring steps", json.loads).get("layouts")
     run.balance = [entry for entry in layouts or [] if _is_load(entry)]
+    if any("ring_exposed_fraction" in record for record in run.steps):
+        ring = _read(run, RING, "ring steps of each rank", json.loads)
+        run.ring = ring if _is_ring(ring) else {}
     for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         run.scores += list(Results(place, writes=False).lines()) if (place / RESULTS).is_file() else []
     if run.scores and not run.steps:
@@ -205,6 +214,19 @@ def _is_load(entry: Any) -> bool:
     return all(
         isinstance(row, list) and len(row) == len(load[0]) and None not in numbers(row) for row in load
     )
+
+
+def _is_ring(ring: dict[str, Any]) -> bool:
+    """Whether ring.json has a line of numbers for each of its ranks."""
+    ranks = ring.get("ranks")
+    for phase in PHASES:
+        part = ring.get(phase)
+        lines = [part.get("compute"), part.get("exposed")] if isinstance(part, dict) else [None]
+        if not isinstance(ranks, list) or any(not isinstance(x, list) or len(x) != len(ranks) for x in lines):
+            return False
+        if any(None in numbers(line) or not numbers(line) for x in lines if x for line in x):
+            return False
+    return True
 
 
 def _state(run: Run) -> str:

@@ -16,6 +16,7 @@ HEIGHT = 260
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 _LEGEND = {"orient": "bottom", "columns": 2, "labelLimit": 150, "symbolType": "stroke"}
 DASHES = ([1, 0], [6, 3], [2, 2])
+KINDS = ([1, 0], [8, 4], [2, 3], [12, 4, 2, 4], [4, 2], [1, 6])
 
 
 def colour_of(number: int) -> str:
@@ -42,7 +43,7 @@ def _by_run(runs: Sequence[str], kinds: Sequence[str]) -> tuple[Spec, Spec]:
             "field": "kind",
             "type": "nominal",
             "title": None,
-            "scale": {"domain": list(kinds)},
+            "scale": {"domain": list(kinds), "range": [KINDS[n % len(KINDS)] for n in range(len(kinds))]},
             "legend": _LEGEND | {"symbolStrokeColor": "#7f7f7f"},
         }
         channels["detail"].append({"field": "kind"})
@@ -52,6 +53,13 @@ def _by_run(runs: Sequence[str], kinds: Sequence[str]) -> tuple[Spec, Spec]:
             "field": "run", "scale": {"domain": list(runs), "range": dashes}, "legend": None,
         }  # fmt: skip
     return channels, dashed
+
+
+def _widths(runs: Sequence[str]) -> Spec:
+    """The first curve is the widest and drawn first, so that it shows where the others lie on it."""
+    if not 1 < len(runs) <= len(COLOURS):
+        return {"value": 1.8}
+    return {"condition": {"test": {"field": "run", "equal": runs[0]}, "value": 3.6}, "value": 1.7}
 
 
 def lines(
@@ -91,8 +99,8 @@ def lines(
                 "encoding": {"y": value | {"field": "low"}, "y2": {"field": "high"}},
             },
             {
-                "mark": {"type": "line", "strokeWidth": 1.8, "aria": False, "point": False},
-                "encoding": {"y": value, **dashed},
+                "mark": {"type": "line", "aria": False, "point": False},
+                "encoding": {"y": value, "strokeWidth": _widths(runs), **dashed},
             },
             {
                 "params": [near],
@@ -166,15 +174,22 @@ def _cells(
     }  # fmt: skip
 
 
-def timeline() -> Spec:
-    """Stretches of time: rows with ``phase``, ``ring_step``, ``what``, ``start`` and ``end`` in ms."""
+def timeline(lanes: int) -> Spec:
+    """Stretches of time: rows with ``rank`` (one of so many), ``ring_step``, ``what``, ``start`` and ``end`` in ms."""
     return {
-        "height": 140,
-        "mark": {"type": "bar", "aria": False, "height": {"band": 0.7}},
+        "height": 20 * max(2, lanes),
+        "transform": [{"calculate": "datum.end - datum.start", "as": "duration"}],
+        "mark": {
+            "type": "bar",
+            "aria": False,
+            "height": {"band": 0.8},
+            "stroke": "white",
+            "strokeWidth": 0.5,
+        },
         "encoding": {
-            "x": {"field": "start", "type": "quantitative", "title": "ms (mean of ranks, all layers)"},
+            "x": {"field": "start", "type": "quantitative", "title": "time since the pass began (ms)"},
             "x2": {"field": "end"},
-            "y": {"field": "phase", "type": "nominal", "title": None, "sort": ["forward", "backward"]},
+            "y": {"field": "rank", "type": "nominal", "title": None, "sort": None},
             "color": {
                 "field": "what",
                 "type": "nominal",
@@ -186,7 +201,7 @@ def timeline() -> Spec:
                 "legend": {"orient": "top"},
             },
             "tooltip": [
-                {"field": "phase", "title": "pass"},
+                {"field": "rank", "title": "on"},
                 {"field": "ring_step", "title": "ring step"},
                 {"field": "what", "title": "what"},
                 {"field": "duration", "type": "quantitative", "title": "ms", "format": ",.4~g"},
@@ -215,7 +230,7 @@ def bars(x: str, runs: int, groups: Sequence[str]) -> Spec:
                 "type": "nominal",
                 "title": None,
                 "scale": {"domain": list(groups), "range": list(COLOURS[: len(groups)])},
-                "legend": {"orient": "top"},
+                "legend": {"orient": "top", "columns": 1, "labelLimit": 0},
             },
             "tooltip": [
                 {"field": "run", "title": "run"},

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from mtraining.train.config import Config
 from mtraining.train.mesh import Process
 
 BALANCE = "balance.json"
+RING = "ring.json"
+LANES = 16  # ranks of a timeline, at most
 COMPARED_LAYOUTS = ("contiguous", "zigzag", "striped")
 COMPARED_WORLDS = (8, 32)  # besides the run's own number of context-parallel ranks
 
@@ -68,6 +71,33 @@ def ring_record(timeline: Timeline, process: Process) -> dict[str, Any]:
     return record
 
 
+def ring_lanes(timeline: Timeline, process: Process) -> dict[str, Any]:
+    """How the passes of a step went on some ranks of the first sequence, all of them up to `LANES`. Collective.
+
+    Returns:
+        ``ranks``: their places in the ring; and for ``forward`` and ``backward`` a line of ``compute`` and one of
+        ``exposed`` seconds for each of them, by ring step, sums over layers and micro-batches.
+    """
+    seconds = torch.tensor([timeline.by_step(phase) for phase in PHASES], dtype=torch.float64)
+    cp = seconds.shape[-1]
+    ranks = list(range(0, cp, -(-cp // LANES)))
+    lanes = torch.zeros(len(ranks), *seconds.shape, dtype=torch.float64, device=process.device)
+    if process.dp_rank == 0 and process.cp_rank in ranks:
+        lanes[ranks.index(process.cp_rank)] = seconds
+    lines = process.sum(lanes).tolist()
+    found: dict[str, Any] = {"ranks": ranks}
+    for number, phase in enumerate(PHASES):
+        found[phase] = {
+            "compute": [line[number][0] for line in lines], "exposed": [line[number][1] for line in lines]
+        }  # fmt: skip
+    return found
+
+
+def write_ring(folder: Path, step: int, lanes: dict[str, Any]) -> None:
+    """Write `ring.json` into the run folder: :func:`ring_lanes` of this step."""
+    _write(folder / RING, {"step": step, **lanes})
+
+
 def write_balance(config: Config, step: int, layers: Sequence[AttentionStats]) -> None:
     """Write `balance.json` into the run folder: the index of this step under contiguous, zigzag and striped layouts.
 
@@ -81,13 +111,18 @@ def write_balance(config: Config, step: int, layers: Sequence[AttentionStats]) -
         _entry(layout.name, world, work, config.parallel.cp_outer if world == config.parallel.cp else 1)
         for (world, layout), work in zip(rings, works, strict=True)
     ]
-    fresh = config.output / f"{BALANCE}.new"
+    _write(config.output / BALANCE, {"step": step, "layouts": entries})
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file of the last logged step."""
+    fresh = path.with_name(f"{path.name}.new")
     try:
-        fresh.write_text(json.dumps({"step": step, "layouts": entries}, indent=1), encoding="utf-8")
-        os.replace(fresh, config.output / BALANCE)
+        fresh.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(fresh, path)
     except OSError as error:
         fresh.unlink(missing_ok=True)
-        if error.errno != errno.ENOSPC:  # a full disk is told by the metrics; the last balance stays
+        if error.errno != errno.ENOSPC:  # a full disk is told by the metrics; the last file stays
             raise
 
 

@@ -28,7 +28,7 @@ from mtraining.model.recompute import LayerPolicy
 from mtraining.model.support import head_dim_of
 from mtraining.ring import Timeline
 from mtraining.train.about import write_about
-from mtraining.train.balance import attention_record, ring_record, write_balance
+from mtraining.train.balance import attention_record, ring_lanes, ring_record, write_balance, write_ring
 from mtraining.train.checkpoint import Checkpointer
 from mtraining.train.checks import check_config, check_same_tiles, check_table, rounding_warning
 from mtraining.train.config import Config
@@ -242,12 +242,15 @@ def _steps(
             stops.defer()
             seconds = time.perf_counter() - start
             ring = ring_record(timeline, process) if timeline is not None else {}
+            lanes = ring_lanes(timeline, process) if timeline is not None else {}
             if writer is not None:
                 record = _record(step, result, seconds, config, process.device) | ring
                 record |= data_record(config, dataset, step)
                 writer.write(record)
                 if result.attention:
                     write_balance(config, step + 1, result.attention)
+                if lanes:
+                    write_ring(config.output, step + 1, lanes)
                 display.update(record)
             if memory is not None:
                 memory.step_done()

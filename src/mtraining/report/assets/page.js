@@ -65,6 +65,8 @@ function specOf(chart, entry, rows) {
   if (spec.layer && !rows.some((row) => row.low !== undefined)) {
     spec.layer = spec.layer.filter((layer) => layer.name !== "band");
   }
+  const domain = entry.menu && chart.tables[entry.menu.value]?.domain;
+  if (domain) Object.assign(spec.encoding.color.scale, { domain, clamp: true });
   if (entry.log?.checked) {
     for (const layer of spec.layer || []) {
       layer.encoding.y.scale = { type: "log" };
@@ -85,6 +87,11 @@ async function draw(chart) {
   entry.view = result.view;
   if (old) old.finalize();
   entry.plot.dataset.rows = String(rows.length);
+  // On paper there is no menu to say which one is shown.
+  if (entry.menu) {
+    const others = entry.menu.options.length - 1;
+    entry.chosen.textContent = `${chart.menu}: ${entry.menu.value}${others ? ` (${others} more on the page)` : ""}`;
+  }
   if (entry.table.open) fillTable(entry);
 }
 
@@ -109,8 +116,19 @@ async function saveSvg(chart) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
+// Text keeps its size on paper only if charts are as wide as the paper's columns.
+function fitPaper() {
+  for (const entry of figures.values()) {
+    if (!entry.view) continue;
+    const alone = entry.plot.closest(".one") || entry.plot.closest("figure").matches(":only-child");
+    entry.view.width(alone ? 670 : 318);
+    if (!alone) entry.view.height(150);
+    entry.view.run();
+  }
+}
+
 function savePdf(figure) {
-  const section = figure.closest(".grid");
+  const section = figure.closest("section");
   document.body.classList.add("one");
   figure.classList.add("one");
   section.classList.add("has-one");
@@ -148,7 +166,8 @@ function prepare(chart) {
   const figure = document.getElementById(chart.name);
   const entry = {
     plot: figure.querySelector(".plot"), menu: figure.querySelector("select"),
-    log: figure.querySelector("input.log"), table: figure.querySelector("details"), view: null, rows: [],
+    log: figure.querySelector("input.log"), table: figure.querySelector("details"),
+    chosen: figure.querySelector(".chosen"), view: null, rows: [],
   };
   figures.set(chart.name, entry);
   const memory = kept();
@@ -184,6 +203,8 @@ async function start() {
     smooth.addEventListener("change", () => { keep("smooth", smooth.value); drawAll((chart) => chart.smooths); });
   }
   page.charts.forEach(prepare);
+  window.addEventListener("beforeprint", fitPaper);
+  window.addEventListener("afterprint", () => drawAll(() => true));
   await drawAll(() => true);
   document.body.dataset.drawn = String(page.charts.length);
   if (page.refresh) {
