@@ -19,7 +19,7 @@ from mtraining.evaluate.recall import attention_rows
 from mtraining.kernel import SparseIndex, select_backend
 from mtraining.pattern import Pattern, SequenceShard
 
-CELLS = 250_000  # of all maps together, so that a page stays small
+CELLS = 200_000  # of all maps together, so that a page stays small
 SIDES = (8, 64)  # cells along an edge of a map, at least and at most
 
 
@@ -95,8 +95,7 @@ def inspect_attention(
             )
     sampled = torch.linspace(0, tokens - 1, min(rows, tokens), device=ids.device).round().long().unique()
     heads = hf_model.config.num_attention_heads
-    side = int((2 * CELLS / (len(patterns) * heads)) ** 0.5)
-    side = max(SIDES[0], min(SIDES[1], side, len(sampled)))
+    side = map_side(len(patterns) * heads, len(sampled))
     distances = [0] + [2**power for power in range((tokens - 1).bit_length())]
     layers: dict[int, list[dict[str, Tensor]]] = {}
     found: list[Miss] = []
@@ -125,6 +124,11 @@ def inspect_attention(
 
     parts = {name: joined(name) for name in ("recall", "density", "mass", "kept", "maps", "chosen")}
     return Inspection(tokens=tokens, rows=sampled.cpu(), distances=distances, misses=found, **parts)
+
+
+def map_side(heads: int, rows: int) -> int:
+    """Cells along an edge of each map: half of their square is below the diagonal, and `CELLS` are for all heads."""
+    return max(SIDES[0], min(SIDES[1], int((2 * CELLS / heads) ** 0.5), rows))
 
 
 def selected_keys(index: SparseIndex, rows: Tensor, head: int) -> Tensor:

@@ -11,6 +11,8 @@ from mtraining.report.chart import Chart, grid
 from mtraining.report.page import Section, html_table, page
 from mtraining.report.series import short
 
+# Of all maps. With the script of charts, and numbers of every head, a page stays below 5 MB.
+_MAP_BYTES, _CELL_BYTES, _EDGE_BYTES = 3_300_000, 11, 9
 _WORST, _SHOWN = 20, 40  # heads of the table, missed pairs of the page
 _CONTEXT = 12  # tokens on either side
 
@@ -106,17 +108,28 @@ def _maps(found: Inspection) -> Chart:
     chart = Chart("map", "Map of a head", says, specs.attention_map(), menu="head")
     edges = [place * found.tokens // side for place in range(side)]
     order = found.recall.flatten().argsort().tolist()
-    for place in order:  # the worst first
+    one = side * (side + 1) // 2 * _CELL_BYTES + 2 * side * _EDGE_BYTES + 100
+    shown = order[: _MAP_BYTES // one]
+    if len(shown) < len(order):
+        chart.missing.append(
+            f"{len(order) - len(shown):,} heads with higher recall, for a page would be too large"
+        )
+    for place in shown:  # the worst first
         layer, head = divmod(place, heads)
         mass, chosen = found.maps[layer, head].tolist(), found.chosen[layer, head].tolist()
         table = {
             "x": edges,
             "y": edges,
-            "z": [[float(f"{100 * mass[q][k]:.2g}") for k in range(q + 1)] for q in range(side)],
+            "z": [[_short_share(mass[q][k]) for k in range(q + 1)] for q in range(side)],
             "chosen": [[round(100 * chosen[q][k]) for k in range(q + 1)] for q in range(side)],
         }
         chart.tables[f"layer {layer}, head {head}: recall {found.recall[layer, head]:.1%}"] = table
     return chart
+
+
+def _short_share(share: float) -> float:
+    """In percent, to two digits, and no more than three decimals: so much can be seen."""
+    return round(float(f"{100 * share:.2g}"), 3)
 
 
 def _worst(found: Inspection) -> str:
