@@ -52,14 +52,25 @@ def test_nothing_is_learnt_from_noise() -> None:
 
 
 def link_of(worker: Worker) -> Any:
-    return measure_link((64, 4096), worker.device)
+    return measure_link((64, 2**26), worker.device)
 
 
 def test_links_between_processes(pool: ProcessPool) -> None:
     (one, two) = pool.run(link_of, world=2)
-    assert [size for size, _ in one] == [64, 4096] and all(seconds > 0 for _, seconds in one)
+    assert [size for size, _ in one] == [64, 2**26] and all(seconds > 0 for _, seconds in one)
     assert one == two
     assert pool.run(link_of, world=1) == [None]
+
+
+def test_a_link_without_a_rate_is_refused(pool: ProcessPool) -> None:
+    """As where noise makes the longer message the faster one: a plan would divide by nothing."""
+    assert pool.run(reversed_link, world=2) == ["64 bytes between processes took no longer than 67108864"] * 2
+
+
+def reversed_link(worker: Worker) -> str:
+    with pytest.raises(UserError, match="run it again") as refused:
+        measure_link((2**26, 64), worker.device)
+    return str(refused.value).removeprefix("bench rates: ").partition(",")[0]
 
 
 def test_own_rates_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

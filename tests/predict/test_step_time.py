@@ -5,6 +5,7 @@ that are compared with. Exceptions are listed below, each with its reason.
 """
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model.recompute import PARTS, LayerPolicy, layer_policies
 from mtraining.pattern import ToeplitzRandom
-from mtraining.predict.measured import Link, built_in, rates_of, rates_of_device, read_rates
+from mtraining.predict.measured import Link, Rates, built_in, rates_of, rates_of_device, read_rates
 from mtraining.predict.ring import Network
 from mtraining.predict.step_time import (
     ModelShape,
@@ -74,9 +75,9 @@ def test_measured_rings(row: dict[str, str]) -> None:
         assert off == pytest.approx(listed, abs=0.01) if listed else abs(off) < WITHIN
 
 
-def step_row(row: dict[str, str]) -> float:
+def step_row(row: dict[str, str], rates: Rates) -> float:
     tokens, gpus, layers = int(row["seq_len"]), int(row["gpus"]), int(row["layers"])
-    shape, rates = SHAPES["qwen2.5-3b"], rates_of("h200")
+    shape = SHAPES["qwen2.5-3b"]
     density = None if row["pattern"] == "dense" else round(float(row["density"]), 3)
     case = TrainCase(shape, tokens, density, row.get("layout", "striped"), "flat", row["recompute"], layers)
     index = (
@@ -98,7 +99,7 @@ def step_row(row: dict[str, str]) -> float:
 )
 def test_measured_steps(row: dict[str, str]) -> None:
     """Two GPUs, 4 and 36 layers, dense and sparse, three layouts. Not one rate comes from this file."""
-    assert step_row(row) == pytest.approx(float(row["step_seconds"]), rel=WITHIN)
+    assert step_row(row, rates_of("h200")) == pytest.approx(float(row["step_seconds"]), rel=WITHIN)
 
 
 @pytest.mark.parametrize("fused", ["none", "liger", "compile"])
@@ -106,12 +107,37 @@ def test_measured_profiles(fused: str) -> None:
     """One GPU, 128K. The rates of what surrounds attention are from here, those of attention are not."""
     mine = [row for row in rows("profile-h200-2026-11-23.csv") if row["fused"] == fused]
     (step,) = (float(row["ms"]) for row in mine if row["component"] == "step")
-    assert 1000 * step_row(mine[0]) == pytest.approx(step, rel=WITHIN)
+    assert 1000 * step_row(mine[0], rates_of("h200")) == pytest.approx(step, rel=WITHIN)
+
+
+PACKED = "packed-steps-h100-80gb-hbm3-2026-11-27.csv"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=f"{row['case']}-{row['equal']}")
+        for row in rows(PACKED)
+        # Packed at the same density, documents compute less than the prescribed index's window has.
+        if row["case"] == "one document" or row["equal"] == "area"
+    ],
+)
+def test_measured_packed_steps(row: dict[str, str]) -> None:
+    """One GPU, 4 layers, 128K. Packed documents are predicted by the area that they compute."""
+    rates = rates_of_device(row["gpu"])
+    if rates is None:
+        pytest.skip(f"no rates of {row['gpu']} come with the package yet")
+    step = {"gpus": "1", "pattern": "toeplitz_random", "recompute": "keep_attention"} | row
+    assert step_row(step | {"density": row["area"]}, rates) == pytest.approx(
+        float(row["step_seconds"]), rel=WITHIN
+    )
 
 
 def test_every_measurement_is_compared() -> None:
     """A new file of rings or steps on a GPU with rates must be compared, or named here with a reason."""
     compared = {"ring-h200x2-2026-11-23.csv", "train-h200x2-2026-11-23.csv", "profile-h200-2026-11-23.csv"}
+    if rates_of_device(rows(PACKED)[0]["gpu"]) is not None:
+        compared.add(PACKED)
     measured = {rates.gpu for rates in map(read_rates, built_in().values())}
     timed = {"step_seconds", "forward_ms", "component"}
     found = {
@@ -197,6 +223,10 @@ def test_gpus_without_rates(tmp_path: Path) -> None:
     wrong = tmp_path / "rates.json"
     wrong.write_text('{"gpu": "x"}')
     with pytest.raises(UserError, match="is no rates file"):
+        read_rates(wrong)
+    given = json.loads(built_in()["h200"].read_text())
+    wrong.write_text(json.dumps(given | {"intra": [[1, 2e-5], [2, 1e-5]]}))
+    with pytest.raises(UserError, match="its longest message takes no longer"):
         read_rates(wrong)
     with pytest.raises(UserError, match="cannot be read"):
         read_rates(tmp_path / "none.json")

@@ -206,6 +206,10 @@ def _rates(given: Any) -> Rates:
         pairs = tuple((float(size), float(seconds)) for size, seconds in points)
         if len(pairs) < 2 or any(a >= b for (a, _), (b, _) in pairwise(pairs)):
             raise ValueError(f"{name} needs two or more sizes, ascending")
+        if pairs[-1][1] <= pairs[-2][1]:
+            raise ValueError(
+                f"{name}: its longest message takes no longer than the one before, so it has no rate"
+            )
         return Link(pairs)
 
     def pair(values: Any) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from mtraining.evaluate.inspect import Inspection
 from mtraining.report import specs
 from mtraining.report.chart import Chart, grid
 from mtraining.report.page import Section, html_table, page
-from mtraining.report.series import short
+from mtraining.report.series import percents, short
 
 # Of all maps. With the script of charts, and numbers of every head, a page stays below 5 MB.
 _MAP_BYTES, _CELL_BYTES, _EDGE_BYTES = 3_300_000, 11, 9
@@ -30,9 +30,10 @@ def attention_page(
         model, text, attention: what they are called.
     """
     lead = (
-        f"<p>Attention of {html.escape(model)} on {html.escape(text)}: {found.tokens:,} tokens, "
-        f"{len(found.rows)} query rows, pattern {html.escape(attention)}. Recall "
-        f"{found.recall.mean():.1%} at density {found.density.mean():.1%}, means over layers and heads.</p>"
+        f"<p>Exact attention of {html.escape(model)} on {html.escape(text)}, beside what pattern "
+        f"{html.escape(attention)} computes of it: {found.tokens:,} tokens, {len(found.rows)} of them as queries. "
+        f"The pattern keeps {found.recall.mean():.1%} of the attention mass (recall) with "
+        f"{found.density.mean():.1%} of the pairs of tokens (density), means over layers and heads.</p>"
     )
     sections = [
         Section(
@@ -43,7 +44,7 @@ def attention_page(
         Section("worst", "Worst heads", _worst(found)),
         Section("misses", "What the pattern misses", _missed(found, ids, decode)),
     ]
-    return page(f"Attention of {model}", lead, sections)
+    return page(f"Attention of {model} on {text}", lead, sections)
 
 
 def _by_head(found: Inspection, name: str) -> Chart:
@@ -53,8 +54,9 @@ def _by_head(found: Inspection, name: str) -> Chart:
         if name == "recall"
         else "of causal attention computed"
     )
-    spec = specs.cells("head", "layer", f"{name} (%)", (0, 100) if name == "recall" else None)
     table = grid([[short(100 * value) for value in line] for line in shares.tolist()])
+    low, high = percents(value for line in table["z"] for value in line)
+    spec = specs.cells("head", "layer", f"{name} (%)", (0, 100) if name == "recall" else (low, high))
     return Chart(
         f"{name}-heads", f"{name.capitalize()} by head", f"Share {what}.", spec, {"all heads": table}
     )
@@ -68,8 +70,12 @@ def _against(found: Inspection) -> Chart:
         "density": [short(100 * value) for value in found.density.flatten().tolist()],
         "value": [short(100 * value) for value in found.recall.flatten().tolist()],
     }
-    says = "Each point is a head. Lower is what the pattern loses, further right what it costs."
-    return Chart("against", "Recall against density", says, specs.heads(), {"all heads": table})
+    says = (
+        "Each point is a head. The lower it is, the more attention the pattern loses; the further right, the more it "
+        "computes."
+    )
+    spec = specs.heads(percents(table["density"]), percents(table["value"]))
+    return Chart("against", "Recall against density", says, spec, {"all heads": table})
 
 
 def _distance(found: Inspection) -> Chart:
@@ -162,7 +168,7 @@ def _missed(found: Inspection, ids: Sequence[int], decode: Decode) -> str:
     )
     heads = "".join(
         f'<th scope="col">{head}</th>'
-        for head in ("head", "mass", "distance", "query reads", "the key it misses")
+        for head in ("head", "share of the row", "distance (tokens)", "the query", "the key that it misses")
     )
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Missed pairs"><table>'

@@ -11,14 +11,13 @@ from mtraining.report import specs
 from mtraining.report.chart import Chart, Table, grid
 from mtraining.report.evaluated import evaluation_charts
 from mtraining.report.runs import Run, number, numbers
-from mtraining.report.series import curve, difference, heat, short
+from mtraining.report.series import curve, difference, heat, percents, short
 from mtraining.ring.timeline import PHASES
 from mtraining.train.balance import LANES
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 BANDS = ("< 1K", "1K to 4K", "4K to 32K", "> 32K")
 _WORLD = 8  # ranks of the load charts, where the run itself had one
-_LEAST_RANGE = 5.0  # of a scale of percentages, in percentage points
 _POINTS, _CELLS = 6000, 4000  # of one chart: points of all runs, cells of one run
 
 
@@ -129,16 +128,9 @@ def _heat(run: Run, runs: Sequence[Run], key: str, factor: float) -> Table:
     layers = max((len(record[key]) for record in records), default=0)
     cells = _CELLS if len(runs) <= 5 else _CELLS // 2
     table = heat(records, key, max(20, min(160, cells // max(1, layers))), factor)
-    return table | {"domain": _percents(table)} if table and factor == 100 else table
-
-
-def _percents(table: Table) -> list[float]:
-    """A scale of colours for percentages: from the least to the greatest, but not less than `_LEAST_RANGE` wide, so
-    that differences of nothing do not look like some."""
-    values = [value for line in table["z"] for value in line if value is not None] or [0.0]
-    low, high = min(values), max(values)
-    low = max(0.0, min(low - max(0.0, _LEAST_RANGE - (high - low)) / 2, 100 - _LEAST_RANGE))
-    return [float(f"{low:.3g}"), float(f"{max(high, low + _LEAST_RANGE):.3g}")]
+    if not table or factor != 100:
+        return table
+    return table | {"domain": percents(value for line in table["z"] for value in line)}
 
 
 def _recall_by_head(run: Run) -> Table:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 from mtraining.report.runs import number, numbers
 
 Column = list[Any]
+LEAST_RANGE = 5.0  # of a scale of percentages, in percentage points
 
 
 def short(value: float | None) -> float | None:
     """``value`` to five significant digits, which is what a chart can show."""
     return None if value is None else float(f"{value:.5g}")
+
+
+def percents(values: Iterable[float | None]) -> list[float]:
+    """A scale for percentages: from the least to the greatest, but no narrower than `LEAST_RANGE`, so that differences
+    of nothing do not look like some."""
+    found = [value for value in values if value is not None] or [0.0]
+    low, high = min(found), max(found)
+    low = max(0.0, min(low - max(0.0, LEAST_RANGE - (high - low)) / 2, 100 - LEAST_RANGE))
+    return [float(f"{low:.3g}"), min(100.0, float(f"{max(high, low + LEAST_RANGE):.4g}"))]
 
 
 def bucketed(steps: Sequence[int], values: Sequence[float], points: int) -> dict[str, Column]:

@@ -241,15 +241,19 @@ def bars(x: str, runs: int, groups: Sequence[str]) -> Spec:
     }
 
 
-def heads() -> Spec:
-    """A point a head: rows with ``layer``, ``head``, ``density`` and ``value`` (recall), in percent."""
-    percent = {"type": "quantitative", "scale": {"zero": False}}
+def heads(density: Sequence[float], recall: Sequence[float]) -> Spec:
+    """A point a head: rows with ``layer``, ``head``, ``density`` and ``value`` (recall), in percent.
+
+    Args:
+        density, recall: ends of the two axes.
+    """
+    percent = {"type": "quantitative"}
     return {
         "height": HEIGHT,
         "mark": {"type": "point", "filled": True, "size": 40, "aria": False},
         "encoding": {
-            "x": {"field": "density", "title": "density (%)", **percent},
-            "y": {"field": "value", "title": "recall (%)", **percent},
+            "x": {"field": "density", "title": "density (%)", "scale": {"domain": list(density)}, **percent},
+            "y": {"field": "value", "title": "recall (%)", "scale": {"domain": list(recall)}, **percent},
             "color": {
                 "field": "layer", "type": "quantitative", "scale": {"scheme": "viridis"},
                 "legend": {"orient": "top", "gradientLength": 180, "gradientThickness": 10},

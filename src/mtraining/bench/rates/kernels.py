@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,8 +56,13 @@ class Rater:
     """Times one thing after another on a device, and notes what it takes from where."""
 
     def __init__(self, sizes: Sizes, device: torch.device, kernel: str, seconds: float, say: Say) -> None:
-        self.sizes, self.device, self.kernel, self.seconds, self.say = sizes, device, kernel, seconds, say
-        self.dtype = sizes.many.dtype
+        self.sizes, self.device, self.kernel, self.seconds = sizes, device, kernel, seconds
+        self.dtype, self._begin = sizes.many.dtype, time.perf_counter()
+        self._say = say
+
+    def say(self, text: str) -> None:
+        """Tell progress, with the seconds since the beginning."""
+        self._say(f"[{time.perf_counter() - self._begin:5.1f} s] {text}")
 
     def time(self, run: Callable[[], object]) -> float:
         """Seconds of one call."""
@@ -66,6 +72,7 @@ class Rater:
         """Nanoseconds (forward, backward) by part, as `mtraining.predict.measured.AttentionRates` has them."""
         sizes = self.sizes
         backend = select_backend(self.kernel, self.device, self.dtype, head_dim)
+        self.say(f"attention at head_dim {head_dim} by {backend.name}: four indices, forward and backward")
         many, few = (self._layer(case, head_dim, backend) for case in (sizes.many, sizes.few))
         with_columns, dense = (self._layer(case, head_dim, backend) for case in (sizes.columns, sizes.dense))
         found: dict[str, list[float]] = {"tile_ns": [], "row_ns": [], "column_ns": [], "dense_ns": []}
@@ -84,7 +91,7 @@ class Rater:
             every, _, _, whole = dense[phase]
             for name, value in zip(found, (tile, row, column, whole / every), strict=True):
                 found[name].append(round(1e9 * value, 3))
-        self.say(f"attention at head_dim {head_dim}, ns (forward, backward): {found}")
+        self.say(f"ns (forward, backward): {found}")
         return found
 
     def _layer(
@@ -187,6 +194,7 @@ class Rater:
         logits: dict[str, float] = {}
         layers: dict[str, float] = {}
         for fused in FUSED:
+            self.say(f"what surrounds attention, and the loss, with fused={fused}")
             try:
                 layers[fused] = round(self.around_bytes(fused, flops) / 1e9, 1)
                 logits[fused] = round(1e12 * self.logit_seconds(fused, flops), 3)

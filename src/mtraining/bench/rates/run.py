@@ -49,7 +49,7 @@ ON_CPUS = Sizes(
     shape=SHAPES["tiny"],
     tokens=256,
     copied=_MIB,
-    messages=(_K, 64 * _K),
+    messages=(_K, 64 * _MIB),
 )
 _REPEATS = 5
 
@@ -58,22 +58,31 @@ def measure_rates(rater: Rater, head_dims: Sequence[int]) -> dict[str, Any]:
     """All that one GPU can tell, as a rates file has it, without its links."""
     flops = rater.matmul_flops()
     rater.say(f"products: {flops / 1e12:.3g} TFLOP/s")
+    memory, host = rater.memory_bytes(), rater.host_bytes()
+    to_host = "" if host is None else f", to the host {host / 1e9:.3g} GB/s"
+    rater.say(f"memory: {memory / 1e9:.4g} GB/s{to_host}")
+    attention = {str(size): rater.attention(size) for size in head_dims}
+    estimate = rater.estimate_seconds()
+    rater.say(f"estimation of an index: {1e9 * estimate:.3g} ns for each token and head")
     logits, around = rater.around(flops)
-    host = rater.host_bytes()
     return {
         "matmul_tflops": round(flops / 1e12, 6),
-        "memory_gb_per_s": round(rater.memory_bytes() / 1e9, 3),
-        "attention": {str(size): rater.attention(size) for size in head_dims},
+        "memory_gb_per_s": round(memory / 1e9, 3),
+        "attention": attention,
         "logit_ps": logits,
         "around_gb_per_s": around,
-        "estimate_ns": round(1e9 * rater.estimate_seconds(), 4),
+        "estimate_ns": round(1e9 * estimate, 4),
         "host_gb_per_s": None if host is None else round(host / 1e9, 2),
     }
 
 
 def measure_link(sizes: Sequence[int], device: torch.device) -> list[list[float]] | None:
     """[bytes, seconds] of each size: the slowest rank's median of a message to the next one and from the one before, at
-    once. None for a lone process. Collective."""
+    once. None for a lone process. Collective.
+
+    Raises:
+        UserError: on all ranks, the longest message took no longer than the one before, so that there is no rate.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     if world == 1:
         return None
@@ -99,6 +108,11 @@ def measure_link(sizes: Sequence[int], device: torch.device) -> list[list[float]
         slowest = torch.tensor(sorted(times[1:])[_REPEATS // 2], dtype=torch.float64, device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         points.append([size, float(f"{slowest.item():.4g}")])
+    if len(points) > 1 and points[-1][1] <= points[-2][1]:
+        raise UserError(
+            f"bench rates: {points[-1][0]} bytes between processes took no longer than {points[-2][0]}, so nothing was "
+            "learnt; run it again while nothing else uses the machine."
+        )
     return points
 
 
