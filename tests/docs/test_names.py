@@ -32,7 +32,7 @@ PYTHON = [
 # Files that runs and commands write or read, by the name that all of them have.
 WRITTEN = set(
     """
-    metrics.jsonl balance.json balance.csv config.yaml config.json demo.json meta.json report.html report/report.html
+    metrics.jsonl balance.json ring.json balance.csv config.yaml config.json demo.json meta.json report.html report/report.html
     tokenizer.json tokenizer_config.json model.safetensors patterns.yaml first.yaml
     attention.html about.json generation_config.json mtraining_export.json trackers.json
     changes.jsonl results.jsonl summary.json run.json lm-eval.json longbook_qa_eng.jsonl code_debug.jsonl

@@ -235,7 +235,7 @@ class IndexMemory:
             self._count_all()
 
     def _count_all(self) -> None:
-        """Count what is not counted yet. Some forty small kernels, whatever the number of layers that are alike."""
+        """Count what is not counted yet. Some fifty small kernels, whatever the number of layers that are alike."""
         for layers, index in joined_where_alike(self._uncounted):
             assert self._shard is not None
             distances = _distances(index, self._shard).unflatten(0, (len(layers), -1))

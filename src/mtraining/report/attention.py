@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mtraining.evaluate.inspect import Inspection
 from mtraining.report import specs
@@ -64,7 +65,7 @@ def _by_head(found: Inspection, name: str) -> Chart:
 
 def _against(found: Inspection) -> Chart:
     layers, heads = found.recall.shape
-    table = {
+    table: dict[str, list[Any]] = {
         "layer": [layer for layer in range(layers) for _ in range(heads)],
         "head": list(range(heads)) * layers,
         "density": [short(100 * value) for value in found.density.flatten().tolist()],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def layer_gradient_norms(layers: Sequence[nn.Module]) -> torch.Tensor:
+def layer_gradient_norms(layers: nn.ModuleList) -> torch.Tensor:
     """:func:`gradient_norm` of each layer: fp32 (layers,), 0 for one without gradients.
 
     Collective when sharded: one sum over the shards for all layers together.
