@@ -5,7 +5,8 @@ torchrun --nproc-per-node 2 benchmarks/telemetry_cost.py      # with the waits o
 
 One process a GPU, random weights, a prescribed index, estimation made and dropped, as `mtraining bench train` does. All
 variants of a step are timed in each round, one after the other, and each is compared with the round's own step without
-telemetry, so that a clock that drifts moves both. The median difference counts. A step of the trainer's defaults pays
+telemetry, so that a clock that drifts moves both. The median difference counts; "noise" is half of what the middle half
+of the differences spans, and a cost below it was not seen. A step of the trainer's defaults pays
 for what is on in every step, and once in `log.every` steps for the rest.
 """
 
@@ -51,7 +52,7 @@ LOGGED = (
 )
 RING, RECALL = "waits of the ring", "recall (log.recall_rows=128)"
 COLUMNS = (
-    "date commit gpu gpus torch model layers seq_len density fused item when step_ms added_ms share_of_step"
+    "date commit gpu gpus torch model layers seq_len density fused item when step_ms added_ms noise_ms share_of_step"
 ).split()
 
 
@@ -153,19 +154,35 @@ def costs(taken: dict[str, list[float]], every: int) -> list[dict[str, Any]]:
     """A row an item: milliseconds that it adds to a step, and its share of a step, logged once in ``every``."""
     base = statistics.median(taken["none"])
 
-    def added(name: str) -> float:
-        return statistics.median(
-            with_it - without for with_it, without in zip(taken[name], taken["none"], strict=True)
-        )
+    def differences(name: str) -> list[float]:
+        return [with_it - without for with_it, without in zip(taken[name], taken["none"], strict=True)]
 
-    rows = [{"item": "none", "when": "", "step_ms": 1e3 * base, "added_ms": 0.0, "share_of_step": 0.0}]
+    def added(name: str) -> float:
+        return statistics.median(differences(name))
+
+    def noise(name: str) -> float:
+        if len(taken[name]) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(differences(name), n=4, method="inclusive")
+        return (high - low) / 2
+
+    rows = [
+        {
+            "item": "none",
+            "when": "",
+            "step_ms": 1e3 * base,
+            "added_ms": 0.0,
+            "noise_ms": 0.0,
+            "share_of_step": 0.0,
+        }
+    ]
     for name in list(taken)[1:]:
         when = "every step" if name == COVERAGE else f"1 of {every}"
         share = added(name) / base / (1 if name == COVERAGE else every)
         rows.append(
             {
                 "item": name, "when": when, "step_ms": 1e3 * statistics.median(taken[name]),
-                "added_ms": 1e3 * added(name), "share_of_step": share,
+                "added_ms": 1e3 * added(name), "noise_ms": 1e3 * noise(name), "share_of_step": share,
             }
         )  # fmt: skip
     counted, logged = added(COVERAGE), added("a logged step, defaults")
@@ -173,7 +190,7 @@ def costs(taken: dict[str, list[float]], every: int) -> list[dict[str, Any]]:
     rows.append(
         {
             "item": "defaults, mean of all steps", "when": "", "step_ms": 1e3 * (base + mean),
-            "added_ms": 1e3 * mean, "share_of_step": mean / base,
+            "added_ms": 1e3 * mean, "noise_ms": 1e3 * noise(COVERAGE), "share_of_step": mean / base,
         }
     )  # fmt: skip
     return rows
@@ -220,7 +237,7 @@ def main() -> int:
     for row in rows:
         say(
             f"{row['item']:32} {row['when']:10} {row['step_ms']:10.2f} ms {row['added_ms']:+9.2f} ms "
-            f"{row['share_of_step']:+8.3%}"
+            f"(noise {row['noise_ms']:.2f}) {row['share_of_step']:+8.3%} of a step"
         )
     if options.out is not None and rank == 0:
         told = provenance(device)
@@ -232,11 +249,7 @@ def main() -> int:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             for row in rows:
-                numbers = [
-                    round(row["step_ms"], 3),
-                    round(row["added_ms"], 3),
-                    round(row["share_of_step"], 6),
-                ]
+                numbers = [round(row[name], 6) for name in COLUMNS[-4:]]
                 writer.writerow([*head, row["item"], row["when"], *numbers])
         say(f"wrote {path}")
     dist.destroy_process_group()

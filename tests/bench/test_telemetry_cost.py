@@ -53,6 +53,7 @@ def test_a_logged_item_counts_once_in_so_many_steps(script: Callable[[str], Modu
     rows = {row["item"]: row for row in cost.costs(taken, 10)}
     assert rows["coverage counted"]["share_of_step"] == pytest.approx(0.01 / 2)
     assert rows["index stability"]["share_of_step"] == pytest.approx(0.2 / 2 / 10)
+    assert rows["index stability"]["noise_ms"] == pytest.approx(0)
     mean = rows["defaults, mean of all steps"]
     assert mean["added_ms"] == pytest.approx(1e3 * (0.01 + 0.02))
     assert mean["share_of_step"] == pytest.approx(0.03 / 2)

@@ -32,11 +32,11 @@ PYTHON = [
 # Files that runs and commands write or read, by the name that all of them have.
 WRITTEN = set(
     """
-    metrics.jsonl balance.json ring.json balance.csv config.yaml config.json demo.json meta.json report.html report/report.html
+    metrics.jsonl balance.json balance.csv config.yaml config.json demo.json meta.json report.html report/report.html
     tokenizer.json tokenizer_config.json model.safetensors patterns.yaml first.yaml
     attention.html about.json generation_config.json mtraining_export.json trackers.json
     changes.jsonl results.jsonl summary.json run.json lm-eval.json longbook_qa_eng.jsonl code_debug.jsonl
-    index.html site/index.html index.json prepare.json manifest.json shard-00000.json
+    index.html site/index.html index.json prepare.json manifest.json shard-00000.json ring.json
     """.split()
 )
 # Names that a reader puts a name of his own for, files of other projects, and a type of Arrow's.
