@@ -69,7 +69,8 @@ def test_a_screen_reader_is_told_of_every_chart(folders: list[Path], tab: Tab) -
         (r, n.split(" 0")[0]) for r, n in told
     ]
     axes = [name for role, name in told if role == "graphics-symbol" and "axis" in name]
-    assert any("titled 'step'" in name for name in axes) and any("titled 'loss'" in name for name in axes)
+    for title in ("step", "loss (nats a token)"):
+        assert any(f"titled '{title}'" in name for name in axes), title
 
 
 def test_all_controls_are_reached_and_worked_with_keys(tab: Tab) -> None:

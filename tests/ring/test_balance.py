@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtraining.kernel import SparseIndex, dense_index
+from mtraining.kernel import SparseIndex, dense_index, pack_blocks
 from mtraining.layout import Layout, build_layout
-from mtraining.ring import imbalance, tile_work
+from mtraining.ring import imbalance, tile_work, tile_works
 from mtraining.ring.balance import by_step
 
 BLOCK = 16
@@ -89,3 +89,22 @@ def test_no_work_is_no_imbalance() -> None:
     degree = imbalance(torch.zeros(4, 4))
     assert (degree.worker, degree.step) == (1.0, 1.0)
     assert degree.worker_by_step == pytest.approx([1.0] * 4)
+
+
+def test_many_indices_are_counted_together() -> None:
+    """Slashes, starts and block lists, of two lengths of blocks, each as if it were asked about alone."""
+    made = torch.Generator().manual_seed(3)
+    columns = torch.empty(1, 2, 0, dtype=torch.int32)
+
+    def index(size: int, **more: torch.Tensor) -> SparseIndex:
+        return SparseIndex(128, size, torch.rand(1, 2, 128 // size, generator=made) < 0.4, columns, **more)
+
+    starts = torch.zeros(1, 128, dtype=torch.int32)
+    starts[:, 50:] = 50
+    lists = pack_blocks(torch.rand(1, 2, 16, 16, generator=made) < 0.3)
+    indices = [index(8), index(16), index(8, starts=starts), index(8, blocks=lists), index(8)]
+    rings = [(build_layout("striped", 16), 4), (build_layout("zigzag"), 2)]
+    for works, (layout, world) in zip(tile_works(indices, rings), rings, strict=True):
+        for work, one in zip(works, indices, strict=True):
+            assert torch.equal(work, tile_work(one, layout, world))
+        assert not torch.equal(works[0], works[-1])

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distributed import ProcessPool, Worker
 from mtraining.layout import build_layout
-from mtraining.pattern import VerticalSlash, build_pattern
+from mtraining.pattern import Pattern, VerticalSlash, build_pattern
 from mtraining.ring import IndexTape, Observer, sparse_ring_attention
 from pattern_cases import Counting
 
@@ -151,3 +151,36 @@ def test_block_lists_are_whole_for_observers_and_local_on_the_tape(
     assert held == 4 * (
         16 + 8 * 2
     )  # a head: 16 diagonals, and 2 bytes of bits for each of the rank's 8 query blocks
+
+
+def test_calls_seen_together_are_told_as_if_each_were_alone() -> None:
+    """The observer looks at indices of like shapes at once; here two are alike, and one has other columns."""
+    patterns = [
+        VerticalSlash(**OPTIONS | {"top_p": 0.3}),
+        VerticalSlash(**OPTIONS | {"top_p": 0.6}),
+        build_pattern("a_shape", block_size=8),
+    ]
+    inputs = [
+        torch.randn(1, 64, heads, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2)
+    ]
+
+    def call(pattern: Pattern) -> None:
+        sparse_ring_attention(
+            3 * inputs[0], inputs[1], inputs[1], pattern=pattern, layout="contiguous", mesh=None
+        )
+
+    alone = []
+    for pattern in patterns:
+        with Observer() as one:
+            call(pattern)
+        alone += one.stats
+    with Observer() as together:
+        for pattern in patterns:
+            call(pattern)
+    assert together.calls == 3 and len(together.stats) == len(together.stats) == 3
+    for found, expected in zip(together.stats, alone, strict=True):
+        mask = expected.index.density().mean().item()
+        assert found.density == pytest.approx(expected.density) == pytest.approx(mask)
+        assert found.columns == expected.index.column_counts.double().mean().item()
+        assert torch.equal(found.tile_work, expected.tile_work)
+    assert len({round(one.density, 6) for one in alone}) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from distributed import ProcessPool
 from mtraining.data import PrepareOptions, prepare
 from mtraining.train.about import ABOUT
+from mtraining.train.balance import RING
 from mtraining.train.loop import train
 from mtraining.train.metrics import read_metrics
 from mtraining.train.optim import layer_gradient_norms
@@ -84,7 +86,15 @@ def test_a_ring_and_replicas_log_what_one_process_does(
     expected = read_metrics(run)[0]
     assert found["layer_grad_norm"] == pytest.approx(expected["layer_grad_norm"], rel=1e-3)
     assert found["uncovered_by_distance"] == expected["uncovered_by_distance"]
+    assert (tmp_path / "run" / RING).is_file() == ("cp" in grid)
     if "cp" in grid:
+        lanes = json.loads((tmp_path / "run" / RING).read_text())
+        assert (lanes["step"], lanes["ranks"]) == (1, [0, 1])
+        for phase in ("forward", "backward"):
+            for what in ("compute", "exposed"):
+                means = [sum(step) / 2 for step in zip(*lanes[phase][what], strict=True)]
+                assert means == pytest.approx(found[f"ring_{phase}_{what}"]), (phase, what)
+            assert lanes[phase]["compute"][0] != lanes[phase]["compute"][1]
         assert found["layer_recall"] == pytest.approx(expected["layer_recall"], rel=1e-3)
 
 

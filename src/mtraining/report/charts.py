@@ -61,12 +61,13 @@ def _curves(runs: Sequence[Run], points: int) -> list[Chart]:
         one(
             "loss", "Training loss",
             "Loss of each step, mean over the tokens of its batch. A band is the range of the steps behind a point.",
-            "loss", lambda run: curve(run.steps, "loss", points), logs=True,
+            "loss (nats a token)", lambda run: curve(run.steps, "loss", points), logs=True,
         ),
         one(
-            "loss-difference", "Loss less that of the dense run",
-            f"Training loss minus that of {base.name} at the same step." if base else "Training loss minus dense.",
-            "difference of loss", to_dense,
+            "loss-difference", "Difference of loss to the dense run",
+            f"Training loss minus that of {base.name} at the same step; below 0 is better than dense."
+            if base else "Training loss minus that of a dense run.",
+            "difference (nats a token)", to_dense,
         ),
         one(
             "throughput", "Throughput", "Tokens a second of each step, over all devices.",

@@ -82,7 +82,7 @@ def _held_out(runs: Sequence[Run], names: Sequence[str]) -> Chart:
     says = (
         "Loss of held-out text over steps, by how it was read (train: the run's own pattern) and by length."
     )
-    chart = _chart("held-out", "Held-out loss", says, "held-out loss", names, found)
+    chart = _chart("held-out", "Held-out loss", says, "held-out loss (nats a token)", names, found)
     chart.logs = True
     return chart
 
@@ -117,7 +117,7 @@ def _by_position(runs: Sequence[Run], names: Sequence[str]) -> Chart:
         "Loss of held-out text by the position of a token, at each run's last evaluation. Points are middles of "
         "buckets."
     )
-    spec = specs.lines("position (tokens)", "held-out loss", names, kinds, x_field="position")
+    spec = specs.lines("position (tokens)", "held-out loss (nats a token)", names, kinds, x_field="position")
     chart = Chart("by-position", "Held-out loss by position", says, spec, tables)
     _say_missing(chart, names)
     return chart
