@@ -55,7 +55,7 @@ def test_a_plan(
     for row in (
         "seconds a step",
         "tokens/s",
-        "GPU-hours for 1e+06 tokens",
+        "GPU-hours for 1M tokens",
         "sparse over dense",
         "memory of a GPU",
     ):

@@ -139,3 +139,12 @@ def test_a_killed_run_covers_what_an_unbroken_one_does_on_another_grid(
         assert [record[name] for record in resumed] == [record[name] for record in whole], name
     last = whole[-1]
     assert 0 < last["uncovered_run_by_distance"][1] < last["uncovered_by_distance"][1]
+
+
+def test_norms_of_layers_in_two_dtypes_are_summed_in_fp32() -> None:
+    """1,000 equal entries of bf16, whose own norm would be off by a part in 256, beside a vector in fp32."""
+    layer = nn.ParameterList([nn.Parameter(torch.ones(1000).bfloat16()), nn.Parameter(torch.ones(3))])
+    for parameter in layer:
+        parameter.grad = torch.full_like(parameter, 1.5)
+    (norm,) = layer_gradient_norms(nn.ModuleList([layer])).tolist()
+    assert norm == pytest.approx(1.5 * math.sqrt(1003), rel=1e-6)

@@ -100,6 +100,12 @@ def parse_budget(text: str) -> float:
     return number
 
 
+def _amount(budget: float) -> str:
+    """As :func:`parse_budget` takes it: 1e9 is 1B."""
+    size, unit = next((one for one in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if budget >= one[0]), (1.0, ""))
+    return f"{budget / size:.6g}{unit}"
+
+
 def _model(name: str, seq_len: int) -> Any:
     """Its shapes, on the meta device. Rotary positions are left out: neither time nor memory depends on them."""
     import torch
@@ -175,8 +181,8 @@ def _rows(best: Outcome, dense: Outcome, budget: float, world: int) -> list[tupl
         "tokens a step": [f"{way.setting.dp * way.seq_len:,}" for way in both],
         "tokens/s": [f"{way.tokens_per_second:,.0f}" for way in both],
         "tokens/s of a GPU": [f"{way.tokens_per_second / world:,.0f}" for way in both],
-        f"hours for {budget:.3g} tokens": [f"{each:,.1f}" for each in hours],
-        f"GPU-hours for {budget:.3g} tokens": [f"{each * world:,.0f}" for each in hours],
+        f"hours for {_amount(budget)} tokens": [f"{each:,.1f}" for each in hours],
+        f"GPU-hours for {_amount(budget)} tokens": [f"{each * world:,.0f}" for each in hours],
         "ring waits, forward": [f"{way.time.forward.exposed_fraction:.1%}" for way in both],
         "ring waits, backward": [f"{way.time.backward.exposed_fraction:.1%}" for way in both],
         "sparse over dense": [f"{best.tokens_per_second / dense.tokens_per_second:.2f}x", ""],

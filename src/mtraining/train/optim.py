@@ -85,7 +85,7 @@ def layer_gradient_norms(layers: nn.ModuleList) -> torch.Tensor:
     if not grads:
         return torch.zeros(len(layers))
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for _, grad in grads]
-    squares = torch.stack(torch._foreach_norm(local)).float().square().unbind()
+    squares = torch.stack(torch._foreach_norm(local, 2, torch.float32)).square().unbind()
     # By the groups over which shards are to be summed: as a rule one, and none without sharding.
     by_groups: dict[tuple[Any, ...], list[list[torch.Tensor]]] = {}
     for (place, grad), square in zip(grads, squares, strict=True):
