@@ -3,11 +3,11 @@
 python benchmarks/telemetry_cost.py [--layers 36] [--seq-len 32K] [--rounds 7] [--out FOLDER]
 torchrun --nproc-per-node 2 benchmarks/telemetry_cost.py      # with the waits of a ring
 
-One process a GPU, random weights, a prescribed index, estimation made and dropped, as `mtraining bench train` does. Each
-round times all variants of a step, one after the other. Each is compared with the round's own step without telemetry, so
-that a clock that drifts moves both. The median difference counts. "Noise" is half of what the middle half of the
-differences spans: a cost below it was not seen. A step of the trainer's defaults pays for what is on in every step, and
-once in `log.every` steps for the rest.
+One process a GPU, random weights, a prescribed index, estimation made and dropped, as `mtraining bench train` does.
+Each round times all variants of a step, one after the other. Each is compared with the round's own step without
+telemetry, so that a clock that drifts moves both. The median difference counts. "Noise" is half of what the middle half
+of the differences spans: a cost below it was not seen. A step of the trainer's defaults pays for what is on in every
+step, and once in `log.every` steps for the rest.
 """
 
 from __future__ import annotations

@@ -191,6 +191,23 @@ def test_the_page_needs_nothing_else_and_holds_every_table(sparse: Path, dense: 
     assert "H100" in text and "+0.0200" in text and "needle_words" in text
 
 
+def test_what_never_changes_has_an_axis(sparse: Path) -> None:
+    """1.2 all along: the axis begins at 1, which is even. It would have one tick, 1, at 1.2 otherwise."""
+    svg = vl_convert.vegalite_to_svg(filled(charts_of(sparse)["worker-imbalance"]))
+    assert {"1.00", "1.20"} <= set(re.findall(r">([\d.]+)</text>", svg))
+
+
+def test_legends_can_be_seen_where_bands_are(tmp_path: Path) -> None:
+    """A band is faint, and the symbols of a legend are not."""
+    runs = [make_run(tmp_path / name, steps=7000) for name in ("a", "b")]
+    svg = vl_convert.vegalite_to_svg(filled(charts_of(*runs)["loss"]))
+    legend = svg[svg.index("role-legend-entry") :]
+    shown = re.findall(
+        r'class="mark-symbol role-legend-symbol.*?</path>|<path[^>]*stroke="#0072B2"[^>]*>', legend
+    )
+    assert shown and 'opacity="0.18"' not in legend
+
+
 def test_figures_are_vector_files(sparse: Path, tmp_path: Path) -> None:
     written = write_report([sparse], tmp_path / "out", tmp_path / "figures")
     assert {path.suffix for path in written[:-1]} == {".svg", ".pdf"}

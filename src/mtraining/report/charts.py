@@ -45,8 +45,8 @@ def _curves(runs: Sequence[Run], points: int) -> list[Chart]:
     names = [run.name for run in runs]
 
     def one(name: str, title: str, says: str, unit: str, of: Callable[[Run], Table], **options: Any) -> Chart:
-        zero = options.pop("zero", False)
-        chart = Chart(name, title, says, specs.lines("step", unit, names, zero=zero), smooths=True, **options)
+        axis = {key: options.pop(key) for key in ("zero", "least") if key in options}
+        chart = Chart(name, title, says, specs.lines("step", unit, names, **axis), smooths=True, **options)
         _fill(chart, runs, of)
         return chart
 
@@ -85,12 +85,12 @@ def _curves(runs: Sequence[Run], points: int) -> list[Chart]:
         one(
             "worker-imbalance", "Imbalance over ranks",
             "Work of the busiest rank over the mean, in the layout of the run; 1 is even.",
-            "max / mean", lambda run: curve(run.steps, "worker_imbalance", points),
+            "max / mean", lambda run: curve(run.steps, "worker_imbalance", points), least=1.0,
         ),
         one(
             "step-imbalance", "Imbalance over ring steps",
             "Work of the busiest ring step over the mean, in the layout of the run; 1 is even.",
-            "max / mean", lambda run: curve(run.steps, "step_imbalance", points),
+            "max / mean", lambda run: curve(run.steps, "step_imbalance", points), least=1.0,
         ),
     ]  # fmt: skip
     compared = charts[1]

@@ -14,7 +14,11 @@ Spec = dict[str, Any]
 HEIGHT = 260
 # Told apart with any colour vision for the first eight (Okabe and Ito); later runs are dashed as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
-_LEGEND = {"orient": "bottom", "columns": 2, "labelLimit": 150, "symbolType": "stroke"}
+# Symbols would have the opacity of the bands behind the curves.
+_LEGEND = {
+    "orient": "bottom", "columns": 2, "labelLimit": 150, "symbolType": "stroke", "symbolOpacity": 1,
+    "symbolStrokeWidth": 2,
+}  # fmt: skip
 DASHES = ([1, 0], [6, 3], [2, 2])
 KINDS = ([1, 0], [8, 4], [2, 3], [12, 4, 2, 4], [4, 2], [1, 6])
 
@@ -63,7 +67,13 @@ def _widths(runs: Sequence[str]) -> Spec:
 
 
 def lines(
-    x: str, y: str, runs: Sequence[str], kinds: Sequence[str] = (), x_field: str = "step", zero: bool = False
+    x: str,
+    y: str,
+    runs: Sequence[str],
+    kinds: Sequence[str] = (),
+    x_field: str = "step",
+    zero: bool = False,
+    least: float | None = None,
 ) -> Spec:
     """Curves by run: rows with ``run``, ``x_field``, ``value``, and ``low``, ``high`` of what a point stands for.
 
@@ -71,8 +81,10 @@ def lines(
         x, y: titles of the axes, with units.
         kinds: what a run's several curves are called, in rows' ``kind``.
         zero: the axis of ``y`` begins at 0.
+        least: the axis of ``y`` begins here. What never changes would have no axis otherwise.
     """
-    value = {"field": "value", "type": "quantitative", "title": y, "scale": {"zero": zero}}
+    scale = {"zero": zero} if least is None else {"zero": False, "domainMin": least}
+    value = {"field": "value", "type": "quantitative", "title": y, "scale": scale}
     shown = [
         {"field": "run", "title": "run"},
         {"field": x_field, "type": "quantitative", "title": x, "format": ",.6~g"},
@@ -179,17 +191,13 @@ def timeline(lanes: int) -> Spec:
     return {
         "height": 20 * max(2, lanes),
         "transform": [{"calculate": "datum.end - datum.start", "as": "duration"}],
-        "mark": {
-            "type": "bar",
-            "aria": False,
-            "height": {"band": 0.8},
-            "stroke": "white",
-            "strokeWidth": 0.5,
-        },
+        "mark": {"type": "bar", "aria": False, "height": {"band": 0.8}},
         "encoding": {
             "x": {"field": "start", "type": "quantitative", "title": "time since the pass began (ms)"},
             "x2": {"field": "end"},
             "y": {"field": "rank", "type": "nominal", "title": None, "sort": None},
+            # Lines between ring steps would hide the short ones.
+            "opacity": {"condition": {"test": "datum.ring_step % 2 == 1", "value": 0.72}, "value": 1},
             "color": {
                 "field": "what",
                 "type": "nominal",
