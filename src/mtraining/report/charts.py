@@ -179,7 +179,7 @@ def _timeline(runs: Sequence[Run], phase: str) -> Chart:
     """A lane a rank; where only the mean over ranks was written, that one lane."""
     says = (
         f"The {phase} pass on each rank, ring step after ring step, in the last step that was timed: computing, and "
-        "waits for transfers that computing did not hide. Sums over layers."
+        "waits for transfers that computing did not hide. Sums over layers; ring steps have two shades in turn."
     )
     chart = Chart(f"ring-{phase}", f"Ring timeline: {phase}", says, {}, menu="run")
     lanes = LANES if len(runs) <= 5 else LANES // 2
