@@ -18,7 +18,9 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "a_shape": ("a_shape", {"sinks": 3, "window": 20}),
     "moba": ("moba", {"chunk": 16, "top_k": 3}),
     "xattention": ("xattention", {"stride": 4, "threshold": 0.5}),
+    "xattention, refined": ("xattention", {"stride": 4, "threshold": 0.7, "refine": 3}),
     "flexprefill": ("flexprefill", {"gamma": 0.5, "tau": 0.2, "max_columns": 20}),
+    "flexprefill, refined": ("flexprefill", {"gamma": 0.6, "tau": 9.0, "refine": 3}),
     "union": (
         "union",
         {
@@ -36,7 +38,9 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
     "a_shape": ("a_shape", {"sinks": 0, "window": 10**6}),
     "moba": ("moba", {"chunk": 16, "top_k": 99}),
     "xattention": ("xattention", {"stride": 4, "threshold": 1}),
+    "xattention, refined": ("xattention", {"stride": 4, "threshold": 1, "refine": 99}),
     "flexprefill, query-aware": ("flexprefill", {"gamma": 1.0, "tau": 9.0}),
+    "flexprefill, refined": ("flexprefill", {"gamma": 1.0, "tau": 9.0, "refine": 99}),
     "flexprefill, vertical-slash": ("flexprefill", {"gamma": 1.0, "tau": 0.0}),
     "union": ("union", {"patterns": [{"name": "a_shape", "options": {"window": 1}}, "dense"]}),
 }

@@ -17,18 +17,20 @@ Where documents are packed, all of this is done for each document (flexprefill_d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtraining.kernel import SparseIndex
+from mtraining.kernel import SparseIndex, pack_blocks
 from mtraining.pattern.base import Collective, Pattern, SequenceShard, require
 from mtraining.pattern.blocks import gathered, grouped_products, key_means, query_means
 from mtraining.pattern.diagonals import distances_to_diagonals
 from mtraining.pattern.flexprefill_documents import estimate_documents
 from mtraining.pattern.pooled import heaviest_pairs, jensen_shannon_distance
 from mtraining.pattern.probe import column_and_slash_mass, gather_queries, share_choice, share_rows
+from mtraining.pattern.refined import check_refine, refined_maps
 
 _MAP = 2**24  # block pairs whose weights are in memory at a time
 
@@ -50,11 +52,14 @@ class FlexPrefill(Pattern):
         gamma: share of the attention to keep; 1 keeps everything.
         tau: largest root of the divergence at which a head is query-aware; 0 makes every head vertical-slash.
         max_columns: cap on the columns of a vertical-slash head; the paper has none, memory must.
+        refine: super-blocks of keys that a row of the map looks into, at least 3; each has about as many blocks as the
+            square root of their number. 0 makes the whole map, as the paper does.
     """
 
     gamma: float = 0.95
     tau: float = 0.1
     max_columns: int = 4096
+    refine: int = 0
 
     name = "flexprefill"
 
@@ -64,18 +69,18 @@ class FlexPrefill(Pattern):
         require(self, "tau", self.tau >= 0, "use a distance from 0 up, such as 0.1")
         least = self.block_size
         require(self, "max_columns", self.max_columns >= least, f"the first block alone has {least} columns")
+        check_refine(self, self.refine)
 
     @torch.no_grad()
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
         if shard.documents is not None:
             return estimate_documents(self, q, k, shard, scale)
-        size, seq_len, comm = self.block_size, shard.seq_len, shard.comm
+        size, seq_len = self.block_size, shard.seq_len
         # Budgets are those of the blocks that hold a real token, however much padding follows.
         covered = shard.covered(size)
         batch, _, q_heads, _ = q.shape
         queries = query_means(q, size, shard)
         keys = gathered(key_means(k, size, shard), shard, size)
-        own = shard.all_blocks(size)[comm.rank]
         last = torch.arange(max(0, shard.length - size), shard.length, device=q.device)
         probe = gather_queries(q, last, shard)
         verticals, slashes = column_and_slash_mass(q, k, last, shard, scale, probe=probe)
@@ -84,23 +89,40 @@ class FlexPrefill(Pattern):
         mean = probe.mean(1, keepdim=True, dtype=queries.dtype)
         estimated = grouped_products(mean, keys[:, : covered // size]).mul_(scale).softmax(-1)[:, :, 0]
         query_aware = jensen_shannon_distance(estimated, true) < self.tau
-        chosen = torch.empty(batch, q_heads, own.numel(), seq_len // size, dtype=torch.bool, device=q.device)
-        group = q_heads // k.shape[2]
-        width = max(1, _MAP // (chosen[:, :group].numel()))  # kv heads at a time
-        for first in range(0, k.shape[2], width):
-            kv, heads = slice(first, first + width), slice(first * group, (first + width) * group)
-            chosen[:, heads] = self._query_aware(
-                queries[:, :, heads], keys[:, :, kv], own, covered // size, scale, comm
-            )
+        lists = torch.cat(list(self._pooled_lists(queries, keys, shard, scale)), 1)
         columns, diagonals = self._vertical_slash(verticals, slashes, shard)
         columns, diagonals = share_choice(columns, diagonals, batch, q_heads, shard)
         vertical_slash = SparseIndex(covered, size, diagonals, columns).extended(seq_len)
-        return shard.block_index(
+        return shard.listed_index(
             size,
-            chosen & query_aware[..., None, None],
-            vertical_slash.diagonals & ~query_aware[..., None],
+            lists * query_aware[..., None, None],
             vertical_slash.columns.masked_fill(query_aware[..., None], seq_len),
+            vertical_slash.diagonals & ~query_aware[..., None],
         )
+
+    def _pooled_lists(
+        self, queries: Tensor, keys: Tensor, shard: SequenceShard, scale: float
+    ) -> Iterator[Tensor]:
+        """Blocks by pooled attention, packed: uint8 (batch, some query heads, local blocks, bytes). Collective.
+
+        Args:
+            queries: means of this rank's query blocks, (batch, local blocks, q_heads, head_dim).
+            keys: means of all key blocks, (batch, blocks, kv_heads, head_dim).
+        """
+        size = self.block_size
+        own, real = shard.all_blocks(size)[shard.comm.rank], shard.covered(size) // size
+        if self.refine:
+            for _, found in refined_maps(queries, keys, shard, scale, size, self.refine):
+                chosen = heaviest_pairs(found.weights, self.gamma, real, shard.comm)
+                yield found.lists(chosen & found.visible | found.always)
+            return
+        group = queries.shape[2] // keys.shape[2]
+        width = max(1, _MAP // (queries.shape[0] * group * own.numel() * keys.shape[1]))  # kv heads at a time
+        for first in range(0, keys.shape[2], width):
+            kv, heads = slice(first, first + width), slice(first * group, (first + width) * group)
+            yield pack_blocks(
+                self._query_aware(queries[:, :, heads], keys[:, :, kv], own, real, scale, shard.comm)
+            )
 
     def _query_aware(
         self, queries: Tensor, keys: Tensor, own: Tensor, real: int, scale: float, comm: Collective

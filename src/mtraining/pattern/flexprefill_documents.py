@@ -36,6 +36,7 @@ from mtraining.pattern.probe import (
     share_choice,
     share_rows,
 )
+from mtraining.pattern.refined import refined_maps
 
 if TYPE_CHECKING:
     from mtraining.pattern.flexprefill import FlexPrefill
@@ -175,6 +176,17 @@ def _pooled_lists(
     # Blocks whose first row is of the document: each row of the map sums to one.
     begin, end = -(-probed.first.clamp(min=0) // size), (probed.past - 1) // size
     total = (end - begin + 1).clamp(min=0)[:, None].double()
+    if pattern.refine:
+        return torch.cat(
+            [
+                maps.lists(
+                    heaviest_pairs(maps.weights, pattern.gamma, total, shard.comm, which) & maps.visible
+                    | maps.always
+                )
+                for _, maps in refined_maps(queries, keys, shard, scale, size, pattern.refine)
+            ],
+            1,
+        )
     group = q.shape[2] // keys.shape[2]
     width = max(1, _MAP // (q.shape[0] * group * weighed[0].numel()))
     found = []

@@ -13,6 +13,9 @@ code the first block and the query's own are always kept and count first.
 Where documents are packed, a row of blocks scores its lead's queries against the keys of the same document
 (:mod:`mtraining.pattern.documents`). In a block that a document ends in, its keys there are not scored. So the
 threshold is then a share of the earlier blocks' mass.
+
+Squares grow with the square of the length. With ``refine`` a row scores mean keys on two levels instead
+(:mod:`mtraining.pattern.refined`), and keeps the fewest blocks that reach the threshold of these scores' softmax.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from torch import Tensor
 from mtraining.kernel import SparseIndex
 from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.pattern.base import Pattern, SequenceShard, require
-from mtraining.pattern.blocks import heaviest_blocks, products
+from mtraining.pattern.blocks import gathered, heaviest_blocks, key_means, products, query_means
+from mtraining.pattern.refined import check_refine, refined_maps
 
 _KEY_BLOCKS = 256  # key blocks of the whole sequence that travel at a time
 _SCORES = 2**25  # scores that are in memory at a time
@@ -46,13 +50,18 @@ class XAttention(Pattern):
     (134 MB, and as much for their softmax). Where a whole piece of them lies in the future it is left out. Each rank
     chooses for its own queries.
 
+    With ``refine`` only mean keys travel: 4 * kv_heads * head_dim bytes a block, 4 MB for these 512K tokens.
+
     Attributes:
         stride: side of the squares, a divisor of ``block_size``; the estimate multiplies 1 / stride of all scores.
-        threshold: share of a row's estimated mass to keep; 1 keeps every block.
+        threshold: share of a row's estimated mass to keep; 1 keeps every block, with ``refine`` every one looked at.
+        refine: super-blocks of keys that a row looks into, at least 3; each has about as many blocks as the square root
+            of their number. 0 scores all pairs of squares, as the paper does.
     """
 
     stride: int = 16
     threshold: float = 0.9
+    refine: int = 0
 
     name = "xattention"
 
@@ -63,9 +72,12 @@ class XAttention(Pattern):
         require(
             self, "threshold", 0 < self.threshold <= 1, "use a share of the mass between 0 and 1, such as 0.9"
         )
+        check_refine(self, self.refine)
 
     @torch.no_grad()
     def estimate(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
+        if self.refine:
+            return self._refined(q, k, shard, scale)
         own = shard.all_blocks(self.block_size)[shard.comm.rank]
         key = torch.arange(shard.seq_len // self.block_size, device=q.device)
         first = torch.zeros_like(own)[None]
@@ -79,6 +91,17 @@ class XAttention(Pattern):
             always = forced[:, None, rows, :seen]
             chosen[:, heads, rows, :seen] = heaviest_blocks(mass, always, self.threshold)
         return shard.block_index(self.block_size, chosen)
+
+    def _refined(self, q: Tensor, k: Tensor, shard: SequenceShard, scale: float) -> SparseIndex:
+        """:meth:`estimate` by mean keys on two levels."""
+        size = self.block_size
+        queries, keys = query_means(q, size, shard), gathered(key_means(k, size, shard), shard, size)
+        lists = [
+            found.lists(heaviest_blocks(found.weights, found.always, self.threshold))
+            for _, found in refined_maps(queries, keys, shard, scale, size, self.refine)
+        ]
+        none = torch.empty(q.shape[0], q.shape[2], 0, dtype=torch.int32, device=q.device)
+        return shard.listed_index(size, torch.cat(lists, 1), none)
 
 
 def antidiagonal_mass(
