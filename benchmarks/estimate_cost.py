@@ -49,7 +49,10 @@ def patterns(block_size: int = 128) -> dict[str, Pattern]:
         "moba": build("moba", chunk=chunk),
         "union of moba and a_shape": build("union", patterns=(build("moba", chunk=chunk), build("a_shape"))),
         "flexprefill": build("flexprefill"),
+        "flexprefill, refine 4": build("flexprefill", refine=4),
         "xattention": build("xattention", stride=max(1, block_size // 8)),
+        "xattention, stride of a block": build("xattention", stride=block_size),
+        "xattention, refine 4": build("xattention", stride=block_size, refine=4),
     }
 
 
@@ -71,7 +74,8 @@ def gate_pattern(pattern: Pattern) -> Pattern:
     if pattern.name == "union":
         members = tuple(gate_pattern(member) for member in pattern.members)  # type: ignore[attr-defined]
         return build_pattern("union", block_size=size, patterns=members)
-    return build_pattern(pattern.name, block_size=size, **narrow[pattern.name])
+    kept = {name: getattr(pattern, name) for name in ("stride", "refine") if hasattr(pattern, name)}
+    return build_pattern(pattern.name, block_size=size, **kept, **narrow[pattern.name])
 
 
 def inputs(

@@ -29,6 +29,8 @@ PATTERNS: dict[str, tuple[str, dict[str, Any]]] = {
     "moba": ("moba", {"chunk": 256, "top_k": 3}),
     "xattention": ("xattention", {"threshold": 0.5}),
     "flexprefill": ("flexprefill", {"gamma": 0.5, "tau": 0.2, "max_columns": 256}),
+    "xattention, refined": ("xattention", {"threshold": 0.5, "refine": 3}),
+    "flexprefill, refined": ("flexprefill", {"gamma": 0.5, "tau": 9.0, "refine": 3}),
     "union": ("union", {"patterns": [{"name": "vertical_slash", "options": FIXED}, "moba"]}),
     "toeplitz_random": ("toeplitz_random", {"density": 0.2, "window": 1, "columns": 100}),
     "dense": ("dense", {}),

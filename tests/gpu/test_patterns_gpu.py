@@ -29,6 +29,8 @@ PATTERNS: dict[str, tuple[str, dict[str, Any]]] = {
     "xattention": ("xattention", {"threshold": 0.5}),
     "flexprefill, query-aware": ("flexprefill", {"gamma": 0.5, "tau": 9.0}),
     "flexprefill, vertical-slash": ("flexprefill", {"gamma": 0.04, "tau": 0.0, "max_columns": 256}),
+    "xattention, refined": ("xattention", {"threshold": 0.5, "refine": 3}),
+    "flexprefill, refined": ("flexprefill", {"gamma": 0.5, "tau": 9.0, "refine": 3}),
     "union": (
         "union",
         {

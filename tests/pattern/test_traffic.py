@@ -101,3 +101,11 @@ def test_bytes_of_an_estimate(name: str, world: int) -> None:
 def test_slashes_by_block_travel_by_block(world: int) -> None:
     options = EXPECTED["vertical_slash"][0]
     assert received(world, "vertical_slash", slash_by="block", **options) == probed(world, PROBE, SIZE)
+
+
+@pytest.mark.parametrize("world", [4, 16])
+def test_two_levels_of_means_need_mean_keys_alone(world: int) -> None:
+    means = 4 * KV * DIM * BLOCKS
+    assert received(world, "xattention", refine=3) == means
+    whole = {"max_columns": COLUMNS}
+    assert received(world, "flexprefill", **whole, refine=3) == received(world, "flexprefill", **whole)
