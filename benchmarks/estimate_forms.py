@@ -54,7 +54,10 @@ SHARES = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 NEAREST = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # blocks of a window
 FAR = 8  # blocks
 TARGETS = (0.05, 0.10, 0.20)
-FIELDS = "date commit model text tokens layers rows form share recall worst_decile far_recall density multiply_adds scores"
+FIELDS = (
+    "date commit model text tokens layers rows form share recall worst_decile far_recall density multiply_adds "
+    "scores"
+)
 
 
 @dataclass(frozen=True)

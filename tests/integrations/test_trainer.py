@@ -176,6 +176,48 @@ def test_layers_keep_what_memory_holds(tmp_path: Path, monkeypatch: pytest.Monke
         with_recompute(tmp_path / "unknown", "auto")
 
 
+def test_trainers_with_a_loss_of_their_own_are_refused_as_they_are_defined() -> None:
+    from transformers import Seq2SeqTrainer
+
+    from mtraining.integrations import ContextParallelTrainer
+
+    class Preferences(Trainer):
+        def compute_loss(self, *_: Any, **__: Any) -> Any: ...
+
+    class Rounds(Trainer):
+        def train(self, *_: Any, **__: Any) -> Any: ...
+
+    class SFTTrainer(Preferences):  # another's, though of this name
+        def compute_loss(self, *_: Any, **__: Any) -> Any: ...
+
+    for base, method in (
+        (Preferences, "compute_loss"),
+        (Rounds, "train"),
+        (SFTTrainer, "compute_loss"),
+        (Seq2SeqTrainer, "prediction_step"),
+    ):
+        with pytest.raises(UserError, match=f"{base.__name__}: its {method} is its own, .* use one of these"):
+            type("Mine", (ContextParallelTrainer, base), {})
+    with pytest.raises(
+        UserError, match="Mine: Preferences stands before .* put ContextParallelTrainer first"
+    ):
+        type("Mine", (Preferences, ContextParallelTrainer), {})
+    with pytest.raises(UserError, match=r"Mine.compute_loss: no process has the whole sequence"):
+        type("Mine", (ContextParallelTrainer,), {"compute_loss": lambda *_: None})
+    type("Mine", (ContextParallelTrainer,), {"log": lambda *_: None})
+
+
+@pytest.mark.slow
+def test_of_trl_only_supervised_fine_tuning_is_taken() -> None:
+    trl = pytest.importorskip("trl")
+    from mtraining.integrations import ContextParallelTrainer
+
+    type("Mine", (ContextParallelTrainer, trl.SFTTrainer), {})
+    for name in ("DPOTrainer", "GRPOTrainer", "KTOTrainer", "RewardTrainer", "RLOOTrainer"):
+        with pytest.raises(UserError, match=f"{name}: its "):
+            type("Mine", (ContextParallelTrainer, getattr(trl, name)), {})
+
+
 def test_metrics_of_logits_are_refused(tmp_path: Path) -> None:
     from mtraining.integrations import ContextParallelTrainer
 
@@ -198,7 +240,6 @@ def test_grids_that_do_not_divide_the_processes_are_refused() -> None:
     [
         ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "padded on the left"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "no mask of padding"),
-        ({"position_ids": torch.tensor([[0, 1, 0, 1]])}, "begin anew within a sequence"),
         ({"labels": None}, "labels: the batch has none"),
     ],
 )

@@ -18,13 +18,22 @@ BLOCK = 8
 LENGTHS = (64, 50, 61, 33, 64, 47, 58, 64, 40, 64, 55, 62)
 
 
-def model(tied: bool = False) -> Any:
+WINDOW = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "use_sliding_window": True,
+    "sliding_window": 19,
+}
+"""Settings of a model whose first layer has a window."""
+
+
+def model(tied: bool = False, **settings: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         return AutoModelForCausalLM.from_config(
             Qwen2Config(
                 vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, use_cache=False,
+                **settings,
             )
         )  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""Batches of other people's collators, dealt to context-parallel ranks by the layout."""
+"""Batches of other people's collators, dealt to context-parallel ranks by the layout.
+
+Packed documents are told as transformers takes them: by position ids that begin anew at 0 in each document.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,16 @@ IGNORED = -100
 
 
 class Dealt(NamedTuple):
-    """This rank's tokens: input ids, position ids and shifted labels, each (batch, local tokens) int64."""
+    """This rank's tokens: input ids, position ids and shifted labels, each (batch, local tokens) int64.
+
+    ``starts`` is int32 (batch, tokens of the whole sequence), the first position of each token's document. None where
+    each sequence is one.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
+    starts: Tensor | None
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -54,8 +62,8 @@ class Dealer:
                 them; ``attention_mask`` and ``position_ids`` where there are any.
 
         Raises:
-            UserError: no labels, padding on the left, a mask that is no padding, packed documents, or a sequence that
-                is too long.
+            UserError: no labels, padding on the left, a mask that is no padding, position ids that do not count from 0
+                in each document, or a sequence that is too long.
         """
         ids, labels = inputs["input_ids"], inputs.get("labels")
         if labels is None:
@@ -65,18 +73,41 @@ class Dealer:
                 f"seq_len={self.longest}: a batch has sequences of {ids.shape[1]} tokens, for which recompute='auto' "
                 "left no room; give ContextParallelConfig a larger seq_len, or truncate."
             )
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
         _refuse_mask(inputs.get("attention_mask"))
-        given = inputs.get("position_ids")
-        if given is not None and bool((given != positions).any()):
-            raise UserError(
-                "position_ids: they begin anew within a sequence, as those of packed documents do; attention would "
-                "cross the documents, so use one document a sequence."
-            )
         more = -ids.shape[1] % self.multiple
-        positions = torch.arange(ids.shape[1] + more, device=ids.device).expand(len(ids), -1)
+        token = torch.arange(ids.shape[1] + more, device=ids.device).expand(len(ids), -1)
+        starts = _starts(inputs.get("position_ids"), ids)
+        if starts is not None:  # padding is a document of its own
+            starts = torch.cat([starts, starts.new_full((len(ids), more), ids.shape[1])], 1)
+        positions = token if starts is None else token - starts
         whole = (pad(ids, (0, more)), positions, pad(shifted(labels), (0, more), value=IGNORED))
-        return Dealt(*(self.layout.shard(part, self.rank, self.world) for part in whole))
+        dealt = (self.layout.shard(part, self.rank, self.world) for part in whole)
+        return Dealt(*dealt, None if starts is None else starts.int())
+
+
+def _starts(given: Tensor | None, ids: Tensor) -> Tensor | None:
+    """The first position of each token's document, int64 like ``ids``; None where each sequence is one document.
+
+    Args:
+        given: position ids that count from 0 in every document; (batch or 1, seq) int64.
+
+    Raises:
+        UserError: position ids that count otherwise.
+    """
+    if given is None:
+        return None
+    token = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    if given.shape[-1] != ids.shape[1] or given.ndim != 2:
+        raise UserError(
+            f"position_ids: shape {tuple(given.shape)} does not fit input_ids {tuple(ids.shape)}."
+        )
+    starts = torch.where(given.expand_as(ids) == 0, token, 0).cummax(1).values
+    if bool((given != token - starts).any()):
+        raise UserError(
+            "position_ids: they do not count from 0 in each document, so where documents begin is not known; use a "
+            "collator that lets them, or leave them out."
+        )
+    return starts if bool((starts > 0).any()) else None
 
 
 def _refuse_mask(mask: Any) -> None:

@@ -87,8 +87,6 @@ _REFUSED = {
     "label_smoothing_factor": "the chunked loss does not compute it; set it to 0",
     "fp16": "use bf16=True",
     "auto_find_batch_size": "set per_device_train_batch_size",
-    "packing": "attention would cross the documents of a sequence; set it to False",
-    "padding_free": "attention would cross the documents of a batch; set it to False",
     "activation_offloading": "use ContextParallelConfig(offload=True)",
     "batch_eval_metrics": "logits are never whole; leave it out",
 }
@@ -115,3 +113,48 @@ def refuse_arguments(args: Any, trainer_options: Mapping[str, Any]) -> None:
         if trainer_options.get(name) is not None:
             why = "the model is made once" if name == "model_init" else "logits are never whole"
             raise UserError(f"{name}: {why} under context parallelism; leave it out.")
+
+
+# What a trainer whose loss is not that of the next token has for itself.
+_STEPS = (
+    "compute_loss",
+    "training_step",
+    "prediction_step",
+    "train",
+    "_inner_training_loop",
+    "_prepare_inputs",
+)
+
+
+def refuse_other_losses(kind: type, ours: type, plain: type) -> None:
+    """Refuse a trainer class whose bases compute another loss than that of the next token.
+
+    Args:
+        kind: a subclass of ``ours``, as it is defined.
+        ours: `ContextParallelTrainer`.
+        plain: `transformers.Trainer`.
+
+    Raises:
+        UserError: naming the class and the remedy.
+    """
+    order = kind.__mro__
+    place = order.index(ours)
+    for one in order[:place]:
+        if issubclass(one, plain) and not issubclass(one, ours):
+            raise UserError(
+                f"{kind.__name__}: {one.__name__} stands before {ours.__name__} among its bases, so that its loss "
+                f"would be computed; put {ours.__name__} first."
+            )
+        if "compute_loss" in vars(one):
+            raise UserError(
+                f"{one.__name__}.compute_loss: no process has the whole sequence that a loss of one's own would be "
+                "given; leave it out."
+            )
+    for one in order[place + 1 : order.index(plain)]:
+        own = [name for name in _STEPS if name in vars(one)]
+        # The loss of SFTTrainer is that of the next token, and refuse_arguments refuses its others.
+        if own and not (one.__name__ == "SFTTrainer" and one.__module__.startswith("trl.")):
+            raise UserError(
+                f"{one.__name__}: its {own[0]} is its own, and on shared sequences only the next-token loss of "
+                "Trainer and of TRL's SFTTrainer is computed; use one of these."
+            )

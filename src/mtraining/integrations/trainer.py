@@ -35,7 +35,11 @@ from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from mtraining.errors import UserError
 from mtraining.integrations.batches import IGNORED, Dealer, shifted
-from mtraining.integrations.options import ContextParallelConfig, refuse_arguments
+from mtraining.integrations.options import (
+    ContextParallelConfig,
+    refuse_arguments,
+    refuse_other_losses,
+)
 from mtraining.layout import Layout, build_layout
 from mtraining.model import ParallelLM, parallelize
 from mtraining.model.adapters import open_adapter, trained, without_frozen
@@ -67,8 +71,13 @@ class ContextParallelTrainer(Trainer):
         args, kwargs: as in Trainer.
 
     Raises:
-        UserError: an argument that context parallelism cannot honour, or a model that `parallelize` refuses.
+        UserError: an argument that context parallelism cannot honour, or a model that `parallelize` refuses. Where a
+            subclass is defined: one whose loss is not that of the next token.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_other_losses(cls, ContextParallelTrainer, Trainer)
 
     def __init__(
         self, *args: Any, context_parallel: ContextParallelConfig | None = None, **kwargs: Any
@@ -232,7 +241,8 @@ class ContextParallelTrainer(Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         assert num_items_in_batch is not None
-        share = self.parallel_model(*self._dealer.deal(inputs), num_items_in_batch)
+        dealt = self._dealer.deal(inputs)
+        share = self.parallel_model(*dealt[:3], num_items_in_batch, dealt.starts)
         return (share, {"loss": share}) if return_outputs else share
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
