@@ -194,6 +194,54 @@ def work(form: str, tokens: int, dim: int) -> tuple[float, float]:
     return blocks**2 / 2 / of**2 * dim / 1e6, blocks**2 / 2 / of**2 / 1e6
 
 
+class Measured:
+    """Recall of an index on some rows: of all keys, and of far ones.
+
+    Args:
+        truth: fp32 (q_heads, rows, tokens), true attention.
+        rows: int64, which queries these are.
+    """
+
+    def __init__(self, truth: Tensor, rows: Tensor) -> None:
+        token = torch.arange(truth.shape[2])
+        far = (token // SIZE <= rows[:, None] // SIZE - FAR) & (token >= SIZE)
+        self.rows, self.truth, self.far = rows, truth, truth * far
+        self.by_block, self.far_by_block = (x.unflatten(-1, (-1, SIZE)).sum(-1) for x in (truth, self.far))
+
+    def recalls(self, index: SparseIndex) -> tuple[Tensor, Tensor]:
+        """Share of a head's attention that is kept: (q_heads,) each."""
+        if index.columns.shape[2]:
+            every, far = (index_recall(index, x, self.rows) for x in (self.truth, self.far))
+        else:
+            block = torch.arange(index.num_blocks)
+            tiles = index.tile_mask(block, block)[0][:, self.rows // SIZE]
+            every, far = ((x * tiles).sum(-1) for x in (self.by_block, self.far_by_block))
+        return every.mean(1), far.sum(1) / self.far_by_block.sum((1, 2))
+
+
+def captured_layers(options: argparse.Namespace) -> dict[int, tuple[Tensor, Tensor, float]]:
+    """q (1, tokens, q_heads, head_dim), k (1, tokens, kv_heads, head_dim) and scale of each wanted layer."""
+    if options.captured and options.captured.exists():
+        return dict(torch.load(options.captured))
+    rope = RopeOptions(type="yarn" if options.tokens > options.native else "none")
+    model, tokenizer = build_model(ModelOptions(init=options.model, rope=rope), seq_len=options.tokens)
+    text = options.text.read_text(encoding="utf-8")[options.skip :]
+    ids = tokenizer(text[: 8 * options.tokens], return_tensors="pt").input_ids[:, : options.tokens]
+    if ids.shape[1] < options.tokens:
+        raise SystemExit(f"the text has {ids.shape[1]} tokens, fewer than --tokens {options.tokens}")
+    layers: dict[int, tuple[Tensor, Tensor, float]] = {}
+
+    def visit(number: int, q: Tensor, k: Tensor, scale: float) -> None:
+        if number in options.layers:
+            layers[number] = q.half(), k.half(), scale
+
+    del model.model.layers[max(options.layers) + 1 :]
+    visit_attention(model, ids, visit)
+    if options.captured:
+        torch.save(layers, options.captured)
+    return layers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -205,37 +253,29 @@ def main() -> None:
     parser.add_argument("--native", type=int, default=8192, help="context of the model; YaRN beyond it")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 5, 10, 15, 20, 25])
     parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument(
+        "--captured", type=Path, help="keep queries and keys here, in fp16; read them if they are there"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/estimate-forms.csv"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rope = RopeOptions(type="yarn" if options.tokens > options.native else "none")
-    model, tokenizer = build_model(ModelOptions(init=options.model, rope=rope), seq_len=options.tokens)
-    text = options.text.read_text(encoding="utf-8")[options.skip :]
-    ids = tokenizer(text[: 8 * options.tokens], return_tensors="pt").input_ids[:, : options.tokens]
-    if ids.shape[1] < options.tokens:
-        parser.error(f"the text has {ids.shape[1]} tokens, fewer than --tokens {options.tokens}")
     rows = held_out_rows(options.tokens, options.rows, torch.empty(0, dtype=torch.int64))
-    key = torch.arange(options.tokens)
-    far = (key // SIZE <= rows[:, None] // SIZE - FAR) & (key >= SIZE)
+    captured = captured_layers(options)
     found: dict[tuple[str, float], list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
-
-    def visit(number: int, q: Tensor, k: Tensor, scale: float) -> None:
-        if number not in options.layers:
-            return
-        truth = torch.stack([attention_rows(q, k, rows, head, scale) for head in range(q.shape[2])])
-        truth_far = truth * far
-        total = truth_far.sum((1, 2))
-        for form, share, index in forms(Layer(q.float(), k.float(), scale)):
-            kept = index_recall(index, truth_far, rows).sum(1) / total
-            found[form, share].append((index_recall(index, truth, rows).mean(1), kept, index.cost()[0]))
+    for number in options.layers:
+        q, k, scale = captured[number]
+        layer = Layer(q.float(), k.float(), scale)
+        truth = torch.stack(
+            [attention_rows(layer.q, layer.k, rows, head, scale) for head in range(q.shape[2])]
+        )
+        measured = Measured(truth, rows)
+        for form, share, index in forms(layer):
+            found[form, share].append((*measured.recalls(index), index.cost()[0]))
         print(f"layer {number}", flush=True)
-
-    del model.model.layers[max(options.layers) + 1 :]
-    visit_attention(model, ids, visit)
     origin = [date.today(), code_version(), options.model, options.text.name, options.tokens]
     origin += [" ".join(map(str, options.layers)), len(rows)]
     curves: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
-    dim = model.config.head_dim
+    dim = q.shape[3]
     with appended(options.out, FIELDS.split()) as write:
         for (form, share), layers in found.items():
             recall, kept, density = (torch.cat(parts) for parts in zip(*layers, strict=True))
