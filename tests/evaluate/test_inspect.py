@@ -90,6 +90,35 @@ def test_every_sum_is_that_of_the_pairs(hf_model: Any, ids: Tensor, pattern: Pat
         assert top == [(q, k) for _, q, k in sorted(missed, reverse=True)[:3]]
 
 
+@pytest.mark.parametrize("windows", [(True, False), (True, True)], ids=["one layer", "both layers"])
+def test_a_layer_with_a_window_is_exact_within_it(ids: Tensor, windows: tuple[bool, bool]) -> None:
+    """Against transformers' own attention weights, and with the other layer's numbers where they belong."""
+    types = ["sliding_attention" if window else "full_attention" for window in windows]
+    config = {**CONFIG, "use_sliding_window": True, "sliding_window": 13, "layer_types": types}
+    model = build_model(ModelOptions(init="random", config=config), TOKENS)[0]
+    model.set_attn_implementation("eager")
+    weights = model.eval()(ids[None], output_attentions=True, use_cache=False).attentions
+    found = inspect_attention(model, ids, [SPARSE] * LAYERS, rows=TOKENS)
+    for layer, window in enumerate(windows):
+        assert torch.allclose(found.maps[layer], weights[layer][0], atol=1e-6)
+        distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
+        if window:
+            assert found.windows[layer] == "a sliding window of 13 tokens"
+            assert torch.equal(found.chosen[layer, 0].bool(), (distance >= 0) & (distance < 13))
+            assert torch.allclose(found.recall[layer], torch.ones(HEADS, dtype=torch.float64))
+            # 8 rows of blocks; the band of 13 tokens touches three of them.
+            assert found.density[layer].tolist() == pytest.approx([(1 + 2 + 6 * 3) / 36] * HEADS)
+            assert found.mass[layer, :, 5:].eq(0).all() and not [m for m in found.misses if m.layer == layer]
+        else:
+            assert layer not in found.windows and found.recall[layer].max() < 1
+    of_pattern = [layer for layer, window in enumerate(windows) if not window] or [0, 1]
+    assert found.means() == pytest.approx(
+        (found.recall[of_pattern].mean().item(), found.density[of_pattern].mean().item())
+    )
+    text = page.attention_page(found, ids.tolist(), str, "small", "book.txt", "sparse")
+    assert "a sliding window of 13 tokens in layers 0" in text
+
+
 def test_a_map_is_coarser_than_the_text(hf_model: Any, ids: Tensor) -> None:
     found = inspect_attention(hf_model, ids, [SPARSE] * LAYERS, rows=16)
     assert len(found.rows) == 16 and found.rows[-1] == TOKENS - 1

@@ -58,5 +58,6 @@ def inspect(
     found = inspect_attention(hf_model, ids.to(place), patterns, rows, tell=typer.echo)
     shown = attention_page(found, ids.tolist(), reader.decode, model, text.name, attention)
     write_page(shown, out)
-    typer.echo(f"recall {found.recall.mean():.1%} at density {found.density.mean():.1%}")
+    recall, density = found.means()
+    typer.echo(f"recall {recall:.1%} at density {density:.1%}")
     typer.echo(f"wrote {out}")

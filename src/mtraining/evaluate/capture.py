@@ -10,22 +10,26 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mtraining.kernel import Window
 from mtraining.model.support import decoder_of, layers_of
 from mtraining.model.windows import band, refuse_other_window, windows_of
 from mtraining.pattern import Dense
 from mtraining.ring import sparse_ring_attention
 
 Visitor = Callable[[int, Tensor, Tensor, float], None]
+WindowVisitor = Callable[[int, Tensor, Tensor, float, Window], None]
 _NAME = "mtraining_capture"
 _BLOCK = 128  # of layers with windows or sinks, which pad to it
 
 
 @torch.no_grad()
-def visit_attention(hf_model: Any, input_ids: Tensor, visitor: Visitor) -> None:
+def visit_attention(
+    hf_model: Any, input_ids: Tensor, visitor: Visitor, windowed: WindowVisitor | None = None
+) -> None:
     """Run the model's decoder once with exact attention, and show queries and keys of its layers to ``visitor``.
 
-    Layers with a window are left out, since no pattern chooses there. Attention sinks take part in what the layers
-    compute, and not in what is shown.
+    No pattern chooses in layers with a window, so those are shown to ``windowed``, if at all. Attention sinks take part
+    in what the layers compute, and not in what is shown.
 
     Nothing is kept, so a long sequence needs the memory of one layer.
 
@@ -34,6 +38,7 @@ def visit_attention(hf_model: Any, input_ids: Tensor, visitor: Visitor) -> None:
         input_ids: int64 (batch, tokens).
         visitor: called with layer, q (batch, tokens, q_heads, head_dim), k (batch, tokens, kv_heads, head_dim), both
             after rotary embedding, and the scale of their product.
+        windowed: the same for layers with a window, which is its last argument.
     """
 
     def attention(
@@ -53,6 +58,8 @@ def visit_attention(hf_model: Any, input_ids: Tensor, visitor: Visitor) -> None:
             visitor(layer, q, k, float(scale))
             if sinks is None:
                 return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        elif windowed is not None:
+            windowed(layer, q, k, float(scale), window)
         # transformers' own here has no masks of windows, and leaves sinks out.
         padding = -q.shape[1] % _BLOCK
         q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))

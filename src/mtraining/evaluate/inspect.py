@@ -1,7 +1,7 @@
 """The attention of one text by layer and head: where its mass is, what a pattern keeps of it, and what it misses.
 
-Attention is exact and causal, of a sample of query rows that are spread evenly over the text. A layer needs the memory
-of one head's sampled rows at a time: rows x tokens in fp32.
+Attention is exact and causal, in layers with a window within that. It is of a sample of query rows that are spread
+evenly over the text. A layer needs the memory of one head's sampled rows at a time: rows x tokens in fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 from mtraining.errors import UserError
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows
-from mtraining.kernel import SparseIndex, select_backend
+from mtraining.kernel import SparseIndex, Window, select_backend
+from mtraining.kernel.starts import window_starts
+from mtraining.model.windows import band, in_words
 from mtraining.pattern import Pattern, SequenceShard
 
 CELLS = 200_000  # of all maps together, so that a page stays small
@@ -46,6 +48,8 @@ class Inspection:
         maps: float32 (layers, q_heads, side, side), mean mass of a row of the query cell in each key cell.
         chosen: float32, the same shape, share of the causal pairs of each cell that the pattern computes.
         misses: by layer and head, the pairs with most mass that are left out, most first.
+        windows: by number of a layer, its window in words. Such a layer computes all that it attends to, and nothing
+            beyond has mass.
     """
 
     tokens: int
@@ -58,6 +62,13 @@ class Inspection:
     maps: Tensor
     chosen: Tensor
     misses: list[Miss] = field(default_factory=list)
+    windows: dict[int, str] = field(default_factory=dict)
+
+    def means(self) -> tuple[float, float]:
+        """Recall and density over the heads of the layers where a pattern chooses; of all, where none does."""
+        chosen = [layer for layer in range(len(self.recall)) if layer not in self.windows]
+        layers = chosen or list(range(len(self.recall)))
+        return self.recall[layers].mean().item(), self.density[layers].mean().item()
 
 
 def inspect_attention(
@@ -99,31 +110,42 @@ def inspect_attention(
     distances = [0] + [2**power for power in range((tokens - 1).bit_length())]
     layers: dict[int, list[dict[str, Tensor]]] = {}
     found: list[Miss] = []
+    windows: dict[int, str] = {}
 
-    def visit(layer: int, q: Tensor, k: Tensor, scale: float) -> None:
+    def visit(layer: int, q: Tensor, k: Tensor, scale: float, window: Window | None = None) -> None:
         shard = SequenceShard(
             torch.arange(tokens, device=q.device)[None],
             backend=select_backend("auto", q.device, q.dtype, q.shape[3]),
         )
-        index = patterns[layer].estimate(q, k, shard, scale)
+        pattern, starts = patterns[layer], None
+        if window is not None:
+            windows[layer] = in_words(window)
+            pattern = band(window, pattern.block_size)
+            starts = window_starts(tokens, window, q.device)[0]
+        index = pattern.estimate(q, k, shard, scale)
         layers[layer] = []
-        density = index.density()[0]
+        density = index.density()[0].expand(q.shape[2])
         for head in range(q.shape[2]):
-            attention = attention_rows(q, k, sampled, head, scale)
+            attention = attention_rows(q, k, sampled, head, scale, starts)
             selected = selected_keys(index, sampled, head)
+            if starts is not None:
+                selected &= torch.arange(tokens, device=q.device) >= starts[sampled, None]
             part = _of_head(attention, selected, sampled, distances, side)
             layers[layer].append(part | {"density": density[head].cpu()})
             found.extend(_misses(layer, head, attention, selected, sampled, misses))
         recall = torch.stack([part["recall"] for part in layers[layer]])
-        tell(f"layer {layer}: recall {recall.mean():.1%} at density {density.mean():.1%}")
+        what = f" ({windows[layer]})" if layer in windows else ""
+        tell(f"layer {layer}{what}: recall {recall.mean():.1%} at density {density.mean():.1%}")
 
-    visit_attention(hf_model, ids[None], visit)
+    visit_attention(hf_model, ids[None], visit, visit)
 
     def joined(name: str) -> Tensor:
         return torch.stack([torch.stack([part[name] for part in layers[n]]) for n in sorted(layers)])
 
     parts = {name: joined(name) for name in ("recall", "density", "mass", "kept", "maps", "chosen")}
-    return Inspection(tokens=tokens, rows=sampled.cpu(), distances=distances, misses=found, **parts)
+    return Inspection(
+        tokens=tokens, rows=sampled.cpu(), distances=distances, misses=found, windows=windows, **parts
+    )
 
 
 def map_side(heads: int, rows: int) -> int:

@@ -30,12 +30,22 @@ def attention_page(
         decode: turns tokens into text.
         model, text, attention: what they are called.
     """
+    recall, density = found.means()
     lead = (
         f"<p>Exact attention of {html.escape(model)} on {html.escape(text)}, beside what pattern "
         f"{html.escape(attention)} computes of it: {found.tokens:,} tokens, {len(found.rows)} of them as queries. "
-        f"The pattern keeps {found.recall.mean():.1%} of the attention mass (recall) with "
-        f"{found.density.mean():.1%} of the pairs of tokens (density), means over layers and heads.</p>"
+        f"The pattern keeps {recall:.1%} of the attention mass (recall) with "
+        f"{density:.1%} of the pairs of tokens (density), means over layers and heads.</p>"
     )
+    if found.windows:
+        kinds: dict[str, list[str]] = {}
+        for layer, window in found.windows.items():
+            kinds.setdefault(window, []).append(str(layer))
+        which = "; ".join(f"{window} in layers {', '.join(layers)}" for window, layers in kinds.items())
+        lead += (
+            f"<p>The model has {html.escape(which)}. Such a layer is computed whole, and no pattern chooses there; the "
+            "means leave it out. Its density is a share of all causal tiles.</p>"
+        )
     sections = [
         Section(
             "heads", "Heads", charts=[_by_head(found, "recall"), _by_head(found, "density"), _against(found)]
