@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 from trainer_cases import DENSE, arguments, collate, curves, examples, launched, model
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -33,13 +35,15 @@ def plain(output: Path, **options: Any) -> Trainer:
     return trainer
 
 
-def ours(output: Path, grid: str, resume: bool = False, peft: bool = False, **options: Any) -> Any:
+def ours(
+    output: Path, grid: str, resume: bool = False, peft: bool = False, tied: bool = False, **options: Any
+) -> Any:
     from mtraining.integrations import ContextParallelConfig, ContextParallelTrainer
 
     _, cp, batch = GRIDS[grid]
     data = examples()
     trainer = ContextParallelTrainer(
-        adapted() if peft else model(),
+        adapted() if peft else model(tied),
         arguments(output, batch, **options),
         collate,
         train_dataset=data,
@@ -94,29 +98,43 @@ def test_a_run_is_that_of_plain_trainer(grid: str, pool: ProcessPool, expected: 
         torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
 
 
-def interrupted_job(worker: Worker, output: Path, grid: str, then: str, peft: bool) -> dict[str, list[float]]:
+def interrupted_job(
+    worker: Worker, output: Path, grid: str, then: str, **kind: bool
+) -> dict[str, list[float]]:
     """Job: two steps on one grid, saved; then four on another, from there."""
     with launched(worker.rank, worker.world):
-        saving = {"save_strategy": "steps", "save_steps": 2, "peft": peft}
+        saving = {"save_strategy": "steps", "save_steps": 2, **kind}
         ours(output, grid, max_steps=2, lr_scheduler_type="constant", **saving)
     with launched(worker.rank, worker.world):
         return curves(ours(output, then, resume=True, lr_scheduler_type="constant", **saving))
 
 
 @pytest.mark.parametrize(
-    ("grid", "then", "peft"),
-    [("cp2", "dp2", False), pytest.param("cp2", "cp2", True, marks=pytest.mark.slow)],
+    ("grid", "then", "peft", "tied"),
+    [
+        ("cp2", "dp2", False, True),
+        pytest.param("dp2", "cp2", False, False, marks=pytest.mark.slow),
+        pytest.param("cp2", "cp2", True, False, marks=pytest.mark.slow),
+    ],
 )
-def test_a_resumed_run_goes_on(grid: str, then: str, peft: bool, pool: ProcessPool, tmp_path: Path) -> None:
-    """Also on another grid, and with an adapter."""
-    whole = ours(tmp_path / "whole", "alone", lr_scheduler_type="constant", peft=peft)
-    found = pool.run(interrupted_job, world=2, output=tmp_path / "cut", grid=grid, then=then, peft=peft)
+def test_a_resumed_run_goes_on(
+    grid: str, then: str, peft: bool, tied: bool, pool: ProcessPool, tmp_path: Path
+) -> None:
+    """Also on another grid, with a tied head, and with an adapter."""
+    kind = {"peft": peft, "tied": tied}
+    whole = ours(tmp_path / "whole", "alone", lr_scheduler_type="constant", **kind)
+    found = pool.run(interrupted_job, world=2, output=tmp_path / "cut", grid=grid, then=then, **kind)
     for key, values in curves(whole).items():
         assert found[0][key] == pytest.approx(values, rel=1e-5), key
     checkpoint = tmp_path / "cut" / "checkpoint-4"
     names = {path.name for path in checkpoint.iterdir()}
     assert {"mtraining", "scheduler.pt", "trainer_state.json"} <= names
     assert ("adapter_model.safetensors" if peft else "model.safetensors") in names
+    kinds = {
+        name.split(".")[0]
+        for name in FileSystemReader(checkpoint / "mtraining").read_metadata().state_dict_metadata
+    }
+    assert kinds == ({"model", "optimizer"} if peft else {"optimizer"}), "weights are written once"
     if peft:
         from peft import PeftModel
 
@@ -128,6 +146,39 @@ def test_a_resumed_run_goes_on(grid: str, then: str, peft: bool, pool: ProcessPo
         mine = whole.model.base_model.model
         mine.set_attn_implementation("eager")
         torch.testing.assert_close(loaded(tokens).logits, mine(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def damaged_job(worker: Worker, output: Path) -> list[str]:
+    """Job: what a resume says of a checkpoint whose weights are of another model, damaged, or absent."""
+    said = []
+    with launched(worker.rank, worker.world):
+        ours(output, "cp2", max_steps=1, eval_strategy="no", save_strategy="steps", save_steps=1)
+        weights = output / "checkpoint-1" / "model.safetensors"
+        whole = load_file(weights)
+        for change in ("fewer", "damaged", "absent"):
+            torch.distributed.barrier()
+            if worker.rank == 0:
+                if change == "fewer":
+                    save_file(dict(list(whole.items())[1:]), weights, metadata={"format": "pt"})
+                elif change == "damaged":
+                    weights.write_bytes(weights.read_bytes()[:100])
+                else:
+                    weights.unlink()
+            torch.distributed.barrier()
+            try:
+                ours(output, "cp2", resume=True, max_steps=2, eval_strategy="no")
+            except UserError as error:
+                said.append(str(error))
+    return said
+
+
+def test_weights_that_cannot_be_resumed_from_are_refused_on_every_rank(
+    pool: ProcessPool, tmp_path: Path
+) -> None:
+    for said in pool.run(damaged_job, world=2, output=tmp_path):
+        assert len(said) == 3
+        assert all(one.startswith("resume_from_checkpoint=") for one in said), said
+        assert "lacks" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import types
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import Trainer
+from transformers import AutoConfig, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
-from mtraining.errors import UserError
+from mtraining.errors import UserError, first_line
 from mtraining.integrations.batches import IGNORED, Dealer, shifted
 from mtraining.integrations.options import (
     ContextParallelConfig,
@@ -45,6 +46,7 @@ from mtraining.model import ParallelLM, parallelize
 from mtraining.model.adapters import open_adapter, trained, without_frozen
 from mtraining.model.export import whole_state
 from mtraining.model.recompute import LayerPolicy
+from mtraining.model.weights import load_weights
 from mtraining.pattern import Pattern, build_pattern
 from mtraining.predict.memory import Workload
 from mtraining.ring import Ring
@@ -54,7 +56,11 @@ from mtraining.train.reader import SafeReader, load
 from mtraining.train.recompute import choose_together
 
 STATE = "mtraining"
-"""The folder of a checkpoint that has weights and optimizer as shards, from which any number of processes resumes."""
+"""The folder of a checkpoint that has the optimizer as shards, from which any number of processes resumes.
+
+Weights are read from the Hugging Face folder around it. Those of an adapter are few, and are shards here too: its file
+has peft's names for them.
+"""
 
 
 class ContextParallelTrainer(Trainer):
@@ -297,17 +303,50 @@ class ContextParallelTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         model, optimizer = get_state_dict(self.parallel_model, self._torch_optimizer())
-        state = {"model": without_frozen(self.parallel_model, model), "optimizer": optimizer}
+        state: dict[str, Any] = {"optimizer": optimizer}
+        if self.parallel_model.adapter is not None:
+            state["model"] = without_frozen(self.parallel_model, model)
         with _alone_is_meant():
             dcp.save(state, checkpoint_id=os.path.join(output_dir, STATE))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.parallel_model.adapter is None:
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.mesh is not None)
+            weights = self._whole_weights(resume_from_checkpoint)
+            set_model_state_dict(self.parallel_model.hf_model, weights, options=options)
+            return
         state = {"model": without_frozen(self.parallel_model, get_model_state_dict(self.parallel_model))}
         self._read(resume_from_checkpoint, state)
         # Frozen weights are not in it; every name that is was asked for.
         set_model_state_dict(self.parallel_model, state["model"], options=StateDictOptions(strict=False))
+
+    def _whole_weights(self, folder: str) -> dict[str, Tensor]:
+        """The weights that :meth:`save_model` wrote, on the first rank; none on others. Collective.
+
+        Raises:
+            UserError: files that are absent, damaged or of another model; on every rank.
+        """
+        box: list[str | None] = [None]
+        state: dict[str, Tensor] = {}
+        if self.mesh is None or dist.get_rank() == 0:
+            kinds = {parameter.dtype for parameter in self.model.parameters()}
+            try:
+                config = AutoConfig.from_pretrained(folder)
+                state = load_weights(folder, config, reduce(torch.promote_types, kinds), "", {}).state_dict()
+            except UserError as error:
+                box[0] = str(error).replace("model.init=", "resume_from_checkpoint=")
+            except (OSError, ValueError) as error:
+                box[0] = (
+                    f"resume_from_checkpoint={folder!r} has no weights of a model ({first_line(error)}); give one "
+                    "that this trainer saved."
+                )
+        if self.mesh is not None:
+            dist.broadcast_object_list(box)
+        if box[0] is not None:
+            raise UserError(box[0])
+        return state
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
