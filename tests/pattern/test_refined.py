@@ -13,9 +13,9 @@ from torch import Tensor
 from mtraining.errors import UserError
 from mtraining.pattern import SequenceShard, build_pattern
 from mtraining.pattern import refined as module
-from mtraining.pattern.blocks import products, query_means
+from mtraining.pattern.blocks import key_means, products, query_means
 from mtraining.pattern.refined import refined_maps, super_block
-from starts_cases import of_documents
+from starts_cases import of_documents, of_window
 
 SIZE, GROUP = 4, 2
 
@@ -26,13 +26,13 @@ def softmax(x: dict[int, float]) -> dict[int, float]:
 
 
 def brute_force(
-    q: Tensor, k: Tensor, refine: int, scale: float, firsts: list[int]
+    q: Tensor, k: Tensor, refine: int, scale: float, firsts: list[int], nearest: list[int]
 ) -> list[list[dict[int, float]]]:
     """Weights of the blocks that each row of each head looks at, of one sequence.
 
     Args:
         q, k: (tokens, heads, dim) and (tokens, kv_heads, dim).
-        firsts: of each block of rows the first block of its document.
+        firsts, nearest: of each block of rows the first block of its document, and the first that it may attend.
     """
     blocks = q.shape[0] // SIZE
     width = super_block(blocks)
@@ -41,7 +41,7 @@ def brute_force(
     for row, first in enumerate(firsts):
         for kv in range(k.shape[1]):
             heads = range(kv * GROUP, (kv + 1) * GROUP)
-            between = list(range(first // width + 1, row // width))
+            between = list(range(max(first // width + 1, nearest[row] // width), row // width))
             votes = dict.fromkeys(between, 0.0)
             for head in heads:
                 coarse = {
@@ -52,7 +52,7 @@ def brute_force(
                     votes[s] += p
             ends = {first // width, row // width}
             best = ends | set(sorted(between, key=lambda s: -votes[s])[: refine - len(ends)])
-            seen = [j for j in range(first, row + 1) if j // width in best]
+            seen = [j for j in range(nearest[row], row + 1) if j // width in best]
             for head in heads:
                 found[head].append(
                     softmax({j: float(mean_q[row, head] @ mean_k[j, kv]) * scale for j in seen})
@@ -78,7 +78,7 @@ def test_equals_brute_force(seed: int, sizes: tuple[int, int], packed: bool) -> 
         lengths = [begin * SIZE, (blocks - begin) * SIZE]
         shard = shard.of_batch(starts=of_documents(lengths))
         firsts = [0] * begin + [begin] * (blocks - begin)
-    maps = brute_force(q[0], k[0], refine, 0.35, firsts)
+    maps = brute_force(q[0], k[0], refine, 0.35, firsts, firsts)
     by_row = build_pattern("xattention", block_size=SIZE, stride=4, threshold=0.7, refine=refine)
     by_map = build_pattern("flexprefill", block_size=SIZE, gamma=0.7, tau=9.0, refine=refine)
     rows, pairs = ([t for *_, t in p.estimate(q, k, shard, 0.35).tiles_by_head()] for p in (by_row, by_map))
@@ -105,6 +105,26 @@ def test_equals_brute_force(seed: int, sizes: tuple[int, int], packed: bool) -> 
             assert set(of_document) == chosen
 
 
+@pytest.mark.parametrize("window", [1, 30, 100])
+def test_a_window_hides_what_it_does_not_reach(window: int) -> None:
+    blocks = 40
+    q, k = inputs(3, blocks)
+    starts = of_window(blocks * SIZE, window)
+    pattern = build_pattern("xattention", block_size=SIZE, stride=4, threshold=0.8, refine=3)
+    index = pattern.estimate(q, k, SequenceShard.whole(blocks * SIZE).of_batch(starts=starts), 0.35)
+    nearest = [int(starts[0, row * SIZE]) // SIZE for row in range(blocks)]
+    firsts = [int(starts[0, row * SIZE] == row * SIZE) * row for row in range(blocks)]
+    maps = brute_force(q[0], k[0], 3, 0.35, firsts, nearest)
+    for weights, (*_, tiles) in zip(maps, index.tiles_by_head(), strict=True):
+        for row, mass in enumerate(weights):
+            kept = {firsts[row], row} & set(mass)
+            for block in sorted(set(mass) - kept, key=lambda j: -mass[j]):
+                if sum(mass[j] for j in kept) >= 0.8:
+                    break
+                kept.add(block)
+            assert set(tiles[row].nonzero().flatten().tolist()) == kept
+
+
 def made_of(blocks: int, entries: int, patch: pytest.MonkeyPatch) -> tuple[list[Tensor], int, int]:
     """Weights by step, how many products of fine blocks were made, and most of them at one time."""
     q, k = inputs(1, blocks)
@@ -116,7 +136,7 @@ def made_of(blocks: int, entries: int, patch: pytest.MonkeyPatch) -> tuple[list[
 
     patch.setattr(module, "products", counted)
     patch.setattr(module, "_ENTRIES", entries)
-    keys = k.unflatten(1, (-1, SIZE)).mean(2)
+    keys = key_means(k, SIZE, shard)
     weights = [
         found.weights for _, found in refined_maps(query_means(q, SIZE, shard), keys, shard, 0.35, SIZE, 3)
     ]
@@ -142,3 +162,13 @@ def test_too_few_super_blocks_are_refused(name: str) -> None:
             UserError, match=f"pattern.refine: {wrong} does not fit {name}; use 0 for all pairs, or 3"
         ):
             build_pattern(name, refine=wrong)
+
+
+def test_rows_of_padding_weigh_nothing() -> None:
+    """Else they would have a part in the cut through flexprefill's map."""
+    q, k = inputs(4, 20)
+    shard = SequenceShard.whole(20 * SIZE, padding=6 * SIZE + 1)
+    queries, keys = query_means(q, SIZE, shard), key_means(k, SIZE, shard)
+    ((_, found),) = refined_maps(queries, keys, shard, 0.35, SIZE, 3)
+    sums = torch.tensor([1.0] * 14 + [0.0] * 6, dtype=torch.float64)
+    torch.testing.assert_close(found.weights.sum(-1), sums.expand(1, 4, 20), rtol=1e-12, atol=0)
