@@ -114,7 +114,7 @@ def queries_pooled(layer: Layer) -> Tensor:
 
 
 def sampled_rows(layer: Layer) -> Tensor:
-    """Mass of every row from :data:`SAMPLED` rows of blocks; fewer than half of them in short sequences."""
+    """Mass of every row from some rows of blocks: 64, or half of them in shorter sequences."""
     every, row = squares(layer, STRIDE), torch.arange(layer.blocks)
     step = max(2, layer.blocks // SAMPLED)
     scored = torch.arange(step - 1, layer.blocks, step)
