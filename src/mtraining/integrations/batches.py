@@ -81,8 +81,8 @@ class Dealer:
             starts = torch.cat([starts, starts.new_full((len(ids), more), ids.shape[1])], 1)
         positions = token if starts is None else token - starts
         whole = (pad(ids, (0, more)), positions, pad(shifted(labels), (0, more), value=IGNORED))
-        dealt = (self.layout.shard(part, self.rank, self.world) for part in whole)
-        return Dealt(*dealt, None if starts is None else starts.int())
+        ids, positions, labels = (self.layout.shard(part, self.rank, self.world) for part in whole)
+        return Dealt(ids, positions, labels, None if starts is None else starts.int())
 
 
 def _starts(given: Tensor | None, ids: Tensor) -> Tensor | None:

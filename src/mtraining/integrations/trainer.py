@@ -322,14 +322,14 @@ class ContextParallelTrainer(Trainer):
         # Frozen weights are not in it; every name that is was asked for.
         set_model_state_dict(self.parallel_model, state["model"], options=StateDictOptions(strict=False))
 
-    def _whole_weights(self, folder: str) -> dict[str, Tensor]:
+    def _whole_weights(self, folder: str) -> dict[str, Any]:
         """The weights that :meth:`save_model` wrote, on the first rank; none on others. Collective.
 
         Raises:
             UserError: files that are absent, damaged or of another model; on every rank.
         """
         box: list[str | None] = [None]
-        state: dict[str, Tensor] = {}
+        state: dict[str, Any] = {}
         if self.mesh is None or dist.get_rank() == 0:
             kinds = {parameter.dtype for parameter in self.model.parameters()}
             try:
