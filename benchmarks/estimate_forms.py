@@ -26,14 +26,14 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from pattern_recall import frontier
 from torch import Tensor
 
 from mtraining.bench.record import appended, code_version
@@ -58,6 +58,8 @@ FIELDS = (
     "date commit model text tokens layers rows form share recall worst_decile far_recall density multiply_adds "
     "scores"
 )
+
+Point = tuple[float, float, float, float]  # density, recall, worst decile, far recall
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,15 @@ class Measured:
         return every.mean(1), far.sum(1) / self.far_by_block.sum((1, 2))
 
 
+def at_density(points: Sequence[Point], density: float) -> tuple[float, ...] | None:
+    """Recall, worst decile and far recall between the two budgets around a density; None beyond all of them."""
+    for left, right in pairwise(sorted(points)):
+        if left[0] <= density <= right[0] and left[0] < right[0]:
+            share = (density - left[0]) / (right[0] - left[0])
+            return tuple(a + share * (b - a) for a, b in zip(left[1:], right[1:], strict=True))
+    return None
+
+
 def captured_layers(options: argparse.Namespace) -> dict[int, tuple[Tensor, Tensor, float]]:
     """q (1, tokens, q_heads, head_dim), k (1, tokens, kv_heads, head_dim) and scale of each wanted layer."""
     if options.captured and options.captured.exists():
@@ -274,7 +285,7 @@ def main() -> None:
         print(f"layer {number}", flush=True)
     origin = [date.today(), code_version(), options.model, options.text.name, options.tokens]
     origin += [" ".join(map(str, options.layers)), len(rows)]
-    curves: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
+    curves: dict[str, list[Point]] = defaultdict(list)
     dim = q.shape[3]
     with appended(options.out, FIELDS.split()) as write:
         for (form, share), layers in found.items():
@@ -288,16 +299,10 @@ def main() -> None:
     for form, points in curves.items():
         cells = []
         for target in TARGETS:
-            both = frontier([point[:3] for point in points], target)
-            only = frontier([(point[0], point[3], point[3]) for point in points], target)
-            cells.append(f"{both[0]:.3f} ({both[1]:.3f}), {only[0]:.3f}" if both and only else "-")
-        print(
-            f"| {form} |",
-            " | ".join(cells),
-            "|",
-            " | ".join(f"{x:.4g}" for x in work(form, options.tokens, dim)),
-            "|",
-        )
+            reached = at_density(points, target)
+            cells.append(f"{reached[0]:.3f} ({reached[1]:.3f}), {reached[2]:.3f}" if reached else "-")
+        cells += [f"{x:.4g}" for x in work(form, options.tokens, dim)]
+        print(f"| {form} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":
