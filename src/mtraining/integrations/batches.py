@@ -62,8 +62,8 @@ class Dealer:
                 them; ``attention_mask`` and ``position_ids`` where there are any.
 
         Raises:
-            UserError: no labels, padding on the left, a mask that is no padding, position ids that do not count from 0
-                in each document, or a sequence that is too long.
+            UserError: no labels, padding on the left, a mask that is no padding, or a sequence that is too long. Also
+                position ids that do not count from 0 in each document.
         """
         ids, labels = inputs["input_ids"], inputs.get("labels")
         if labels is None:
