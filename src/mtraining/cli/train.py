@@ -47,19 +47,21 @@ def train(
     from mtraining.train.display import quiet_libraries
     from mtraining.train.launch import launch, run_launched
     from mtraining.train.loop import train as run
+    from mtraining.train.start import command_began
 
+    began = command_began()
     suites = build_suite if settings.evaluate.suites else None
     if "RANK" in os.environ:
         if nproc is not None:
             raise UserError(
                 "--nproc starts processes of its own; leave it out under torchrun or another launcher."
             )
-        run_launched(settings, suites)
+        run_launched(settings, suites, began)
     elif nproc is not None and nproc > 1:
-        launch(settings, nproc, suites=suites)
+        launch(settings, nproc, suites=suites, began=began)
     else:
         quiet_libraries()
-        run(settings, suites)
+        run(settings, suites, began)
 
 
 def _dry_run(settings: Config, memory_gib: float | None) -> None:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -51,20 +52,24 @@ def launch(
     nproc: int,
     before: Callable[[], None] | None = None,
     suites: SuiteBuilder | None = None,
+    began: float | None = None,
 ) -> None:
     """Train as `config` says on `nproc` local processes and wait for them.
 
     Args:
         before: what each process calls first, by name: a function of a module.
         suites: as `train` takes it, by name too.
+        began: as `train` takes it; None: now.
 
     Raises:
         UserError: bad input, found here or by any rank.
         RunStopped: a rank died or failed, and the others have been ended; or a signal came.
     """
+    began = time.time() if began is None else began
     check_world(config.parallel, nproc)
     check_config(config)
-    stopped = run_processes(_train, (config.to_yaml(), before, suites), nproc, lambda: way_on(config.output))
+    arguments = (config.to_yaml(), before, suites, began)
+    stopped = run_processes(_train, arguments, nproc, lambda: way_on(config.output))
     if stopped is not None:
         raise RunStopped(stopped, SAVED)
 
@@ -115,9 +120,9 @@ def run_processes(
             raise _ended(error.sigval, remedy()) from None
 
 
-def run_launched(config: Config, suites: SuiteBuilder | None = None) -> None:
-    """Train as `config` says as one of the processes of torchrun; see `as_launched`."""
-    as_launched(lambda: train(config, suites), lambda: way_on(config.output))
+def run_launched(config: Config, suites: SuiteBuilder | None = None, began: float | None = None) -> None:
+    """Train as `config` says as one of the processes of torchrun; see `as_launched` and `train`."""
+    as_launched(lambda: train(config, suites, began), lambda: way_on(config.output))
 
 
 def as_launched(function: Callable[[], T], remedy: Callable[[], str]) -> T:
@@ -170,12 +175,14 @@ def _as_rank(function: Callable[..., T], arguments: tuple[Any, ...], folder: Pat
     return result
 
 
-def _train(text: str, before: Callable[[], None] | None, suites: SuiteBuilder | None) -> str | None:
+def _train(
+    text: str, before: Callable[[], None] | None, suites: SuiteBuilder | None, began: float
+) -> str | None:
     """One rank of a training run; what to tell when a signal asked for a stop."""
     try:
         if before is not None:
             before()
-        train(parse_config(read_yaml(text, "the configuration")), suites)
+        train(parse_config(read_yaml(text, "the configuration")), suites, began)
     except RunStopped as error:
         if error.code != SAVED:
             raise
