@@ -43,14 +43,12 @@ def train(
         _dry_run(settings, memory_gib)
         return
     refuse_memory(memory_gib)
-    from mtraining.evaluate.in_training import build_suite
-    from mtraining.train.display import quiet_libraries
     from mtraining.train.launch import launch, run_launched
-    from mtraining.train.loop import train as run
     from mtraining.train.start import command_began
 
-    began = command_began()
-    suites = build_suite if settings.evaluate.suites else None
+    began, suites = command_began(), None
+    if settings.evaluate.suites:
+        from mtraining.evaluate.in_training import build_suite as suites
     if "RANK" in os.environ:
         if nproc is not None:
             raise UserError(
@@ -60,6 +58,9 @@ def train(
     elif nproc is not None and nproc > 1:
         launch(settings, nproc, suites=suites, began=began)
     else:
+        from mtraining.train.display import quiet_libraries
+        from mtraining.train.loop import train as run
+
         quiet_libraries()
         run(settings, suites, began)
 

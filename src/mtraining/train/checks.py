@@ -7,6 +7,7 @@ vocabulary by `mtraining.data.SequenceDataset`, both before the first step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def check_config(config: Config) -> RunData:
     """Check everything about a run that needs neither processes nor a model.
 
     Returns:
-        the data that had to be opened and packed for it.
+        the data that had to be opened and packed for it, and the tokenizer that had to be loaded.
 
     Raises:
         UserError: a sequence length that the layout cannot deal, more ranks than blocks, an unknown pattern, layout or
@@ -58,22 +59,21 @@ def check_config(config: Config) -> RunData:
     check_output(config)
     sources = data_sources(config)
     shards = [source.shards for source in sources]
-    check_tokenizer(config, shards)
-    dataset = build_dataset(config, sources)
-    return RunData(dataset, held_out(config, shards) if config.evaluate.every is not None else None)
-
-
-def check_tokenizer(config: Config, sources: Sequence[TokenShards]) -> None:
-    """Refuse data that another tokenizer than the model's has encoded. A random model takes the data's."""
-    if config.data.allow_other_tokenizer:
-        return
     tokenizer = load_tokenizer(config.model)
-    if tokenizer is not None:
-        named = config.model.tokenizer or config.model.init
-        for shards in sources:
-            check_vocabulary(
-                shards, tokenizer, named, ", or set data.allow_other_tokenizer=true if that is meant."
-            )
+    if tokenizer is not None and not config.data.allow_other_tokenizer:
+        check_tokenizer(config, shards, tokenizer)
+    dataset = build_dataset(config, sources)
+    held = held_out(config, shards) if config.evaluate.every is not None else None
+    return RunData(dataset, held, tokenizer)
+
+
+def check_tokenizer(config: Config, sources: Sequence[TokenShards], tokenizer: Any) -> None:
+    """Refuse data that another tokenizer than the model's, ``tokenizer``, has encoded."""
+    named = config.model.tokenizer or config.model.init
+    for shards in sources:
+        check_vocabulary(
+            shards, tokenizer, named, ", or set data.allow_other_tokenizer=true if that is meant."
+        )
 
 
 def check_table(config: Config, layers: int) -> None:

@@ -3,6 +3,9 @@
 What is added to it: bad input is told once instead of once a rank; a rank that dies is named together with the last
 good checkpoint; the rank that failed first is the one that is blamed; and a signal that asks for a stop goes on to the
 ranks, which take the time they need to save.
+
+The launcher checks only what it must, and imports neither transformers nor the training loop. The ranks do so
+themselves, and wait for an import once instead of twice.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import (
@@ -35,14 +38,14 @@ from mtraining.data.loader import end_with_parent
 from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.inputs.yaml_text import read_yaml
 from mtraining.train.backstop import backstop, mark_done, ranks_of
-from mtraining.train.checks import check_config
 from mtraining.train.config import Config, parse_config
 from mtraining.train.display import quiet_libraries, quiet_tracker
-from mtraining.train.evaluation import SuiteBuilder
-from mtraining.train.loop import train
 from mtraining.train.mesh import check_world
 from mtraining.train.stop import SIGNALS
 from mtraining.train.watch import PeerLost, exit_now, launcher_store, reason, way_on
+
+if TYPE_CHECKING:
+    from mtraining.train.evaluation import SuiteBuilder
 
 T = TypeVar("T")
 
@@ -62,12 +65,11 @@ def launch(
         began: as `train` takes it; None: now.
 
     Raises:
-        UserError: bad input, found here or by any rank.
+        UserError: bad input, found by any rank before it joins the others.
         RunStopped: a rank died or failed, and the others have been ended; or a signal came.
     """
     began = time.time() if began is None else began
     check_world(config.parallel, nproc)
-    check_config(config)
     arguments = (config.to_yaml(), before, suites, began)
     stopped = run_processes(_train, arguments, nproc, lambda: way_on(config.output))
     if stopped is not None:
@@ -122,6 +124,8 @@ def run_processes(
 
 def run_launched(config: Config, suites: SuiteBuilder | None = None, began: float | None = None) -> None:
     """Train as `config` says as one of the processes of torchrun; see `as_launched` and `train`."""
+    from mtraining.train.loop import train
+
     as_launched(lambda: train(config, suites, began), lambda: way_on(config.output))
 
 
@@ -179,6 +183,8 @@ def _train(
     text: str, before: Callable[[], None] | None, suites: SuiteBuilder | None, began: float
 ) -> str | None:
     """One rank of a training run; what to tell when a signal asked for a stop."""
+    from mtraining.train.loop import train
+
     try:
         if before is not None:
             before()

@@ -23,7 +23,8 @@ from rich.console import Console
 from mtraining.data import ReaderDied, SequenceDataset, build_loader, read, step_plan
 from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.layout import build_layout
-from mtraining.model import ParallelLM, build_model, export_model, parallelize
+from mtraining.model import ParallelLM, export_model, parallelize
+from mtraining.model.load import build_weights
 from mtraining.model.recompute import LayerPolicy
 from mtraining.model.support import head_dim_of
 from mtraining.ring import Timeline
@@ -95,7 +96,7 @@ def train(config: Config, suites: SuiteBuilder | None = None, began: float | Non
         console = Console(file=sys.stdout) if process.is_main else None
         tell = Display(steps=0, done=0, title="", log_every=1, console=console).tell
         torch.manual_seed(config.train.seed)
-        model, tokenizer = parallel_model(config, process, *settle_recompute(config, process, tell))
+        model = parallel_model(config, process, *settle_recompute(config, process, tell))
         start.done("model")
         tiles = check_same_tiles(process, DTYPES[config.train.dtype], head_dim_of(model.hf_model.config))
         dataset = rank_dataset(config, data.dataset, process, model.hf_model.config.vocab_size)
@@ -105,7 +106,7 @@ def train(config: Config, suites: SuiteBuilder | None = None, began: float | Non
             model,
             data.held,
             [source.shards for source in dataset.sources],
-            tokenizer,
+            data.tokenizer,
             suites,
             tell,
         )
@@ -138,7 +139,7 @@ def train(config: Config, suites: SuiteBuilder | None = None, began: float | Non
         export = config.output / "export" if finished and config.checkpoint.export else None
         if export is not None:
             stops.at_once("during the export")
-            export_model(model, export, tokenizer=tokenizer or data_tokenizer(config))
+            export_model(model, export, tokenizer=data.tokenizer or data_tokenizer(config))
     if not finished:
         raise RunStopped(_stopped(config, done, checkpoint), SAVED)
     return RunResult(config.output, checkpoint, export)
@@ -149,15 +150,15 @@ def parallel_model(
     process: Process,
     recompute: str | Sequence[LayerPolicy] = "full",
     offload: bool = False,
-) -> tuple[ParallelLM, Any]:
-    """The model of a configuration, spread over the mesh, and its tokenizer (None for a random model).
+) -> ParallelLM:
+    """The model of a configuration, spread over the mesh.
 
     Args:
         recompute, offload: as `settle_recompute` has them; nothing that is not trained depends on them.
     """
-    hf_model, tokenizer = build_model(config.model, config.train.seq_len)
+    hf_model = build_weights(config.model, config.train.seq_len)
     check_table(config, hf_model.config.num_hidden_layers)
-    model = parallelize(
+    return parallelize(
         hf_model,
         process.mesh,
         pattern=config.pattern.build(),
@@ -173,7 +174,6 @@ def parallel_model(
         param_dtype=DTYPES[config.train.dtype],
         loss_chunk=config.train.loss_chunk,
     )
-    return model, tokenizer
 
 
 def _steps(

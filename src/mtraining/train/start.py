@@ -26,7 +26,9 @@ def command_began() -> float:
     Under torchrun, which is this process's parent, the launcher's own start counts too. A process that a launcher
     starts again after a failure counts from its own start.
     """
-    launched = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    launched = (
+        "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    )
     return started_at(os.getppid() if launched else os.getpid())
 
 
