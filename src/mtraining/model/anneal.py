@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from mtraining.errors import UserError
@@ -68,6 +69,16 @@ class Anneal:
             widened(pattern, self.widen)
 
 
+_TILE = 128  # columns that any kernel reads at a time are a divisor of it
+
+
+def _times(factor: float, value: int) -> int:
+    """A budget of whole tiles stays one: the kernels that were compiled for it serve every step, and read no mask."""
+    if value % _TILE == 0:
+        return math.ceil(factor * value / _TILE) * _TILE
+    return round(factor * value)
+
+
 def widened(pattern: Pattern, factor: float) -> Pattern:
     """``pattern`` with every budget ``factor`` times as large. The share of mass that is asked for stays.
 
@@ -76,7 +87,7 @@ def widened(pattern: Pattern, factor: float) -> Pattern:
     """
     if isinstance(pattern, VerticalSlash):
         numbers = {
-            name: round(factor * value)
+            name: _times(factor, value)
             for name in ("top_k_columns", "top_k_slashes", "max_columns", "max_slashes")
             if (value := getattr(pattern, name)) is not None
         }
