@@ -90,11 +90,15 @@ def recipe(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
 
 
-def start(raw: dict[str, Any], work: Path, processes: int, caches: Path) -> tuple[dict[str, Any], float, float]:
+def start(
+    raw: dict[str, Any], work: Path, processes: int, caches: Path
+) -> tuple[dict[str, Any], float, float]:
     """One command: what about.json says of its start, its seconds, and those of all its processors."""
     run = Path(tempfile.mkdtemp(dir=work)) / "run"
     path = run.with_name("recipe.yaml")
-    path.write_text(yaml.safe_dump(raw | {"output": str(run), "parallel": {"cp": processes}}), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(raw | {"output": str(run), "parallel": {"cp": processes}}), encoding="utf-8"
+    )
     environment = os.environ | {
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
@@ -119,7 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pattern", default="vertical_slash")
     parser.add_argument("--fused", default="none")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--processes", type=int, nargs="+", default=[torch.cuda.device_count() if cuda else 1])
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[torch.cuda.device_count() if cuda else 1]
+    )
     parser.add_argument("--warm", type=int, default=1, help="starts with caches that a start has filled")
     options = parser.parse_args(argv)
     layers = SHAPES[options.shape].layers if options.layers is None else options.layers

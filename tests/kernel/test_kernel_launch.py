@@ -174,16 +174,14 @@ def test_another_index_is_the_same_kernels(
     compiled = set(seen)
     for share, shift in ((0.0, 0), (0.9, 1), (1.0, 2)):
         torch.manual_seed(shift)
-        blocks = None if CASES[case].block_share is None else share
-        moved = [block + shift for block in CASES[case].q_blocks]
-        solve(
-            backend,
-            build(
-                replace(
-                    CASES[case], diagonal_share=share, block_share=blocks, q_blocks=moved, num_blocks=CASES[case].num_blocks + 4
-                )
-            ),
+        other = replace(
+            CASES[case],
+            diagonal_share=share,
+            block_share=None if CASES[case].block_share is None else share,
+            q_blocks=[block + shift for block in CASES[case].q_blocks],
+            num_blocks=CASES[case].num_blocks + 4,
         )
+        solve(backend, build(other))
     assert len(compiled) >= 5
     assert seen - compiled == set()
 

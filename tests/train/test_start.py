@@ -116,9 +116,7 @@ def test_a_rank_imports_no_tracker_or_drawing() -> None:
     assert run_command([sys.executable, "-c", code]).stdout.split() == []
 
 
-def test_a_tokenizer_is_loaded_once(
-    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_is_loaded_once(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = shards / "tokenizer"
     asked: list[Any] = []
     plain = load.AutoTokenizer.from_pretrained

@@ -121,8 +121,8 @@ class TilesOptions:
 class TrainOptions:
     """Of `mtraining bench train`. None and empty stand for the preset's values.
 
-    Every length and recompute policy is measured. Of densities, layouts, rings and transfers the first value is the base,
-    and each further one varies alone.
+    Every length and recompute policy is measured. Of densities, layouts, rings and transfers the first value is the
+    base, and each further one varies alone.
     """
 
     preset: str = field(default="", metadata=_help("table or tiny; default: table, on a CPU tiny."))
@@ -155,7 +155,7 @@ class TrainOptions:
     transfers: tuple[str, ...] = field(
         default=(),
         metadata=_help(
-            "Communicator of the ring, the one of FSDP (shared) or its own, and gathers: shared, own, shared+prefetch or "
+            "Whether the ring shares FSDP's communicator, and gathers ask ahead: shared, own, shared+prefetch or "
             "own+prefetch; may be repeated."
         ),
     )

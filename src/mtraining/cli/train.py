@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mtraining.model.recompute import LayerPolicy
     from mtraining.train.config import Config
+    from mtraining.train.evaluation import SuiteBuilder
 
 Overrides = Annotated[
     list[str] | None,
@@ -46,9 +47,12 @@ def train(
     from mtraining.train.launch import launch, run_launched
     from mtraining.train.start import command_began
 
-    began, suites = command_began(), None
+    began = command_began()
+    suites: SuiteBuilder | None = None
     if settings.evaluate.suites:
-        from mtraining.evaluate.in_training import build_suite as suites
+        from mtraining.evaluate.in_training import build_suite
+
+        suites = build_suite
     if "RANK" in os.environ:
         if nproc is not None:
             raise UserError(

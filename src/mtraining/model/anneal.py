@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mtraining.errors import UserError
 from mtraining.pattern import MoBA, Pattern, PerHead, VerticalSlash
@@ -86,7 +87,7 @@ def widened(pattern: Pattern, factor: float) -> Pattern:
         UserError: a pattern that has no number to multiply.
     """
     if isinstance(pattern, VerticalSlash):
-        numbers = {
+        numbers: dict[str, Any] = {
             name: _times(factor, value)
             for name in ("top_k_columns", "top_k_slashes", "max_columns", "max_slashes")
             if (value := getattr(pattern, name)) is not None

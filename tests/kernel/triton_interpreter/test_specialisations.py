@@ -92,20 +92,13 @@ PATTERNS: dict[str, Pattern] = {
         SIZE, top_p=0.6, max_columns=40, max_slashes=90, window=8, sinks=3, probe=16
     ),
     "by block": VerticalSlash(
-        SIZE,
-        top_p=0.6,
-        max_columns=33,
-        slash_by="block",
-        slash_density=0.4,
-        probe_at="spread",
-        probe=16,
-        window=8,
+        SIZE, top_p=0.6, max_columns=33, slash_by="block", slash_density=0.4, probe_at="spread", probe=16, window=8,
         sinks=3,
     ),
     "xattention": build_pattern("xattention", block_size=SIZE, stride=8),
     "moba": build_pattern("moba", block_size=SIZE, top_k=3),
     "flexprefill": build_pattern("flexprefill", block_size=SIZE),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PATTERNS)
