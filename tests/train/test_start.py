@@ -97,22 +97,23 @@ def test_when_a_command_began(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command_began() == pytest.approx(own, abs=0.1)
 
 
-def test_a_launcher_imports_nothing_that_only_ranks_need() -> None:
-    """Each would be seconds before the first rank starts, which then imports them itself."""
-    code = (
-        "import sys, mtraining.train.config, mtraining.train.launch, mtraining.train.start\n"
-        "print(*[name for name in ('transformers', 'torch.distributed.tensor', 'torch._dynamo', 'datasets', 'peft',\n"
-        "    'matplotlib', 'scipy', 'mtraining.train.loop') if name in sys.modules])"
-    )
-    assert run_command([sys.executable, "-c", code]).stdout.split() == []
+OPTIONAL = (
+    "datasets matplotlib mlflow wandb trackio tensorboard pandas pyarrow lm_eval mtraining.report".split()
+)
+OF_RANKS = "transformers torch.distributed.tensor torch._dynamo peft scipy mtraining.train.loop".split()
 
 
-def test_a_rank_imports_no_tracker_or_drawing() -> None:
-    code = (
-        "import sys, mtraining.train.loop\n"
-        "print(*[name for name in ('datasets', 'matplotlib', 'mlflow', 'wandb', 'trackio', 'tensorboard', 'pandas',\n"
-        "    'pyarrow', 'lm_eval', 'mtraining.report') if name in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("modules", "unwanted"),
+    [
+        # Each would be seconds before the first rank starts, which then imports them itself.
+        ("mtraining.train.config, mtraining.train.launch, mtraining.train.start", OPTIONAL + OF_RANKS),
+        ("mtraining.train.loop", OPTIONAL),
+    ],
+    ids=["launcher", "rank"],
+)
+def test_nothing_is_imported_that_is_not_needed(modules: str, unwanted: list[str]) -> None:
+    code = f"import sys, {modules}; print(*[name for name in {unwanted} if name in sys.modules])"
     assert run_command([sys.executable, "-c", code]).stdout.split() == []
 
 

@@ -6,6 +6,7 @@ part has. A later step that compiles something is told too.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -54,8 +55,9 @@ class StartLog:
 
     @contextmanager
     def counting(self, device: torch.device) -> Iterator[None]:
-        """Count what is compiled inside; on a CPU no kernels of Triton."""
-        with counting_compilations(triton=device.type == "cuda") as counter:
+        """Count what is compiled inside; Triton's kernels on a GPU only."""
+        triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        with counting_compilations(triton) as counter:
             self._take = counter.take
             yield
 
