@@ -4,8 +4,8 @@ What is added to it: bad input is told once instead of once a rank; a rank that 
 good checkpoint; the rank that failed first is the one that is blamed; and a signal that asks for a stop goes on to the
 ranks, which take the time they need to save.
 
-The launcher checks only what it must, and imports neither transformers nor the training loop. The ranks do so
-themselves, and wait for an import once instead of twice.
+The launcher refuses what the configuration alone tells. It imports neither transformers nor the training loop, which
+would take seconds before the ranks, which import them anyway, could begin.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from mtraining.inputs.yaml_text import read_yaml
 from mtraining.train.backstop import backstop, mark_done, ranks_of
 from mtraining.train.config import Config, parse_config
 from mtraining.train.display import quiet_libraries, quiet_tracker
+from mtraining.train.early_checks import check_early
 from mtraining.train.mesh import check_world
 from mtraining.train.stop import SIGNALS
 from mtraining.train.watch import PeerLost, exit_now, launcher_store, reason, way_on
@@ -65,11 +66,12 @@ def launch(
         began: as `train` takes it; None: now.
 
     Raises:
-        UserError: bad input, found by any rank before it joins the others.
+        UserError: bad input, found here, or by any rank before it joins the others.
         RunStopped: a rank died or failed, and the others have been ended; or a signal came.
     """
     began = time.time() if began is None else began
     check_world(config.parallel, nproc)
+    check_early(config)
     arguments = (config.to_yaml(), before, suites, began)
     stopped = run_processes(_train, arguments, nproc, lambda: way_on(config.output))
     if stopped is not None:
