@@ -306,7 +306,7 @@ def identifiers() -> set[str]:
 # Names of other projects and of files' contents, which no code here says.
 FOREIGN = set(
     "vertical_and_slash stream_llm block_sparse PyTorchJob MASTER_ADDR MASTER_PORT save_on_cpu PreTrainedConfig "
-    "terminationGracePeriodSeconds OUTERxINNER TORCHINDUCTOR_CACHE_DIR include_path "
+    "terminationGracePeriodSeconds OUTERxINNER TORCHINDUCTOR_CACHE_DIR FLASH_ATTENTION_CUTE_DSL_CACHE_DIR include_path "
     "mean_token_accuracy Accelerator prepare ParallelismConfig clip_grad_norm_ eval_loss".split()
 )
 NAME = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\(.*\))?$")

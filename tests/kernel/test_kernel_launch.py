@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -151,6 +152,38 @@ def test_portable(case: str, launches: dict[str, dict[str, Any]], monkeypatch: p
         assert {types[size] for size in ("kv_heads", "n_rows", "n_cols", "diagonal")} == {"i32"}
     assert ("columns.forward_kernel" in launches) == (case in ("columns", "starts"))
     assert launches["slashes.forward_kernel"]["lists"].reach == ("*i32" if "starts" in case else "constexpr")
+
+
+@pytest.mark.parametrize("backend", [HopperBackend(), TritonBackend()], ids=["hopper", "portable"])
+@pytest.mark.parametrize("case", CASES)
+def test_another_index_is_the_same_kernels(
+    backend: TritonBackend, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one shape: neither the tiles that are chosen, nor columns, documents or the rank's place are compiled in."""
+    kept: dict[Any, dict[Any, str]] = {}
+    seen: set[tuple[Any, str]] = set()
+
+    def run(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        bind = create_function_from_signature(kernel.signature, kernel.params, CUDABackend(TARGET))
+        _, specialization, launch = bind(*args, **options)
+        seen.add((kernel.fn, compute_cache_key(kept.setdefault(kernel.fn, {}), specialization, launch)))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(hopper_backend, "_programs", lambda items, device: items)
+    solve(backend, build(CASES[case]))
+    compiled = set(seen)
+    for share, shift in ((0.0, 0), (0.9, 1), (1.0, 2)):
+        torch.manual_seed(shift)
+        other = replace(
+            CASES[case],
+            diagonal_share=share,
+            block_share=None if CASES[case].block_share is None else share,
+            q_blocks=[block + shift for block in CASES[case].q_blocks],
+            num_blocks=CASES[case].num_blocks + 4,
+        )
+        solve(backend, build(other))
+    assert len(compiled) >= 5
+    assert seen - compiled == set()
 
 
 @pytest.mark.parametrize("case", ["columns", "starts", "block lists with starts"])

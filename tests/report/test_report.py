@@ -188,6 +188,8 @@ def test_the_page_needs_nothing_else_and_holds_every_table(sparse: Path, dense: 
     assert len(data["charts"]) == 24 and all(chart["tables"] for chart in data["charts"])
     assert "train.lr" not in text.partition("Options that differ")[0]
     assert '<th scope="row">pattern.name</th><td>vertical_slash</td><td>dense</td>' in text
+    assert "26.5 s to the end of the first step (imports 6.0, first step 20.5)" in text
+    assert "23 kernels and 0 graphs; from the cache - and -" in text
     assert "H100" in text and "+0.0200" in text and "needle_words" in text
 
 

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from mtraining.cli import main
 from mtraining.data import PrepareOptions, prepare
+from mtraining.train import launch
 from mtraining.train.metrics import read_metrics
 from mtraining.train.store import CheckpointStore
 
@@ -189,8 +190,20 @@ def test_a_full_disk(
     assert store.complete() == [store.path(1), store.path(2)]
 
 
-def test_ranks_tell_bad_input_of_the_model_once(command: Command, tmp_path: Path, shards: Path) -> None:
+def test_a_launcher_refuses_what_options_tell_and_starts_no_rank(
+    command: Command, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "run_processes", lambda *_: pytest.fail("ranks were started"))
     recipe = write_recipe(tmp_path, shards)
     code, _, errors = command(recipe, "parallel.cp=8", "train.seq_len=64", nproc=8)
     assert code == 2
     assert re.fullmatch(r"error: seq_len: 64 tokens are too few .*", errors)
+
+
+@pytest.mark.slow
+def test_ranks_tell_bad_data_once(command: Command, tmp_path: Path, shards: Path) -> None:
+    recipe = write_recipe(tmp_path, shards)
+    absent = tmp_path / "absent"
+    code, _, errors = command(recipe, "parallel.cp=2", f"data.path={absent}", nproc=2)
+    assert code == 2
+    assert re.fullmatch(rf"error: dataset '{absent}' does not exist; .*", errors)

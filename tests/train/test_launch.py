@@ -1,5 +1,6 @@
 """Real launches: our own --nproc, a killed rank, and torchrun."""
 
+import json
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from tiny_run import raw_config, run_job
 
 from distributed import ProcessPool
 from mtraining.errors import SAVED
+from mtraining.train.about import ABOUT
 from mtraining.train.backstop import ranks_of
 from mtraining.train.metrics import read_metrics
 from mtraining.train.peers import OsProcess
@@ -259,6 +261,8 @@ def test_torchrun(tmp_path: Path, shards: Path) -> None:
     run_command([*TORCHRUN, "train", recipe])
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
     assert CheckpointStore(tmp_path / "run").latest() == CheckpointStore(tmp_path / "run").path(2)
+    # The start of torchrun itself is in it.
+    assert json.loads((tmp_path / "run" / ABOUT).read_text())["start"]["seconds"]["imports"] > 0
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def sharded_fingerprint(worker: Worker, raw: dict[str, Any]) -> str:
 
     config = parse_config(raw)
     with joined_processes(config) as process:
-        return frozen_weights(loop.parallel_model(config, process)[0], process)
+        return frozen_weights(loop.parallel_model(config, process), process)
 
 
 def test_the_fingerprint_does_not_depend_on_ranks_or_dtype(

@@ -41,7 +41,7 @@ def test_two_steps_of_a_pretrained_model(tmp_path: Path) -> None:
         ],
     )
     with joined_processes(config) as process:
-        model, _ = parallel_model(config, process)
+        model = parallel_model(config, process)
         prepare(
             PrepareOptions(
                 sources=(str(tmp_path / "text.txt"),),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mtraining.model.recompute import LayerPolicy
     from mtraining.train.config import Config
+    from mtraining.train.evaluation import SuiteBuilder
 
 Overrides = Annotated[
     list[str] | None,
@@ -43,23 +44,29 @@ def train(
         _dry_run(settings, memory_gib)
         return
     refuse_memory(memory_gib)
-    from mtraining.evaluate.in_training import build_suite
-    from mtraining.train.display import quiet_libraries
     from mtraining.train.launch import launch, run_launched
-    from mtraining.train.loop import train as run
+    from mtraining.train.start import command_began
 
-    suites = build_suite if settings.evaluate.suites else None
+    began = command_began()
+    suites: SuiteBuilder | None = None
+    if settings.evaluate.suites:
+        from mtraining.evaluate.in_training import build_suite
+
+        suites = build_suite
     if "RANK" in os.environ:
         if nproc is not None:
             raise UserError(
                 "--nproc starts processes of its own; leave it out under torchrun or another launcher."
             )
-        run_launched(settings, suites)
+        run_launched(settings, suites, began)
     elif nproc is not None and nproc > 1:
-        launch(settings, nproc, suites=suites)
+        launch(settings, nproc, suites=suites, began=began)
     else:
+        from mtraining.train.display import quiet_libraries
+        from mtraining.train.loop import train as run
+
         quiet_libraries()
-        run(settings, suites)
+        run(settings, suites, began)
 
 
 def _dry_run(settings: Config, memory_gib: float | None) -> None:

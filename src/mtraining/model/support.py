@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from mtraining.errors import UserError
 from mtraining.model.logits import CAPS, DIVISORS, FACTORS, Head, LogitForm
@@ -321,12 +320,6 @@ def _check_rotary(hf_model: Any) -> None:
             )
 
 
-class _Decoded(MoeModelOutputWithPast):
-    """A decoder's output with all that the heads of any architecture look for."""
-
-    cross_attentions = None
-
-
 @torch.no_grad()
 def _check_logits(hf_model: Any) -> None:
     """Refuse a model whose logits are not those of `mtraining.model.logits`, whatever its config calls what it does.
@@ -334,6 +327,14 @@ def _check_logits(hf_model: Any) -> None:
     Asked of the model itself, with two random hidden states in place of its decoder's. On the meta device there are no
     numbers to compare, and the fields of the config must do.
     """
+    # Here, so that options can be read without transformers.
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    class Decoded(MoeModelOutputWithPast):
+        """A decoder's output with all that the heads of any architecture look for."""
+
+        cross_attentions = None
+
     decoder, head = decoder_of(hf_model), hf_model.get_output_embeddings()
     weight = head.weight
     if weight.is_meta or isinstance(weight, DTensor):
@@ -341,8 +342,8 @@ def _check_logits(hf_model: Any) -> None:
     hidden = torch.linspace(-2, 2, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
     hidden = hidden.roll(1, -1)
 
-    def decode(*_: Any, **__: Any) -> _Decoded:
-        return _Decoded(last_hidden_state=hidden)
+    def decode(*_: Any, **__: Any) -> Decoded:
+        return Decoded(last_hidden_state=hidden)
 
     own = vars(decoder).get("forward")
     decoder.forward = decode

@@ -14,7 +14,7 @@ from mtraining.report.charts import build_charts, dense_run
 from mtraining.report.evaluated import score_table
 from mtraining.report.figures import write_figures
 from mtraining.report.page import Section, html_table, page, write_page
-from mtraining.report.runs import Run, duration, known, read_runs
+from mtraining.report.runs import Run, duration, known, number, read_runs
 from mtraining.report.series import differences
 from mtraining.report.specs import colour_of
 
@@ -240,9 +240,29 @@ def _options(runs: Sequence[Run]) -> str:
     )
 
 
+def _start(start: Any) -> dict[str, str]:
+    """What about.json says of a run's start, in words."""
+    if not isinstance(start, dict) or not isinstance(start.get("seconds"), dict):
+        return {}
+    parts = {name: seconds for name, raw in start["seconds"].items() if (seconds := number(raw)) is not None}
+    shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    compiled, loaded = (
+        [start.get(f"{kind}_{how}", "-") for kind in ("kernels", "graphs")]
+        for how in ("compiled", "from_cache")
+    )
+    return {
+        "start": f"{sum(parts.values()):.1f} s to the end of the first step ({shown})",
+        "compiled at the start": "{} kernels and {} graphs; from the cache {} and {}".format(
+            *compiled, *loaded
+        ),
+    }
+
+
 def _environment(runs: Sequence[Run]) -> str:
-    facts = {run.name: run.about.get("environment") for run in runs}
-    shown = {name: _flat(fact) for name, fact in facts.items() if isinstance(fact, dict)}
+    facts = {run.name: (run.about.get("environment"), run.about.get("start")) for run in runs}
+    shown = {
+        name: _flat(fact) | _start(start) for name, (fact, start) in facts.items() if isinstance(fact, dict)
+    }
     if not shown:
         return "<p class='soft'>No run has written down its environment.</p>"
-    return html_table(["", *shown], _side_by_side(list(shown.values())), "Versions and devices")
+    return html_table(["", *shown], _side_by_side(list(shown.values())), "Versions, devices and start")

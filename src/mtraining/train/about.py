@@ -1,4 +1,4 @@
-"""What a run folder says of where the run was made: `about.json`, written as the run begins and again at a resume."""
+"""What a run folder says of where the run was made, and of its start: `about.json`, written anew at each resume."""
 
 from __future__ import annotations
 
@@ -36,11 +36,23 @@ def environment(device: torch.device, world: int) -> dict[str, str]:
     return found
 
 
-def write_about(run: Path, device: torch.device, world: int, prediction: Prediction | None) -> None:
-    """Write the environment, and the memory that a step is predicted to take on a GPU, in bytes."""
+def write_about(
+    run: Path,
+    device: torch.device,
+    world: int,
+    prediction: Prediction | None,
+    start: dict[str, Any] | None = None,
+) -> None:
+    """Write the environment, and the memory that a step is predicted to take on a GPU, in bytes.
+
+    Args:
+        start: what the start took, once that is known: what `mtraining.train.start.StartLog.step_done` returns.
+    """
     about: dict[str, Any] = {"environment": environment(device, world), "measured_on": device.type}
     if prediction is not None:
         about["memory_predicted"] = {"peak": prediction.peak, "components": dict(prediction.components)}
+    if start is not None:
+        about["start"] = start
     fresh = run / f"{ABOUT}.new"
     fresh.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     os.replace(fresh, run / ABOUT)

@@ -7,6 +7,7 @@ vocabulary by `mtraining.data.SequenceDataset`, both before the first step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,66 +15,47 @@ from torch import nn
 from mtraining.data import TokenShards, check_vocabulary
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import CACHE_VARIABLE, device_name, tiles_in_use, tiles_path
-from mtraining.layout import build_layout
-from mtraining.model import Refresh
-from mtraining.model.export_folder import check_target
 from mtraining.model.load import load_tokenizer
-from mtraining.model.lora import require_peft
 from mtraining.pattern import load_table
 from mtraining.train.config import Config
 from mtraining.train.corpus import RunData, build_dataset, data_sources
+from mtraining.train.early_checks import check_early
 from mtraining.train.heldout import held_out
-from mtraining.train.identity import check_options
 from mtraining.train.mesh import Process
 from mtraining.train.optim import updates_lost
 from mtraining.train.schedule import check_schedule
-from mtraining.train.store import CheckpointStore, read_manifest, require_complete
-from mtraining.train.trackers import check_trackers
 
 
 def check_config(config: Config) -> RunData:
     """Check everything about a run that needs neither processes nor a model.
 
     Returns:
-        the data that had to be opened and packed for it.
+        the data that had to be opened and packed for it, and the tokenizer that had to be loaded.
 
     Raises:
         UserError: a sequence length that the layout cannot deal, more ranks than blocks, an unknown pattern, layout or
             option, data that is missing, empty, shorter than a sequence or outside the vocabulary, a run folder or
             checkpoint that cannot be used.
     """
-    layout = build_layout(config.layout.name, config.layout.unit)
-    Refresh.parse(config.pattern.refresh)
-    for pattern in [config.pattern.build(), *config.patterns_by_layer.values()]:
-        layout.check(config.train.seq_len, config.parallel.cp, pattern.block_size)
-        config.pattern.anneal.build().check(pattern)
+    check_early(config)
     check_schedule(config.train)
-    if config.train.deterministic and config.train.kernel in ("flash4", "cudnn"):
-        raise UserError(
-            f"train.kernel={config.train.kernel} adds gradients in no fixed order, which train.deterministic=true "
-            "forbids; use train.kernel=auto or triton."
-        )
-    require_peft(config.model.lora)
-    check_trackers(config.log.trackers)
-    check_output(config)
     sources = data_sources(config)
     shards = [source.shards for source in sources]
-    check_tokenizer(config, shards)
-    dataset = build_dataset(config, sources)
-    return RunData(dataset, held_out(config, shards) if config.evaluate.every is not None else None)
-
-
-def check_tokenizer(config: Config, sources: Sequence[TokenShards]) -> None:
-    """Refuse data that another tokenizer than the model's has encoded. A random model takes the data's."""
-    if config.data.allow_other_tokenizer:
-        return
     tokenizer = load_tokenizer(config.model)
-    if tokenizer is not None:
-        named = config.model.tokenizer or config.model.init
-        for shards in sources:
-            check_vocabulary(
-                shards, tokenizer, named, ", or set data.allow_other_tokenizer=true if that is meant."
-            )
+    if tokenizer is not None and not config.data.allow_other_tokenizer:
+        check_tokenizer(config, shards, tokenizer)
+    dataset = build_dataset(config, sources)
+    held = held_out(config, shards) if config.evaluate.every is not None else None
+    return RunData(dataset, held, tokenizer)
+
+
+def check_tokenizer(config: Config, sources: Sequence[TokenShards], tokenizer: Any) -> None:
+    """Refuse data that another tokenizer than the model's, ``tokenizer``, has encoded."""
+    named = config.model.tokenizer or config.model.init
+    for shards in sources:
+        check_vocabulary(
+            shards, tokenizer, named, ", or set data.allow_other_tokenizer=true if that is meant."
+        )
 
 
 def check_table(config: Config, layers: int) -> None:
@@ -86,31 +68,6 @@ def check_table(config: Config, layers: int) -> None:
         raise UserError(
             f"pattern.table={path} has {given} layers and the model {layers}; use a table made for this model."
         )
-
-
-def check_output(config: Config) -> None:
-    """Refuse a run folder that cannot be written, whose export folder is not an export's, or that holds checkpoints
-    which `resume: never` would mix with."""
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output={config.output} cannot be made: {error.strerror}; choose another folder."
-        ) from None
-    if config.checkpoint.export:
-        check_target(config.output / "export")
-    store = CheckpointStore(config.output)
-    named, latest = store.named(), store.latest()
-    if config.checkpoint.resume == "never":
-        if named:
-            raise UserError(
-                f"output={config.output} already holds {named[-1].name}; set checkpoint.resume=auto to go on from "
-                "it, or choose another output folder."
-            )
-    elif config.checkpoint.resume != "auto":
-        check_options(config, config.resume_path, require_complete(config.resume_path))
-    elif latest is not None:
-        check_options(config, latest, read_manifest(latest))
 
 
 def rounding_warning(config: Config, process: Process, model: nn.Module) -> str | None:

@@ -20,10 +20,12 @@ class RunData:
     Attributes:
         dataset: whole sequences; :func:`rank_dataset` deals them.
         held: what evaluations read; None for nothing.
+        tokenizer: the model's, of transformers; None for a random model and for weights alone.
     """
 
     dataset: SequenceDataset
     held: HeldOut | None
+    tokenizer: Any
 
 
 def data_sources(config: Config) -> list[DataSource]:

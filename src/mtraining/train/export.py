@@ -71,14 +71,15 @@ def export_run(
         return source
     manifest = require_sound(source)
     with joined_processes(config.model_copy(update={"parallel": ParallelSection()})) as process:
-        model, tokenizer = parallel_model(config, process)
+        model = parallel_model(config, process)
         shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         frozen = frozen_weights(model, process)
         require_model(shapes, model.hf_model.config, manifest, source, frozen)
         state = {"model": without_frozen(model, get_model_state_dict(model))}
         load(state, SafeReader(str(source)))
         set_model_state_dict(model, state["model"], options=StateDictOptions(strict=not frozen))
-        export_model(model, out, tokenizer=tokenizer or data_tokenizer(config), dtype=DTYPES[dtype])
+        tokenizer = load_tokenizer(config.model) or data_tokenizer(config)
+        export_model(model, out, tokenizer=tokenizer, dtype=DTYPES[dtype])
     return source
 
 

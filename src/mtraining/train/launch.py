@@ -3,6 +3,9 @@
 What is added to it: bad input is told once instead of once a rank; a rank that dies is named together with the last
 good checkpoint; the rank that failed first is the one that is blamed; and a signal that asks for a stop goes on to the
 ranks, which take the time they need to save.
+
+The launcher refuses what the configuration alone tells. It imports neither transformers nor the training loop, which
+would take seconds before the ranks, which import them anyway, could begin.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import (
@@ -34,14 +38,15 @@ from mtraining.data.loader import end_with_parent
 from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.inputs.yaml_text import read_yaml
 from mtraining.train.backstop import backstop, mark_done, ranks_of
-from mtraining.train.checks import check_config
 from mtraining.train.config import Config, parse_config
 from mtraining.train.display import quiet_libraries, quiet_tracker
-from mtraining.train.evaluation import SuiteBuilder
-from mtraining.train.loop import train
+from mtraining.train.early_checks import check_early
 from mtraining.train.mesh import check_world
 from mtraining.train.stop import SIGNALS
 from mtraining.train.watch import PeerLost, exit_now, launcher_store, reason, way_on
+
+if TYPE_CHECKING:
+    from mtraining.train.evaluation import SuiteBuilder
 
 T = TypeVar("T")
 
@@ -51,20 +56,24 @@ def launch(
     nproc: int,
     before: Callable[[], None] | None = None,
     suites: SuiteBuilder | None = None,
+    began: float | None = None,
 ) -> None:
     """Train as `config` says on `nproc` local processes and wait for them.
 
     Args:
         before: what each process calls first, by name: a function of a module.
         suites: as `train` takes it, by name too.
+        began: as `train` takes it; None: now.
 
     Raises:
-        UserError: bad input, found here or by any rank.
+        UserError: bad input, found here, or by any rank before it joins the others.
         RunStopped: a rank died or failed, and the others have been ended; or a signal came.
     """
+    began = time.time() if began is None else began
     check_world(config.parallel, nproc)
-    check_config(config)
-    stopped = run_processes(_train, (config.to_yaml(), before, suites), nproc, lambda: way_on(config.output))
+    check_early(config)
+    arguments = (config.to_yaml(), before, suites, began)
+    stopped = run_processes(_train, arguments, nproc, lambda: way_on(config.output))
     if stopped is not None:
         raise RunStopped(stopped, SAVED)
 
@@ -115,9 +124,11 @@ def run_processes(
             raise _ended(error.sigval, remedy()) from None
 
 
-def run_launched(config: Config, suites: SuiteBuilder | None = None) -> None:
-    """Train as `config` says as one of the processes of torchrun; see `as_launched`."""
-    as_launched(lambda: train(config, suites), lambda: way_on(config.output))
+def run_launched(config: Config, suites: SuiteBuilder | None = None, began: float | None = None) -> None:
+    """Train as `config` says as one of the processes of torchrun; see `as_launched` and `train`."""
+    from mtraining.train.loop import train
+
+    as_launched(lambda: train(config, suites, began), lambda: way_on(config.output))
 
 
 def as_launched(function: Callable[[], T], remedy: Callable[[], str]) -> T:
@@ -170,12 +181,16 @@ def _as_rank(function: Callable[..., T], arguments: tuple[Any, ...], folder: Pat
     return result
 
 
-def _train(text: str, before: Callable[[], None] | None, suites: SuiteBuilder | None) -> str | None:
+def _train(
+    text: str, before: Callable[[], None] | None, suites: SuiteBuilder | None, began: float
+) -> str | None:
     """One rank of a training run; what to tell when a signal asked for a stop."""
+    from mtraining.train.loop import train
+
     try:
         if before is not None:
             before()
-        train(parse_config(read_yaml(text, "the configuration")), suites)
+        train(parse_config(read_yaml(text, "the configuration")), suites, began)
     except RunStopped as error:
         if error.code != SAVED:
             raise

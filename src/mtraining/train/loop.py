@@ -23,7 +23,8 @@ from rich.console import Console
 from mtraining.data import ReaderDied, SequenceDataset, build_loader, read, step_plan
 from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.layout import build_layout
-from mtraining.model import ParallelLM, build_model, export_model, parallelize
+from mtraining.model import ParallelLM, export_model, parallelize
+from mtraining.model.load import build_weights
 from mtraining.model.recompute import LayerPolicy
 from mtraining.model.support import head_dim_of
 from mtraining.ring import Timeline
@@ -42,6 +43,7 @@ from mtraining.train.optim import build_optimizer
 from mtraining.train.policy import flat_options
 from mtraining.train.recompute import settle_recompute
 from mtraining.train.resume import on_main
+from mtraining.train.start import StartLog
 from mtraining.train.step import Batch, NonFinite, Stepper, StepResult
 from mtraining.train.stop import StopRequest, stoppable
 from mtraining.train.store import full_disk_told
@@ -61,21 +63,25 @@ class RunResult:
     export: Path | None
 
 
-def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
+def train(config: Config, suites: SuiteBuilder | None = None, began: float | None = None) -> RunResult:
     """Run the configuration on this process and its peers. Collective over the launched processes.
 
     Args:
         suites: makes what `evaluate.suites` names: `mtraining.evaluate.in_training.build_suite`.
+        began: when the command was given, in seconds of `time.time`, from which the start is counted; None: now.
 
     Raises:
         UserError: bad input, before the first step; a loss that is not finite, before the optimizer uses it; a last
             checkpoint that could not be written.
         RunStopped: a signal asked for it, and what was done is saved; or a process that reads data died.
     """
+    start = StartLog(began)
     data = check_config(config)
+    start.done("checks")
     with (
         stoppable(config.output) as stops,
         joined_processes(config) as process,
+        start.counting(process.device),
         repeatable(config.train.deterministic),
         watched(
             config.output,
@@ -86,10 +92,12 @@ def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
         ),
         full_disk_told(config.output),
     ):
+        start.done("process groups")
         console = Console(file=sys.stdout) if process.is_main else None
         tell = Display(steps=0, done=0, title="", log_every=1, console=console).tell
         torch.manual_seed(config.train.seed)
-        model, tokenizer = parallel_model(config, process, *settle_recompute(config, process, tell))
+        model = parallel_model(config, process, *settle_recompute(config, process, tell))
+        start.done("model")
         tiles = check_same_tiles(process, DTYPES[config.train.dtype], head_dim_of(model.hf_model.config))
         dataset = rank_dataset(config, data.dataset, process, model.hf_model.config.vocab_size)
         evaluation = build_evaluation(
@@ -98,11 +106,13 @@ def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
             model,
             data.held,
             [source.shards for source in dataset.sources],
-            tokenizer,
+            data.tokenizer,
             suites,
             tell,
         )
+        start.done("data")
         optimizer = build_optimizer(model, config.train, process.device)
+        start.done("optimizer")
         stops.prepare(process, tell)
         if process.allocator:
             tell(process.allocator)
@@ -110,6 +120,7 @@ def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
             config, process, model, optimizer, lambda: dataset.identity, tiles, tell=tell
         )
         done = checkpointer.resume()
+        start.done("checkpoint")
         rounding = rounding_warning(config, process, model)
         if rounding is not None:
             tell(rounding)
@@ -118,7 +129,7 @@ def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
         for line in filter(None, [dataset.render(), mix(config, dataset, config.train.steps)]):
             tell(line)
         done = _steps(
-            config, process, model, optimizer, dataset, checkpointer, evaluation, done, console, stops
+            config, process, model, optimizer, dataset, checkpointer, evaluation, done, console, stops, start
         )
         if shares := mix(config, dataset, done):
             tell(shares)
@@ -128,7 +139,7 @@ def train(config: Config, suites: SuiteBuilder | None = None) -> RunResult:
         export = config.output / "export" if finished and config.checkpoint.export else None
         if export is not None:
             stops.at_once("during the export")
-            export_model(model, export, tokenizer=tokenizer or data_tokenizer(config))
+            export_model(model, export, tokenizer=data.tokenizer or data_tokenizer(config))
     if not finished:
         raise RunStopped(_stopped(config, done, checkpoint), SAVED)
     return RunResult(config.output, checkpoint, export)
@@ -139,15 +150,15 @@ def parallel_model(
     process: Process,
     recompute: str | Sequence[LayerPolicy] = "full",
     offload: bool = False,
-) -> tuple[ParallelLM, Any]:
-    """The model of a configuration, spread over the mesh, and its tokenizer (None for a random model).
+) -> ParallelLM:
+    """The model of a configuration, spread over the mesh.
 
     Args:
         recompute, offload: as `settle_recompute` has them; nothing that is not trained depends on them.
     """
-    hf_model, tokenizer = build_model(config.model, config.train.seq_len)
+    hf_model = build_weights(config.model, config.train.seq_len)
     check_table(config, hf_model.config.num_hidden_layers)
-    model = parallelize(
+    return parallelize(
         hf_model,
         process.mesh,
         pattern=config.pattern.build(),
@@ -163,7 +174,6 @@ def parallel_model(
         param_dtype=DTYPES[config.train.dtype],
         loss_chunk=config.train.loss_chunk,
     )
-    return model, tokenizer
 
 
 def _steps(
@@ -177,6 +187,7 @@ def _steps(
     done: int,
     console: Console | None,
     stops: StopRequest,
+    start: StartLog,
 ) -> int:
     """Steps `done` .. `train.steps` - 1, with their metrics, evaluations and checkpoints, or fewer when a signal asks
     for an end; how many are done then, the last of them saved (maybe still in the background)."""
@@ -199,6 +210,7 @@ def _steps(
         memory, predicted = MemoryLog(*run), TimeLog(*run)
     if memory is not None:
         write_about(config.output, process.device, process.world, memory.prediction)
+    start.done("trackers and predictions")
 
     def evaluated(step: int) -> bool:
         """Evaluate where it is due, and save where the best checkpoint is kept and this is it; False: given up."""
@@ -226,9 +238,10 @@ def _steps(
             checkpointer.keep_best(evaluation.losses)
     with display, writer or nullcontext():
         # At the start, or after a run that ended before this evaluation did.
-        evaluated(done)
+        if evaluated(done) and evaluation is not None:
+            start.done("evaluation")
         for step in range(done, steps):
-            start = time.perf_counter()
+            begin = time.perf_counter()
             observe = step == done or (step + 1) % config.log.every == 0 or step == steps - 1
             timeline = Timeline() if observe and config.parallel.cp > 1 else None
             try:
@@ -240,7 +253,7 @@ def _steps(
                 checkpointer.finish()
                 raise UserError(_non_finite(error, step, config, dataset, checkpointer)) from None
             stops.defer()
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - begin
             ring = ring_record(timeline, process) if timeline is not None else {}
             lanes = ring_lanes(timeline, process) if timeline is not None else {}
             if writer is not None:
@@ -252,8 +265,11 @@ def _steps(
                 if lanes:
                     write_ring(config.output, step + 1, lanes)
                 display.update(record)
+            taken = start.step_done(step + 1, display.tell)
             if memory is not None:
                 memory.step_done()
+                if taken is not None:
+                    write_about(config.output, process.device, process.world, memory.prediction, taken)
             if predicted is not None:
                 predicted.step_done(seconds, result.attention)
             checkpointer.poll()

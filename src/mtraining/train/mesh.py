@@ -185,9 +185,24 @@ def repeatable(asked: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def build_mesh(parallel: ParallelSection, device_type: str) -> DeviceMesh:
-    """The mesh of a process grid. Collective."""
+def build_mesh(parallel: ParallelSection, device_type: str, own_ring: bool = False) -> DeviceMesh:
+    """The mesh of a process grid. Collective.
+
+    Args:
+        own_ring: groups of their own for the ring. Without them PyTorch gives a ring over all processes the default
+            group, which FSDP's gathers and the sums of losses use too: on GPUs all of them then queue in one stream.
+    """
+    backend = backend_for(torch.device(device_type))
     if parallel.cp_outer == 1:
-        return init_device_mesh(device_type, (parallel.dp, parallel.cp), mesh_dim_names=("dp", "cp"))
+        return init_device_mesh(
+            device_type,
+            (parallel.dp, parallel.cp),
+            mesh_dim_names=("dp", "cp"),
+            backend_override={"cp": backend} if own_ring else None,
+        )
     shape = (parallel.dp, parallel.cp_outer, parallel.cp // parallel.cp_outer)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("dp", "cp_outer", "cp_inner"))
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "cp_outer", "cp_inner"))
+    if own_ring:
+        # Of the same name as the ring asks for: it then finds this one.
+        mesh["cp_outer", "cp_inner"]._flatten(backend_override=backend)
+    return mesh

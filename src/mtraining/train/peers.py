@@ -70,6 +70,16 @@ def children(parent: int) -> list[OsProcess]:
     return sorted(found, key=lambda process: process.start)
 
 
+def started_at(pid: int) -> float:
+    """When a process of this machine started, in seconds of `time.time`; now, where the system has no /proc."""
+    try:
+        ticks = int(_stat(pid)[19])
+    except OSError:
+        return time.time()
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - max(0.0, age)
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third, the state, on; the second may hold spaces and brackets."""
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -13,6 +13,7 @@ from mtraining.pattern import Dense, Pattern, ToeplitzRandom
 from mtraining.sizes import tokens_text
 
 RECOMPUTE = ("auto", "full", "keep_attention", "none")
+TRANSFERS = ("shared", "own", "shared+prefetch", "own+prefetch")
 LAYOUTS = ("striped", "zigzag", "contiguous")
 _K = 1024
 
@@ -85,6 +86,8 @@ class TrainCase:
         fused: how the parts around attention are fused, as `mtraining.parallelize` takes it.
         offload: whether kept tensors wait in host memory.
         policies: what each layer keeps, once ``recompute="auto"`` has chosen that.
+        transfers: ``own``: the ring's transfers have a communicator of their own where FSDP's gathers would share it.
+            ``+prefetch``: a layer's forward asks for the next layer's parameters (`mtraining.model.prefetch`).
     """
 
     shape: Shape
@@ -98,6 +101,7 @@ class TrainCase:
     fused: str = "none"
     offload: bool = False
     policies: tuple[LayerPolicy, ...] | None = None
+    transfers: str = "shared"
 
     @property
     def keeps(self) -> tuple[str | tuple[LayerPolicy, ...], bool]:
@@ -113,6 +117,10 @@ class TrainCase:
             )
         if self.layout not in LAYOUTS:
             raise UserError(f"layout: {self.layout!r} is not known; choose one of {', '.join(LAYOUTS)}.")
+        if self.transfers not in TRANSFERS:
+            raise UserError(
+                f"transfers: {self.transfers!r} is not known; choose one of {', '.join(TRANSFERS)}."
+            )
         if self.layers < 1 or self.seq_len < 1:
             raise UserError(f"layers={self.layers}, seq_len={self.seq_len}: both must be at least 1.")
         if self.density is not None and not 0 < self.density <= 1:
@@ -163,6 +171,7 @@ class TrainCase:
     def describe(self) -> str:
         what = "dense" if self.density is None else f"{self.density:.1%} sparse"
         extras = [f"fused {self.fused}"] * (self.fused != "none") + ["offload"] * self.offload
+        extras += [f"transfers {self.transfers}"] * (self.transfers != "shared")
         return ", ".join(
             [
                 f"{tokens_text(self.seq_len)} {what}",
@@ -177,7 +186,7 @@ class TrainCase:
 
 @dataclass(frozen=True)
 class Group:
-    """Cases around a base: the first value of each list. Each further density, layout and ring varies alone; every
+    """Cases around a base: the first value of each list. Each further value of the others varies alone; every
     length and recompute policy has all of them, with the dense step (zigzag, flat) first."""
 
     seq_len: Sequence[int]
@@ -191,6 +200,7 @@ class Group:
     dense_kernel: str = "auto"
     fused: str = "none"
     offload: bool = False
+    transfers: Sequence[str] = ("shared",)
 
     def cases(self, shape: Shape) -> Iterator[TrainCase]:
         for seq_len, recompute in product(self.seq_len, self.recompute):
@@ -198,12 +208,14 @@ class Group:
                 shape, seq_len, self.density[0], self.layout[0], self.ring[0], recompute,
                 shape.layers if self.layers is None else self.layers, self.kernel, self.fused, self.offload,
             )  # fmt: skip
+            base = replace(base, transfers=self.transfers[0])
             if self.dense:
                 yield replace(base, density=None, layout="zigzag", ring="flat", kernel=self.dense_kernel)
             yield base
             yield from (replace(base, density=density) for density in self.density[1:])
             yield from (replace(base, layout=layout) for layout in self.layout[1:])
             yield from (replace(base, ring=ring) for ring in self.ring[1:])
+            yield from (replace(base, transfers=transfers) for transfers in self.transfers[1:])
 
 
 # What 5 % of 512K computes for a token.

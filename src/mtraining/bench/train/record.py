@@ -18,8 +18,8 @@ class TrainRow:
     slowest rank; ``peak_gib`` of the rank that took most, ``predicted_gib`` what `mtraining.predict.memory` expects.
     ``dense_step_seconds`` and ``speedup`` are against the dense step of the same run with the same length, layers,
     recompute policy, fusion and offload. ``estimate_seconds``: the index estimates of all layers, measured alone.
-    ``ring_exposed_fraction``: share of the step's ring time in which the GPU waits for keys. ``tiles``: as
-    `mtraining.kernel.measured_tiles.tiles_in_use` says.
+    ``ring_exposed_fraction``: share of the step's ring time in which the GPU waits for keys. ``transfers``: as
+    `mtraining.bench.train.cases.TrainCase` has them. ``tiles``: as `mtraining.kernel.measured_tiles.tiles_in_use` says.
     """
 
     date: str
@@ -38,6 +38,7 @@ class TrainRow:
     kernel: str
     fused: str
     offload: bool
+    transfers: str
     steps: int
     step_seconds: float
     tokens_per_second: float

@@ -199,6 +199,7 @@ def _measure(case: TrainCase, effort: Effort, process: Process, told: Provenance
         kernel=_backend(case, process.device).name,
         fused=case.fused,
         offload=case.offload,
+        transfers=case.transfers,
         steps=timed.steps,
         step_seconds=timed.seconds,
         tokens_per_second=case.seq_len / timed.seconds,

@@ -20,7 +20,8 @@ def _column_slot(column_ptr, slot_ptr, row, column, capacity, seq_len):
     return tl.load(slot_ptr + position, mask=position < seq_len, other=-1)
 
 
-@triton.jit
+# The number of columns may change from step to step (`pattern.anneal.widen`): it is not compiled in.
+@triton.jit(do_not_specialize=["capacity"])
 def gather_kernel(
     k_ptr, v_ptr, column_ptr, slot_ptr, out_ptr, k_b, k_s, k_h, v_b, v_s, v_h, out_x, capacity, seq_len,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -39,7 +40,7 @@ def gather_kernel(
     tl.store(out_ptr + out_x + into, value, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def invert_kernel(column_ptr, slot_ptr, place_ptr, capacity, seq_len, keys, ROWS: tl.constexpr):
     """Place among the columns of each (batch, query head) and local key.
 

@@ -67,7 +67,8 @@ def histogram_kernel(
     tl.atomic_add(hist_ptr + row * (BUCKETS + 1) + bucket, weight, mask=joins, sem="relaxed")
 
 
-@triton.jit
+# How many are kept may change from step to step (`pattern.anneal.widen`): it is not compiled in.
+@triton.jit(do_not_specialize=["keep"])
 def narrow_kernel(
     state_ptr, hist_ptr, top_p, keep, LEVEL: tl.constexpr, LAST: tl.constexpr, BUCKETS: tl.constexpr,
     COUNT_BITS: tl.constexpr, HAS_TOP_P: tl.constexpr,
@@ -130,7 +131,7 @@ def count_kernel(mass_ptr, forced_ptr, state_ptr, count_ptr, n, chunks, CHUNK: t
     tl.store(count_ptr + (row * 2 + 1) * chunks + chunk, tl.sum(equal.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def select_kernel(
     mass_ptr, forced_ptr, state_ptr, count_ptr, out_ptr, n, chunks, width, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
 ):  # fmt: skip
