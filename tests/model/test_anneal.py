@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 from test_indices import BLOCK, OPTIONS, batch, same, step
 from tiny_models import tiny_model
 
+from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
+from mtraining.kernel import SparseIndex
+from mtraining.layout import build_layout
 from mtraining.model import Anneal, parallelize
 from mtraining.model.anneal import widened
 from mtraining.pattern import Dense, PerHead, VerticalSlash, build_pattern
-from mtraining.ring import Observer
+from mtraining.ring import Observer, Ring
 from pattern_cases import Counting
 
 
@@ -136,3 +140,53 @@ def test_a_dense_step_reaches_every_distance() -> None:
     assert model.indices.uncovered(128)["uncovered_run"] > 0
     step(model, 2, [1])
     assert model.indices.uncovered(128)["uncovered_run"] == 0
+
+
+def annealed_job(
+    worker: Worker, topology: tuple[int, ...], anneal: Anneal
+) -> list[tuple[list[SparseIndex], torch.Tensor]]:
+    """Of three steps on a ring: the index of each layer, and the whole gradient of the embedding."""
+    names = ("cp_outer", "cp_inner") if len(topology) > 1 else ("cp",)
+    mesh = worker.mesh(topology, names) if worker.world > 1 else None
+    layout, ring = build_layout("striped", BLOCK), Ring.over(mesh)
+    model = parallelize(
+        tiny_model("qwen3").double(), mesh, pattern=VerticalSlash(**OPTIONS), layout=layout, anneal=anneal,
+        recompute="keep_attention", fsdp=False,
+    )  # fmt: skip
+    weight, found = model.hf_model.get_input_embeddings().weight, []
+    for number in (1, 2, 3):
+        mine = {
+            name: layout.shard(x, ring.rank, ring.world).contiguous() for name, x in batch(number).items()
+        }
+        model.zero_grad(set_to_none=True)
+        with model.training_step(number), Observer() as observer:
+            model(**mine, num_labels=100).backward()
+        if mesh is not None:
+            # Each rank has the gradient of its own tokens.
+            for name in names:
+                torch.distributed.all_reduce(weight.grad, group=mesh.get_group(name))
+        found.append(([stats.index for stats in observer.stats], weight.grad.clone()))
+    return found
+
+
+@pytest.mark.parametrize("topology", [(2,), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("anneal", "dense"),
+    [
+        (Anneal(dense_first=1, dense_every=3), [True, False, True]),
+        (Anneal(widen=4.0, widen_steps=2), [False, False, False]),
+    ],
+    ids=["dense", "widen"],
+)
+def test_all_ranks_anneal_as_one_does(
+    pool: ProcessPool, topology: tuple[int, ...], anneal: Anneal, dense: list[bool]
+) -> None:
+    """The same steps are dense on every rank, the others choose the same index, and gradients are those of one."""
+    (alone,) = pool.run(annealed_job, world=1, topology=(1,), anneal=anneal)
+    assert [layers[0].dense for layers, _ in alone] == dense
+    for rank in pool.run(annealed_job, world=math.prod(topology), topology=topology, anneal=anneal):
+        for (layers, gradient), (expected, whole) in zip(rank, alone, strict=True):
+            for index, other in zip(layers, expected, strict=True):
+                assert index.dense == other.dense
+                assert index.dense or same(index, other)
+            torch.testing.assert_close(gradient, whole, rtol=1e-9, atol=1e-12)
