@@ -1,23 +1,25 @@
 """A plan: the arms of a study, and the configuration of each one's runs.
 
 A plan is a YAML file (extend.yaml, learn.yaml). `config` is what all runs share. An arm changes some of it: `pattern`
-and `layout` as a whole, other sections key by key. `smoke` shrinks all of it to a size for CPUs.
+and `layout` as a whole, other sections key by key. `smoke` and `small` shrink all of it to sizes for CPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mtraining.errors import UserError, did_you_mean
-from mtraining.inputs.yaml_text import read_yaml
+from mtraining.inputs.yaml_text import read_yaml, write_yaml
 from mtraining.pattern import PATTERNS
 
 FOLDER = Path(__file__).parent
-_KEYS = ("question", "corpus", "config", "arms", "measure", "smoke")
+_KEYS = ("corpus", "config", "arms", "measure", "smoke", "small")
+_SHARED = ("corpus", "config", "measure")  # sections of all arms
 _WHOLE = ("pattern", "layout")  # sections that an arm replaces as a whole
+_SAVED = "plan.yaml"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Plan:
             f"--arms: {name!r} is not an arm of {self.name}{did_you_mean(name, names)}; choose of {', '.join(names)}."
         )
 
+    def save(self, study: Path) -> None:
+        """Keep the plan in a study's folder, for :func:`saved_plan`."""
+        study.mkdir(parents=True, exist_ok=True)
+        (study / _SAVED).write_text(write_yaml(asdict(self)), encoding="utf-8")
+
     def chosen(self, names: Sequence[str], seeds: int | None) -> Plan:
         """The same with these arms alone, in this order (none given: all), and at most ``seeds`` seeds of each."""
         arms = [self.arm(name) for name in names] or list(self.arms)
@@ -82,8 +89,19 @@ class Plan:
         config["train"] = {**config["train"], "seed": seed}
         # Weights that are drawn differ by seed too.
         config["model"] = {**config["model"], "seed": seed}
-        config["evaluate"] = {**config["evaluate"], "data": str(study / "corpus" / "held-out")}
+        if config.get("evaluate"):
+            config["evaluate"] = {**config["evaluate"], "data": str(study / "corpus" / "held-out")}
         return config
+
+
+def saved_plan(study: Path) -> Plan | None:
+    """The plan that a study was last run with; None where it was not."""
+    path = study / _SAVED
+    if not path.exists():
+        return None
+    raw = read_yaml(path.read_text(encoding="utf-8"), f"plan {path}")
+    arms = tuple(Arm(**arm | {"seeds": tuple(arm["seeds"])}) for arm in raw.pop("arms"))
+    return Plan(arms=arms, **raw)
 
 
 def run_folder(study: Path, arm: str, seed: int) -> Path:
@@ -91,8 +109,11 @@ def run_folder(study: Path, arm: str, seed: int) -> Path:
     return study / "runs" / f"{arm}-{seed}"
 
 
-def read_plan(path: str | Path, smoke: bool = False, overrides: Sequence[str] = ()) -> Plan:
+def read_plan(path: str | Path, size: str = "", overrides: Sequence[str] = ()) -> Plan:
     """Read a plan, shrink it for a CPU where asked, and apply `a.b=value` overrides such as config.train.steps=8.
+
+    Args:
+        size: ``smoke``, for a trial of every command, with one seed; ``small``, for a result; "" for the plan as it is.
 
     Raises:
         UserError: a file that is no plan, or an override of something that the plan does not have.
@@ -110,28 +131,26 @@ def read_plan(path: str | Path, smoke: bool = False, overrides: Sequence[str] = 
     if missing or unknown:
         at_fault = f"misses {', '.join(sorted(missing))}" if missing else f"has {', '.join(sorted(unknown))}"
         raise UserError(f"--plan {path} {at_fault}; a plan has {', '.join(_KEYS)}.")
-    small = raw.get("smoke", {}) if smoke else {}
-    if smoke and not small:
-        raise UserError(f"--smoke: {path} does not say how to shrink itself; give it a section `smoke`.")
-    for override in overrides:
-        _override(raw, override, path)
+    small = raw.get(size, {})
+    if size and not small:
+        raise UserError(f"--{size}: {path} does not say how to shrink itself; give it a section `{size}`.")
     arms = []
+    # An override has the last word: over what a size shrinks too.
+    sections = {name: merged(raw[name], small.get(name, {})) for name in _SHARED}
+    if size:
+        sections["config"] = _shrunk(sections["config"], small)
+    for override in overrides:
+        _override(sections | {"arms": raw["arms"]}, override, path)
     for name, entry in raw["arms"].items():
         changes = dict(entry.get("set", {}))
-        if smoke:
+        if size:
             changes = _shrunk(changes, small)
-        seeds = (0,) if smoke else tuple(entry.get("seeds", (0,)))
+            own = small.get("arms", {}).get(name)
+            if own:
+                changes["pattern"] = changes["pattern"] | own
+        seeds = (0,) if size == "smoke" else tuple(entry.get("seeds", (0,)))
         arms.append(Arm(str(name), str(entry.get("about", "")), seeds, changes))
-    config = merged(raw["config"], small.get("config", {}))
-    if smoke:
-        config = _shrunk(config, small)
-    return Plan(
-        name=path.stem,
-        corpus=merged(raw["corpus"], small.get("corpus", {})),
-        config=config,
-        arms=tuple(arms),
-        measure=merged(raw["measure"], small.get("measure", {})),
-    )
+    return Plan(name="-".join(part for part in (path.stem, size) if part), arms=tuple(arms), **sections)
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +168,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def _shrunk(changes: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
-    """A section `pattern` or `layout` with the smoke plan's numbers in place of those that it could have."""
+    """A section `pattern` or `layout` with a smaller plan's numbers in place of those that it could have."""
     found = dict(changes)
     pattern = found.get("pattern")
     if pattern is not None:

@@ -25,6 +25,8 @@ def draw(rows: dict[str, list[Row]], out: Path) -> None:
         _save(_copy(rows["copy"]), out / "copy.svg")
     if rows["layers"]:
         _save(_layers(rows["layers"]), out / "layers.svg")
+    if rows["answers"]:
+        _save(_answers(rows["answers"]), out / "answers.svg")
     if rows["coverage"]:
         shown = [("step", "step")]
         figure = _lines(rows["coverage"], shown, "uncovered_run_far", "far distances never given a gradient")
@@ -80,6 +82,31 @@ def _copy(rows: Sequence[Row]) -> Any:
     axes.set_xlabel("tokens between a span and its repetition")
     axes.set_ylabel("loss of the repetition")
     _legend(axes)
+    return figure
+
+
+def _answers(rows: Sequence[Row]) -> Any:
+    """Answers given over training, each model read by its own pattern where it has one: near, and far."""
+    figure = new_figure(figsize=(9, 3.4))
+    starts = sorted({row["from"] for row in rows})
+    halves = starts[: len(starts) // 2], starts[len(starts) // 2 :]
+    own = {row["model"] for row in rows if row["read"] == "own"}
+    for axes, half in zip(figure.subplots(1, 2, sharey=True), halves, strict=True):
+        for model in dict.fromkeys(row["model"] for row in rows):
+            read = "own" if model in own else "dense"
+            sums: dict[int, tuple[float, int]] = {}
+            for row in rows:
+                if (row["model"], row["read"]) == (model, read) and row["from"] in half:
+                    given, count = sums.get(row["step"], (0.0, 0))
+                    sums[row["step"]] = given + row["given"] * row["answers"], count + row["answers"]
+            line = sorted((step, given / count) for step, (given, count) in sums.items())
+            if line:
+                axes.plot(*zip(*line, strict=True), marker=".", label=f"{model}, read {read}")
+        if half:
+            axes.set_title(f"{half[0]} tokens back and more", fontsize=10)
+        axes.set_xlabel("step")
+    figure.axes[0].set_ylabel("answers given (%)")
+    _legend(figure.axes[0])
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 from arms import Plan, run_folder
 
 from mtraining.evaluate.results import Key, Results
+from mtraining.model.key_coverage import BAND_STARTS
+from mtraining.train.balance import BALANCE
 from mtraining.train.metrics import read_metrics
 
 Row = dict[str, Any]
@@ -51,7 +54,8 @@ class Study:
             lines = list(dict(Results(folder / "measured" / name, writes=False).lines()).items())
             if lines:
                 self.measured[name] = lines
-            if not (folder / "done" / f"measure-{name}.json").exists():
+            pieces = ["measure", *(["tasks"] if plan.measure.get("tasks") else [])]
+            if not all((folder / "done" / f"{piece}-{name}.json").exists() for piece in pieces):
                 self.missing.append(f"{name}: {'not all' if lines else 'nothing'} measured after training")
 
 
@@ -62,8 +66,6 @@ def arm_rows(study: Study) -> list[Row]:
     for (arm, seed), steps in study.steps.items():
         observed = [step for step in steps if "density" in step]
         last = observed[-1] if observed else {}
-        # The first steps compile kernels.
-        seconds = [step["step_seconds"] for step in steps[2:] or steps]
         rows.append(
             {
                 "arm": arm,
@@ -71,7 +73,7 @@ def arm_rows(study: Study) -> list[Row]:
                 "steps": steps[-1]["step"],
                 "tokens": steps[-1]["step"] * train["batch_size"] * train["seq_len"],
                 "loss": _mean([step["loss"] for step in steps[-5:]]),
-                "tokens_per_second": train["batch_size"] * train["seq_len"] / float(np.median(seconds)),
+                "tokens_per_second": train["batch_size"] * train["seq_len"] / step_seconds(steps),
                 "density": _mean([step["density"] for step in observed]),
                 "recall": _mean([step["recall"] for step in observed if "recall" in step]),
                 "uncovered_far": last.get("uncovered_far"),
@@ -79,6 +81,11 @@ def arm_rows(study: Study) -> list[Row]:
             }
         )
     return rows
+
+
+def step_seconds(steps: Sequence[Row]) -> float:
+    """Of a usual step: the first ones compile kernels."""
+    return float(np.median([step["step_seconds"] for step in steps[2:] or steps]))
 
 
 def loss_rows(study: Study) -> list[Row]:
@@ -95,16 +102,23 @@ def loss_rows(study: Study) -> list[Row]:
 
 
 def layer_rows(study: Study) -> list[Row]:
-    """A line for each layer of each step that was observed."""
+    """A line for each layer of each step that was observed.
+
+    ``kept`` is the share of the layer's index that the step before had too; None of patterns that list blocks.
+    """
     rows = []
     for (arm, seed), steps in study.steps.items():
         for step in steps:
-            recalls = step.get("layer_recall", [None] * len(step.get("layer_density", ())))
-            for layer, density in enumerate(step.get("layer_density", ())):
+            densities = step.get("layer_density", ())
+            # A list of their own where layers have no value.
+            recalls, kept = (
+                step.get(name) or [None] * len(densities) for name in ("layer_recall", "layer_stability")
+            )
+            for layer, density in enumerate(densities):
                 rows.append(
                     {
                         "arm": arm, "seed": seed, "step": step["step"], "layer": layer, "density": density,
-                        "recall": recalls[layer],
+                        "recall": recalls[layer], "kept": kept[layer],
                     }
                 )  # fmt: skip
     return rows
@@ -119,6 +133,42 @@ def coverage_rows(study: Study) -> list[Row]:
         for step in steps
         if "uncovered" in step
     ]
+
+
+def key_rows(study: Study) -> list[Row]:
+    """A line for each step that was observed and band of distances that the length has: the share of key positions to
+    which no query at that distance brought a gradient, in the step and in all steps so far."""
+    rows = []
+    for (arm, seed), steps in study.steps.items():
+        for step in steps:
+            for place, start in enumerate(BAND_STARTS):
+                if "uncovered_by_distance" in step and start < study.plan.config["train"]["seq_len"]:
+                    rows.append(
+                        {
+                            "arm": arm, "seed": seed, "step": step["step"], "from": start,
+                            "in_step": step["uncovered_by_distance"][place],
+                            "so_far": step["uncovered_run_by_distance"][place],
+                        }
+                    )  # fmt: skip
+    return rows
+
+
+def balance_rows(study: Study) -> list[Row]:
+    """A line for each run, layout and number of ranks: how uneven the last observed index would be, max over mean of
+    work. No rule has a number to tune: all follow from the index and the layout."""
+    rows = []
+    for arm, seed in study.steps:
+        path = run_folder(study.folder, arm, seed) / BALANCE
+        entries = json.loads(path.read_text(encoding="utf-8"))["layouts"] if path.exists() else []
+        rows += [
+            {
+                "arm": arm, "seed": seed, "layout": entry["layout"], "ranks": entry["world"],
+                "worker": entry["worker"], "step": entry["step"],
+            }
+            for entry in entries
+            if entry["world"] > 1
+        ]  # fmt: skip
+    return rows
 
 
 def held_out_rows(study: Study) -> list[Row]:
@@ -137,9 +187,13 @@ def held_out_rows(study: Study) -> list[Row]:
                 for place in (*range(mine.shape[1]), None):
                     losses = mine.mean(1) if place is None else mine[:, place]
                     row = {
-                        "arm": arm, "seed": seed, "step": record["step"], "read": one["attention"],
-                        "from": "all" if place is None else place * one["bucket"], "documents": len(losses),
-                        "loss": float(losses.mean()), "difference": None, "low": None, "high": None,
+                        "arm": arm, "seed": seed, "step": record["step"],
+                        "seconds": step_seconds(study.steps[arm, seed]) * record["step"]
+                        if (arm, seed) in study.steps
+                        else 0.0,
+                        "read": one["attention"], "from": "all" if place is None else place * one["bucket"],
+                        "documents": len(losses), "loss": float(losses.mean()), "difference": None, "low": None,
+                        "high": None,
                     }  # fmt: skip
                     if dense is not None and arm != DENSE:
                         other = dense.mean(1) if place is None else dense[:, place]
@@ -277,34 +331,16 @@ def steps_to(rows: Sequence[Row], share: float) -> list[Row]:
 def stability_rows(study: Study) -> list[Row]:
     """A line for each layer, model and way of reading: how much of the index of one text the untrained model chose too.
 
-    ``columns`` and ``diagonals`` are what both have over what either has, means over heads.
+    ``columns`` and ``tiles`` (block diagonals, or listed blocks) are what both have over what either has.
     """
-    rows = []
-    for path in sorted((study.folder / "measured").glob("*/indices-*.npz")):
-        name, read = path.parent.name, path.stem.removeprefix("indices-")
-        base = study.folder / "measured" / "base" / path.name
-        if name == "base" or not base.exists():
-            continue
-        mine, other = np.load(path), np.load(base)
-        for layer in range(sum(key.startswith("columns_") for key in mine.files)):
-            columns = [
-                _shared_columns(a, b, study.plan.config["train"]["seq_len"])
-                for a, b in zip(mine[f"columns_{layer}"], other[f"columns_{layer}"], strict=True)
-            ]
-            a, b = (np.unpackbits(one[f"diagonals_{layer}"], axis=-1) for one in (mine, other))
-            diagonals = (a & b).sum(-1) / np.maximum((a | b).sum(-1), 1)
-            rows.append(
-                {
-                    "model": name, "read": read, "layer": layer, "columns": _mean(columns),
-                    "diagonals": float(diagonals.mean()),
-                }
-            )  # fmt: skip
-    return rows
-
-
-def _shared_columns(one: np.ndarray, other: np.ndarray, padding: int) -> float | None:
-    a, b = set(one.tolist()) - {padding}, set(other.tolist()) - {padding}
-    return len(a & b) / len(a | b) if a | b else None
+    return [
+        {
+            "model": name, "read": key.attention, "step": key.task.removeprefix("step-"), "layer": layer,
+            "columns": columns, "tiles": tiles,
+        }
+        for name, key, record in _of(study, ("index",))
+        for layer, (columns, tiles) in enumerate(zip(record["columns"], record["tiles"], strict=True))
+    ]  # fmt: skip
 
 
 def _grouped(study: Study, suites: Sequence[str], more: Any) -> dict[tuple[Any, ...], list[Row]]:

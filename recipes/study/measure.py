@@ -1,10 +1,9 @@
 """Measure one trained model: losses of held-out text by position, tasks, and copying, under each way of reading.
 
-    python recipes/study/measure.py STUDY NAME MODEL [ROPE]
+    python recipes/study/measure.py STUDY STAGES NAME MODEL [ROPE]
 
-`STUDY/measure.yaml` says what. A line of `STUDY/measured/NAME/results.jsonl` is written when a sample ends, so the same
-command goes on where it was stopped. The index of the first held-out document is kept beside it (indices-*.npz), for
-how much of it is the same in another model.
+STAGES are some of text, copy and tasks, joined by commas. `STUDY/measure.yaml` says what of each. A line of
+`STUDY/measured/NAME/results.jsonl` is written when a sample ends, so the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from associative import answers
+from associative import Vocabulary, answers
 
 from mtraining.data import TokenShards
 from mtraining.errors import UserError
@@ -36,14 +35,16 @@ from mtraining.ring import Observer
 from mtraining.train.named import NamedModel, find_model
 from mtraining.train.store import CheckpointStore
 
+DENSE = "dense"  # reading with full attention, as the plan must name it
 OWN = "own"  # reading by the pattern that the model was trained with
 CUE = 16  # first tokens of a repeated span, from which the model learns that it is one
 
 
-def measure(study: Path, name: str, model: str, rope: Mapping[str, Any]) -> None:
+def measure(study: Path, stages: Sequence[str], name: str, model: str, rope: Mapping[str, Any]) -> None:
     """Do what of ``measure.yaml`` is not done yet of one model.
 
     Args:
+        stages: some of "text", "copy" and "tasks"; a plan that asks for answers has one stage of its own.
         name: under which its results stand.
         model: a run folder, or a model by its name.
         rope: of a model that is no run's.
@@ -74,14 +75,14 @@ def measure(study: Path, name: str, model: str, rope: Mapping[str, Any]) -> None
     done = {key for key, _ in results.lines()}
     read = dict(ways(wanted["attention"], named, hf_model.config.num_hidden_layers))
     whole: Any = hf_model
-    # What is quick comes first, under every way of reading: time may run out.
-    for stage in ("text", "copy", "tasks"):
-        for attention, pattern in read.items():
+    for stage in stages:
+        for attention, pattern in ways_of_stage(stage, read).items():
             began = time.perf_counter()
             generator = Generator(whole, tokenizer, pattern=pattern, layout="striped")
             whole = generator.model
             if stage == "text":
                 _text(generator, name, attention, documents, wanted, results, done)
+                _stability(generator, name, attention, named, documents[0].tokens, wanted, results, done)
             elif stage == "copy":
                 for key in copies(name, attention, wanted["copy"], documents):
                     if key not in done:
@@ -97,6 +98,7 @@ def _answers_over_training(
 ) -> None:
     """Of every checkpoint, how likely each held-out answer is, with its distance (associative.py)."""
     shards = TokenShards(study / "corpus" / "held-out")
+    words = Vocabulary(**wanted["answers"])
     done = {key for key, _ in results.lines()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for checkpoint in CheckpointStore(run).named():
@@ -109,15 +111,16 @@ def _answers_over_training(
             whole = generator.model
             for number in range(shards.num_documents):
                 key = Key(name, attention, "answers", f"step-{step}", wanted["seq_len"], number)
+                tokens = shards.document(number).tolist()[: wanted["seq_len"]]
                 if key not in done:
-                    results.add(
-                        key, answered(generator, shards.document(number).tolist()[: wanted["seq_len"]])
-                    )
+                    results.add(key, answered(generator, tokens, words))
+                if number == 0:
+                    _stability(generator, name, attention, named, tokens, wanted, results, done, f"step-{step}")
 
 
-def answered(generator: Generator, tokens: Sequence[int]) -> dict[str, Any]:
+def answered(generator: Generator, tokens: Sequence[int], words: Vocabulary) -> dict[str, Any]:
     """Of each answer in a sequence: tokens back to where it was told, and the probability that it was given."""
-    found = answers(tokens)
+    found = answers(tokens, words)
     likely = generator.token_nll(tokens).double().neg().exp()
     return {
         "distances": [answer.distance for answer in found],
@@ -136,6 +139,14 @@ def ways(
         yield OWN, own
 
 
+def ways_of_stage(stage: str, read: Mapping[str, Any]) -> dict[str, Any]:
+    """The ways of reading that a stage takes: text takes all. What takes longer is read densely and in one sparse way,
+    the model's own where it has one."""
+    if stage == "text" or OWN not in read:
+        return dict(read)
+    return {name: pattern for name, pattern in read.items() if name in (DENSE, OWN)}
+
+
 def _text(
     generator: Generator,
     name: str,
@@ -149,35 +160,83 @@ def _text(
         key = Key(name, attention, "text", document.name, wanted["seq_len"], number)
         if key in done:
             continue
-        record, indices = read_text(generator, document, wanted["seq_len"], wanted["bucket"])
-        if number == 0:
-            keep_indices(results.folder / f"indices-{attention}.npz", indices)
-        results.add(key, record)
+        results.add(key, read_text(generator, document, wanted["seq_len"], wanted["bucket"]))
 
 
 @torch.no_grad()
-def read_text(
-    generator: Generator, document: Document, length: int, bucket: int
-) -> tuple[dict[str, Any], list[SparseIndex]]:
-    """Losses by position of a document's first ``length`` tokens, density and recall by layer; and the indices."""
+def read_text(generator: Generator, document: Document, length: int, bucket: int) -> dict[str, Any]:
+    """Losses by position of a document's first ``length`` tokens, and density and recall by layer."""
     with Observer(recall_rows=128) as observer:
         nll = generator.token_nll(document.tokens[:length])
-    record = bucketed(nll, bucket, last=1024).record()
-    return record | {
+    return bucketed(nll, bucket, last=1024).record() | {
         "layer_density": [stats.density for stats in observer.stats],
         "layer_recall": [stats.recall for stats in observer.stats],
-    }, [stats.index for stats in observer.stats]
+    }
 
 
-def keep_indices(path: Path, indices: Sequence[SparseIndex]) -> None:
-    """Write which block diagonals and columns each layer and head chose; nothing of patterns that list blocks."""
-    if any(index.blocks is not None for index in indices):
+def _stability(
+    generator: Generator,
+    name: str,
+    attention: str,
+    named: NamedModel,
+    tokens: Sequence[int],
+    wanted: Mapping[str, Any],
+    results: Results,
+    done: set[Key],
+    task: str = "untrained",
+) -> None:
+    """How much of a text's index the model chose before it was trained, by the same pattern; nothing of dense ones."""
+    key = Key(name, attention, "index", task, wanted["seq_len"], 0)
+    if attention == DENSE or key in done or named.run is None:
         return
-    arrays = {}
-    for layer, index in enumerate(indices):
-        arrays[f"diagonals_{layer}"] = np.packbits(index.diagonals[0].cpu().numpy(), axis=-1)
-        arrays[f"columns_{layer}"] = index.columns[0].cpu().numpy().astype(np.int32)
-    np.savez_compressed(path, **arrays)
+    model = generator.model.hf_model
+    dtype = str(model.dtype).removeprefix("torch.")
+    before = replace(named, checkpoint=None).build(dtype, model.device, wanted["seq_len"])
+    untrained = Generator(before, pattern=list(generator.attention.patterns), layout="striped")
+    now, then = (_indices(one, tokens[: wanted["seq_len"]]) for one in (generator, untrained))
+    results.add(key, shared_by_layer(now, then))
+
+
+@torch.no_grad()
+def _indices(generator: Generator, tokens: Sequence[int]) -> list[SparseIndex]:
+    with Observer() as observer:
+        generator.token_nll(tokens)
+    return [stats.index for stats in observer.stats]
+
+
+def shared_by_layer(now: Sequence[SparseIndex], then: Sequence[SparseIndex]) -> dict[str, list[float | None]]:
+    """Of two models' indices of one text, what both have over what either has: by layer, all heads together.
+
+    Returns:
+        ``columns`` and ``tiles``: of block diagonals, or of block lists where the pattern has them. None where neither
+        model has any.
+    """
+    found: dict[str, list[float | None]] = {"columns": [], "tiles": []}
+    for one, other in zip(now, then, strict=True):
+        found["columns"].append(_shared(_columns(one), _columns(other)))
+        blocks = [_causal_tiles(index) for index in (one, other)]
+        found["tiles"].append(_shared(*blocks))
+    return found
+
+
+def _shared(one: torch.Tensor, other: torch.Tensor) -> float | None:
+    either = int((one | other).sum())
+    return None if either == 0 else int((one & other).sum()) / either
+
+
+def _columns(index: SparseIndex) -> torch.Tensor:
+    """bool (q_heads, seq_len): columns of the first sequence."""
+    there = torch.zeros(index.columns.shape[1], index.seq_len + 1, dtype=torch.bool, device=index.columns.device)
+    return there.scatter_(1, index.columns[0].long(), True)[:, :-1]
+
+
+def _causal_tiles(index: SparseIndex) -> torch.Tensor:
+    """bool: block diagonals of the first sequence (q_heads, blocks), or the tiles of an index that lists blocks
+    (q_heads, blocks, blocks)."""
+    if index.blocks is None:
+        return index.diagonals[0]
+    block = torch.arange(index.num_blocks, device=index.diagonals.device)
+    return index.tile_mask(block, block)[0]
 
 
 def copies(
@@ -207,12 +266,13 @@ def copied(generator: Generator, tokens: Sequence[int], gap: int, span: int) -> 
 
 def main() -> int:
     """The command."""
-    if len(sys.argv) not in (4, 5):
+    if len(sys.argv) not in (5, 6):
         print(f"error: {__doc__.splitlines()[2].strip()}", file=sys.stderr)
         return 2
-    rope = json.loads(sys.argv[4]) if len(sys.argv) == 5 else {}
+    study, stages, name, model, *more = sys.argv[1:]
+    rope = json.loads(more[0]) if more else {}
     try:
-        measure(Path(sys.argv[1]), sys.argv[2], sys.argv[3], rope)
+        measure(Path(study), stages.split(","), name, model, rope)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,10 @@
 """Runs the pieces of a study on the GPUs of this machine, within a given time.
 
-A piece is one process on one GPU: a training run, or the measurements of a trained model. A piece that is done leaves
-a marker and is not done again. One that time runs out for saves what it has; the same command goes on from there.
+A piece is one process on one GPU: a training run, or measurements of a trained model. A piece that is done leaves a
+marker and is not done again. One that time runs out for saves what it has; the same command goes on from there.
+
+Weights may stay behind on a machine that is given back, while tables travel. A training run whose weights are gone, and
+are still needed, is therefore done again.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from mtraining.inputs.yaml_text import write_yaml
 
 GRACE = 60  # seconds in which a piece that is asked to stop may save what it has
 LEAST = 20  # seconds: no piece begins when less is left
+QUICK, SLOW = ("text", "copy"), ("tasks",)  # stages of the measurements of a model: every model's quick ones come first
 
 
 @dataclass(frozen=True)
@@ -40,37 +44,70 @@ class Piece:
         command: arguments of the Python interpreter.
         settings: what it depends on; a marker of other settings is refused.
         after: pieces that must be done before it begins.
+        seconds: it does not begin when less time is left.
+        leaves: a folder that pieces after it read; where that is gone, the piece counts as not done.
     """
 
     name: str
     command: tuple[str, ...]
     settings: Mapping[str, Any]
     after: tuple[str, ...] = ()
+    seconds: float = LEAST
+    leaves: Path | None = None
 
 
-def pieces_of(plan: Plan, study: Path, measured: bool = True) -> list[Piece]:
-    """Every piece of a plan, in the order in which free GPUs take those that can begin. Writes their configurations."""
-    script = str(Path(__file__).parent / "measure.py")
-    found = []
+def pieces_of(plan: Plan, study: Path, measured: bool = True, seconds: float = LEAST) -> list[Piece]:
+    """Every piece of a plan, in the order in which free GPUs take those that can begin. Writes their configurations.
+
+    Args:
+        measured: measure models after their training.
+        seconds: that training and the quick measurements of one arm need: with less time left none begins.
+    """
+    found, slow = [], []
     for arm, seed in plan.runs():
         name, config = f"{arm.name}-{seed}", plan.run_config(arm, seed, study)
         path = study / "configs" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(write_yaml(config), encoding="utf-8")
         settings = {"config": merged(plan.config, arm.changes), "seed": seed}
-        train = Piece(f"train-{name}", ("-m", "mtraining.cli", "train", str(path)), settings)
+        folder = run_folder(study, arm.name, seed)
+        train = Piece(
+            f"train-{name}",
+            ("-m", "mtraining.cli", "train", str(path)),
+            settings,
+            seconds=seconds,
+            leaves=folder / "checkpoints",
+        )
         found.append(train)
         if measured:
-            command = (script, str(study), name, str(run_folder(study, arm.name, seed)))
-            found.append(Piece(f"measure-{name}", command, plan.measure, (train.name,)))
+            quick, *more = _measurements(plan, study, name, (str(folder),), train.name)
+            found.append(quick)
+            slow += more
     if measured and plan.measure.get("base"):
         rope = plan.config["model"].get("rope", {})
-        command = (script, str(study), "base", plan.config["model"]["init"], json.dumps(rope))
-        found.append(Piece("measure-base", command, plan.measure))
-    train, evaluate = plan.config["train"], plan.config["evaluate"]
-    wanted = {"seq_len": train["seq_len"], "bucket": evaluate["bucket"], **plan.measure}
+        model = (plan.config["model"]["init"], json.dumps(rope))
+        quick, *more = _measurements(plan, study, "base", model)
+        found.append(quick)
+        slow += more
+    wanted = {"seq_len": plan.config["train"]["seq_len"], **plan.measure}
+    if plan.measure.get("answers"):
+        wanted["answers"] = {name: plan.corpus[name] for name in ("keys", "values")}
     (study / "measure.yaml").write_text(write_yaml(wanted), encoding="utf-8")
-    return found
+    return found + slow
+
+
+def _measurements(plan: Plan, study: Path, name: str, model: tuple[str, ...], *after: str) -> list[Piece]:
+    """What is measured of one model: the quick stages, and the slow ones where the plan has any."""
+    script = str(Path(__file__).parent / "measure.py")
+    stages = [QUICK, *([SLOW] if plan.measure.get("tasks") else [])]
+    names = [f"measure-{name}", f"tasks-{name}"]
+    pieces = []
+    for title, stage in zip(names, stages, strict=False):
+        command = (script, str(study), ",".join(stage), name, *model)
+        pieces.append(Piece(title, command, plan.measure, after))
+        # Both write to one folder, so the second waits for the first.
+        after = (*after, title)
+    return pieces
 
 
 class Runner:
@@ -81,6 +118,9 @@ class Runner:
         places: of each process that may run at one time, its CUDA_VISIBLE_DEVICES; None for a CPU.
         minutes: after this time nothing begins, and what runs is asked to save and stop; None for no limit.
         tell: prints a line.
+        ended: called after each piece, whatever became of it.
+        fresh: begin a new interpreter for each piece, in place of a fork that has the libraries loaded.
+        grace: seconds in which what is asked to stop may save.
     """
 
     def __init__(
@@ -89,8 +129,12 @@ class Runner:
         places: Sequence[str | None],
         minutes: float | None,
         tell: Callable[[str], None],
+        ended: Callable[[], None] = lambda: None,
+        fresh: bool = False,
+        grace: float = GRACE,
     ) -> None:
         self._study, self._places, self._tell = study, places, tell
+        self._after_each, self._fresh, self._grace = ended, fresh, grace
         self._start = time.monotonic()
         self._end = None if minutes is None else self._start + 60 * minutes
         self._lock = threading.Condition()
@@ -109,8 +153,13 @@ class Runner:
         Raises:
             UserError: pieces that failed, when the others have ended; or a piece that was done under other settings.
         """
+        done = {piece.name for piece in pieces if self._is_done(piece)}
         for piece in pieces:
-            if self._is_done(piece):
+            needed = any(piece.name in other.after and other.name not in done for other in pieces)
+            if piece.name in done and needed and piece.leaves is not None and not piece.leaves.is_dir():
+                self._say(f"{piece.name} is done again: what it left is gone, and is still needed")
+                done.discard(piece.name)
+            if piece.name in done:
                 self._done.add(piece.name)
             else:
                 self._waiting.append(piece)
@@ -134,10 +183,10 @@ class Runner:
         while True:
             with self._lock:
                 piece = self._next()
-                while piece is None and self._running and self._can_begin():
+                while piece is None and self._running and self._left() > LEAST:
                     self._lock.wait(timeout=1)
                     piece = self._next()
-                if piece is None or not self._can_begin():
+                if piece is None:
                     return
                 self._waiting.remove(piece)
                 self._running.add(piece.name)
@@ -146,34 +195,36 @@ class Runner:
                 self._running.discard(piece.name)
                 self._ended(piece, code, seconds)
                 self._lock.notify_all()
+                self._after_each()
 
     def _next(self) -> Piece | None:
-        return next((piece for piece in self._waiting if self._done.issuperset(piece.after)), None)
+        left = self._left()
+        return next(
+            (
+                piece
+                for piece in self._waiting
+                if self._done.issuperset(piece.after) and left > max(LEAST, piece.seconds)
+            ),
+            None,
+        )
 
     def _left(self) -> float:
         return float("inf") if self._end is None else self._end - time.monotonic()
-
-    def _can_begin(self) -> bool:
-        return self._left() > LEAST
 
     def _process(self, piece: Piece, place: str | None) -> tuple[int, float]:
         """Exit status and seconds of a piece; it is asked to stop when time is over."""
         log = self._study / "logs" / f"{piece.name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ, PYTHONUNBUFFERED="1")
-        if place is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = place
         began = time.monotonic()
         self._say(f"{piece.name} begins{'' if place is None else f' on GPU {place}'}")
-        process = (
-            _Started(piece.command, log, environment) if place is not None else _Forked(piece.command, log)
-        )
+        kind = _Started if self._fresh else _Forked
+        process = kind(piece.command, log, place)
         # Looked at every second, for a request to stop may come at any time.
         while process.code() is None and self._left() > 0:
             process.wait(min(1.0, max(self._left(), 0.0)))
         if process.code() is None:
             process.ask_to_stop()
-            process.wait(GRACE)
+            process.wait(self._grace)
             if process.code() is None:
                 process.kill()
             # Whatever it says of its end, it was not given the time to finish.
@@ -220,10 +271,10 @@ class Runner:
 class _Started:
     """A Python process of its own."""
 
-    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], log: Path, place: str | None) -> None:
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, env=environment
+                [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, env=os.environ | _own(place)
             )
 
     def code(self) -> int | None:
@@ -242,14 +293,16 @@ class _Started:
 
 
 class _Forked:
-    """The same on a CPU, forked from a process that has the libraries loaded: that takes longer than a tiny piece."""
+    """The same, forked from a process that has the libraries loaded: loading takes longer than many a piece."""
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], log: Path, place: str | None) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             ["mtraining.train.loop", "mtraining.evaluate.runner", "mtraining.cli.train"]
         )
-        self._process = context.Process(target=_run, args=(tuple(command), log))
+        # Asking the driver whether there is a GPU would forbid the fork to use one; asking NVML does not.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        self._process = context.Process(target=_run, args=(tuple(command), log, place))
         self._process.start()
 
     def code(self) -> int | None:
@@ -266,17 +319,41 @@ class _Forked:
         self._process.join()
 
 
-def _run(command: Sequence[str], log: Path) -> None:
+def _own(place: str | None) -> dict[str, str]:
+    """The environment that a piece has for itself."""
+    gpu = {} if place is None else {"CUDA_VISIBLE_DEVICES": place}
+    return {"PYTHONUNBUFFERED": "1"} | gpu
+
+
+def _run(command: Sequence[str], log: Path, place: str | None) -> None:
     """In the forked process: what ``python *command`` would do."""
     with open(log, "ab", buffering=0) as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
+    # A piece that is killed leaves what it said.
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ |= _own(place)
+    if place is not None and not _sees_one_gpu():
+        print("the fork cannot use its GPU; a new interpreter begins", flush=True)
+        os.execv(sys.executable, [sys.executable, *command])
     if command[0] == "-m":
         sys.argv = list(command[1:])
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = list(command)
         runpy.run_path(command[0], run_name="__main__")
+
+
+def _sees_one_gpu() -> bool:
+    """Whether CUDA works here, with the one GPU that the environment names: a library may have asked for it before."""
+    import torch
+
+    try:
+        torch.cuda.init()
+        return torch.cuda.device_count() == 1
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def digest(settings: Mapping[str, Any]) -> str:

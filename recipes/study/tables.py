@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import compared
 import found
+from archive import noted
 from arms import Plan
 from drawings import draw
 from found import DENSE, Row, Study
 
-from mtraining.bench.record import code_version
 from mtraining.sizes import tokens_text
 
 TABLES: dict[str, Callable[[Study], list[Row]]] = {
@@ -29,8 +30,21 @@ TABLES: dict[str, Callable[[Study], list[Row]]] = {
     "answers": found.answer_rows,
     "layers": found.layer_rows,
     "coverage": found.coverage_rows,
+    "keys": found.key_rows,
+    "balance": found.balance_rows,
     "stability": found.stability_rows,
+    "compared": compared.compared_rows,
+    "time": compared.time_rows,
 }
+
+
+# Questions of `compared`, with the titles and units of their tables.
+QUESTIONS = (
+    (compared.TO_DENSE, "Sparse training against dense training", "nats or percent points"),
+    (compared.FROZEN, "An index frozen at the first step against one that evolves", "nats or percent points"),
+    (compared.FULL, "Reading with full attention against reading sparsely", "nats or percent points"),
+    (compared.NOISE, "A second seed against the first", "nats or percent points"),
+)
 
 
 def summarise(folder: Path, plan: Plan) -> str:
@@ -43,25 +57,26 @@ def summarise(folder: Path, plan: Plan) -> str:
     rows = {name: make(study) for name, make in TABLES.items()}
     out = folder / "summary"
     out.mkdir(parents=True, exist_ok=True)
-    commit = code_version()
+    commit, hardware = noted(folder, "commit"), noted(folder, "hardware")
     for name, table in rows.items():
-        write_csv(out / f"{name}.csv", table, commit)
+        write_csv(out / f"{name}.csv", table, commit, hardware)
     draw(rows, out)
     text = page(study, rows, commit)
     (out / "summary.md").write_text(text, encoding="utf-8")
     return text
 
 
-def write_csv(path: Path, rows: Sequence[Row], commit: str) -> None:
-    """One table, each row with the commit; a table without rows removes its file, which is of an earlier state."""
+def write_csv(path: Path, rows: Sequence[Row], commit: str, hardware: str) -> None:
+    """One table, each row with commit and hardware; a table without rows removes its file, which is of an earlier state."""
     if not rows:
         path.unlink(missing_ok=True)
         return
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "commit"], lineterminator="\n")
+        writer = csv.DictWriter(file, [*rows[0], "commit", "hardware"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(
-            {**{key: _exact(value) for key, value in row.items()}, "commit": commit} for row in rows
+            {key: _exact(value) for key, value in row.items()} | {"commit": commit, "hardware": hardware}
+            for row in rows
         )
 
 
@@ -77,7 +92,15 @@ def page(study: Study, rows: dict[str, list[Row]], commit: str) -> str:
             "(95 % interval over documents)",
             _differences(rows["held-out"]),
         ),
+        _section(
+            "Held-out loss while training, beside that of dense training after the same seconds of steps",
+            _times(rows["time"]),
+        ),
         _section("Trained x read: held-out loss after training", _grid(rows["grid"])),
+        *(
+            _section(f"{title}: differences ({unit}; 95 % interval over samples)", _compared(rows["compared"], question))
+            for question, title, unit in QUESTIONS
+        ),
         _section("Tasks, percent", _by_length(rows["tasks"], "length", _score)),
         _section("Loss of a span that stands again after a gap", _by_length(rows["copy"], "gap", _again)),
         *(
@@ -87,7 +110,18 @@ def page(study: Study, rows: dict[str, list[Row]], commit: str) -> str:
             for share in (50, 90)
         ),
         _section(
-            "Index shared with the untrained model's (columns / diagonals)", _stability(rows["stability"])
+            "Answers given at the last checkpoint, percent by distance", _last_answers(rows["answers"])
+        ),
+        _section(
+            "Key positions without gradient from queries at a distance, percent (in the last step / in all steps so far)",
+            _keys(rows["keys"]),
+        ),
+        _section(
+            "Index shared with the untrained model's, and with the step before, percent", _stability(rows)
+        ),
+        _section(
+            "Balance of the last index in a ring, max over mean of work (over ranks / over steps)",
+            _balance(rows["balance"]),
         ),
         _section("Missing", "\n".join(f"- {line}" for line in study.missing) or "nothing"),
     ]
@@ -198,17 +232,83 @@ def _steps_to(rows: Sequence[Row], share: float) -> str:
     return markdown(head, [[*name, *(line.get(s, "-") for s in starts)] for name, line in lines.items()])
 
 
-def _stability(rows: Sequence[Row]) -> str:
-    lines: dict[tuple[str, str], list[Row]] = {}
+def _last_answers(rows: Sequence[Row]) -> str:
+    last: dict[str, int] = {}
     for row in rows:
-        lines.setdefault((row["model"], row["read"]), []).append(row)
+        last[row["model"]] = max(row["step"], last.get(row["model"], 0))
+    shown = [
+        {**row, "model": f"{row['model']}, step {row['step']}"}
+        for row in rows
+        if row["step"] == last[row["model"]]
+    ]
+    return _by_length(shown, "from", lambda row: f"{row['given']:.0f}")
+
+
+def _times(rows: Sequence[Row]) -> str:
+    head = ["run", "step", "seconds", "read", "loss", "dense after the same seconds"]
     body = []
-    for (model, read), layers in lines.items():
-        columns = [row["columns"] for row in layers if row["columns"] is not None]
-        diagonals = [row["diagonals"] for row in layers]
-        shared = [sum(part) / len(part) if part else None for part in (columns, diagonals)]
-        body.append([model, read, " / ".join(_percent(part) for part in shared)])
-    return markdown(["model", "read", "mean over layers"], body)
+    for row in rows:
+        equal = row["dense_after_same_seconds"]
+        text = "-" if equal is None else f"{equal:.4f}"
+        name = f"{row['arm']}-{row['seed']}"
+        body.append([name, str(row["step"]), f"{row['seconds']:.0f}", row["read"], f"{row['loss']:.4f}", text])
+    return markdown(head, body)
+
+
+def _compared(rows: Sequence[Row], question: str) -> str:
+    """A line for each pair of models and ways of reading, a column for each measure."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        if row["question"] == question:
+            at = row["at"] if row["at"] == "all" else f"from {tokens_text(row['at'])}"
+            if row["measure"] != "held-out loss" and row["at"] != "all":
+                at = tokens_text(row["at"])
+            name = row["model"], row["read"], row["against"], row["against_read"]
+            cell = f"{row['difference']:+.3f} ({row['low']:+.3f}, {row['high']:+.3f})"
+            lines.setdefault(name, {})[f"{row['measure']}, {at}"] = cell
+    columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+    head = ["model", "read", "against", "read", *columns]
+    return markdown(head, [[*name, *(line.get(c, "-") for c in columns)] for name, line in lines.items()])
+
+
+def _keys(rows: Sequence[Row]) -> str:
+    lines: dict[str, dict[int, str]] = {}
+    for row in rows:
+        # Later steps take the place of earlier ones.
+        name = f"{row['arm']}-{row['seed']}"
+        lines.setdefault(name, {})[row["from"]] = f"{100 * row['in_step']:.1f} / {100 * row['so_far']:.1f}"
+    starts = sorted({start for line in lines.values() for start in line})
+    head = ["run", *(f"from {tokens_text(start) if start else 0}" for start in starts)]
+    return markdown(head, [[name, *(line.get(start, "-") for start in starts)] for name, line in lines.items()])
+
+
+def _balance(rows: Sequence[Row]) -> str:
+    lines: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        name = f"{row['arm']}-{row['seed']}", row["layout"]
+        lines.setdefault(name, {})[row["ranks"]] = f"{row['worker']:.2f} / {row['step']:.2f}"
+    ranks = sorted({number for line in lines.values() for number in line})
+    head = ["run", "layout", *(f"{number} ranks" for number in ranks)]
+    return markdown(head, [[*name, *(line.get(n, "-") for n in ranks)] for name, line in lines.items()])
+
+
+def _stability(rows: dict[str, list[Row]]) -> str:
+    last = {(row["model"], row["read"]): row["step"] for row in rows["stability"]}
+    body = []
+    for (model, read), step in last.items():
+        layers = [row for row in rows["stability"] if (row["model"], row["read"], row["step"]) == (model, read, step)]
+        shared = [_mean([row[part] for row in layers]) for part in ("columns", "tiles")]
+        kept = [row for row in rows["layers"] if f"{row['arm']}-{row['seed']}" == model and row["kept"] is not None]
+        ends = [_mean([row["kept"] for row in kept if row["step"] == at["step"]]) for at in (kept[:1] + kept[-1:])]
+        moved = " to ".join(_percent(end) for end in ends) if read == "own" and ends else "-"
+        body.append([model, read, *map(_percent, shared), moved])
+    head = ["model", "read", "columns", "tiles", "kept from the step before, first to last"]
+    return markdown(head, body)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -1,41 +1,84 @@
 """Associative recall: every question has one earlier pair that tells its answer, at any distance."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from mtraining.data import TokenShards
+from mtraining.errors import UserError
+
+CORPUS = {"documents": 3, "held_out": 2, "questions": 40, "pairs": 30, "keys": 80, "values": 4}
+
 
 def test_every_answer_stands_in_one_earlier_pair() -> None:
-    from associative import KEYS, PAIR, VALUES, answers, sequence
+    from associative import Vocabulary, answers, sequence
 
-    tokens = sequence(2048, questions=40, pairs=30, seed=(0, 5)).tolist()
+    words = Vocabulary.of(CORPUS)
+    tokens = sequence(2048, CORPUS, (0, 5)).tolist()
     assert len(tokens) == 2049
-    found = answers(tokens)
+    found = answers(tokens, words)
     assert len(found) == 40
-    pairs = [tuple(tokens[at + 1 : at + 3]) for at in range(0, 2048, 4) if tokens[at] == PAIR]
-    assert len(pairs) == len(set(pairs)) == 70
+    told = [token for token in tokens if words.told(token) is not None]
+    assert len(told) == len({words.told(token) for token in told}) == 70
     for answer in found:
-        told = answer.position - answer.distance
-        assert answer.distance > 0
-        assert tokens[told - 3] == PAIR
-        assert tokens[told] == tokens[answer.position] >= VALUES
-        assert tokens[told - 2 : told] == tokens[answer.position - 2 : answer.position]
-        assert all(KEYS <= token < VALUES for token in tokens[told - 2 : told])
+        question, value = tokens[answer.position - 1 : answer.position + 1]
+        key = words.asked(question)
+        assert answer.distance > 0 and key is not None
+        pair = tokens[answer.position - 1 - answer.distance]
+        assert pair == words.pair(key, value - words.value(0))
+
+
+def test_tokens_stand_for_one_thing() -> None:
+    from associative import Vocabulary
+
+    words = Vocabulary(keys=3, values=2)
+    ids = [0, 1, words.value(0), words.value(1), *map(words.question, range(3))]
+    ids += [words.pair(key, value) for key in range(3) for value in range(2)]
+    assert ids == list(range(len(words.words())))
+    assert [words.asked(token) for token in ids] == [None] * 4 + [0, 1, 2] + [None] * 6
+    assert [words.told(token) for token in ids] == [None] * 7 + [0, 0, 1, 1, 2, 2]
 
 
 def test_sequences_depend_on_their_seed_alone() -> None:
     from associative import sequence
 
-    assert (sequence(512, 8, 8, (0, 1)) == sequence(512, 8, 8, (0, 1))).all()
-    assert (sequence(512, 8, 8, (0, 1)) != sequence(512, 8, 8, (1, 1))).any()
+    assert (sequence(1024, CORPUS, (0, 1)) == sequence(1024, CORPUS, (0, 1))).all()
+    assert (sequence(1024, CORPUS, (0, 1)) != sequence(1024, CORPUS, (1, 1))).any()
 
 
-def test_distances_are_uniform_up_to_the_question() -> None:
-    from associative import answers, sequence
+def test_distances_are_uniform() -> None:
+    from associative import Vocabulary, answers, sequence
 
+    corpus = CORPUS | {"questions": 16, "pairs": 16}
     shares = [
-        answer.distance / answer.position
+        answer.distance / 2048
         for number in range(40)
-        for answer in answers(sequence(2048, 16, 16, (0, number)).tolist())
+        for answer in answers(sequence(2048, corpus, (0, number)).tolist(), Vocabulary.of(corpus))
     ]
     counts = np.histogram(shares, bins=4, range=(0, 1))[0] / len(shares)
     assert counts == pytest.approx([0.25] * 4, abs=0.06)
+
+
+def test_answers_alone_are_trained(tmp_path: Path) -> None:
+    from associative import Vocabulary, answers, make, sequence
+
+    make(tmp_path, CORPUS, 1024)
+    for part, (name, count) in enumerate((("tokens", 3), ("held-out", 2))):
+        shards = TokenShards(tmp_path / "corpus" / name)
+        assert shards.num_documents == count
+        for number in range(count):
+            tokens = shards.document(number)
+            assert (tokens == sequence(1024, CORPUS, (part, number))).all()
+        trained = np.flatnonzero(shards.trained(np.arange(1025)))
+        first = answers(shards.document(0).tolist(), Vocabulary.of(CORPUS))
+        assert trained.tolist() == [answer.position for answer in first]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    from associative import sequence
+
+    with pytest.raises(UserError, match=r"corpus.keys=80 is less than .* \(90\)"):
+        sequence(2048, CORPUS | {"questions": 60}, (0, 0))
+    with pytest.raises(UserError, match="corpus.questions=40 do not fit 256 tokens"):
+        sequence(256, CORPUS, (0, 0))

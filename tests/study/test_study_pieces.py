@@ -15,13 +15,21 @@ def runner(tmp_path: Path, minutes: float | None = None, places: int = 1) -> tup
     from pieces import Runner
 
     told: list[str] = []
-    return Runner(tmp_path, ["0"] * places, minutes, told.append), told
+    return Runner(tmp_path, ["0"] * places, minutes, told.append, fresh=True), told
 
 
 def piece(name: str, code: str, after: tuple[str, ...] = (), **settings: Any) -> Any:
     from pieces import Piece
 
     return Piece(name, ("-c", code), settings, after)
+
+
+def leaving(name: str, folder: Path, count: Path) -> Any:
+    """A piece that leaves a folder, and counts how often it was done."""
+    from pieces import Piece
+
+    code = f"import os; os.makedirs({str(folder)!r}, exist_ok=True); open({str(count)!r}, 'a').write('x')"
+    return Piece(name, ("-c", code), {}, leaves=folder)
 
 
 def test_pieces_run_once_and_after_what_they_need(tmp_path: Path) -> None:
@@ -107,3 +115,91 @@ def test_forked_pieces_leave_a_log_and_a_status(tmp_path: Path) -> None:
     log = (tmp_path / "logs" / "exit-0.txt").read_text()
     assert log.startswith("process ") and str(os.getpid()) not in log and "['0']" in log
     assert [path.name for path in (tmp_path / "done").iterdir()] == ["exit-0.json"]
+
+
+def test_a_fork_that_cannot_use_its_gpu_begins_a_new_interpreter(tmp_path: Path) -> None:
+    from pieces import Piece, Runner
+
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys; print('on', os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(75)")
+    # No machine has this GPU, so that CUDA cannot begin.
+    assert not Runner(tmp_path, ["99"], None, lambda line: None).run([Piece("one", (str(script),), {})])
+    log = (tmp_path / "logs" / "one.txt").read_text()
+    assert log.splitlines() == ["the fork cannot use its GPU; a new interpreter begins", "on 99"]
+
+
+def test_training_whose_weights_are_gone_is_done_again_where_they_are_needed(tmp_path: Path) -> None:
+    weights, count = tmp_path / "weights", tmp_path / "count"
+    train = leaving("train", weights, count)
+    bad = piece("measure", "import sys; sys.exit(2)", after=("train",))
+    with pytest.raises(UserError):
+        runner(tmp_path)[0].run([train, bad])
+    # The weights are there: measuring is tried again, training is not.
+    with pytest.raises(UserError):
+        runner(tmp_path)[0].run([train, bad])
+    assert count.read_text() == "x"
+    weights.rmdir()
+    good = piece("measure", "pass", after=("train",))
+    made, told = runner(tmp_path)
+    assert made.run([train, good])
+    assert count.read_text() == "xx" and any("train is done again" in line for line in told)
+    # Everything is measured, so weights are needed no more.
+    weights.rmdir()
+    assert runner(tmp_path)[0].run([train, good])
+    assert count.read_text() == "xx"
+
+
+def test_an_arm_begins_only_where_there_is_time_for_it(tmp_path: Path) -> None:
+    from pieces import Piece
+
+    long = Piece("long", ("-c", "pass"), {}, seconds=7200)
+    made, _ = runner(tmp_path, minutes=60)
+    assert not made.run([long, piece("short", "pass"), piece("after", "pass", after=("long",))])
+    assert [path.name for path in (tmp_path / "done").iterdir()] == ["short.json"]
+
+
+def test_results_are_kept_after_each_piece(tmp_path: Path) -> None:
+    from pieces import Runner
+
+    seen: list[list[str]] = []
+
+    def keep() -> None:
+        seen.append(sorted(path.stem for path in (tmp_path / "done").glob("*.json")))
+
+    pieces = [piece("one", "pass"), piece("bad", "raise SystemExit(3)"), piece("two", "pass")]
+    with pytest.raises(UserError):
+        Runner(tmp_path, ["0"], None, lambda line: None, ended=keep, fresh=True).run(pieces)
+    assert seen == [["one"], ["one"], ["one", "two"]]
+
+
+def test_one_killed_piece_leaves_the_others(tmp_path: Path) -> None:
+    killed = piece("killed", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(UserError, match=r"killed failed \(exit status -9\)"):
+        runner(tmp_path, places=2)[0].run([killed, piece("good", "pass")])
+    assert [path.name for path in (tmp_path / "done").iterdir()] == ["good.json"]
+
+
+def test_quick_measurements_of_all_come_before_slow_ones(tmp_path: Path) -> None:
+    from arms import read_plan
+    from pieces import pieces_of
+
+    plan = read_plan("extend.yaml", "smoke").chosen(["dense", "moba"], None)
+    found = pieces_of(plan, tmp_path, seconds=100)
+    names = [piece.name for piece in found]
+    assert names == ["train-dense-0", "measure-dense-0", "train-moba-0", "measure-moba-0", "tasks-dense-0", "tasks-moba-0"]
+    by_name = {piece.name: piece for piece in found}
+    assert by_name["tasks-moba-0"].after == ("train-moba-0", "measure-moba-0")
+    assert by_name["measure-moba-0"].command[2:4] == ("text,copy", "moba-0")
+    assert by_name["train-moba-0"].seconds == 100
+    assert by_name["train-moba-0"].leaves == tmp_path / "runs" / "moba-0" / "checkpoints"
+
+
+def test_places_take_turns() -> None:
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("study_main", Path(__file__).parents[2] / "recipes" / "study" / "__main__.py")
+    assert spec is not None and spec.loader is not None
+    main = module_from_spec(spec)
+    spec.loader.exec_module(main)
+    assert main.places(2, 3) == ["0", "1", "0", "1", "0", "1"]
+    assert main.places(0, 2) == [None, None]

@@ -11,19 +11,21 @@ from mtraining.train.config import parse_config
 PLANS = ("extend.yaml", "learn.yaml")
 
 
-@pytest.mark.parametrize("smoke", [False, True])
-@pytest.mark.parametrize("name", PLANS)
-def test_every_arm_reads_and_differs_in_its_attention_alone(name: str, smoke: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "size"), [*((name, size) for name in PLANS for size in ("", "smoke")), ("learn.yaml", "small")]
+)
+def test_every_arm_reads_and_differs_in_its_attention_alone(name: str, size: str, tmp_path: Path) -> None:
     from arms import read_plan
 
-    plan = read_plan(name, smoke)
+    plan = read_plan(name, size)
     assert "dense" in [arm.name for arm in plan.arms]
     shared: list[dict[str, Any]] = []
     for arm, seed in plan.runs():
         if seed:
             continue
         config = parse_config(plan.run_config(arm, seed, tmp_path)).model_dump(mode="json")
-        config["evaluate"].pop("attention")
+        for key in ("attention", "at_start"):
+            config["evaluate"].pop(key)
         shared.append({key: v for key, v in config.items() if key not in ("output", "pattern", "layout")})
     assert all(config == shared[0] for config in shared)
 
@@ -37,8 +39,9 @@ def test_the_arms_that_the_question_needs_are_there() -> None:
         "dense-every", "widen",
     }  # fmt: skip
     assert {arm.name for arm in learn.arms} >= {"dense", "recommended", "frozen", "window", "coverage"}
-    for name in ("dense", "recommended", "paper-95"):
+    for name in ("dense", "recommended"):
         assert len(extend.arm(name).seeds) == 2
+        assert len(learn.arm(name).seeds) == 3
 
 
 def test_first_seeds_come_before_second_ones(tmp_path: Path) -> None:
@@ -60,6 +63,8 @@ def test_bad_plans_and_options_are_one_sentence(tmp_path: Path) -> None:
         read_plan("extend.yaml").arm("recomended")
     with pytest.raises(UserError, match=r"nothing.yaml cannot be read; give one of extend.yaml, learn.yaml"):
         read_plan("nothing.yaml")
+    with pytest.raises(UserError, match="--small: .*extend.yaml does not say how to shrink itself"):
+        read_plan("extend.yaml", "small")
     with pytest.raises(UserError, match="'trian.steps=4' is no part of extend.yaml"):
         read_plan("extend.yaml", overrides=["trian.steps=4"])
     (tmp_path / "mine.yaml").write_text("arms: {}\nconfig: {}\n")
@@ -67,3 +72,24 @@ def test_bad_plans_and_options_are_one_sentence(tmp_path: Path) -> None:
         read_plan(tmp_path / "mine.yaml")
     changed = read_plan("extend.yaml", overrides=["config.train.steps=4", "measure.samples=2"])
     assert changed.config["train"]["steps"] == 4 and changed.measure["samples"] == 2
+
+
+def test_overrides_have_the_last_word(tmp_path: Path) -> None:
+    from arms import read_plan
+
+    for size in ("", "smoke"):
+        plan = read_plan("extend.yaml", size, ["config.train.steps=7", "arms.moba.set.pattern.top_k=3"])
+        assert plan.config["train"]["steps"] == 7
+    small = read_plan("learn.yaml", "small", ["config.checkpoint.every=9"])
+    assert small.config["checkpoint"]["every"] == 9 and small.name == "learn-small"
+    assert small.arm("window").changes["pattern"]["window"] == 32, "the arm's own number, not that of all arms"
+    assert read_plan("extend.yaml", "", ["arms.moba.set.pattern.top_k=3"]).arm("moba").changes["pattern"]["top_k"] == 3
+
+
+def test_a_study_remembers_its_plan(tmp_path: Path) -> None:
+    from arms import read_plan, saved_plan
+
+    assert saved_plan(tmp_path) is None
+    plan = read_plan("learn.yaml", "small", ["config.train.steps=7"])
+    plan.save(tmp_path)
+    assert saved_plan(tmp_path) == plan

@@ -31,7 +31,7 @@ def write(study: Path, run: str, records: list[dict[str, Any]]) -> None:
 def plan() -> Any:
     from arms import read_plan
 
-    return read_plan("extend.yaml", smoke=True).chosen(["dense", "recommended", "moba"], None)
+    return read_plan("extend.yaml", "smoke").chosen(["dense", "recommended", "moba"], None)
 
 
 def test_differences_are_of_the_same_seed_step_and_documents(tmp_path: Path, plan: Any) -> None:
