@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from found import DENSE, Row, Study, held_out_rows, interval
+from found import DENSE, Row, Study, arm_rows, held_out_rows, interval
 
 from mtraining.evaluate.results import Key
 
@@ -21,6 +21,11 @@ TO_DENSE = "to dense training"
 FROZEN = "index frozen, to evolving"
 FULL = "read with full attention, to its own pattern"
 NOISE = "second seed, to the first"
+
+# Measures, as the table names them; tasks have their own names.
+LOSS, COPY = "held-out loss", "loss of a copy"
+WITHIN = 0.01  # of dense training's loss, at every bucket of positions
+SPARSE, TIME = 0.9, 0.5  # sparsity at least, and time of a step of dense training's at most
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,13 @@ Put = Callable[[str, Any, Any, float], None]
 
 
 def _text(key: Key, record: Row, put: Put) -> None:
-    put("held-out loss", "all", key.task, record["nll"] / record["tokens"])
+    put(LOSS, "all", key.task, record["nll"] / record["tokens"])
     for place, (nll, tokens) in enumerate(zip(record["bucket_nll"], record["bucket_tokens"], strict=True)):
-        put("held-out loss", place * record["bucket"], key.task, nll / tokens)
+        put(LOSS, place * record["bucket"], key.task, nll / tokens)
 
 
 def _copy(key: Key, record: Row, put: Put) -> None:
-    put("loss of a copy", key.length, key.number, record["again"])
+    put(COPY, key.length, key.number, record["again"])
 
 
 def _task(key: Key, record: Row, put: Put) -> None:
@@ -115,6 +120,42 @@ _TAKEN: dict[tuple[str, ...], Callable[[Key, Row, Put], None]] = {
     ("needle", "ruler"): _task,
     ("answers",): _answers,
 }
+
+
+def bar_rows(study: Study) -> list[Row]:
+    """A line for each sparsely trained model and way of reading it: whether it is what the study asks for.
+
+    ``worst`` is the largest difference to dense training over buckets of positions, in percent of its loss.
+    ``tasks_below`` counts tasks whose interval lies below that of dense training. ``met`` is "yes", "no", or "so far"
+    where no task was measured.
+    """
+    rows = []
+    arms = {f"{row['arm']}-{row['seed']}": row for row in arm_rows(study)}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in compared_rows(study):
+        if row["question"] == TO_DENSE:
+            groups.setdefault((row["model"], row["read"], row["against"]), []).append(row)
+    for (model, read, against), lines in groups.items():
+        buckets = [row for row in lines if row["measure"] == LOSS and row["at"] != "all"]
+        if not buckets or not {model, against} <= arms.keys():
+            continue
+        worst = max(buckets, key=lambda row: row["difference"] / row["other"])
+        tasks = [row for row in lines if row["measure"] not in (LOSS, COPY)]
+        below = sum(row["high"] < 0 for row in tasks)
+        density = arms[model]["density"]
+        time = arms[against]["tokens_per_second"] / arms[model]["tokens_per_second"]
+        met = worst["difference"] <= WITHIN * worst["other"] and not below
+        met = met and density is not None and 1 - density >= SPARSE and time <= TIME
+        rows.append(
+            {
+                "model": model, "read": read, "density": density, "time": time, "worst_from": worst["at"],
+                "worst": 100 * worst["difference"] / worst["other"],
+                "worst_low": 100 * worst["low"] / worst["other"], "worst_high": 100 * worst["high"] / worst["other"],
+                "tasks": len(tasks), "tasks_below": below,
+                "met": "no" if not met else "yes" if tasks else "so far",
+            }
+        )  # fmt: skip
+    return rows
 
 
 def time_rows(study: Study) -> list[Row]:

@@ -54,6 +54,8 @@ class Study:
             lines = list(dict(Results(folder / "measured" / name, writes=False).lines()).items())
             if lines:
                 self.measured[name] = lines
+            if name != "base" and not any(f"{arm}-{seed}" == name for arm, seed in self.steps):
+                continue
             pieces = ["measure", *(["tasks"] if plan.measure.get("tasks") else [])]
             if not all((folder / "done" / f"{piece}-{name}.json").exists() for piece in pieces):
                 self.missing.append(f"{name}: {'not all' if lines else 'nothing'} measured after training")

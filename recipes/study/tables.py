@@ -6,7 +6,8 @@ STUDY/summary/*.csv, summary.md, *.svg
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import compared
 import found
 from archive import noted
 from arms import Plan
+from compared import OWN
 from drawings import draw
 from found import DENSE, Row, Study
 
@@ -34,17 +36,18 @@ TABLES: dict[str, Callable[[Study], list[Row]]] = {
     "balance": found.balance_rows,
     "stability": found.stability_rows,
     "compared": compared.compared_rows,
+    "bar": compared.bar_rows,
     "time": compared.time_rows,
 }
 
 
-# Questions of `compared`, with the titles and units of their tables.
-QUESTIONS = (
-    (compared.TO_DENSE, "Sparse training against dense training", "nats or percent points"),
-    (compared.FROZEN, "An index frozen at the first step against one that evolves", "nats or percent points"),
-    (compared.FULL, "Reading with full attention against reading sparsely", "nats or percent points"),
-    (compared.NOISE, "A second seed against the first", "nats or percent points"),
-)
+# Questions of `compared`, with the titles of their tables.
+QUESTIONS = {
+    compared.TO_DENSE: "Sparse training less dense training",
+    compared.FROZEN: "Index frozen at the first step less an evolving one",
+    compared.FULL: "Reading with full attention less reading sparsely",
+    compared.NOISE: "Second seed less the first",
+}
 
 
 def summarise(folder: Path, plan: Plan) -> str:
@@ -97,9 +100,14 @@ def page(study: Study, rows: dict[str, list[Row]], commit: str) -> str:
             _times(rows["time"]),
         ),
         _section("Trained x read: held-out loss after training", _grid(rows["grid"])),
+        _section(
+            "The bar: held-out loss within 1 % of dense training's at every bucket of positions, tasks within noise",
+            _bar(rows["bar"]),
+        ),
         *(
-            _section(f"{title}: differences ({unit}; 95 % interval over samples)", _compared(rows["compared"], question))
-            for question, title, unit in QUESTIONS
+            _section(f"{title}: {part} (95 % interval over samples)", table)
+            for question, title in QUESTIONS.items()
+            for part, table in _compared(rows["compared"], question)
         ),
         _section("Tasks, percent", _by_length(rows["tasks"], "length", _score)),
         _section("Loss of a span that stands again after a gap", _by_length(rows["copy"], "gap", _again)),
@@ -215,7 +223,8 @@ def _by_length(rows: Sequence[Row], key: str, cell: Callable[[Row], str]) -> str
 
 
 def _score(row: Row) -> str:
-    return f"{row['score']:.0f} ({row['low']:.0f}, {row['high']:.0f})"
+    between = "" if math.isnan(row["low"]) else f" ({row['low']:.0f}, {row['high']:.0f})"
+    return f"{row['score']:.0f}{between}"
 
 
 def _again(row: Row) -> str:
@@ -255,20 +264,50 @@ def _times(rows: Sequence[Row]) -> str:
     return markdown(head, body)
 
 
-def _compared(rows: Sequence[Row], question: str) -> str:
-    """A line for each pair of models and ways of reading, a column for each measure."""
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in rows:
-        if row["question"] == question:
-            at = row["at"] if row["at"] == "all" else f"from {tokens_text(row['at'])}"
-            if row["measure"] != "held-out loss" and row["at"] != "all":
-                at = tokens_text(row["at"])
-            name = row["model"], row["read"], row["against"], row["against_read"]
-            cell = f"{row['difference']:+.3f} ({row['low']:+.3f}, {row['high']:+.3f})"
-            lines.setdefault(name, {})[f"{row['measure']}, {at}"] = cell
-    columns = list(dict.fromkeys(column for line in lines.values() for column in line))
-    head = ["model", "read", "against", "read", *columns]
-    return markdown(head, [[*name, *(line.get(c, "-") for c in columns)] for name, line in lines.items()])
+def _compared(rows: Sequence[Row], question: str) -> Iterator[tuple[str, str]]:
+    """Of each kind of measure, what its differences are in and a table of them: a line for each pair of models and ways
+    of reading, a column for each place or task."""
+    kinds = {
+        compared.LOSS: f"{compared.LOSS} from each position on, in percent of it",
+        compared.COPY: f"{compared.COPY} by its gap, in nats",
+        "": "tasks and answers, in percent points",
+    }
+    for kind, title in kinds.items():
+        lines: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in rows:
+            if row["question"] == question and (row["measure"] if row["measure"] in kinds else "") == kind:
+                scale = 100 / row["other"] if kind == compared.LOSS else 1.0
+                at = row["at"] if row["at"] == "all" else tokens_text(row["at"]) if row["at"] else "0"
+                column = at if kind else f"{row['measure']}, {at}"
+                name = row["model"], row["read"], row["against"], row["against_read"]
+                numbers = (scale * row[part] for part in ("difference", "low", "high"))
+                lines.setdefault(name, {})[column] = _between(*numbers)
+        columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+        body = [[*name, *(line.get(c, "-") for c in columns)] for name, line in lines.items()]
+        if body:
+            yield title, markdown(["model", "read", "less", "read", *columns], body)
+
+
+def _between(value: float, low: float, high: float) -> str:
+    """A difference with its interval, where there is one."""
+    return f"{value:+.2f}" + ("" if math.isnan(low) else f" ({low:+.2f}, {high:+.2f})")
+
+
+def _bar(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            row["model"], row["read"], _percent(1 - row["density"]), f"{row['time']:.2f}",
+            f"{tokens_text(row['worst_from']) if row['worst_from'] else 0}: {row['worst']:+.2f} ({row['worst_low']:+.2f}, "
+            f"{row['worst_high']:+.2f})",
+            f"{row['tasks_below']} of {row['tasks']}", row["met"],
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = [
+        "model", "read", "sparsity in training", "time of a step, of dense", "worst bucket, %",
+        "tasks below dense beyond noise", "met",
+    ]  # fmt: skip
+    return markdown(head, body)
 
 
 def _keys(rows: Sequence[Row]) -> str:
@@ -300,7 +339,9 @@ def _stability(rows: dict[str, list[Row]]) -> str:
         shared = [_mean([row[part] for row in layers]) for part in ("columns", "tiles")]
         kept = [row for row in rows["layers"] if f"{row['arm']}-{row['seed']}" == model and row["kept"] is not None]
         ends = [_mean([row["kept"] for row in kept if row["step"] == at["step"]]) for at in (kept[:1] + kept[-1:])]
-        moved = " to ".join(_percent(end) for end in ends) if read == "own" and ends else "-"
+        # What training kept is of its own pattern.
+        trained = read == OWN or (model, OWN) not in last
+        moved = " to ".join(_percent(end) for end in ends) if trained and ends else "-"
         body.append([model, read, *map(_percent, shared), moved])
     head = ["model", "read", "columns", "tiles", "kept from the step before, first to last"]
     return markdown(head, body)

@@ -87,12 +87,12 @@ def test_what_is_missing_is_named(tmp_path: Path, plan: Any) -> None:
     write(tmp_path, "dense-0", [training(1), training(2)])
     write(tmp_path, "recommended-0", [training(1)])
     (tmp_path / "done").mkdir()
-    (tmp_path / "done" / "measure-dense-0.json").write_text("{}")
+    for piece in ("measure", "tasks"):
+        (tmp_path / "done" / f"{piece}-dense-0.json").write_text("{}")
     assert Study(tmp_path, plan).missing == [
         "recommended-0: 1 of 2 steps",
         "moba-0: not trained",
         "recommended-0: nothing measured after training",
-        "moba-0: nothing measured after training",
     ]
     text = summarise(tmp_path, plan)
     assert "- moba-0: not trained" in text and "Tasks" not in text
