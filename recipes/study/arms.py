@@ -7,7 +7,7 @@ and `layout` as a whole, other sections key by key. `smoke` and `small` shrink a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Plan:
         corpus: what `corpus.make` takes.
         config: sections that all runs share.
         measure: what `measure.measure` takes.
+        order: names and seeds of the runs; empty for the first seed of every arm, then the second ones.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Plan:
     config: Mapping[str, Any]
     arms: tuple[Arm, ...]
     measure: Mapping[str, Any]
+    order: tuple[tuple[str, int], ...] = ()
 
     def arm(self, name: str) -> Arm:
         """The arm of this name; `UserError` where there is none."""
@@ -70,14 +72,34 @@ class Plan:
         study.mkdir(parents=True, exist_ok=True)
         (study / _SAVED).write_text(write_yaml(asdict(self)), encoding="utf-8")
 
-    def chosen(self, names: Sequence[str], seeds: int | None) -> Plan:
-        """The same with these arms alone, in this order (none given: all), and at most ``seeds`` seeds of each."""
-        arms = [self.arm(name) for name in names] or list(self.arms)
-        cut = [Arm(arm.name, arm.about, arm.seeds[:seeds], arm.changes) for arm in arms]
-        return Plan(self.name, self.corpus, self.config, tuple(cut), self.measure)
+    def chosen(self, names: Sequence[str], seeds: int | None = None) -> Plan:
+        """The same with some runs alone: of these arms (none given: all), and at most ``seeds`` seeds of each.
+
+        Args:
+            names: arms, whose second seeds come after every first one; or runs such as dense:1, done as they stand here.
+
+        Raises:
+            UserError: no such arm or seed.
+        """
+        named = [name.partition(":") for name in names]
+        if not any(colon for _, colon, _ in named):
+            arms = [self.arm(name) for name in names] or list(self.arms)
+            return replace(self, arms=tuple(replace(arm, seeds=arm.seeds[:seeds]) for arm in arms))
+        order = []
+        for name, _, seed in named:
+            if not seed.isdecimal():
+                raise UserError(f"--arms: {name} stands beside runs of one seed; write {name}:0 for its first.")
+            order.append((self.arm(name).name, int(seed)))
+        arms = [
+            replace(self.arm(name), seeds=tuple(seed for other, seed in order if other == name))
+            for name in dict.fromkeys(name for name, _ in order)
+        ]
+        return replace(self, arms=tuple(arms), order=tuple(order))
 
     def runs(self) -> list[tuple[Arm, int]]:
-        """Every run. Second seeds come when every arm has its first."""
+        """Every run. Second seeds come when every arm has its first, where no order is given."""
+        if self.order:
+            return [(self.arm(name), seed) for name, seed in self.order]
         turns = max(len(arm.seeds) for arm in self.arms)
         return [(arm, arm.seeds[turn]) for turn in range(turns) for arm in self.arms if turn < len(arm.seeds)]
 
@@ -101,7 +123,7 @@ def saved_plan(study: Path) -> Plan | None:
         return None
     raw = read_yaml(path.read_text(encoding="utf-8"), f"plan {path}")
     arms = tuple(Arm(**arm | {"seeds": tuple(arm["seeds"])}) for arm in raw.pop("arms"))
-    return Plan(arms=arms, **raw)
+    return Plan(arms=arms, **raw | {"order": tuple(map(tuple, raw["order"]))})
 
 
 def run_folder(study: Path, arm: str, seed: int) -> Path:

@@ -46,6 +46,7 @@ class Piece:
         after: pieces that must be done before it begins.
         seconds: it does not begin when less time is left.
         leaves: a folder that pieces after it read; where that is gone, the piece counts as not done.
+        again: what the piece needs is done again for it; else it is left out where that is gone.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Piece:
     after: tuple[str, ...] = ()
     seconds: float = LEAST
     leaves: Path | None = None
+    again: bool = True
 
 
 def pieces_of(plan: Plan, study: Path, measured: bool = True, seconds: float = LEAST) -> list[Piece]:
@@ -104,7 +106,7 @@ def _measurements(plan: Plan, study: Path, name: str, model: tuple[str, ...], *a
     pieces = []
     for title, stage in zip(names, stages, strict=False):
         command = (script, str(study), ",".join(stage), name, *model)
-        pieces.append(Piece(title, command, plan.measure, after))
+        pieces.append(Piece(title, command, plan.measure, after, again=stage == QUICK))
         # Both write to one folder, so the second waits for the first.
         after = (*after, title)
     return pieces
@@ -142,6 +144,7 @@ class Runner:
         self._running: set[str] = set()
         self._done: set[str] = set()
         self._unfinished: list[str] = []
+        self._left_out: list[str] = []
         self._failed: dict[str, str] = {}
 
     def run(self, pieces: Sequence[Piece]) -> bool:
@@ -153,16 +156,7 @@ class Runner:
         Raises:
             UserError: pieces that failed, when the others have ended; or a piece that was done under other settings.
         """
-        done = {piece.name for piece in pieces if self._is_done(piece)}
-        for piece in pieces:
-            needed = any(piece.name in other.after and other.name not in done for other in pieces)
-            if piece.name in done and needed and piece.leaves is not None and not piece.leaves.is_dir():
-                self._say(f"{piece.name} is done again: what it left is gone, and is still needed")
-                done.discard(piece.name)
-            if piece.name in done:
-                self._done.add(piece.name)
-            else:
-                self._waiting.append(piece)
+        self._sort_out(pieces)
         threads = [threading.Thread(target=self._work, args=(place,)) for place in self._places]
         for thread in threads:
             thread.start()
@@ -174,6 +168,22 @@ class Runner:
                 + f"; its log is in {self._study / 'logs'}, and the same command tries it again."
             )
         return not self._waiting and not self._unfinished
+
+    def _sort_out(self, pieces: Sequence[Piece]) -> None:
+        """Which pieces are done, and which wait."""
+        done = {piece.name for piece in pieces if self._is_done(piece)}
+        for piece in pieces:
+            if piece.name in done and piece.leaves is not None and not piece.leaves.is_dir():
+                waiting = [other for other in pieces if piece.name in other.after and other.name not in done]
+                if any(other.again for other in waiting):
+                    self._say(f"{piece.name} is done again: what it left is gone, and is still needed")
+                    done.discard(piece.name)
+                    continue
+                for other in waiting:
+                    self._say(f"{other.name} is left out: what {piece.name} left is gone")
+                    self._left_out.append(other.name)
+        self._done |= done
+        self._waiting += [piece for piece in pieces if piece.name not in {*done, *self._left_out}]
 
     def stop(self) -> None:
         """Begin nothing more, and ask what runs to save and stop."""

@@ -1,22 +1,36 @@
 #!/usr/bin/env bash
-# A first reading of the study on two GPUs within minutes: dense on one, the sparse arms on the other, from one seed.
+# One call of the study on a machine with GPUs, of a given time. What matters most comes first; each run is trained,
+# measured and packed before the next one begins on its GPU.
 #
-#   python recipes/study prepare runs/study --novels FOLDER      once, on any machine (25 MB)
-#   recipes/study/two_gpus.sh runs/study 5.5 results.tgz         on the machine with the GPUs
+#   recipes/study/two_gpus.sh extend runs/study 9 one.tgz
+#   recipes/study/two_gpus.sh extend runs/study 9 two.tgz --before one.tgz     goes on, also on another machine
+#   recipes/study/two_gpus.sh learn runs/learn 6.5 learn.tgz
 #
-# Arguments: the study, minutes, the archive of everything but corpus and checkpoints, and options of `run`. The same
-# command goes on where time ran out, as long as the folder is there. STEPS and ARMS may be set.
+# Arguments: the plan, the folder with its corpus (`prepare`, once, on any machine), minutes, the archive of tables to
+# write, and more options of `run`. The archive holds neither corpus nor weights. ARMS may be set.
 set -euo pipefail
-study=${1:?the folder of the study} minutes=${2:?minutes} results=${3:?the archive to write}
-here=$(dirname "${BASH_SOURCE[0]}")
+plan=${1:?extend or learn} study=${2:?the folder of the study} minutes=${3:?minutes} results=${4:?the archive to write}
+case $plan in
+extend)
+    # One run on each GPU at a time, so that speeds can be compared.
+    arms=dense:0,recommended:0,frozen:0,paper-95:0,dense:1,recommended:1,coverage:0,dense-first:0,moba:0,xattention:0
+    arms+=,paper-scaled:0,widen:0,dense-every:0,paper-90:0
+    options=(--arm-seconds "${ARM_SECONDS:-170}")
+    ;;
+learn)
+    # Eight small runs on each GPU at a time.
+    arms=dense:0,recommended:0,coverage:0,frozen:0,window:0,dense-every:0,dense:1,recommended:1,coverage:1,frozen:1
+    arms+=,dense-first:0,wide:0,dense:2,recommended:2,coverage:2,widen:0,dense-layer:0
+    options=(--arm-seconds "${ARM_SECONDS:-150}" --processes 8)
+    export OMP_NUM_THREADS=2
+    ;;
+*)
+    echo "error: $plan is no plan; give extend or learn" >&2
+    exit 2
+    ;;
+esac
 status=0
-# The rate is constant, so arms that end early are compared at every evaluation that both have.
-"${PYTHON:-python3}" "$here" run "$study" --minutes "$minutes" --seeds 1 \
-    --arms "${ARMS:-dense,recommended,paper-scaled,frozen}" \
-    --set config.train.steps="${STEPS:-20}" --set config.evaluate.every=10 --set config.checkpoint.every=0 \
-    --set measure.tasks="[needle_numbers, niah_single_1, niah_multikey_1, vt]" \
-    --set measure.lengths="[8192, 32768, 65536]" --set measure.samples=5 --set measure.batch=20 \
-    --set measure.copy.samples=3 "${@:4}" || status=$?
-tar czf "$results" --exclude=checkpoints --exclude=corpus -C "$study" .
+"${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")" run "$study" --plan "$plan.yaml" --minutes "$minutes" --grace 20 \
+    --results "$results" --arms "${ARMS:-$arms}" "${options[@]}" "${@:5}" || status=$?
 # 75: time ran out, and what there is is saved.
 if [ "$status" -ne 75 ]; then exit "$status"; fi

@@ -129,6 +129,8 @@ def test_a_fork_that_cannot_use_its_gpu_begins_a_new_interpreter(tmp_path: Path)
 
 
 def test_training_whose_weights_are_gone_is_done_again_where_they_are_needed(tmp_path: Path) -> None:
+    from pieces import Piece
+
     weights, count = tmp_path / "weights", tmp_path / "count"
     train = leaving("train", weights, count)
     bad = piece("measure", "import sys; sys.exit(2)", after=("train",))
@@ -143,10 +145,13 @@ def test_training_whose_weights_are_gone_is_done_again_where_they_are_needed(tmp
     made, told = runner(tmp_path)
     assert made.run([train, good])
     assert count.read_text() == "xx" and any("train is done again" in line for line in told)
-    # Everything is measured, so weights are needed no more.
+    # Everything is measured, so weights are needed no more; what could be measured besides is left out.
     weights.rmdir()
-    assert runner(tmp_path)[0].run([train, good])
-    assert count.read_text() == "xx"
+    slow = Piece("tasks", ("-c", "pass"), {}, after=("train",), again=False)
+    made, told = runner(tmp_path)
+    assert made.run([train, good, slow])
+    assert count.read_text() == "xx" and any("tasks is left out" in line for line in told)
+    assert not (tmp_path / "done" / "tasks.json").exists()
 
 
 def test_an_arm_begins_only_where_there_is_time_for_it(tmp_path: Path) -> None:

@@ -93,3 +93,31 @@ def test_a_study_remembers_its_plan(tmp_path: Path) -> None:
     plan = read_plan("learn.yaml", "small", ["config.train.steps=7"])
     plan.save(tmp_path)
     assert saved_plan(tmp_path) == plan
+
+
+def test_runs_can_be_named_one_by_one() -> None:
+    from arms import read_plan
+
+    plan = read_plan("learn.yaml").chosen(["dense:1", "window:0", "dense:0"])
+    assert [(arm.name, seed) for arm, seed in plan.runs()] == [("dense", 1), ("window", 0), ("dense", 0)]
+    with pytest.raises(UserError, match="window stands beside runs of one seed; write window:0"):
+        plan.chosen(["dense:1", "window"])
+    with pytest.raises(UserError, match="'windo' is not an arm"):
+        plan.chosen(["windo:1"])
+
+
+def test_the_script_for_gpus_names_runs_that_there_are() -> None:
+    import re
+
+    from arms import read_plan
+
+    script = (Path(__file__).parents[2] / "recipes" / "study" / "two_gpus.sh").read_text()
+    for name in PLANS:
+        case = script.split(f"\n{name.removesuffix('.yaml')})\n")[1].split(";;")[0]
+        runs = ",".join(re.findall(r"arms\+?=,?(\S+)", case)).split(",")
+        plan = read_plan(name)
+        assert len(runs) == len(set(runs)) >= 14
+        assert plan.chosen(runs).runs()
+        for run in runs:
+            arm, _, seed = run.partition(":")
+            assert int(seed) in plan.arm(arm).seeds
