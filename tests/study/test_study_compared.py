@@ -198,6 +198,8 @@ def test_results_become_tables_figures_and_a_page(study: Any, plan: Any, tmp_pat
         (root / name).mkdir(parents=True)
     stale = root / "docs" / "figures" / "study-extend-smoke-answers.svg"
     stale.touch()
+    (root / "mkdocs.yml").write_text("nav:\n  - Numbers:\n      - Study: study.md\n      - Other: other.md\n")
+    (root / "docs" / "study.md").write_text("# Study\n\n<!-- results -->\n\nend\n")
     written = publish(study.folder, plan, "cpu-2026", root)
     names = {path.relative_to(root).as_posix() for path in written}
     assert "benchmarks/results/study-extend-smoke-cpu-2026-compared.csv" in names
@@ -206,3 +208,10 @@ def test_results_become_tables_figures_and_a_page(study: Any, plan: Any, tmp_pat
     assert "| recommended-0 | dense | 92.0 % | 0.25 | 128: +1.25" in page
     figures = [name for name in names if name.endswith(".svg")]
     assert figures and all(f"](figures/{Path(name).name})" in page for name in figures)
+    assert (root / "mkdocs.yml").read_text().splitlines()[2:4] == [
+        "      - Study: study.md", "      - Results of extend-smoke: study-extend-smoke.md",
+    ]  # fmt: skip
+    lines = (root / "docs" / "study.md").read_text().splitlines()
+    assert lines[2:4] == ["<!-- results -->", "- [Results of extend-smoke](study-extend-smoke.md)"]
+    publish(study.folder, plan, "cpu-2026", root)
+    assert (root / "docs" / "study.md").read_text().splitlines() == lines, "named once"

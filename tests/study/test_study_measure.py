@@ -1,8 +1,11 @@
 """What the study measures of a model: the corpus it is read on, copying, and every arm from end to end."""
 
 import csv
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,3 +103,33 @@ def test_every_arm_runs_on_a_cpu(tmp_path: Path, plan: str) -> None:
     assert "begins" not in again
     table = "answers" if plan == "learn.yaml" else "copy"
     assert (tmp_path / "study" / "summary" / f"{table}.csv").exists()
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_on_a_bare_machine(tmp_path: Path) -> None:
+    """The script for GPUs, as a machine without any runs it: what comes back has no weights, and is enough to go on."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    study("prepare", str(first), "--smoke")
+    shutil.copytree(first, second)
+    told = script(first, tmp_path / "one.tgz", ARMS="dense:0")
+    assert "tasks-dense-0 is done" in told
+    with tarfile.open(tmp_path / "one.tgz") as archive:
+        names = archive.getnames()
+        assert "./measured/dense-0/results.jsonl" in names and "./runs/dense-0/metrics.jsonl" in names
+        assert not any("checkpoints" in name or "corpus" in name for name in names)
+    assert (tmp_path / "one.tgz").stat().st_size < 2**20
+    told = script(second, tmp_path / "two.tgz", "--before", str(tmp_path / "one.tgz"), ARMS="dense:0,frozen:0")
+    assert "train-frozen-0 is done" in told and "dense-0 begins" not in told
+    with open(second / "summary" / "compared.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["model"], row["against"]) for row in rows} == {("frozen-0", "dense-0"), ("frozen-0", "frozen-0"), ("dense-0", "dense-0")}
+
+
+def script(folder: Path, results: Path, *options: str, **environment: str) -> str:
+    path = Path(__file__).parents[2] / "recipes" / "study" / "two_gpus.sh"
+    done = subprocess.run(
+        ["bash", str(path), "extend", str(folder), "30", str(results), "--smoke", *options],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHON": sys.executable} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
