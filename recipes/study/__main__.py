@@ -112,7 +112,9 @@ def _done(study: Path) -> Plan:
     """The plan that a study was run with."""
     plan = saved_plan(study)
     if plan is None:
-        raise UserError(f"{study} has no plan.yaml, so nothing was run there; give the folder that `run` was given.")
+        raise UserError(
+            f"{study} has no plan.yaml, so nothing was run there; give the folder that `run` was given."
+        )
     return plan
 
 
@@ -155,7 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare = command("prepare", _prepare, "write the corpus", common)
     prepare.add_argument("--novels", type=Path, help="folder of .txt files, one a novel")
     run = command("run", _run, "train and measure every arm, or go on", common)
-    run.add_argument("--arms", default="", help="such as dense,frozen or dense:1,frozen:0: these, in this order")
+    run.add_argument(
+        "--arms", default="", help="such as dense,frozen or dense:1,frozen:0: these, in this order"
+    )
     run.add_argument("--seeds", type=int, help="at most so many seeds of each arm")
     run.add_argument("--minutes", type=float, help="stop after so many minutes, with everything saved")
     run.add_argument("--arm-seconds", type=float, default=0.0, help="no arm begins when less time is left")

@@ -1,6 +1,6 @@
 """What travels: the tables of a study and what they were made on, without corpus and weights.
 
-    STUDY/about/TIME.json     commit and hardware of one call of `run`
+STUDY/about/TIME.json     commit and hardware of one call of `run`
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Plan:
         """The same with some runs alone: of these arms (none given: all), and at most ``seeds`` seeds of each.
 
         Args:
-            names: arms, whose second seeds come after every first one; or runs such as dense:1, done as they stand here.
+            names: arms, whose second seeds come after every first one; or runs such as dense:1, in their order.
 
         Raises:
             UserError: no such arm or seed.
@@ -88,7 +88,9 @@ class Plan:
         order = []
         for name, _, seed in named:
             if not seed.isdecimal():
-                raise UserError(f"--arms: {name} stands beside runs of one seed; write {name}:0 for its first.")
+                raise UserError(
+                    f"--arms: {name} stands beside runs of one seed; write {name}:0 for its first."
+                )
             order.append((self.arm(name).name, int(seed)))
         arms = [
             replace(self.arm(name), seeds=tuple(seed for other, seed in order if other == name))

@@ -152,7 +152,11 @@ def answers(tokens: Sequence[int], words: Vocabulary) -> list[Answer]:
 def conversation(tokens: Sequence[int], words: Vocabulary) -> list[dict[str, str]]:
     """A sequence as messages: the assistant says the answers, and the user all between them."""
     text = words.words()
-    ends = [0, *(edge for one in answers(tokens, words) for edge in (one.position, one.position + 1)), len(tokens)]
+    ends = [
+        0,
+        *(edge for one in answers(tokens, words) for edge in (one.position, one.position + 1)),
+        len(tokens),
+    ]
     return [
         {
             "role": ("user", "assistant")[number % 2],

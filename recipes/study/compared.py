@@ -24,6 +24,7 @@ NOISE = "second seed, to the first"
 
 # Measures, as the table names them; tasks have their own names.
 LOSS, COPY = "held-out loss", "loss of a copy"
+ANSWERS = "answers given at step"
 WITHIN = 0.01  # of dense training's loss, at every bucket of positions
 SPARSE, TIME = 0.9, 0.5  # sparsity at least, and time of a step of dense training's at most
 
@@ -68,12 +69,16 @@ def _comparisons(study: Study) -> Iterator[tuple[str, Side, Side]]:
         if arm and arm != DENSE and dense in reads:
             yield from ((TO_DENSE, Side(name, way), Side(dense, DENSE)) for way in ways)
         if arm == "frozen" and evolving in reads:
-            yield from ((FROZEN, Side(name, way), Side(evolving, way)) for way in ways if way in reads[evolving])
+            yield from (
+                (FROZEN, Side(name, way), Side(evolving, way)) for way in ways if way in reads[evolving]
+            )
         sparse = OWN if OWN in ways else "sparse" if "sparse" in ways else None
         if sparse and DENSE in ways:
             yield FULL, Side(name, DENSE), Side(name, sparse)
         if arm and seed != "0" and f"{arm}-0" in reads:
-            yield from ((NOISE, Side(name, way), Side(f"{arm}-0", way)) for way in ways if way in reads[f"{arm}-0"])
+            yield from (
+                (NOISE, Side(name, way), Side(f"{arm}-0", way)) for way in ways if way in reads[f"{arm}-0"]
+            )
 
 
 def _values(study: Study, side: Side) -> dict[tuple[str, Any], dict[Any, float]]:
@@ -111,7 +116,7 @@ def _task(key: Key, record: Row, put: Put) -> None:
 def _answers(key: Key, record: Row, put: Put) -> None:
     step = int(key.task.removeprefix("step-"))
     given = np.array(record["likely"]) > 0.5
-    put(f"answers at step {step}, percent", "all", key.number, 100 * float(given.mean()))
+    put(f"{ANSWERS} {step}", "all", key.number, 100 * float(given.mean()))
 
 
 _TAKEN: dict[tuple[str, ...], Callable[[Key, Row, Put], None]] = {
@@ -169,7 +174,9 @@ def time_rows(study: Study) -> list[Row]:
         dense = sorted(
             (other["seconds"], other["loss"])
             for other in whole
-            if other["arm"] == DENSE and other["seed"] == row["seed"] and other["documents"] == row["documents"]
+            if other["arm"] == DENSE
+            and other["seed"] == row["seed"]
+            and other["documents"] == row["documents"]
         )
         equal = None
         if len(dense) > 1 and dense[0][0] <= row["seconds"] <= dense[-1][0]:

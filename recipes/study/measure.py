@@ -56,7 +56,8 @@ def measure(study: Path, stages: Sequence[str], name: str, model: str, rope: Map
     named = find_model(model, RopeOptions(**rope) if rope else None)
     tokenizer = named.tokenizer()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    hf_model = named.build("bfloat16" if device.type == "cuda" else "float32", device, wanted["seq_len"])
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    hf_model = named.build(dtype, device, wanted["seq_len"])
     maker = SampleMaker(tokenizer)
     results = Results(study / "measured" / name, writes=True)
     settings = {"seed": maker.seed, "template": maker.template, "tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -74,6 +75,7 @@ def measure(study: Path, stages: Sequence[str], name: str, model: str, rope: Map
     )
     done = {key for key, _ in results.lines()}
     read = dict(ways(wanted["attention"], named, hf_model.config.num_hidden_layers))
+    untrained = Untrained(named, dtype, device, wanted["seq_len"])
     whole: Any = hf_model
     for stage in stages:
         for attention, pattern in ways_of_stage(stage, read).items():
@@ -82,7 +84,11 @@ def measure(study: Path, stages: Sequence[str], name: str, model: str, rope: Map
             whole = generator.model
             if stage == "text":
                 _text(generator, name, attention, documents, wanted, results, done)
-                _stability(generator, name, attention, named, documents[0].tokens, wanted, results, done)
+                key = Key(name, attention, "index", "untrained", wanted["seq_len"], 0)
+                # Dense attention chooses nothing, and a model without a run has no other state.
+                if attention != DENSE and named.run is not None and key not in done:
+                    tokens = documents[0].tokens[: wanted["seq_len"]]
+                    results.add(key, stability(generator, untrained, tokens))
             elif stage == "copy":
                 for key in copies(name, attention, wanted["copy"], documents):
                     if key not in done:
@@ -101,10 +107,12 @@ def _answers_over_training(
     words = Vocabulary(**wanted["answers"])
     done = {key for key, _ in results.lines()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    untrained = Untrained(find_model(str(run)), dtype, device, wanted["seq_len"])
     for checkpoint in CheckpointStore(run).named():
         named = find_model(str(checkpoint))
         step = checkpoint.name.removeprefix("step_").lstrip("0")
-        hf_model = named.build("bfloat16" if device.type == "cuda" else "float32", device)
+        hf_model = named.build(dtype, device)
         whole: Any = hf_model
         for attention, pattern in ways(wanted["attention"], named, hf_model.config.num_hidden_layers):
             generator = Generator(whole, pattern=pattern, layout="striped")
@@ -114,8 +122,9 @@ def _answers_over_training(
                 tokens = shards.document(number).tolist()[: wanted["seq_len"]]
                 if key not in done:
                     results.add(key, answered(generator, tokens, words))
-                if number == 0:
-                    _stability(generator, name, attention, named, tokens, wanted, results, done, f"step-{step}")
+                key = Key(name, attention, "index", f"step-{step}", wanted["seq_len"], 0)
+                if number == 0 and attention != DENSE and key not in done:
+                    results.add(key, stability(generator, untrained, tokens))
 
 
 def answered(generator: Generator, tokens: Sequence[int], words: Vocabulary) -> dict[str, Any]:
@@ -174,27 +183,28 @@ def read_text(generator: Generator, document: Document, length: int, bucket: int
     }
 
 
-def _stability(
-    generator: Generator,
-    name: str,
-    attention: str,
-    named: NamedModel,
-    tokens: Sequence[int],
-    wanted: Mapping[str, Any],
-    results: Results,
-    done: set[Key],
-    task: str = "untrained",
-) -> None:
-    """How much of a text's index the model chose before it was trained, by the same pattern; nothing of dense ones."""
-    key = Key(name, attention, "index", task, wanted["seq_len"], 0)
-    if attention == DENSE or key in done or named.run is None:
-        return
-    model = generator.model.hf_model
-    dtype = str(model.dtype).removeprefix("torch.")
-    before = replace(named, checkpoint=None).build(dtype, model.device, wanted["seq_len"])
-    untrained = Generator(before, pattern=list(generator.attention.patterns), layout="striped")
-    now, then = (_indices(one, tokens[: wanted["seq_len"]]) for one in (generator, untrained))
-    results.add(key, shared_by_layer(now, then))
+class Untrained:
+    """A run's model before its first step, built when it is first asked for."""
+
+    def __init__(self, named: NamedModel, dtype: str, device: torch.device, seq_len: int) -> None:
+        self._build = lambda: replace(named, checkpoint=None).build(dtype, device, seq_len)
+        self._model: Any = None
+
+    def reader(self, patterns: Sequence[Pattern]) -> Generator:
+        """Reads by these patterns, one a layer."""
+        if self._model is None:
+            self._model = self._build()
+        generator = Generator(self._model, pattern=list(patterns), layout="striped")
+        self._model = generator.model
+        return generator
+
+
+def stability(
+    generator: Generator, untrained: Untrained, tokens: Sequence[int]
+) -> dict[str, list[float | None]]:
+    """How much of a text's index a model chose before it was trained, by the same pattern."""
+    before = untrained.reader(generator.attention.patterns)
+    return shared_by_layer(_indices(generator, tokens), _indices(before, tokens))
 
 
 @torch.no_grad()
@@ -226,7 +236,9 @@ def _shared(one: torch.Tensor, other: torch.Tensor) -> float | None:
 
 def _columns(index: SparseIndex) -> torch.Tensor:
     """bool (q_heads, seq_len): columns of the first sequence."""
-    there = torch.zeros(index.columns.shape[1], index.seq_len + 1, dtype=torch.bool, device=index.columns.device)
+    there = torch.zeros(
+        index.columns.shape[1], index.seq_len + 1, dtype=torch.bool, device=index.columns.device
+    )
     return there.scatter_(1, index.columns[0].long(), True)[:, :-1]
 
 

@@ -32,7 +32,10 @@ from mtraining.inputs.yaml_text import write_yaml
 
 GRACE = 60  # seconds in which a piece that is asked to stop may save what it has
 LEAST = 20  # seconds: no piece begins when less is left
-QUICK, SLOW = ("text", "copy"), ("tasks",)  # stages of the measurements of a model: every model's quick ones come first
+QUICK, SLOW = (
+    ("text", "copy"),
+    ("tasks",),
+)  # stages of the measurements of a model: every model's quick ones come first
 
 
 @dataclass(frozen=True)
@@ -284,7 +287,10 @@ class _Started:
     def __init__(self, command: Sequence[str], log: Path, place: str | None) -> None:
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, env=os.environ | _own(place)
+                [sys.executable, *command],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | _own(place),
             )
 
     def code(self) -> int | None:

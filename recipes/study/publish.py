@@ -1,9 +1,9 @@
 """Put what a study found into the repository: tables beside the other results, figures and one page of documentation.
 
-    benchmarks/results/study-PLAN-NAME-TABLE.csv
-    docs/figures/study-PLAN-FIGURE.svg
-    docs/study-PLAN.md
-    mkdocs.yml, docs/study.md           a line each, that leads to the page
+benchmarks/results/study-PLAN-NAME-TABLE.csv
+docs/figures/study-PLAN-FIGURE.svg
+docs/study-PLAN.md
+mkdocs.yml, docs/study.md           a line each, that leads to the page
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def _lead_to(page: Path, title: str, root: Path) -> list[Path]:
         lines = path.read_text(encoding="utf-8").splitlines()
         place = next((number for number, text in enumerate(lines) if text.endswith(before)), None)
         if place is None:
-            raise UserError(f"{path} has no line that ends with {before!r}, behind which the new page is named.")
+            raise UserError(
+                f"{path} has no line that ends with {before!r}, behind which the new page is named."
+            )
         indent = lines[place][: len(lines[place]) - len(lines[place].lstrip())]
         new = f"{indent}- {line}" if path.suffix == ".yml" else line
         if new not in lines:

@@ -70,7 +70,7 @@ def summarise(folder: Path, plan: Plan) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row], commit: str, hardware: str) -> None:
-    """One table, each row with commit and hardware; a table without rows removes its file, which is of an earlier state."""
+    """One table, each row with commit and hardware. Without rows its file is removed: it is of an earlier state."""
     if not rows:
         path.unlink(missing_ok=True)
         return
@@ -117,11 +117,9 @@ def page(study: Study, rows: dict[str, list[Row]], commit: str) -> str:
             )
             for share in (50, 90)
         ),
+        _section("Answers given at the last checkpoint, percent by distance", _last_answers(rows["answers"])),
         _section(
-            "Answers given at the last checkpoint, percent by distance", _last_answers(rows["answers"])
-        ),
-        _section(
-            "Key positions without gradient from queries at a distance, percent (in the last step / in all steps so far)",
+            "Key positions without gradient from queries at a distance, percent (in the last step / in all steps)",
             _keys(rows["keys"]),
         ),
         _section(
@@ -184,7 +182,7 @@ def _differences(rows: Sequence[Row]) -> str:
         low, high = row["low"] / of, row["high"] / of
         lines.setdefault(name, {})[row["from"]] = f"{row['difference'] / of:+.2f} ({low:+.2f}, {high:+.2f})"
     columns = sorted({column for line in lines.values() for column in line if column != "all"})
-    head = ["arm", *(f"from {tokens_text(column)}" for column in columns), "all"]
+    head = ["arm", *(f"from {_from(column)}" for column in columns), "all"]
     return markdown(
         head,
         [[name, *(line.get(column, "-") for column in [*columns, "all"])] for name, line in lines.items()],
@@ -260,7 +258,9 @@ def _times(rows: Sequence[Row]) -> str:
         equal = row["dense_after_same_seconds"]
         text = "-" if equal is None else f"{equal:.4f}"
         name = f"{row['arm']}-{row['seed']}"
-        body.append([name, str(row["step"]), f"{row['seconds']:.0f}", row["read"], f"{row['loss']:.4f}", text])
+        body.append(
+            [name, str(row["step"]), f"{row['seconds']:.0f}", row["read"], f"{row['loss']:.4f}", text]
+        )
     return markdown(head, body)
 
 
@@ -277,15 +277,22 @@ def _compared(rows: Sequence[Row], question: str) -> Iterator[tuple[str, str]]:
         for row in rows:
             if row["question"] == question and (row["measure"] if row["measure"] in kinds else "") == kind:
                 scale = 100 / row["other"] if kind == compared.LOSS else 1.0
-                at = row["at"] if row["at"] == "all" else tokens_text(row["at"]) if row["at"] else "0"
+                at = row["at"] if row["at"] == "all" else _from(row["at"])
                 column = at if kind else f"{row['measure']}, {at}"
                 name = row["model"], row["read"], row["against"], row["against_read"]
                 numbers = (scale * row[part] for part in ("difference", "low", "high"))
                 lines.setdefault(name, {})[column] = _between(*numbers)
         columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+        # Of checkpoints, the last one alone: a table of its own has them all.
+        early = [column for column in columns if column.startswith(compared.ANSWERS)][:-1]
+        columns = [column for column in columns if column not in early]
         body = [[*name, *(line.get(c, "-") for c in columns)] for name, line in lines.items()]
         if body:
             yield title, markdown(["model", "read", "less", "read", *columns], body)
+
+
+def _from(tokens: int) -> str:
+    return tokens_text(tokens) if tokens else "0"
 
 
 def _between(value: float, low: float, high: float) -> str:
@@ -297,8 +304,7 @@ def _bar(rows: Sequence[Row]) -> str:
     body = [
         [
             row["model"], row["read"], _percent(1 - row["density"]), f"{row['time']:.2f}",
-            f"{tokens_text(row['worst_from']) if row['worst_from'] else 0}: {row['worst']:+.2f} ({row['worst_low']:+.2f}, "
-            f"{row['worst_high']:+.2f})",
+            f"{_from(row['worst_from'])}: {_between(*(row[part] for part in ('worst', 'worst_low', 'worst_high')))}",
             f"{row['tasks_below']} of {row['tasks']}", row["met"],
         ]
         for row in rows
@@ -317,8 +323,10 @@ def _keys(rows: Sequence[Row]) -> str:
         name = f"{row['arm']}-{row['seed']}"
         lines.setdefault(name, {})[row["from"]] = f"{100 * row['in_step']:.1f} / {100 * row['so_far']:.1f}"
     starts = sorted({start for line in lines.values() for start in line})
-    head = ["run", *(f"from {tokens_text(start) if start else 0}" for start in starts)]
-    return markdown(head, [[name, *(line.get(start, "-") for start in starts)] for name, line in lines.items()])
+    head = ["run", *(f"from {_from(start)}" for start in starts)]
+    return markdown(
+        head, [[name, *(line.get(start, "-") for start in starts)] for name, line in lines.items()]
+    )
 
 
 def _balance(rows: Sequence[Row]) -> str:
@@ -335,10 +343,20 @@ def _stability(rows: dict[str, list[Row]]) -> str:
     last = {(row["model"], row["read"]): row["step"] for row in rows["stability"]}
     body = []
     for (model, read), step in last.items():
-        layers = [row for row in rows["stability"] if (row["model"], row["read"], row["step"]) == (model, read, step)]
+        layers = [
+            row
+            for row in rows["stability"]
+            if (row["model"], row["read"], row["step"]) == (model, read, step)
+        ]
         shared = [_mean([row[part] for row in layers]) for part in ("columns", "tiles")]
-        kept = [row for row in rows["layers"] if f"{row['arm']}-{row['seed']}" == model and row["kept"] is not None]
-        ends = [_mean([row["kept"] for row in kept if row["step"] == at["step"]]) for at in (kept[:1] + kept[-1:])]
+        kept = [
+            row
+            for row in rows["layers"]
+            if f"{row['arm']}-{row['seed']}" == model and row["kept"] is not None
+        ]
+        ends = [
+            _mean([row["kept"] for row in kept if row["step"] == at["step"]]) for at in (kept[:1] + kept[-1:])
+        ]
         # What training kept is of its own pattern.
         trained = read == OWN or (model, OWN) not in last
         moved = " to ".join(_percent(end) for end in ends) if trained and ends else "-"

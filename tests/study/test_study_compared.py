@@ -37,8 +37,11 @@ def trained(study: Path, run: str, seconds: float, density: float) -> None:
     folder = study / "runs" / run
     folder.mkdir(parents=True)
     records = [
-        {"step": step, "loss": 3.0, "step_seconds": seconds, "density": density, "uncovered_by_distance": [0.1, 0, 0, 0],
-         "uncovered_run_by_distance": [0.05, 0, 0, 0], "layer_density": [density], "layer_stability": [0.8]}
+        {
+            "step": step, "loss": 3.0, "step_seconds": seconds, "density": density,
+            "uncovered_by_distance": [0.1, 0, 0, 0], "uncovered_run_by_distance": [0.05, 0, 0, 0],
+            "layer_density": [density], "layer_stability": [0.8],
+        }
         for step in (1, 2)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -156,7 +159,13 @@ def test_losses_after_the_same_seconds(tmp_path: Path, plan: Any) -> None:
     from found import Study
 
     def evaluated(step: int, loss: float) -> str:
-        held = {"attention": "train", "length": 256, "bucket": 128, "documents": ["a"], "by_sequence": [[loss, loss]]}
+        held = {
+            "attention": "train",
+            "length": 256,
+            "bucket": 128,
+            "documents": ["a"],
+            "by_sequence": [[loss, loss]],
+        }
         return json.dumps({"step": step, "held_out": [held]}) + "\n"
 
     for run, seconds, losses in (("dense-0", 4.0, [5.0, 4.0, 3.0]), ("recommended-0", 1.0, [5.0, 4.5, 4.4])):
@@ -174,7 +183,12 @@ def test_what_travels_is_all_but_corpus_and_weights(tmp_path: Path) -> None:
     from archive import note, noted, pack, unpack
 
     one = tmp_path / "one"
-    for name in ("corpus/tokens/a.bin", "runs/x/checkpoints/step/weights", "runs/x/metrics.jsonl", "done/x.json"):
+    for name in (
+        "corpus/tokens/a.bin",
+        "runs/x/checkpoints/step/weights",
+        "runs/x/metrics.jsonl",
+        "done/x.json",
+    ):
         (one / name).parent.mkdir(parents=True, exist_ok=True)
         (one / name).write_text(name)
     note(one)

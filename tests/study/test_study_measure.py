@@ -14,6 +14,7 @@ import torch
 
 from mtraining.data import TokenShards
 from mtraining.errors import UserError
+from mtraining.kernel import SparseIndex, pack_blocks
 
 CORPUS = {
     "tokenizer": "byte",
@@ -118,11 +119,17 @@ def test_a_study_goes_on_on_a_bare_machine(tmp_path: Path) -> None:
         assert "./measured/dense-0/results.jsonl" in names and "./runs/dense-0/metrics.jsonl" in names
         assert not any("checkpoints" in name or "corpus" in name for name in names)
     assert (tmp_path / "one.tgz").stat().st_size < 2**20
-    told = script(second, tmp_path / "two.tgz", "--before", str(tmp_path / "one.tgz"), ARMS="dense:0,frozen:0")
+    told = script(
+        second, tmp_path / "two.tgz", "--before", str(tmp_path / "one.tgz"), ARMS="dense:0,frozen:0"
+    )
     assert "train-frozen-0 is done" in told and "dense-0 begins" not in told
     with open(second / "summary" / "compared.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {(row["model"], row["against"]) for row in rows} == {("frozen-0", "dense-0"), ("frozen-0", "frozen-0"), ("dense-0", "dense-0")}
+    assert {(row["model"], row["against"]) for row in rows} == {
+        ("frozen-0", "dense-0"),
+        ("frozen-0", "frozen-0"),
+        ("dense-0", "dense-0"),
+    }
 
 
 def script(folder: Path, results: Path, *options: str, **environment: str) -> str:
@@ -133,3 +140,35 @@ def script(folder: Path, results: Path, *options: str, **environment: str) -> st
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_shared_indices_by_hand() -> None:
+    from measure import shared_by_layer
+
+    def index(
+        diagonals: list[int], columns: list[int], blocks: list[tuple[int, int]] | None = None
+    ) -> SparseIndex:
+        """One head, eight blocks of four tokens; 32 pads the columns."""
+        bits, listed = torch.zeros(1, 1, 8, dtype=torch.bool), torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+        bits[0, 0, diagonals] = True
+        for row, column in blocks or ():
+            listed[0, 0, row, column] = True
+        return SparseIndex(
+            32, 4, bits, torch.tensor([[columns]], dtype=torch.int32), None if blocks is None else pack_blocks(listed)
+        )  # fmt: skip
+
+    one, other = index([0, 1, 5], [0, 3, 9, 32]), index([0, 5, 6], [3, 8, 9, 11])
+    # Diagonals 0 and 5 of 0, 1, 5, 6; columns 3 and 9 of 0, 3, 8, 9, 11.
+    assert shared_by_layer([one], [other]) == {"columns": [0.4], "tiles": [0.5]}
+    # Above the diagonal nothing is computed: (2, 6) counts in neither.
+    listed = index([], [], [(3, 1), (4, 0), (2, 6)]), index([], [], [(3, 1), (5, 5), (2, 6)])
+    assert shared_by_layer([listed[0]], [listed[1]]) == {"columns": [None], "tiles": [1 / 3]}
+
+
+def test_what_takes_long_is_read_in_two_ways() -> None:
+    from measure import ways_of_stage
+
+    read = {"dense": 1, "sparse": 2, "own": 3}
+    assert list(ways_of_stage("text", read)) == ["dense", "sparse", "own"]
+    assert list(ways_of_stage("copy", read)) == list(ways_of_stage("tasks", read)) == ["dense", "own"]
+    assert list(ways_of_stage("tasks", {"dense": 1, "sparse": 2})) == ["dense", "sparse"]

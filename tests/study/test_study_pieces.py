@@ -191,7 +191,14 @@ def test_quick_measurements_of_all_come_before_slow_ones(tmp_path: Path) -> None
     plan = read_plan("extend.yaml", "smoke").chosen(["dense", "moba"], None)
     found = pieces_of(plan, tmp_path, seconds=100)
     names = [piece.name for piece in found]
-    assert names == ["train-dense-0", "measure-dense-0", "train-moba-0", "measure-moba-0", "tasks-dense-0", "tasks-moba-0"]
+    assert names == [
+        "train-dense-0",
+        "measure-dense-0",
+        "train-moba-0",
+        "measure-moba-0",
+        "tasks-dense-0",
+        "tasks-moba-0",
+    ]
     by_name = {piece.name: piece for piece in found}
     assert by_name["tasks-moba-0"].after == ("train-moba-0", "measure-moba-0")
     assert by_name["measure-moba-0"].command[2:4] == ("text,copy", "moba-0")
@@ -202,7 +209,9 @@ def test_quick_measurements_of_all_come_before_slow_ones(tmp_path: Path) -> None
 def test_places_take_turns() -> None:
     from importlib.util import module_from_spec, spec_from_file_location
 
-    spec = spec_from_file_location("study_main", Path(__file__).parents[2] / "recipes" / "study" / "__main__.py")
+    spec = spec_from_file_location(
+        "study_main", Path(__file__).parents[2] / "recipes" / "study" / "__main__.py"
+    )
     assert spec is not None and spec.loader is not None
     main = module_from_spec(spec)
     spec.loader.exec_module(main)

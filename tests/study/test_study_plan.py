@@ -82,8 +82,15 @@ def test_overrides_have_the_last_word(tmp_path: Path) -> None:
         assert plan.config["train"]["steps"] == 7
     small = read_plan("learn.yaml", "small", ["config.checkpoint.every=9"])
     assert small.config["checkpoint"]["every"] == 9 and small.name == "learn-small"
-    assert small.arm("window").changes["pattern"]["window"] == 32, "the arm's own number, not that of all arms"
-    assert read_plan("extend.yaml", "", ["arms.moba.set.pattern.top_k=3"]).arm("moba").changes["pattern"]["top_k"] == 3
+    assert small.arm("window").changes["pattern"]["window"] == 32, (
+        "the arm's own number, not that of all arms"
+    )
+    assert (
+        read_plan("extend.yaml", "", ["arms.moba.set.pattern.top_k=3"])
+        .arm("moba")
+        .changes["pattern"]["top_k"]
+        == 3
+    )
 
 
 def test_a_study_remembers_its_plan(tmp_path: Path) -> None:
