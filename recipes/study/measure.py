@@ -35,8 +35,8 @@ from mtraining.ring import Observer
 from mtraining.train.named import NamedModel, find_model
 from mtraining.train.store import CheckpointStore
 
-DENSE = "dense"  # reading with full attention, as the plan must name it
-OWN = "own"  # reading by the pattern that the model was trained with
+# Names of two ways of reading: with full attention, which a plan must call so, and by the pattern of training.
+DENSE, OWN = "dense", "own"
 CUE = 16  # first tokens of a repeated span, from which the model learns that it is one
 
 

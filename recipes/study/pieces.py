@@ -32,10 +32,8 @@ from mtraining.inputs.yaml_text import write_yaml
 
 GRACE = 60  # seconds in which a piece that is asked to stop may save what it has
 LEAST = 20  # seconds: no piece begins when less is left
-QUICK, SLOW = (
-    ("text", "copy"),
-    ("tasks",),
-)  # stages of the measurements of a model: every model's quick ones come first
+# Stages of the measurements of a model. The quick ones of every model come first.
+QUICK, SLOW = ("text", "copy"), ("tasks",)
 
 
 @dataclass(frozen=True)

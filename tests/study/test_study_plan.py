@@ -82,7 +82,7 @@ def test_overrides_have_the_last_word(tmp_path: Path) -> None:
         assert plan.config["train"]["steps"] == 7
     small = read_plan("learn.yaml", "small", ["config.checkpoint.every=9"])
     assert small.config["checkpoint"]["every"] == 9 and small.name == "learn-small"
-    assert small.arm("window").changes["pattern"]["window"] == 32, (
+    assert small.arm("window").changes["pattern"]["window"] == 16, (
         "the arm's own number, not that of all arms"
     )
     assert (
