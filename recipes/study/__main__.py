@@ -145,9 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, parents=[folder])
     common.add_argument("--plan", default="extend.yaml", help="extend.yaml, learn.yaml or a file of yours")
     sizes = common.add_mutually_exclusive_group()
-    for size, about in (("smoke", "every arm, tiny, on a CPU"), ("small", "learn.yaml for a CPU")):
-        sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, default="", help=about)
-    common.add_argument("--set", action="append", metavar="A.B=VALUE", help="such as config.train.steps=8")
+    only = {"dest": "size", "action": "store_const", "default": ""}
+    sizes.add_argument("--smoke", **only, const="smoke", help="every arm, tiny, on a CPU")
+    sizes.add_argument("--small", **only, const="small", help="learn.yaml at the scale of a CPU")
 
     def command(name: str, function: Any, about: str, parent: Any) -> argparse.ArgumentParser:
         made = commands.add_parser(name, parents=[parent], help=about, description=about)

@@ -44,6 +44,9 @@ RUN_BY_TEST = {
     ),
     "mtraining train recipes/qwen2.5-3b-512k.yaml --dry-run --memory-gib 79.1 --set train.recompute=auto "
     "--set parallel.cp=4 --set parallel.cp_outer=1": "tests/predict/test_recompute_choice.py::test_dry_run",
+    "python recipes/study publish runs/study h100-2026-12 two.tgz": (
+        "tests/study/test_study_compared.py::test_results_become_tables_figures_and_a_page"
+    ),
     "mtraining bench tiles": "tests/kernel/triton_interpreter/test_tiles_command.py::test_the_command",
     "mtraining generate runs/first --prompt a.txt": (
         "tests/cli/test_generate_command.py::test_a_folder_a_run_and_its_checkpoint_are_the_same_model"
