@@ -148,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     only = {"dest": "size", "action": "store_const", "default": ""}
     sizes.add_argument("--smoke", **only, const="smoke", help="every arm, tiny, on a CPU")
     sizes.add_argument("--small", **only, const="small", help="learn.yaml at the scale of a CPU")
+    common.add_argument("--set", action="append", metavar="A.B=VALUE", help="such as config.train.steps=8")
 
     def command(name: str, function: Any, about: str, parent: Any) -> argparse.ArgumentParser:
         made = commands.add_parser(name, parents=[parent], help=about, description=about)

@@ -85,6 +85,8 @@ class Plan:
         if not any(colon for _, colon, _ in named):
             arms = [self.arm(name) for name in names] or list(self.arms)
             return replace(self, arms=tuple(replace(arm, seeds=arm.seeds[:seeds]) for arm in arms))
+        if seeds is not None:
+            raise UserError("--seeds has no effect on runs that --arms names one by one; leave it out.")
         order = []
         for name, _, seed in named:
             if not seed.isdecimal():
@@ -212,7 +214,7 @@ def _override(raw: dict[str, Any], override: str, path: Path) -> None:
     place: Any = raw
     for key in parents:
         place = place.get(key) if isinstance(place, dict) else None
-    if not equals or not isinstance(place, dict):
+    if not equals or not parents or not isinstance(place, dict):
         raise UserError(
             f"--set {override!r} is no part of {path.name}; write for example config.train.steps=8."
         )

@@ -206,14 +206,34 @@ def test_quick_measurements_of_all_come_before_slow_ones(tmp_path: Path) -> None
     assert by_name["train-moba-0"].leaves == tmp_path / "runs" / "moba-0" / "checkpoints"
 
 
-def test_places_take_turns() -> None:
+@pytest.fixture
+def main() -> Any:
+    """The command's own module, which is not to be imported by its name."""
     from importlib.util import module_from_spec, spec_from_file_location
 
     spec = spec_from_file_location(
         "study_main", Path(__file__).parents[2] / "recipes" / "study" / "__main__.py"
     )
     assert spec is not None and spec.loader is not None
-    main = module_from_spec(spec)
-    spec.loader.exec_module(main)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_places_take_turns(main: Any) -> None:
     assert main.places(2, 3) == ["0", "1", "0", "1", "0", "1"]
     assert main.places(0, 2) == [None, None]
+
+
+def test_bad_commands_are_one_sentence(main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> str:
+        assert main.main(list(words)) == 2
+        return capsys.readouterr().err
+
+    smoke = ("--smoke", "--set", "config.train.steps=3")
+    assert "has no corpus; run the command prepare first" in told("run", str(tmp_path), *smoke)
+    assert "--small: " in told("run", str(tmp_path), "--small")
+    assert "'steps=3' is no part of extend.yaml" in told("prepare", str(tmp_path), "--set", "steps=3")
+    assert "has no plan.yaml, so nothing was run there" in told("summary", str(tmp_path))
+    assert "has no plan.yaml" in told("publish", str(tmp_path), "name")
+    assert "no.tgz cannot be unpacked" in told("publish", str(tmp_path), "name", str(tmp_path / "no.tgz"))

@@ -65,8 +65,9 @@ def test_bad_plans_and_options_are_one_sentence(tmp_path: Path) -> None:
         read_plan("nothing.yaml")
     with pytest.raises(UserError, match="--small: .*extend.yaml does not say how to shrink itself"):
         read_plan("extend.yaml", "small")
-    with pytest.raises(UserError, match="'trian.steps=4' is no part of extend.yaml"):
-        read_plan("extend.yaml", overrides=["trian.steps=4"])
+    for override in ("trian.steps=4", "steps=4", "config.train.steps"):
+        with pytest.raises(UserError, match=f"'{override}' is no part of extend.yaml"):
+            read_plan("extend.yaml", overrides=[override])
     (tmp_path / "mine.yaml").write_text("arms: {}\nconfig: {}\n")
     with pytest.raises(UserError, match="misses corpus, measure"):
         read_plan(tmp_path / "mine.yaml")
@@ -109,6 +110,8 @@ def test_runs_can_be_named_one_by_one() -> None:
     assert [(arm.name, seed) for arm, seed in plan.runs()] == [("dense", 1), ("window", 0), ("dense", 0)]
     with pytest.raises(UserError, match="window stands beside runs of one seed; write window:0"):
         plan.chosen(["dense:1", "window"])
+    with pytest.raises(UserError, match="--seeds has no effect"):
+        plan.chosen(["dense:1"], 1)
     with pytest.raises(UserError, match="'windo' is not an arm"):
         plan.chosen(["windo:1"])
 
