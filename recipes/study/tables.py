@@ -284,7 +284,8 @@ def _compared(rows: Sequence[Row], question: str) -> Iterator[tuple[str, str]]:
                 lines.setdefault(name, {})[column] = _between(*numbers)
         columns = list(dict.fromkeys(column for line in lines.values() for column in line))
         # Of checkpoints, the last one alone: a table of its own has them all.
-        early = [column for column in columns if column.startswith(compared.ANSWERS)][:-1]
+        early = [column for column in columns if column.startswith(compared.ANSWERS)]
+        early = sorted(early, key=lambda column: int(column.split(",")[0].split()[-1]))[:-1]
         columns = [column for column in columns if column not in early]
         body = [[*name, *(line.get(c, "-") for c in columns)] for name, line in lines.items()]
         if body:
