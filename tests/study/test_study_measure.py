@@ -80,7 +80,9 @@ def test_two_arms_run_on_a_cpu(tmp_path: Path) -> None:
     study("prepare", *common)
     told = study("run", *common, "--arms", "dense,recommended", "--seeds", "1")
     missing = told.split("## Missing")[1]
-    assert "- moba-0: not trained" in missing and "dense-0: " not in missing and "recommended-0" not in missing
+    assert (
+        "- moba-0: not trained" in missing and "dense-0: " not in missing and "recommended-0" not in missing
+    )
     with open(tmp_path / "study" / "summary" / "arms.csv", newline="") as file:
         dense, recommended = csv.DictReader(file)
     assert float(dense["density"]) == 1 and 0 < float(recommended["density"]) < 0.6

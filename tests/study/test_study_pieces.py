@@ -199,6 +199,8 @@ def test_quick_measurements_of_all_come_before_slow_ones(tmp_path: Path) -> None
         "tasks-dense-0",
         "tasks-moba-0",
     ]
+    whole = [piece.name for piece in pieces_of(read_plan("extend.yaml").chosen(["dense:0"]), tmp_path)]
+    assert whole == ["train-dense-0", "measure-dense-0", "tasks-dense-0", "measure-base", "tasks-base"]
     by_name = {piece.name: piece for piece in found}
     assert by_name["tasks-moba-0"].after == ("train-moba-0", "measure-moba-0")
     assert by_name["measure-moba-0"].command[2:4] == ("text,copy", "moba-0")
