@@ -17,14 +17,16 @@ from mtraining.kernel.measured_tiles import CACHE_VARIABLE, device_name, tiles_i
 from mtraining.layout import build_layout
 from mtraining.model import Refresh
 from mtraining.model.export_folder import check_target
+from mtraining.model.float8 import check_float8, require_torchao
 from mtraining.model.load import load_tokenizer
 from mtraining.model.lora import require_peft
 from mtraining.pattern import load_table
+from mtraining.predict.moments import EIGHT_BITS
 from mtraining.train.config import Config
 from mtraining.train.corpus import RunData, build_dataset, data_sources
 from mtraining.train.heldout import held_out
 from mtraining.train.identity import check_options
-from mtraining.train.mesh import Process
+from mtraining.train.mesh import Process, choose_device
 from mtraining.train.optim import updates_lost
 from mtraining.train.schedule import check_schedule
 from mtraining.train.store import CheckpointStore, read_manifest, require_complete
@@ -54,6 +56,15 @@ def check_config(config: Config) -> RunData:
             "forbids; use train.kernel=auto or triton."
         )
     require_peft(config.model.lora)
+    # No question to a GPU here: the allocator is set later, and must be before CUDA starts.
+    check_float8(
+        config.train.float8,
+        choose_device(config, 0, 1).type,
+        config.train.compute,
+        config.model.lora.r > 0,
+    )
+    if config.train.optimizer_state == EIGHT_BITS:
+        require_torchao("train.optimizer_state=8bit", "train.optimizer_state=offload")
     check_trackers(config.log.trackers)
     check_output(config)
     sources = data_sources(config)

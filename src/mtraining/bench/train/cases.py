@@ -10,6 +10,7 @@ from typing import Any
 from mtraining.errors import UserError
 from mtraining.model.recompute import LayerPolicy
 from mtraining.pattern import Dense, Pattern, ToeplitzRandom
+from mtraining.predict.moments import FULL, MOMENTS
 from mtraining.sizes import tokens_text
 
 RECOMPUTE = ("auto", "full", "keep_attention", "none")
@@ -85,6 +86,7 @@ class TrainCase:
         fused: how the parts around attention are fused, as `mtraining.parallelize` takes it.
         offload: whether kept tensors wait in host memory.
         policies: what each layer keeps, once ``recompute="auto"`` has chosen that.
+        float8, optimizer_state: as the options of `train` that have these names.
     """
 
     shape: Shape
@@ -98,6 +100,8 @@ class TrainCase:
     fused: str = "none"
     offload: bool = False
     policies: tuple[LayerPolicy, ...] | None = None
+    float8: str = "off"
+    optimizer_state: str = FULL
 
     @property
     def keeps(self) -> tuple[str | tuple[LayerPolicy, ...], bool]:
@@ -113,6 +117,10 @@ class TrainCase:
             )
         if self.layout not in LAYOUTS:
             raise UserError(f"layout: {self.layout!r} is not known; choose one of {', '.join(LAYOUTS)}.")
+        if self.optimizer_state not in MOMENTS:
+            raise UserError(
+                f"optimizer_state: {self.optimizer_state!r} is not known; choose one of {', '.join(MOMENTS)}."
+            )
         if self.layers < 1 or self.seq_len < 1:
             raise UserError(f"layers={self.layers}, seq_len={self.seq_len}: both must be at least 1.")
         if self.density is not None and not 0 < self.density <= 1:
@@ -163,6 +171,8 @@ class TrainCase:
     def describe(self) -> str:
         what = "dense" if self.density is None else f"{self.density:.1%} sparse"
         extras = [f"fused {self.fused}"] * (self.fused != "none") + ["offload"] * self.offload
+        extras += [f"float8 {self.float8}"] * (self.float8 != "off")
+        extras += [f"optimizer state {self.optimizer_state}"] * (self.optimizer_state != FULL)
         return ", ".join(
             [
                 f"{tokens_text(self.seq_len)} {what}",
@@ -191,12 +201,15 @@ class Group:
     dense_kernel: str = "auto"
     fused: str = "none"
     offload: bool = False
+    float8: str = "off"
+    optimizer_state: str = FULL
 
     def cases(self, shape: Shape) -> Iterator[TrainCase]:
         for seq_len, recompute in product(self.seq_len, self.recompute):
             base = TrainCase(
                 shape, seq_len, self.density[0], self.layout[0], self.ring[0], recompute,
                 shape.layers if self.layers is None else self.layers, self.kernel, self.fused, self.offload,
+                float8=self.float8, optimizer_state=self.optimizer_state,
             )  # fmt: skip
             if self.dense:
                 yield replace(base, density=None, layout="zigzag", ring="flat", kernel=self.dense_kernel)

@@ -148,6 +148,8 @@ def _work(case: TrainCase, world: int, device: torch.device) -> Workload:
         offload=case.offload,
         fused=case.fused,
         compute=compute_dtype(device),
+        float8=case.float8,
+        optimizer_state=case.optimizer_state,
     )
 
 
@@ -199,6 +201,8 @@ def _measure(case: TrainCase, effort: Effort, process: Process, told: Provenance
         kernel=_backend(case, process.device).name,
         fused=case.fused,
         offload=case.offload,
+        float8=case.float8,
+        optimizer_state=case.optimizer_state,
         steps=timed.steps,
         step_seconds=timed.seconds,
         tokens_per_second=case.seq_len / timed.seconds,
