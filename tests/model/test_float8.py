@@ -18,6 +18,8 @@ from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, build_model, parallelize
 from mtraining.model.float8 import check_float8, check_gpu, compile_linear, use_float8
+from mtraining.model.products import MLP
+from mtraining.model.recompute import LayerPolicy
 from mtraining.model.support import layers_of
 from mtraining.pattern import build_pattern
 
@@ -209,3 +211,9 @@ def test_what_torchao_tells_of_parts_for_gpus_is_silenced_and_nothing_else(
     logging.getLogger("torchao").warning("Failed to load a.so: no CUDA here")
     logging.getLogger("torchao").warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
+def test_layers_that_keep_single_products_are_refused() -> None:
+    policies = [LayerPolicy(frozenset({MLP})), LayerPolicy()]
+    with pytest.raises(UserError, match=r"float8=emulated does not go with layers that keep single products"):
+        made(recompute=policies)
