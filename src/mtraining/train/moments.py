@@ -243,21 +243,25 @@ class OffloadedAdamW(_AdamW):
         """The moments of all parameters that have none, at once: they share one piece of host memory."""
         del parameter
         parts = {p: local(p) for group in self.param_groups for p in group["params"] if not self.state[p]}
-        sizes = [2 * part.numel() * part.element_size() for part in parts.values()]
+        sizes = {p: part.numel() * part.element_size() for p, part in parts.items()}
         # Where each begins is a multiple of every dtype's size.
-        rooms = [-(-size // 16) * 16 for size in sizes]
+        rooms = {p: -(-size // 16) * 16 for p, size in sizes.items()}
         device = next(iter(parts.values())).device
-        pieces = pinned(sum(rooms), device, self).split(rooms)
-        for (parameter, part), size, piece in zip(parts.items(), sizes, pieces, strict=True):
+        memory, start = pinned(2 * sum(rooms.values()), device, self).numpy(), 0
+        for parameter, part in parts.items():
             state = self.state[parameter]
             state["step"] = torch.zeros((), device=device)
-            halves = piece[:size].view(part.dtype).view(2, *part.shape)
-            for moment, half in zip(MOMENTS, halves, strict=True):
+            for moment in MOMENTS:
+                # By numpy each has a storage of its own. DTensors of a part of a storage cannot be copied, as saving in
+                # the background does.
+                piece = torch.from_numpy(memory[start : start + sizes[parameter]])
+                start += rooms[parameter]
+                host = piece.view(part.dtype).view(part.shape)
                 # Not from_local, which would move it to the mesh's device.
                 state[moment] = (
-                    DTensor(half, parameter._spec, requires_grad=False)
+                    DTensor(host, parameter._spec, requires_grad=False)
                     if isinstance(parameter, DTensor)
-                    else half
+                    else host
                 )
 
     def _update_all(self, updates: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
