@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from distributed import ProcessPool, Worker
 from library_warnings import COMPILE
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
-from mtraining.model import ParallelLM, build_model, parallelize
+from mtraining.model import ParallelLM, build_model, parallel, parallelize
 from mtraining.model.float8 import check_float8, check_gpu, compile_linear, use_float8
+from mtraining.model.fused import fuse
 from mtraining.model.products import MLP
 from mtraining.model.recompute import LayerPolicy
 from mtraining.model.support import layers_of
@@ -140,11 +143,13 @@ def test_layers_compiled_one_by_one_equal_eager_ones(backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings(*COMPILE)
 def test_whole_layers_compile_with_float8_inside() -> None:
+    """As one graph without a break. inductor rounds less on the way, so float8 would round otherwise."""
     torch._dynamo.reset()
     truth = gradients(made(), tiny_batch())
-    found = gradients(made(fused="compile", recompute="full"), tiny_batch())
-    assert found[0] == pytest.approx(truth[0], rel=5e-3)
-    assert max(relative_errors(found[1], truth[1]).values()) < 0.1
+    with mock.patch.object(parallel, "fuse", functools.partial(fuse, backend="aot_eager")):
+        found = gradients(made(fused="compile", recompute="full"), tiny_batch())
+    assert found[0] == pytest.approx(truth[0], rel=1e-4)
+    assert max(relative_errors(found[1], truth[1]).values()) < 0.01
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
