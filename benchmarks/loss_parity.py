@@ -59,10 +59,15 @@ def prepare_text(text: Path, folder: Path) -> Path:
     return options.out
 
 
-def configured(output: Path, data: Path, seq_len: int, steps: int, processes: int) -> Config:
+def configured(
+    output: Path, data: Path, seq_len: int, steps: int, processes: int, more: Sequence[str] = ()
+) -> Config:
     """The recipe, on this model and text, for so many processes.
 
     One sequence a step, as nothing here depends on how many; `fused: none`, for liger-kernel may not be there.
+
+    Args:
+        more: overrides that come last.
     """
     rope = (
         f", rope: {{type: yarn, factor: {seq_len / NATIVE}, original_max_position_embeddings: {NATIVE}}}"
@@ -83,12 +88,13 @@ def configured(output: Path, data: Path, seq_len: int, steps: int, processes: in
             "train.fused=none",
             "checkpoint={every: 0, async: false, export: false}",
             "log={every: 10, trackers: []}",
+            *more,
         ],
     )
 
 
-def losses(config: Config) -> list[float]:
-    """Of each step of a run made now, in processes of its own."""
+def logged(config: Config) -> list[dict[str, Any]]:
+    """What each step of a run made now, in processes of its own, has logged."""
     start = time.perf_counter()
     launch(config, config.parallel.world, before=share_gpus)
     records = read_metrics(config.output)
@@ -102,7 +108,12 @@ def losses(config: Config) -> list[float]:
         raise UserError(
             f"steps={config.train.steps}: {config.output} logged other ones; nothing can be compared."
         )
-    return [record["loss"] for record in records]
+    return records
+
+
+def losses(config: Config) -> list[float]:
+    """Of each step."""
+    return [record["loss"] for record in logged(config)]
 
 
 def compared(one: Sequence[float], many: Sequence[float]) -> list[tuple[int, float, float, float]]:

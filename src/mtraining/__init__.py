@@ -5,6 +5,7 @@ The public names below are loaded when first used, so that `import mtraining` st
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,16 @@ __all__ = [
     "sparse_ring_attention",
     "use_expandable_segments",
 ]
+
+
+def _silence(logger: str, words: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: words not in record.getMessage())
+
+
+# transformers loads torchao where it is installed. On a machine without a GPU torchao then tells of its parts for GPUs,
+# and torch of enums of torchao's; both before anything of torchao is used.
+_silence("torchao", "Failed to load")
+_silence("torch.utils._pytree", "is an Enum subclass")
 
 _HOME = {
     "IndexTape": "ring",

@@ -111,6 +111,15 @@ def test_nothing_wrong_gets_a_number(pool: ProcessPool, tmp_path: Path, what: st
     assert "gradient of" in found["failures"][0] or "loss" in found["failures"][0]
 
 
+def test_steps_in_float8_with_moments_in_8_bits_are_gated_against_emulated_products(
+    pool: ProcessPool, tmp_path: Path
+) -> None:
+    case = replace(SPARSE, float8="emulated", optimizer_state="8bit")
+    found = pool.run(run, 2, cases=[case], path=tmp_path / "p")[0]
+    assert found["failures"] == []
+    assert [(row.float8, row.optimizer_state) for row in found["rows"]] == [("emulated", "8bit")]
+
+
 def test_a_rank_alone_goes_on_after_running_out_of_memory(pool: ProcessPool, tmp_path: Path) -> None:
     found = pool.run(run, 1, cases=[DENSE, SPARSE], path=tmp_path / "p", break_what="memory")[0]
     assert "out of memory on rank 0: CUDA out of memory" in found["notes"][0]
@@ -228,6 +237,8 @@ def test_optimisation_is_the_trainers_own() -> None:
         ({"device": "tpu"}, "device: 'tpu' is not known"),
         ({"device": "cuda", "nproc": 64}, "nproc: 64 processes want a GPU each"),
         ({"fused": "liger"}, "fused: liger needs an NVIDIA GPU"),
+        ({"float8": "rowwise"}, "train.float8=rowwise needs an NVIDIA GPU"),
+        ({"optimizer_state": "4bit"}, "optimizer_state: '4bit' is not known"),
     ],
 )
 def test_bad_input_is_refused_before_anything_starts(options: dict[str, Any], told: str) -> None:

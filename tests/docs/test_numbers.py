@@ -113,6 +113,19 @@ def test_losses() -> None:
     )
 
 
+@pytest.mark.parametrize("option", ["train.optimizer_state=8bit", "train.float8=emulated"])
+def test_losses_with_an_option(option: str) -> None:
+    found = rows("option-parity-cpu-2026-11-27.csv", option=option)
+    last = found[-(len(found) // 10) :]
+    ends = [sum(float(row[f"loss_{which}"]) for row in last) / len(last) for which in ("without", "with")]
+    most = max(float(row["relative"]) for row in found)
+    begins = f"`{option.replace('=', ': ')}`"
+    assert line("docs/performance/float8-and-moments.md", begins) == (
+        f"| {begins} | {len(found)} | {ends[0]:.4f} | {ends[1]:.4f} | {100 * abs(ends[1] / ends[0] - 1):.2f} % | "
+        f"{100 * most:.1f} % |"
+    )
+
+
 @pytest.mark.parametrize("corpus", ["books", "code-by-file", "code-by-package", "conversations", "all"])
 @pytest.mark.parametrize(("tokens", "seq_len"), [("8K", "8192"), ("128K", "131072")])
 def test_padding_of_packed_sequences(corpus: str, tokens: str, seq_len: str) -> None:

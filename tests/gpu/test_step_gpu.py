@@ -43,6 +43,7 @@ class Options:
     seq_len, steps, warmup_steps, schedule = SEQ_LEN, 10, 0, "constant"
     decay_steps, decay = None, "cosine"
     lr, min_lr, weight_decay, betas, eps, clip = 1e-4, 0.0, 0.1, (0.9, 0.95), 1e-8, 1.0
+    optimizer_state = "full"
 
 
 def make(process: Process, family: str = "qwen2", **options: Any) -> ParallelLM:

@@ -276,6 +276,19 @@ def test_metrics_of_logits_are_refused(tmp_path: Path) -> None:
         ContextParallelTrainer(model(), arguments(tmp_path, 2), compute_metrics=lambda _: {})
 
 
+def test_float8_is_the_option_of_parallelize(tmp_path: Path) -> None:
+    from mtraining.integrations import ContextParallelConfig, ContextParallelTrainer
+
+    def made(how: Any) -> Any:
+        options = ContextParallelConfig(float8=how)
+        given = arguments(tmp_path, 2, eval_strategy="no")
+        return ContextParallelTrainer(model(), given, context_parallel=options)
+
+    with pytest.raises(UserError, match="train.float8=rowwise needs an NVIDIA GPU, not cpu"):
+        made("rowwise")
+    assert made("emulated").parallel_model.float8.startswith("float8, emulated: 14 linear layers")
+
+
 def test_grids_that_do_not_divide_the_processes_are_refused() -> None:
     from mtraining.integrations import ContextParallelConfig
 

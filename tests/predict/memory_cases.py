@@ -68,6 +68,7 @@ class MemoryCase:
     sinks: bool = False
     lora: int = 0
     window: int | None = None
+    optimizer_state: str = "full"
 
     def model(self, device: torch.device | str) -> Any:
         sizes = {
@@ -111,7 +112,7 @@ class MemoryCase:
         return Workload(
             self.model(META), self.world, (self.cp_outer, cp // self.cp_outer), self.seq_len, self.batch,
             self.accumulation, [self.build()], build_layout(self.layout, 16), self.recompute, False, "none",
-            self.dtype, self.loss_chunk,
+            self.dtype, self.loss_chunk, optimizer_state=self.optimizer_state,
         )  # fmt: skip
 
     def predicted(self) -> Prediction:
@@ -135,7 +136,7 @@ def measured(worker: Worker, case: MemoryCase) -> int:
             case.model("cpu"), mesh, pattern=case.build(), layout=layout, recompute=case.recompute,  # type: ignore[arg-type]
             param_dtype=case.dtype, loss_chunk=case.loss_chunk,
         )  # fmt: skip
-        options: Any = Optimisation(case.seq_len)
+        options: Any = Optimisation(case.seq_len, optimizer_state=case.optimizer_state)
         stepper = Stepper(model, build_optimizer(model, options, cpu), options, process, case.accumulation)
         whole = {
             "input_ids": torch.ones(case.batch, case.seq_len, dtype=torch.int64),

@@ -56,6 +56,7 @@ CASES = {
     "adapter": MemoryCase(lora=8, hidden=512, mlp=2048, seq_len=512),
     "adapter, long": MemoryCase(lora=16, layers=8),
     "adapter, everything kept": MemoryCase(lora=16, recompute="none"),
+    "moments in 8 bits": MemoryCase(hidden=512, mlp=2048, seq_len=512, optimizer_state="8bit"),
     "windows": MemoryCase(window=100, layers=6, mlp=256),
     "hierarchical, kept": MemoryCase(world=4, cp_outer=2, recompute="keep_attention", layers=8),
     "mixed": MemoryCase(recompute=(NOTHING, ATTENTION, INNER, PRODUCTS, EVERYTHING), layers=5),

@@ -108,6 +108,17 @@ def test_compiled_layers_keep_attention_or_everything(work: Workload) -> None:
         assert {policy.parts for policy in policies} <= {frozenset(), frozenset({"attention"})}
 
 
+def test_layers_in_float8_keep_no_single_products(work: Workload, traces: Traces) -> None:
+    small = replace(work, float8="rowwise")
+    own = Traces(small)
+    chosen = [choose_policies(small, between(small, own, share / 4), None, own) for share in range(5)]
+    for choice in chosen:
+        assert all(policy.everything or not policy.parts - {"attention"} for policy in choice.policies)
+    # What is computed again is counted as it is without float8.
+    least = choose_policies(work, between(work, traces, 0), None, traces)
+    assert chosen[0].again == pytest.approx(least.again)
+
+
 def test_host_memory_makes_room_where_it_may_be_used(work: Workload, traces: Traces) -> None:
     room = room_of(peak(work, traces, "keep_attention"))
     here = choose_policies(work, room, None, traces)

@@ -72,6 +72,8 @@ OTHER: dict[str, Any] = {
     "train.recompute": "none",
     "train.offload": True,
     "train.fused": "compile",
+    "train.float8": "emulated",
+    "train.optimizer_state": "8bit",
     "train.loss_chunk": 64,
     "train.kernel": "reference",
     "train.deterministic": True,

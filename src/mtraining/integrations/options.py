@@ -27,6 +27,7 @@ class ContextParallelConfig:
             checkpointing, else ``none``.
         offload: what recompute keeps waits in pinned host memory.
         fused: how what surrounds attention is computed.
+        float8: products of the linear layers of decoder layers, as in `mtraining.model.parallelize`.
         loss_chunk: tokens whose logits exist at one time.
         seq_len: tokens of the longest sequence, which ``recompute="auto"`` must know; longer batches are refused then.
             None is ``max_length`` of TRL's arguments.
@@ -41,6 +42,7 @@ class ContextParallelConfig:
     recompute: Literal["auto", "full", "keep_attention", "none"] | None = None
     offload: bool = False
     fused: Literal["none", "compile", "liger"] = "none"
+    float8: Literal["off", "rowwise", "emulated"] = "off"
     loss_chunk: int = 8192
     seq_len: int | None = None
 

@@ -192,6 +192,7 @@ class ContextParallelTrainer(Trainer):
             recompute=recompute,
             offload=offload,
             fused=options.fused,
+            float8=options.float8,
             param_dtype=torch.bfloat16 if args.bf16 else None,
             loss_chunk=options.loss_chunk,
         )

@@ -57,9 +57,18 @@ def fuse(model: Any, how: str, device: torch.device, backend: str = "inductor") 
         use_liger(model)
 
 
-def compiled_whole(function: Callable[..., Any], what: str, backend: str = "inductor") -> Callable[..., Any]:
-    """``function`` compiled as one graph for the shapes it meets; an error names ``what`` cannot be compiled."""
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+def compiled_whole(
+    function: Callable[..., Any],
+    what: str,
+    backend: str = "inductor",
+    *,
+    dynamic: bool = False,
+    option: str = "train.fused",
+    remedy: str = "train.fused=none",
+) -> Callable[..., Any]:
+    """``function`` compiled as one graph for the shapes it meets, or for all with ``dynamic``; an error names ``what``
+    cannot be compiled, the option that asked for it and the remedy."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -67,8 +76,8 @@ def compiled_whole(function: Callable[..., Any], what: str, backend: str = "indu
             return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
-                f"train.fused: torch.compile cannot serve {what} here "
-                f"({str(error).strip().splitlines()[0]}); use train.fused=none."
+                f"{option}: torch.compile cannot serve {what} here "
+                f"({str(error).strip().splitlines()[0]}); use {remedy}."
             ) from error
 
     return call

@@ -25,6 +25,7 @@ from mtraining.model.adapters import Adapter, open_adapter
 from mtraining.model.allocator import use_expandable_segments
 from mtraining.model.anneal import Anneal
 from mtraining.model.attention import ATTENTION_NAME, attach, refuse_mask
+from mtraining.model.float8 import check_float8, check_gpu, use_float8
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
 from mtraining.model.logits import Head, LogitForm
@@ -35,6 +36,7 @@ from mtraining.model.loss import (
     unknown_labels,
 )
 from mtraining.model.positions import PositionCheck
+from mtraining.model.products import MLP, PROJECTIONS
 from mtraining.model.recompute import LayerPolicy, layer_policies, recompute_layers
 from mtraining.model.support import (
     attention_modules,
@@ -65,6 +67,7 @@ class ParallelLM(nn.Module):
         positions: the check that tokens stand where the layout deals them.
         adapter: the low-rank adapter in ``hf_model``, None where all weights are trained.
         policies: what each layer keeps between forward and backward.
+        float8: a sentence for the log about which linear layers compute in float8; empty where none does.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class ParallelLM(nn.Module):
         compiled_loss: bool = False,
         adapter: Adapter | None = None,
         policies: Sequence[LayerPolicy] = (),
+        float8: str = "",
     ) -> None:
         super().__init__()
         self.hf_model = hf_model
@@ -92,6 +96,7 @@ class ParallelLM(nn.Module):
         self._starts = starts
         self.adapter = adapter
         self.policies = policies
+        self.float8 = float8
         self._compiled_loss = compiled_loss
         self._logit_form = LogitForm.of_fields(fields_of(hf_model.config))
 
@@ -238,6 +243,7 @@ def parallelize(
     recompute: Literal["full", "keep_attention", "none"] | Sequence[LayerPolicy] = "full",
     offload: bool = False,
     fused: Literal["none", "compile", "liger"] = "none",
+    float8: Literal["off", "rowwise", "emulated"] = "off",
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = torch.float32,
     loss_chunk: int = 8192,
@@ -265,6 +271,8 @@ def parallelize(
         fused: how what surrounds attention is computed: ``none`` is transformers' own eager code, ``compile`` is
             torch.compile of each layer (shapes are fixed: each new length compiles anew), ``liger`` is liger-kernel;
             with either, the softmax of the loss is compiled.
+        float8: products of the linear layers of decoder layers: ``rowwise`` has them in float8 (torchao, on GPUs of
+            compute capability 8.9 or newer), ``emulated`` has the same roundings on any device, slowly.
         param_dtype: dtype to compute in, when it differs from the parameters' own (needs FSDP).
         reduce_dtype: dtype in which gradients are summed over ranks; None is the compute dtype.
         loss_chunk: tokens whose logits exist at one time.
@@ -304,8 +312,10 @@ def parallelize(
             f"process is enough) or load the model in {param_dtype}."
         )
     device = torch.device(mesh.device_type) if mesh is not None else next(model.parameters()).device
+    check_float8(float8, device.type, param_dtype or own_dtype, adapter is not None)
     if device.type == "cuda":
         logging.getLogger("mtraining").info(use_expandable_segments())
+        check_gpu(float8, device)
     if device.type != "meta":  # a dry check has no kernel to choose
         select_backend(kernel, device, param_dtype or own_dtype, head_dim_of(model.config))
 
@@ -315,8 +325,14 @@ def parallelize(
     indices = IndexMemory(Refresh.parse(refresh), coverage, replicas, cp_mesh, anneal)
     starts = BatchStarts()
     _set_attention(model, pattern, layer_patterns or {}, layout, cp_mesh, kernel, indices, starts)
+    converted = use_float8(model, float8, device, fused == "compile") if float8 != "off" else ""
     fuse(model, fused, device)
     policies = layer_policies(recompute, offload, len(layers_of(model)))
+    if float8 != "off" and any(policy.parts & {PROJECTIONS, MLP} for policy in policies):
+        raise UserError(
+            f"train.float8={float8} does not go with layers that keep single products; let them keep attention's "
+            "outputs or everything."
+        )
     recompute_layers(model, policies, device, fused)
     positions = PositionCheck(layout, cp_mesh, starts)
     positions.attach(decoder_of(model))
@@ -332,6 +348,7 @@ def parallelize(
         compiled_loss=fused != "none",
         adapter=adapter,
         policies=policies,
+        float8=converted,
     )
     if fsdp_mesh is not None:
         _shard(wrapped, fsdp_mesh, param_dtype, reduce_dtype)

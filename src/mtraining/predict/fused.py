@@ -1,8 +1,11 @@
-"""Fused norms and gated MLPs in shapes: what they save and allocate, for `mtraining.predict.memory`.
+"""Fused norms, gated MLPs and float8 products in shapes: what they save and allocate, for `mtraining.predict.memory`.
 
 A fused norm saves its input and a number a row where the eager one saves copies in fp32; a fused gate saves the two
 projections and makes their gradients in place. liger-kernel does so, and torch.compile about so. Rotary
 embedding stays as it is: it saves nothing either way.
+
+A compiled float8 product saves what an ordinary one does. It has copies of its operands in a byte a number: in forward
+one of each, in backward the gradient in two directions.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mtraining.model.float8 import converts
+from mtraining.model.support import layers_of
 
 
 class _Norm(torch.autograd.Function):
@@ -48,3 +54,37 @@ def fuse_shapes(model: nn.Module) -> None:
             module.forward = MethodType(
                 lambda self, x: self.down_proj(_Gate.apply(self.gate_proj(x), self.up_proj(x))), module
             )
+
+
+class _Float8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias = bias
+        copies = [_byte_each(x), _byte_each(weight)]
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        del copies
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        by_row, by_column, small = _byte_each(grads[0]), _byte_each(grads[0]), _byte_each(weight)
+        dx = torch.empty_like(x)
+        del by_row, small
+        small = _byte_each(x)
+        dweight = torch.empty_like(weight)
+        del by_column, small
+        return dx, dweight, None if ctx.bias is None else torch.empty_like(ctx.bias)
+
+
+def _byte_each(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.shape, dtype=torch.uint8)
+
+
+def float8_shapes(model: Any) -> None:
+    """Put it into every linear layer of a meta model's decoder layers that `use_float8` converts, in place."""
+    for layer in layers_of(model):
+        for module in layer.modules():
+            if converts(module):
+                module.forward = MethodType(lambda self, x: _Float8.apply(x, self.weight, self.bias), module)

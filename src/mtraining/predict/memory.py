@@ -28,7 +28,8 @@ from mtraining.model.recompute import ATTENTION, LayerPolicy, layer_policies, ru
 from mtraining.model.support import head_dim_of, layers_of
 from mtraining.model.windows import band, windows_of
 from mtraining.pattern import Pattern
-from mtraining.predict.fused import fuse_shapes
+from mtraining.predict.fused import float8_shapes, fuse_shapes
+from mtraining.predict.moments import FULL, moment_bytes, update_bytes
 from mtraining.predict.trace import LAYERS, META, Trace, shape_call, trace
 from mtraining.sizes import size_text
 
@@ -53,6 +54,8 @@ class Workload:
         recompute: a name of `mtraining.model.recompute.RECOMPUTE`, or the policy of each layer, which says too what is
             offloaded.
         compute: dtype of activations and gathered parameters; ``reduce``: of gradients while they are summed.
+        float8: products of layers; what ``emulated`` allocates besides is not counted.
+        optimizer_state: where AdamW's moments are and in what form (`mtraining.predict.moments`).
     """
 
     hf_model: Any
@@ -69,6 +72,8 @@ class Workload:
     compute: torch.dtype
     loss_chunk: int = signature(parallelize).parameters["loss_chunk"].default
     reduce: torch.dtype = torch.float32
+    float8: str = "off"
+    optimizer_state: str = FULL
 
     @property
     def policies(self) -> list[LayerPolicy]:
@@ -83,17 +88,20 @@ class Prediction:
     Attributes:
         moment: which one it is. components: what is there then, by name; they add up to the peak. moments: the total
         of every moment. attention: what one pass of ring attention has at a time (keys in flight, sums in fp32,
-        columns). It is a part of a layer's working set, at the peak or at another moment. work: what needs the memory,
-        as the subject of a sentence. remedies: what a user may do where there is too little.
+        columns). It is a part of a layer's working set, at the peak or at another moment. host: pinned host memory
+        that a rank takes for AdamW's moments. work: what needs the memory, as the subject of a sentence. remedies:
+        what a user may do where there is too little.
     """
 
     moment: str
     components: dict[str, float]
     moments: dict[str, float]
     attention: float
+    host: float = 0.0
     work: str = "a step"
     remedies: str = (
-        "train.recompute=full, train.offload=true, more GPUs (parallel.cp), or a shorter train.seq_len"
+        "train.recompute=full, train.offload=true, train.optimizer_state=8bit or offload, more GPUs (parallel.cp), or "
+        "a shorter train.seq_len"
     )
 
     @property
@@ -134,6 +142,7 @@ class Prediction:
             ("kept free: memory breaks into pieces", self.reserve),
             ("beside PyTorch: CUDA context, NCCL", OUTSIDE),
             ("needed", self.needed),
+            *([("in host memory, pinned: optimizer state", self.host)] if self.host else []),
         ]
 
 
@@ -235,11 +244,12 @@ def predict(work: Workload, traces: Traces | None = None) -> Prediction:
         | {"gathered parameters": compute * sizes.root}
         | {"gradients being summed": (compute + reduce) * sizes.trained_root}
     )  # fmt: skip
-    moments["in the optimizer"] = owned | {"gradients (shard)": trained}
+    update = {"update of moments": sizes.update} if sizes.update else {}
+    moments["in the optimizer"] = owned | {"gradients (shard)": trained} | update
     totals = {name: sum(parts.values()) for name, parts in moments.items()}
     moment = max(totals, key=lambda name: totals[name])
     attention = max(traces.of(policy).attention for _, _, policy in spans)
-    return Prediction(moment, dict(moments[moment]), totals, attention)
+    return Prediction(moment, dict(moments[moment]), totals, attention, sizes.host / work.world)
 
 
 def _named(number: int, layers: int, first: bool = False) -> str:
@@ -271,8 +281,8 @@ def standing(work: Workload) -> dict[str, float]:
 
 
 def _owned(work: Workload, sizes: _Parameters) -> dict[str, float]:
-    stored, trained = sizes.stored / work.world, sizes.trained_bytes / work.world
-    return {"parameters (shard)": stored, "optimizer state (shard)": 2 * trained}
+    state = {"optimizer state (shard)": sizes.state / work.world} if sizes.state else {}
+    return {"parameters (shard)": sizes.stored / work.world} | state
 
 
 def _gathered(work: Workload, sizes: _Parameters) -> dict[str, float]:
@@ -283,7 +293,8 @@ def _gathered(work: Workload, sizes: _Parameters) -> dict[str, float]:
 @dataclass(frozen=True)
 class _Parameters:
     """Numbers of parameters: of the largest layer (``largest`` is its number) and of FSDP's root unit; ``stored``:
-    bytes of all. The same of those that are trained, and so have gradients and moments."""
+    bytes of all. The same of those that are trained, and so have gradients and moments. ``state``, ``host``: bytes of
+    all moments, on devices and in host memory; ``update``: what updating them takes of a rank's device besides."""
 
     layers: int
     largest: int
@@ -294,6 +305,9 @@ class _Parameters:
     trained_root: int
     trained: int
     trained_bytes: int
+    state: float
+    host: float
+    update: float
 
     @staticmethod
     def of(work: Workload) -> _Parameters:
@@ -301,6 +315,8 @@ class _Parameters:
         layers = [_counts(layer) for layer in layers_of(model)]
         largest = max(range(len(layers)), key=lambda number: layers[number][0])
         (total, trained), (layer, trained_layer) = _counts(model), layers[largest]
+        moved = [p for p in model.parameters() if p.requires_grad]
+        state, host = moment_bytes(work.optimizer_state, moved)
         return _Parameters(
             layers=len(layers),
             largest=largest,
@@ -310,7 +326,10 @@ class _Parameters:
             trained_layer=trained_layer,
             trained_root=trained - sum(one for _, one in layers),
             trained=trained,
-            trained_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+            trained_bytes=sum(p.numel() * p.element_size() for p in moved),
+            state=state,
+            host=host,
+            update=update_bytes(work.optimizer_state, moved, work.world),
         )
 
 
@@ -343,6 +362,8 @@ def _traced(work: Workload, policy: LayerPolicy, largest: int, pattern: Pattern)
         mark_products(short)  # for what recompute repeats of them
     if work.fused != "none":
         fuse_shapes(short)
+    if work.float8 != "off":
+        float8_shapes(short)
     heads, ring = short.config.num_attention_heads, work.ring
     call = shape_call(
         pattern, work.layout, ring, work.seq_len, work.batch, heads, columns_of(pattern, work.seq_len)

@@ -189,7 +189,9 @@ def _costs(work: Workload, traces: Traces, rates: Rates | None) -> _Costs:
     rows = work.batch * work.seq_len // (work.ring[0] * work.ring[1])
     pattern = widest(work.hf_model, work.patterns, work.seq_len)
     pairs = rows * heads * _keys_read(pattern, work.seq_len)
-    again = traces.of(LayerPolicy()).again
+    # Products in float8 are counted as those in bf16: their rates are not measured.
+    plain = traces if work.float8 == "off" else Traces(replace(work, float8="off"))
+    again = plain.of(LayerPolicy()).again
     known = rates is not None and head_dim in rates.attention and work.fused in rates.around_gb_per_s
     if rates is not None and known:
         kernel = rates.attention[head_dim]
@@ -213,7 +215,7 @@ def _costs(work: Workload, traces: Traces, rates: Rates | None) -> _Costs:
         copies = tuple(max(0.0, one - forward) + max(0.0, one - 2 * forward) for one in taken)
     elif work.offload:
         basis += ", with copies to host memory taken to be hidden"
-    if work.fused == "compile":  # which keeps attention's outputs or everything
+    if work.fused == "compile" or work.float8 != "off":  # they keep attention's outputs or everything
         rest += sum(part.saves for part in parts[1:])
         del parts[1:]
     parts.sort(key=lambda part: -part.saves / part.size)

@@ -21,6 +21,7 @@ from mtraining.model.products import MLP, PROJECTIONS
 from mtraining.model.recompute import ATTENTION, LayerPolicy, layer_policies
 from mtraining.model.support import attention_modules, decoder_of, head_dim_of
 from mtraining.predict.measured import Link, Rates
+from mtraining.predict.moments import EIGHT_BITS, FULL, OFFLOAD
 from mtraining.predict.ring import Network, Simulated, simulate, slowed
 from mtraining.predict.work import Index, LayerWork
 
@@ -28,7 +29,8 @@ from mtraining.predict.work import Index, LayerWork
 # two norms, two sums and rotary positions; the gate reads two and writes one, its backward reads three, writes two.
 AROUND_HIDDEN, AROUND_MLP = (10, 10), (3, 5)
 # AdamW in fp32: the gradient is read for the norm, clipped, and read again; parameter and two moments read and written.
-_OPTIMIZER_BYTES = 36
+# Moments in 8 bits take a byte each; those in host memory are written to the device and read from it once more.
+_OPTIMIZER_BYTES = {FULL: 36, EIGHT_BITS: 24, OFFLOAD: 52}
 # A parameter copied to bf16 for forward and for backward (4 + 2 bytes each), its gradient to fp32 (2 + 4).
 _SHARD_COPY_BYTES = 18
 
@@ -104,6 +106,7 @@ class Setting:
     Attributes:
         dp: sequences at a time; cp: ranks that share one, in ``outer`` rings.
         recompute: a name of `mtraining.model.recompute.RECOMPUTE`, or ``auto`` with the policies that were chosen.
+        optimizer_state: where AdamW's moments are and in what form.
     """
 
     dp: int
@@ -114,6 +117,7 @@ class Setting:
     offload: bool = False
     fused: str = "liger"
     policies: tuple[LayerPolicy, ...] | None = None
+    optimizer_state: str = FULL
 
     def by_layer(self, layers: int) -> Sequence[LayerPolicy]:
         """The policy of each of so many layers."""
@@ -175,7 +179,7 @@ def step_time(
         passes = attention_passes(work, setting.outer, rates, network)
     forward, backward = passes
     tokens = index.seq_len // setting.cp
-    flops, memory = 1e12 * rates.matmul_tflops, 1e9 * rates.memory_gb_per_s
+    flops = 1e12 * rates.matmul_tflops
     logit, around = rates.around(setting.fused)
     policies = setting.by_layer(shape.layers)
     # Means over layers. A compiled layer is recomputed to its end, an eager one up to the last tensor that backward
@@ -202,13 +206,36 @@ def step_time(
         "products of layers": shape.layers * sum(products),
         "norms, rotary, gated MLP": shape.layers * sum(surround),
         "loss": tokens * shape.vocab * (6 * shape.hidden / flops + logit),
-        "optimizer": (_OPTIMIZER_BYTES * shape.total / setting.world + _SHARD_COPY_BYTES * shape.total)
-        / memory,
+        "optimizer": _optimizer(shape, setting, rates),
         "parameters not hidden": _sharding(shape, setting.world, network, layer),
     }
     if any(policy.offload for policy in policies):
         parts["offload not hidden"] = _offload(shape, policies, tokens, rates, layer)
     return StepTime({name: seconds for name, seconds in parts.items() if seconds}, forward, backward)
+
+
+def _optimizer(shape: ModelShape, setting: Setting, rates: Rates) -> float:
+    """The update, and copies of parameters and gradients between dtypes.
+
+    Raises:
+        UserError: moments in host memory, and the host's rate was not measured.
+    """
+    bytes_ = _OPTIMIZER_BYTES[setting.optimizer_state] * shape.total / setting.world
+    device = (bytes_ + _SHARD_COPY_BYTES * shape.total) / (1e9 * rates.memory_gb_per_s)
+    if setting.optimizer_state != OFFLOAD:
+        return device
+    # Two moments in fp32; the way back is beside the way in.
+    return device + 8.0 * shape.total / setting.world / _host_rate(rates, "optimizer_state: offload")
+
+
+def _host_rate(rates: Rates, what: str) -> float:
+    """Bytes a second."""
+    if rates.host_gb_per_s is None:
+        raise UserError(
+            f"plan: copies to host memory were not measured on {rates.gpu}, so {what} cannot be planned; leave it "
+            "out, or measure with `mtraining bench rates`."
+        )
+    return 1e9 * rates.host_gb_per_s
 
 
 def _sharding(shape: ModelShape, world: int, network: Network, layer: list[float]) -> float:
@@ -249,16 +276,11 @@ def _offload(
     Raises:
         UserError: the host's rate was not measured.
     """
-    if rates.host_gb_per_s is None:
-        raise UserError(
-            f"plan: copies to host memory were not measured on {rates.gpu}, so offload cannot be planned; leave it "
-            "out, or measure with `mtraining bench rates`."
-        )
-    total = 0.0
+    total, rate = 0.0, _host_rate(rates, "offload")
     for policy in policies:
         if policy.offload:
             attention = shape.heads * (2 * shape.head_dim + 4) if ATTENTION in policy.parts else 0
-            seconds = tokens * (2.0 * shape.hidden + attention) / (1e9 * rates.host_gb_per_s)
+            seconds = tokens * (2.0 * shape.hidden + attention) / rate
             total += sum(max(0.0, seconds - beside) for beside in layer)
     return total
 

@@ -32,6 +32,7 @@ from mtraining.train.digest import DigestWriter
 from mtraining.train.frozen import frozen_weights
 from mtraining.train.identity import model_identity
 from mtraining.train.mesh import Process
+from mtraining.train.moments_saved import OtherForm
 from mtraining.train.optim import options_kept
 from mtraining.train.policy import flat_options
 from mtraining.train.reader import SafeReader, load
@@ -130,7 +131,9 @@ class Checkpointer:
         indices = reader.shapes_of("indices")
         if indices:  # absent from checkpoints of before they were kept
             state["indices"] = indices
+        moments = OtherForm(state["optimizer"], state["model"], reader.read_metadata().state_dict_metadata)
         load(state, reader, self._group)
+        moments.convert()
         with options_kept(self._optimizer):
             set_state_dict(
                 self._model,

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import (
     ConfigDict,
     Field,
@@ -268,6 +269,10 @@ class TrainSection(Section):
         offload: what recompute keeps waits in pinned host memory; `auto` then uses that memory where it saves time.
         fused: how norms, rotary embedding, MLP and the loss's softmax are computed: by transformers, by
             torch.compile, or by liger-kernel.
+        float8: products of the linear layers of decoder layers. `rowwise`: in float8, a scale for each row, on GPUs of
+            compute capability 8.9 or newer. `emulated`: the same roundings on any device, slowly.
+        optimizer_state: AdamW's two moments. `full`: in the dtype of the weights. `8bit`: in 8 bits, with an fp32 scale
+            for each block. `offload`: as `full`, in pinned host memory; on a CPU it stays where it is.
         loss_chunk: tokens whose logits exist at one time.
         kernel: which attention kernels: `auto`, `reference`, `triton`, `flash4`, `cudnn` or `flash`.
         deterministic: operations and dense kernels that repeat bit for bit. PyTorch warns of one that has no such form.
@@ -292,10 +297,23 @@ class TrainSection(Section):
     recompute: Literal["auto", "full", "keep_attention", "none"] = "full"
     offload: bool = False
     fused: Literal["none", "compile", "liger"] = "none"
+    float8: Literal["off", "rowwise", "emulated"] = "off"
+    optimizer_state: Literal["full", "8bit", "offload"] = "full"
     loss_chunk: PositiveInt = 8192
     kernel: str = "auto"
     deterministic: bool = False
     seed: int = 0
+
+    @field_validator("float8", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `off` as false."""
+        return "off" if value is False else value
+
+    @property
+    def compute(self) -> torch.dtype:
+        """`dtype`, as torch has it."""
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.dtype]
 
 
 class CheckpointSection(Section):

@@ -7,9 +7,12 @@ from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import Refresh
 from mtraining.model.export_folder import check_target
+from mtraining.model.float8 import check_float8, require_torchao
 from mtraining.model.lora import require_peft
+from mtraining.predict.moments import EIGHT_BITS
 from mtraining.train.config import Config
 from mtraining.train.identity import check_options
+from mtraining.train.mesh import choose_device
 from mtraining.train.store import CheckpointStore, read_manifest, require_complete
 from mtraining.train.trackers import check_trackers
 
@@ -31,6 +34,15 @@ def check_early(config: Config) -> None:
             "forbids; use train.kernel=auto or triton."
         )
     require_peft(config.model.lora)
+    # No question to a GPU here: the allocator is set later, and must be before CUDA starts.
+    check_float8(
+        config.train.float8,
+        choose_device(config, 0, 1).type,
+        config.train.compute,
+        config.model.lora.r > 0,
+    )
+    if config.train.optimizer_state == EIGHT_BITS:
+        require_torchao("train.optimizer_state=8bit", "train.optimizer_state=offload")
     check_trackers(config.log.trackers)
     check_output(config)
 

@@ -24,6 +24,7 @@ from mtraining.data import ReaderDied, SequenceDataset, build_loader, read, step
 from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, export_model, parallelize
+from mtraining.model.float8 import check_gpu
 from mtraining.model.load import build_weights
 from mtraining.model.recompute import LayerPolicy
 from mtraining.model.support import head_dim_of
@@ -39,7 +40,7 @@ from mtraining.train.evaluation import Evaluation, SuiteBuilder, build_evaluatio
 from mtraining.train.memory_report import MemoryLog
 from mtraining.train.mesh import Process, joined_processes, repeatable
 from mtraining.train.metrics import MetricsWriter
-from mtraining.train.optim import build_optimizer
+from mtraining.train.optim import build_optimizer, state_sentence
 from mtraining.train.policy import flat_options
 from mtraining.train.recompute import settle_recompute
 from mtraining.train.resume import on_main
@@ -50,8 +51,6 @@ from mtraining.train.store import full_disk_told
 from mtraining.train.time_report import TimeLog
 from mtraining.train.trackers import Tracker, open_trackers
 from mtraining.train.watch import watched, way_on
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def train(config: Config, suites: SuiteBuilder | None = None, began: float | Non
         torch.manual_seed(config.train.seed)
         model = parallel_model(config, process, *settle_recompute(config, process, tell))
         start.done("model")
-        tiles = check_same_tiles(process, DTYPES[config.train.dtype], head_dim_of(model.hf_model.config))
+        tiles = check_same_tiles(process, config.train.compute, head_dim_of(model.hf_model.config))
         dataset = rank_dataset(config, data.dataset, process, model.hf_model.config.vocab_size)
         evaluation = build_evaluation(
             config,
@@ -114,8 +113,8 @@ def train(config: Config, suites: SuiteBuilder | None = None, began: float | Non
         optimizer = build_optimizer(model, config.train, process.device)
         start.done("optimizer")
         stops.prepare(process, tell)
-        if process.allocator:
-            tell(process.allocator)
+        for line in filter(None, [process.allocator, model.float8, state_sentence(config.train, model)]):
+            tell(line)
         checkpointer = Checkpointer(
             config, process, model, optimizer, lambda: dataset.identity, tiles, tell=tell
         )
@@ -156,6 +155,7 @@ def parallel_model(
     Args:
         recompute, offload: as `settle_recompute` has them; nothing that is not trained depends on them.
     """
+    check_gpu(config.train.float8, process.device)
     hf_model = build_weights(config.model, config.train.seq_len)
     check_table(config, hf_model.config.num_hidden_layers)
     return parallelize(
@@ -171,7 +171,8 @@ def parallel_model(
         recompute=recompute,  # type: ignore[arg-type]
         offload=offload,
         fused=config.train.fused,
-        param_dtype=DTYPES[config.train.dtype],
+        float8=config.train.float8,
+        param_dtype=config.train.compute,
         loss_chunk=config.train.loss_chunk,
     )
 

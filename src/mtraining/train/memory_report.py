@@ -20,7 +20,6 @@ from mtraining.train.config import Config
 from mtraining.train.evaluation import check_positions, evaluation_pattern
 
 _ANSWER = 64  # tokens that answer a question of a suite at most; they take little beside a prompt
-COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def predict_config(
@@ -87,7 +86,9 @@ def workload(config: Config, hf_model: Any = None) -> Workload:
         offload=train.offload,
         fused=train.fused,
         loss_chunk=train.loss_chunk,
-        compute=COMPUTE[train.dtype],
+        float8=train.float8,
+        optimizer_state=train.optimizer_state,
+        compute=train.compute,
     )
 
 

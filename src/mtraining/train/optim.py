@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mtraining.predict.moments import EIGHT_BITS, OFFLOAD, block_of
+from mtraining.train.moments import AdamW8bit, OffloadedAdamW
+
 if TYPE_CHECKING:
     from mtraining.train.config import TrainSection
 
@@ -17,19 +20,37 @@ if TYPE_CHECKING:
 def build_optimizer(model: nn.Module, options: TrainSection, device: torch.device) -> torch.optim.AdamW:
     """AdamW over every trainable parameter; weight decay spares vectors (norms and biases).
 
-    Fused: one kernel, which `step_where_finite` can hold back on the device itself; on the meta device there is none.
+    `options.optimizer_state` says where the moments are and in what form. `full` is fused: one kernel, which
+    `step_where_finite` can hold back on the device itself; on the meta device there is none.
+
+    Raises:
+        UserError: a package or memory that is missing.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=options.lr,
-        betas=options.betas,
-        eps=options.eps,
-        fused=device.type != "meta",
+    groups = [group for group in groups if group["params"]]
+    adam: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "eps": options.eps}
+    adam["fused"] = device.type != "meta"
+    if options.optimizer_state == EIGHT_BITS:
+        return AdamW8bit(groups, compiled=device.type == "cuda", **adam)
+    if options.optimizer_state == OFFLOAD:
+        return OffloadedAdamW(groups, **adam)
+    return torch.optim.AdamW(groups, **adam)
+
+
+def state_sentence(options: TrainSection, model: nn.Module) -> str:
+    """For the log: which share of the moments `optimizer_state: 8bit` holds in 8 bits; empty for other forms."""
+    if options.optimizer_state != EIGHT_BITS:
+        return ""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    blocked = sum(parameter.numel() for parameter in trained if block_of(parameter.shape))
+    total = sum(parameter.numel() for parameter in trained)
+    return (
+        f"optimizer state: {blocked / total:.1%} of the moments in 8 bits, the rest (vectors, small parameters, and "
+        "rows that do not come in blocks of 64) in fp32"
     )
 
 

@@ -101,6 +101,10 @@ POLICIES: dict[str, Policy] = {
     "train.recompute": Policy("free", _SAME),
     "train.offload": Policy("free", _SAME),
     "train.fused": Policy("told", _ROUNDING),
+    "train.float8": Policy("told", "the rounding of products; what is saved has the same form"),
+    "train.optimizer_state": Policy(
+        "told", "moments are converted; `full` and `offload` have the same numbers"
+    ),
     "train.loss_chunk": Policy("told", _ROUNDING),
     "train.kernel": Policy("told", _ROUNDING),
     "train.deterministic": Policy("told", _ROUNDING),

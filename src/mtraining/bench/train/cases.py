@@ -10,6 +10,7 @@ from typing import Any
 from mtraining.errors import UserError
 from mtraining.model.recompute import LayerPolicy
 from mtraining.pattern import Dense, Pattern, ToeplitzRandom
+from mtraining.predict.moments import FULL, MOMENTS
 from mtraining.sizes import tokens_text
 
 RECOMPUTE = ("auto", "full", "keep_attention", "none")
@@ -88,6 +89,7 @@ class TrainCase:
         policies: what each layer keeps, once ``recompute="auto"`` has chosen that.
         transfers: ``own``: the ring's transfers have a communicator of their own where FSDP's gathers would share it.
             ``+prefetch``: a layer's forward asks for the next layer's parameters (`mtraining.model.prefetch`).
+        float8, optimizer_state: as the options of `train` that have these names.
     """
 
     shape: Shape
@@ -102,6 +104,8 @@ class TrainCase:
     offload: bool = False
     policies: tuple[LayerPolicy, ...] | None = None
     transfers: str = "shared"
+    float8: str = "off"
+    optimizer_state: str = FULL
 
     @property
     def keeps(self) -> tuple[str | tuple[LayerPolicy, ...], bool]:
@@ -120,6 +124,10 @@ class TrainCase:
         if self.transfers not in TRANSFERS:
             raise UserError(
                 f"transfers: {self.transfers!r} is not known; choose one of {', '.join(TRANSFERS)}."
+            )
+        if self.optimizer_state not in MOMENTS:
+            raise UserError(
+                f"optimizer_state: {self.optimizer_state!r} is not known; choose one of {', '.join(MOMENTS)}."
             )
         if self.layers < 1 or self.seq_len < 1:
             raise UserError(f"layers={self.layers}, seq_len={self.seq_len}: both must be at least 1.")
@@ -172,6 +180,8 @@ class TrainCase:
         what = "dense" if self.density is None else f"{self.density:.1%} sparse"
         extras = [f"fused {self.fused}"] * (self.fused != "none") + ["offload"] * self.offload
         extras += [f"transfers {self.transfers}"] * (self.transfers != "shared")
+        extras += [f"float8 {self.float8}"] * (self.float8 != "off")
+        extras += [f"optimizer state {self.optimizer_state}"] * (self.optimizer_state != FULL)
         return ", ".join(
             [
                 f"{tokens_text(self.seq_len)} {what}",
@@ -201,12 +211,15 @@ class Group:
     fused: str = "none"
     offload: bool = False
     transfers: Sequence[str] = ("shared",)
+    float8: str = "off"
+    optimizer_state: str = FULL
 
     def cases(self, shape: Shape) -> Iterator[TrainCase]:
         for seq_len, recompute in product(self.seq_len, self.recompute):
             base = TrainCase(
                 shape, seq_len, self.density[0], self.layout[0], self.ring[0], recompute,
                 shape.layers if self.layers is None else self.layers, self.kernel, self.fused, self.offload,
+                float8=self.float8, optimizer_state=self.optimizer_state,
             )  # fmt: skip
             base = replace(base, transfers=self.transfers[0])
             if self.dense:

@@ -35,6 +35,7 @@ class Optimisation:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float | None = 1.0
+    optimizer_state: str = "full"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def parallel(case: TrainCase, model: Any, process: Process) -> ParallelLM:
         recompute=cast(Any, recompute),
         param_dtype=compute_dtype(process.device),
         fused=cast(Any, case.fused),
+        float8=cast(Any, case.float8),
         offload=offload,
     )
     if case.transfers.endswith("+prefetch"):
@@ -101,7 +103,7 @@ def parallel(case: TrainCase, model: Any, process: Process) -> ParallelLM:
 
 def stepper(case: TrainCase, model: ParallelLM, process: Process) -> Stepper:
     """The trainer's own step: forward, backward, norm, clipping, AdamW."""
-    settings = cast(Any, Optimisation(case.seq_len))
+    settings = cast(Any, Optimisation(case.seq_len, optimizer_state=case.optimizer_state))
     return Stepper(model, build_optimizer(model, settings, process.device), settings, process, accumulation=1)
 
 

@@ -17,9 +17,10 @@ class TrainRow:
     ``density`` is the index's cost, slashes and columns (1 for dense); ``step_seconds`` the median over steps of the
     slowest rank; ``peak_gib`` of the rank that took most, ``predicted_gib`` what `mtraining.predict.memory` expects.
     ``dense_step_seconds`` and ``speedup`` are against the dense step of the same run with the same length, layers,
-    recompute policy, fusion and offload. ``estimate_seconds``: the index estimates of all layers, measured alone.
-    ``ring_exposed_fraction``: share of the step's ring time in which the GPU waits for keys. ``transfers``: as
-    `mtraining.bench.train.cases.TrainCase` has them. ``tiles``: as `mtraining.kernel.measured_tiles.tiles_in_use` says.
+    recompute policy, fusion, offload, float8 and optimizer state. ``estimate_seconds``: the index estimates of all
+    layers, measured alone. ``ring_exposed_fraction``: share of the step's ring time in which the GPU waits for keys.
+    ``transfers``: as `mtraining.bench.train.cases.TrainCase` has them. ``tiles``: as
+    `mtraining.kernel.measured_tiles.tiles_in_use` says.
     """
 
     date: str
@@ -39,6 +40,8 @@ class TrainRow:
     fused: str
     offload: bool
     transfers: str
+    float8: str
+    optimizer_state: str
     steps: int
     step_seconds: float
     tokens_per_second: float
@@ -59,7 +62,15 @@ def dense_seconds(rows: Sequence[TrainRow], key: tuple[Any, ...]) -> float | Non
 
 def comparable(row: Any) -> tuple[Any, ...]:
     """What two rows of one run must share before one is divided by the other. Of a row, or of a case."""
-    return row.seq_len, row.layers, row.recompute, row.fused, row.offload
+    return (
+        row.seq_len,
+        row.layers,
+        row.recompute,
+        row.fused,
+        row.offload,
+        row.float8,
+        row.optimizer_state,
+    )
 
 
 def table(rows: Sequence[TrainRow]) -> tuple[list[str], list[list[str]]]:

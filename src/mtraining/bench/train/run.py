@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from mtraining.bench.options import TrainOptions, arguments, parse
@@ -28,6 +29,7 @@ from mtraining.bench.train.cases import PRESETS, SHAPES, Group, TrainCase, parse
 from mtraining.bench.train.progress import Effort, Progress
 from mtraining.bench.train.record import TrainRow, draw, table
 from mtraining.errors import UserError
+from mtraining.predict.moments import EIGHT_BITS
 from mtraining.train.mesh import backend_for
 
 # A rank whose peer is gone gives up after this, and the launcher starts all again.
@@ -70,6 +72,14 @@ def check(options: TrainOptions) -> None:
         raise UserError(f"steps={options.steps}, warmup={options.warmup}: both must be at least 1.")
     if options.fused == "liger" and not gpu:
         raise UserError("fused: liger needs an NVIDIA GPU; use none or compile.")
+    if options.float8 or options.optimizer_state:
+        # It loads transformers, which the launching process can do without otherwise.
+        from mtraining.model.float8 import check_float8, require_torchao
+
+        device = "cuda" if gpu else "cpu"
+        check_float8(options.float8 or "off", device, torch.bfloat16 if gpu else torch.float32, adapter=False)
+        if options.optimizer_state == EIGHT_BITS:
+            require_torchao("optimizer_state: 8bit", "offload")
     cases_of(options)
 
 

@@ -148,6 +148,8 @@ def _work(case: TrainCase, world: int, device: torch.device) -> Workload:
         offload=case.offload,
         fused=case.fused,
         compute=compute_dtype(device),
+        float8=case.float8,
+        optimizer_state=case.optimizer_state,
     )
 
 
@@ -200,6 +202,8 @@ def _measure(case: TrainCase, effort: Effort, process: Process, told: Provenance
         fused=case.fused,
         offload=case.offload,
         transfers=case.transfers,
+        float8=case.float8,
+        optimizer_state=case.optimizer_state,
         steps=timed.steps,
         step_seconds=timed.seconds,
         tokens_per_second=case.seq_len / timed.seconds,

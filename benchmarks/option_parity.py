@@ -1,0 +1,133 @@
+"""What an option of training changes: losses, seconds and memory of the same steps without it and with it.
+
+    python benchmarks/option_parity.py --text moby-dick.txt --out CSV --set train.float8=rowwise        (a GPU, or more)
+    python benchmarks/option_parity.py --text docs --out CSV --model small --set train.optimizer_state=8bit    (a CPU)
+
+``smollm2`` is the run of `loss_parity.py`: pretrained SmolLM2-135M (`make smollm2`) under the settings of the
+Qwen2.5-3B recipe. ``small`` is a model of 3 million random weights that reads bytes; it learns from nothing in a few
+hundred steps. Model, text, seed and order of sequences of the two runs are the same. Ends with 1 if the mean losses of
+the last tenth of the steps are further apart than allowed, relative to their size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+from loss_parity import MODEL, NATIVE, compared, configured, logged, prepare_text
+
+from mtraining.bench.processes import gpus_in_use
+from mtraining.bench.record import Provenance, appended, provenance
+from mtraining.data import PrepareOptions, prepare
+from mtraining.errors import RunStopped, UserError
+from mtraining.sizes import size_text
+
+FIELDS = (
+    "date commit gpu torch triton gpus ranks model seq_len option step loss_without loss_with relative "
+    "seconds_without seconds_with memory_without memory_with"
+).split()
+SMALL = (
+    "model={init: random, config: {model_type: qwen2, vocab_size: 260, hidden_size: 256, intermediate_size: 704, "
+    "num_hidden_layers: 4, num_attention_heads: 4, num_key_value_heads: 2, tie_word_embeddings: true}}",
+    "train.lr=1e-3",
+    "train.batch_size=4",
+    "train.micro_batch_size=4",
+    "pattern={name: vertical_slash, block_size: 64, top_p: 0.95}",
+    "layout={name: striped, unit: 64}",
+)
+_WARM_UP = 3  # steps that compile and allocate
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text", type=Path, required=True, help="a text file, or a folder of them")
+    parser.add_argument("--out", type=Path, required=True, help="CSV to add to, one row a step")
+    parser.add_argument(
+        "--set", action="append", required=True, help="the option of the second run; may be repeated"
+    )
+    parser.add_argument("--both", action="append", default=[], help="an option of both runs; may be repeated")
+    parser.add_argument("--model", choices=("smollm2", "small"), default="smollm2")
+    parser.add_argument("--seq-len", type=int, help="default: 32768, of the small model 512")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--ranks", type=int, help="processes of both runs; default: one a GPU, one on a CPU")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.01, help="of the mean loss of the last tenth of the steps"
+    )
+    return parser.parse_args(argv)
+
+
+def data_of(model: str, text: Path, folder: Path) -> Path:
+    """Token shards of the text, for either model."""
+    if model == "smollm2":
+        return prepare_text(text, folder)
+    options = PrepareOptions(sources=(str(text),), out=folder / "data", kind="text")
+    print(prepare(options, progress=False).render(), flush=True)
+    return options.out
+
+
+def seconds(records: Sequence[dict[str, Any]]) -> float:
+    """Of a step: the median, without the first ones where there are more."""
+    return statistics.median(record["step_seconds"] for record in records[_WARM_UP:] or records)
+
+
+def end_loss(records: Sequence[dict[str, Any]]) -> float:
+    """The mean of the last tenth of the steps."""
+    return statistics.mean(record["loss"] for record in records[-max(1, len(records) // 10) :])
+
+
+def write(
+    path: Path, told: Provenance, head: Sequence[Any], without: Sequence[Any], with_: Sequence[Any]
+) -> None:
+    rows = compared([record["loss"] for record in without], [record["loss"] for record in with_])
+    with appended(path, FIELDS) as add:
+        for (step, a, b, relative), one, other in zip(rows, without, with_, strict=True):
+            measured = [f"{each[name]:.6g}" for name in ("step_seconds", "memory") for each in (one, other)]
+            add([*astuple(told), *head, step, f"{a:.7g}", f"{b:.7g}", f"{relative:.3g}", *measured])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    on_gpu = torch.cuda.is_available()
+    ranks = options.ranks or (torch.cuda.device_count() if on_gpu else 1)
+    small = options.model == "small"
+    seq_len = options.seq_len or (512 if small else 4 * NATIVE)
+    told = provenance(torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
+    with tempfile.TemporaryDirectory(prefix="option-parity-") as name:
+        folder = Path(name)
+        data = data_of(options.model, options.text, folder)
+        base = [*(SMALL if small else ()), *options.both]
+        without, with_ = (
+            logged(configured(folder / which, data, seq_len, options.steps, ranks, [*base, *more]))
+            for which, more in (("without", ()), ("with", options.set))
+        )
+    head = [gpus_in_use(ranks), ranks, "small" if small else MODEL, seq_len, " ".join(options.set)]
+    write(options.out, told, head, without, with_)
+    ends = [end_loss(records) for records in (without, with_)]
+    apart = abs(ends[1] / ends[0] - 1)
+    times = [seconds(records) for records in (without, with_)]
+    peaks = [max(record["memory"] for record in records) for records in (without, with_)]
+    print(
+        f"{len(with_)} steps of {seq_len} tokens with {' '.join(options.set)}: loss {without[0]['loss']:.4f} -> "
+        f"{ends[0]:.4f} without, {ends[1]:.4f} with ({apart:.2%} apart, allowed {options.tolerance:.2%}); "
+        f"{times[0]:.3f} s a step without, {times[1]:.3f} s with ({times[0] / times[1]:.2f}x); memory "
+        f"{size_text(peaks[0])} without, {size_text(peaks[1])} with"
+    )
+    # A loss that is not a number is further apart than anything.
+    return 0 if apart <= options.tolerance else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (UserError, RunStopped) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

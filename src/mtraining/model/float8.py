@@ -1,0 +1,188 @@
+"""Products of decoder layers in float8, through torchao's float8 training.
+
+A linear layer has three products: forward, gradient of the input, gradient of the weight. Each takes operands in float8
+with a scale for each row, and sums in fp32. Parameters, gradients and what is kept for backward stay as they are, so
+FSDP2, recompute, checkpoints and exports see an ordinary linear layer. Embeddings, head, norms and attention are left
+alone.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtraining.errors import UserError
+from mtraining.model.fused import compiled_whole
+from mtraining.model.support import layers_of
+
+FLOAT8 = ("off", "rowwise", "emulated")
+# float8 products need sizes that are multiples of this.
+MULTIPLE = 16
+_LEAST_VERSION = (0, 18)
+_LEAST_CAPABILITY = (8, 9)
+
+
+def require_torchao(option: str, otherwise: str) -> None:
+    """Refuse an option where torchao is missing or too old.
+
+    Args:
+        option: with its value, such as ``train.float8=rowwise``.
+        otherwise: what to set instead.
+
+    Raises:
+        UserError: naming the option.
+    """
+    wanted = ".".join(map(str, _LEAST_VERSION))
+    remedy = f"run: pip install 'torchao>={wanted}', or use {otherwise}."
+    try:
+        found = importlib.metadata.version("torchao")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"{option} needs the package torchao; {remedy}") from None
+    if tuple(int(part) for part in found.split(".")[:2]) < _LEAST_VERSION:
+        raise UserError(f"{option} needs torchao {wanted} or newer, and {found} is installed; {remedy}")
+
+
+def check_float8(how: str, device_type: str, compute: torch.dtype, adapter: bool) -> None:
+    """Refuse what can be refused before there are weights and before a GPU is touched.
+
+    Args:
+        device_type: ``meta`` stands for a GPU that is elsewhere.
+        compute: dtype that layers compute in.
+        adapter: whether a low-rank adapter is trained.
+
+    Raises:
+        UserError: naming the option and the remedy.
+    """
+    if how not in FLOAT8:
+        raise UserError(f"train.float8={how!r} is not known; choose one of {', '.join(FLOAT8)}.")
+    if how == "off":
+        return
+    if adapter:
+        raise UserError(
+            f"train.float8={how} does not go with model.lora: torchao's backward would also compute the gradients of "
+            "frozen weights; use train.float8=off."
+        )
+    if device_type != "meta":
+        require_torchao(f"train.float8={how}", "train.float8=off")
+    if how == "rowwise" and device_type == "cpu":
+        raise UserError(
+            "train.float8=rowwise needs an NVIDIA GPU, not cpu; use train.float8=off, or train.float8=emulated, which "
+            "is slow and computes the same numbers."
+        )
+    if how == "rowwise" and compute != torch.bfloat16:
+        raise UserError(
+            f"train.float8=rowwise has results in bf16, and layers compute in {compute}; set train.dtype=bf16, or "
+            "train.float8=off."
+        )
+
+
+def check_gpu(how: str, device: torch.device) -> None:
+    """Refuse a GPU without float8 products. It starts CUDA, so the allocator must be set before.
+
+    Raises:
+        UserError: naming the GPU.
+    """
+    if how != "rowwise" or device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    if found < _LEAST_CAPABILITY:
+        raise UserError(
+            f"train.float8=rowwise needs a GPU of compute capability 8.9 or newer, and {_name(device)} has "
+            f"{found[0]}.{found[1]}; use train.float8=off."
+        )
+
+
+def converts(module: nn.Module) -> bool:
+    """Whether the sizes of a linear layer are such that float8 products can take it."""
+    return (
+        type(module) is nn.Linear
+        and module.in_features % MULTIPLE == 0
+        and module.out_features % MULTIPLE == 0
+    )
+
+
+def use_float8(model: Any, how: str, device: torch.device, compiled: bool) -> str:
+    """Put torchao's float8 layers in place of the linear layers of every decoder layer. Names and weights stay.
+
+    Call it before the layers are fused, wrapped for recompute and sharded.
+
+    Args:
+        model: a transformers causal language model that `check_supported` accepts.
+        how: ``rowwise``, or ``emulated``: the same roundings, computed in fp32 on any device.
+        device: where the model will run.
+        compiled: whether whole layers will be compiled. Otherwise each linear layer is, on a GPU: eager casts to
+            float8 would write copies in fp32.
+
+    Returns:
+        A sentence for the log: how many layers were converted, and the names of those that were not.
+
+    Raises:
+        UserError: a model without linear layers that can be converted, or with experts.
+    """
+    if any(_has_experts(layer) for layer in layers_of(model)):
+        raise UserError(
+            f"train.float8: the experts of {model.config.model_type} are not linear layers that torchao converts; use "
+            "train.float8=off."
+        )
+    names = {module: name for name, module in model.named_modules()}
+    linear = [one for layer in layers_of(model) for one in layer.modules() if isinstance(one, nn.Linear)]
+    left = [f"{names[one]} ({one.in_features} x {one.out_features})" for one in linear if not converts(one)]
+    if len(left) == len(linear):
+        raise UserError(
+            f"train.float8: no linear layer of {model.config.model_type} has both sizes a multiple of {MULTIPLE}; use "
+            "train.float8=off."
+        )
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    recipe = replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=how == "emulated")
+    for layer in layers_of(model):
+        convert_to_float8_training(layer, module_filter_fn=lambda one, _: converts(one), config=recipe)
+    if device.type == "cuda" and not compiled:
+        compile_linear(model)
+    rest = f"; left as they are, for a size is no multiple of {MULTIPLE}: {', '.join(left)}" if left else ""
+    return f"float8, {how}: {len(linear) - len(left)} linear layers of the decoder{rest}"
+
+
+def compile_linear(model: Any, backend: str = "inductor") -> None:
+    """Compile every float8 layer of the decoder for itself, in place."""
+    from torchao.float8.float8_linear import Float8Linear
+
+    for layer in layers_of(model):
+        for module in layer.modules():
+            if isinstance(module, Float8Linear):
+                module.forward = _compiled(module.forward, backend)
+
+
+def _compiled(forward: Callable[[Tensor], Tensor], backend: str) -> Callable[[Tensor], Tensor]:
+    """Training has one length, and gets code for it. Evaluation and generation have many, and share theirs."""
+    options: dict[str, Any] = {"option": "train.float8", "remedy": "train.float8=off", "backend": backend}
+    train = compiled_whole(forward, "float8 layers", **options)
+    measure = compiled_whole(forward, "float8 layers", dynamic=True, **options)
+
+    @wraps(forward)
+    def call(x: Tensor) -> Tensor:
+        # A graph for each pair of sizes: more than the compiler keeps by default.
+        with torch._dynamo.utils.disable_cache_limit():
+            return train(x) if torch.is_grad_enabled() else measure(x)
+
+    return call
+
+
+def _has_experts(layer: nn.Module) -> bool:
+    """Whether weights of several matrices are one parameter; convolutions have such a one too."""
+    return any(
+        parameter.ndim > 2
+        for module in layer.modules()
+        if not isinstance(module, nn.Conv1d)
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
