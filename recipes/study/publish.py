@@ -1,7 +1,7 @@
 """Put what a study found into the repository: tables beside the other results, figures and one page of documentation.
 
 benchmarks/results/study-PLAN-NAME-TABLE.csv
-docs/figures/study-PLAN-FIGURE.svg
+docs/figures/study/PLAN-FIGURE.svg
 docs/study-PLAN.md
 mkdocs.yml, docs/study.md           a line each, that leads to the page
 """
@@ -54,11 +54,12 @@ def publish(study: Path, plan: Plan, name: str, root: Path) -> list[Path]:
     figures = []
     for figure, about in ALT.items():
         source = study / "summary" / f"{figure}.svg"
-        target = root / "docs" / "figures" / f"study-{plan.name}-{figure}.svg"
+        target = root / "docs" / "figures" / "study" / f"{plan.name}-{figure}.svg"
+        target.parent.mkdir(exist_ok=True)
         target.unlink(missing_ok=True)
         if source.exists():
             shutil.copyfile(source, target)
-            figures.append(f"![{about}](figures/{target.name})")
+            figures.append(f"![{about}](figures/study/{target.name})")
             written.append(target)
     head = (
         f"# Results of {plan.name}\n\n"

@@ -19,7 +19,8 @@ from library_warnings import COMPILE
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, build_model, parallel, parallelize
-from mtraining.model.float8 import check_float8, check_gpu, compile_linear, use_float8
+from mtraining.model.float8 import compile_linear, use_float8
+from mtraining.model.float8_checks import check_float8, check_gpu
 from mtraining.model.fused import fuse
 from mtraining.model.products import MLP
 from mtraining.model.recompute import LayerPolicy

@@ -208,9 +208,9 @@ def test_results_become_tables_figures_and_a_page(study: Any, plan: Any, tmp_pat
     from publish import publish
 
     root = tmp_path / "repository"
-    for name in ("docs/figures", "benchmarks/results"):
+    for name in ("docs/figures/study", "benchmarks/results"):
         (root / name).mkdir(parents=True)
-    stale = root / "docs" / "figures" / "study-extend-smoke-answers.svg"
+    stale = root / "docs" / "figures" / "study" / "extend-smoke-answers.svg"
     stale.touch()
     (root / "mkdocs.yml").write_text("nav:\n  - Numbers:\n      - Study: study.md\n      - Other: other.md\n")
     (root / "docs" / "study.md").write_text("# Study\n\n<!-- results -->\n\nend\n")
@@ -221,7 +221,7 @@ def test_results_become_tables_figures_and_a_page(study: Any, plan: Any, tmp_pat
     page = (root / "docs" / "study-extend-smoke.md").read_text()
     assert "| recommended-0 | dense | 92.0 % | 0.25 | 128: +1.25" in page
     figures = [name for name in names if name.endswith(".svg")]
-    assert figures and all(f"](figures/{Path(name).name})" in page for name in figures)
+    assert figures and all(f"](figures/study/{Path(name).name})" in page for name in figures)
     assert (root / "mkdocs.yml").read_text().splitlines()[2:4] == [
         "      - Study: study.md", "      - Results of extend-smoke: study-extend-smoke.md",
     ]  # fmt: skip

@@ -89,7 +89,7 @@ def test_two_ranks_learn_what_one_does(tmp_path: Path, shards: Path, pool: Proce
 def test_what_cannot_run_is_refused_before_the_model_is_built(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "build_model", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(loop, "build_weights", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(UserError, match="train.float8=rowwise needs an NVIDIA GPU, not cpu"):
         train(parse_config(raw(tmp_path / "run", shards, "rowwise")))
     lora = raw(tmp_path / "run", shards, "emulated")

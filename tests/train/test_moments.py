@@ -160,7 +160,7 @@ def held_bytes(worker: Worker, form: str) -> int:
     with joined_processes(config) as process:
         from mtraining.train.loop import parallel_model
 
-        model, _ = parallel_model(config, process)
+        model = parallel_model(config, process)
         optimizer = build_optimizer(model, config.train, process.device)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)

@@ -8,7 +8,6 @@ alone.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -21,81 +20,8 @@ from mtraining.errors import UserError
 from mtraining.model.fused import compiled_whole
 from mtraining.model.support import layers_of
 
-FLOAT8 = ("off", "rowwise", "emulated")
 # float8 products need sizes that are multiples of this.
 MULTIPLE = 16
-_LEAST_VERSION = (0, 18)
-_LEAST_CAPABILITY = (8, 9)
-
-
-def require_torchao(option: str, otherwise: str) -> None:
-    """Refuse an option where torchao is missing or too old.
-
-    Args:
-        option: with its value, such as ``train.float8=rowwise``.
-        otherwise: what to set instead.
-
-    Raises:
-        UserError: naming the option.
-    """
-    wanted = ".".join(map(str, _LEAST_VERSION))
-    remedy = f"run: pip install 'torchao>={wanted}', or use {otherwise}."
-    try:
-        found = importlib.metadata.version("torchao")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"{option} needs the package torchao; {remedy}") from None
-    if tuple(int(part) for part in found.split(".")[:2]) < _LEAST_VERSION:
-        raise UserError(f"{option} needs torchao {wanted} or newer, and {found} is installed; {remedy}")
-
-
-def check_float8(how: str, device_type: str, compute: torch.dtype, adapter: bool) -> None:
-    """Refuse what can be refused before there are weights and before a GPU is touched.
-
-    Args:
-        device_type: ``meta`` stands for a GPU that is elsewhere.
-        compute: dtype that layers compute in.
-        adapter: whether a low-rank adapter is trained.
-
-    Raises:
-        UserError: naming the option and the remedy.
-    """
-    if how not in FLOAT8:
-        raise UserError(f"train.float8={how!r} is not known; choose one of {', '.join(FLOAT8)}.")
-    if how == "off":
-        return
-    if adapter:
-        raise UserError(
-            f"train.float8={how} does not go with model.lora: torchao's backward would also compute the gradients of "
-            "frozen weights; use train.float8=off."
-        )
-    if device_type != "meta":
-        require_torchao(f"train.float8={how}", "train.float8=off")
-    if how == "rowwise" and device_type == "cpu":
-        raise UserError(
-            "train.float8=rowwise needs an NVIDIA GPU, not cpu; use train.float8=off, or train.float8=emulated, which "
-            "is slow and computes the same numbers."
-        )
-    if how == "rowwise" and compute != torch.bfloat16:
-        raise UserError(
-            f"train.float8=rowwise has results in bf16, and layers compute in {compute}; set train.dtype=bf16, or "
-            "train.float8=off."
-        )
-
-
-def check_gpu(how: str, device: torch.device) -> None:
-    """Refuse a GPU without float8 products. It starts CUDA, so the allocator must be set before.
-
-    Raises:
-        UserError: naming the GPU.
-    """
-    if how != "rowwise" or device.type != "cuda":
-        return
-    found = torch.cuda.get_device_capability(device)
-    if found < _LEAST_CAPABILITY:
-        raise UserError(
-            f"train.float8=rowwise needs a GPU of compute capability 8.9 or newer, and {_name(device)} has "
-            f"{found[0]}.{found[1]}; use train.float8=off."
-        )
 
 
 def converts(module: nn.Module) -> bool:
@@ -182,7 +108,3 @@ def _has_experts(layer: nn.Module) -> bool:
         if not isinstance(module, nn.Conv1d)
         for parameter in module.parameters(recurse=False)
     )
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)

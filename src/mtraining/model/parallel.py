@@ -25,7 +25,8 @@ from mtraining.model.adapters import Adapter, open_adapter
 from mtraining.model.allocator import use_expandable_segments
 from mtraining.model.anneal import Anneal
 from mtraining.model.attention import ATTENTION_NAME, attach, refuse_mask
-from mtraining.model.float8 import check_float8, check_gpu, use_float8
+from mtraining.model.float8 import use_float8
+from mtraining.model.float8_checks import check_float8, check_gpu
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
 from mtraining.model.logits import Head, LogitForm

@@ -7,7 +7,7 @@ from mtraining.errors import UserError
 from mtraining.layout import build_layout
 from mtraining.model import Refresh
 from mtraining.model.export_folder import check_target
-from mtraining.model.float8 import check_float8, require_torchao
+from mtraining.model.float8_checks import check_float8, require_torchao
 from mtraining.model.lora import require_peft
 from mtraining.predict.moments import EIGHT_BITS
 from mtraining.train.config import Config

@@ -24,7 +24,7 @@ from mtraining.data import ReaderDied, SequenceDataset, build_loader, read, step
 from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, export_model, parallelize
-from mtraining.model.float8 import check_gpu
+from mtraining.model.float8_checks import check_gpu
 from mtraining.model.load import build_weights
 from mtraining.model.recompute import LayerPolicy
 from mtraining.model.support import head_dim_of

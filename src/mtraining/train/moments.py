@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mtraining.errors import UserError
-from mtraining.model.float8 import require_torchao
+from mtraining.model.float8_checks import require_torchao
 from mtraining.predict.moments import SLOTS, block_of, rows_at_once
 from mtraining.sizes import size_text
 

@@ -74,7 +74,7 @@ def check(options: TrainOptions) -> None:
         raise UserError("fused: liger needs an NVIDIA GPU; use none or compile.")
     if options.float8 or options.optimizer_state:
         # It loads transformers, which the launching process can do without otherwise.
-        from mtraining.model.float8 import check_float8, require_torchao
+        from mtraining.model.float8_checks import check_float8, require_torchao
 
         device = "cuda" if gpu else "cpu"
         check_float8(options.float8 or "off", device, torch.bfloat16 if gpu else torch.float32, adapter=False)
