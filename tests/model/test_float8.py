@@ -127,6 +127,7 @@ def test_a_ring_equals_one_process(pool: ProcessPool) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_layers_compiled_one_by_one_equal_eager_ones(backend: str) -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     eager, compiled = made(), made()
     compile_linear(compiled.hf_model, backend)
     truth, found = gradients(eager, tiny_batch()), gradients(compiled, tiny_batch())

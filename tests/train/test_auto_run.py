@@ -11,7 +11,7 @@ from tiny_run import raw_config
 from distributed import ProcessPool, Worker
 from memory_limits import limited
 from mtraining.train import loop
-from mtraining.train import recompute as in_training
+from mtraining.train import memory_report as in_training
 from mtraining.train.config import parse_config
 from mtraining.train.export import export_run
 from mtraining.train.metrics import read_metrics

@@ -34,13 +34,10 @@ def check_early(config: Config) -> None:
             "forbids; use train.kernel=auto or triton."
         )
     require_peft(config.model.lora)
-    # No question to a GPU here: the allocator is set later, and must be before CUDA starts.
-    check_float8(
-        config.train.float8,
-        choose_device(config, 0, 1).type,
-        config.train.compute,
-        config.model.lora.r > 0,
-    )
+    if config.train.float8 != "off":
+        # No question to a GPU here: the allocator is set later, and must be before CUDA starts.
+        device = choose_device(config, 0, 1).type
+        check_float8(config.train.float8, device, config.train.compute, config.model.lora.r > 0)
     if config.train.optimizer_state == EIGHT_BITS:
         require_torchao("train.optimizer_state=8bit", "train.optimizer_state=offload")
     check_trackers(config.log.trackers)

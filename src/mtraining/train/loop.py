@@ -37,12 +37,11 @@ from mtraining.train.config import Config
 from mtraining.train.corpus import data_record, data_tokenizer, mix, rank_dataset
 from mtraining.train.display import Display
 from mtraining.train.evaluation import Evaluation, SuiteBuilder, build_evaluation, curves, told
-from mtraining.train.memory_report import MemoryLog
+from mtraining.train.memory_report import MemoryLog, settle_recompute
 from mtraining.train.mesh import Process, joined_processes, repeatable
 from mtraining.train.metrics import MetricsWriter
 from mtraining.train.optim import build_optimizer, state_sentence
 from mtraining.train.policy import flat_options
-from mtraining.train.recompute import settle_recompute
 from mtraining.train.resume import on_main
 from mtraining.train.start import StartLog
 from mtraining.train.step import Batch, NonFinite, Stepper, StepResult

@@ -18,6 +18,8 @@ from mtraining.predict.memory import Prediction, Unpredictable, Workload, predic
 from mtraining.sizes import size_text
 from mtraining.train.config import Config
 from mtraining.train.evaluation import check_positions, evaluation_pattern
+from mtraining.train.mesh import Process
+from mtraining.train.recompute import choose_together
 
 _ANSWER = 64  # tokens that answer a question of a suite at most; they take little beside a prompt
 
@@ -132,3 +134,18 @@ def render_measured(prediction: Prediction | None, measured: int) -> str:
     """One line for a log: the measured peak beside the predicted one, if there is one."""
     beside = f", {measured / prediction.peak:.2f} of what was predicted" if prediction else ""
     return f"memory a GPU, measured: {size_text(measured)}{beside}"
+
+
+def settle_recompute(
+    config: Config, process: Process, tell: Callable[[str], None]
+) -> tuple[str | Sequence[LayerPolicy], bool]:
+    """(recompute, offload) for `mtraining.model.parallelize`, before the weights are loaded. Collective.
+
+    Raises:
+        UserError: nothing fits, or the model's memory cannot be predicted.
+    """
+    if config.train.recompute != "auto":
+        return config.train.recompute, config.train.offload
+    choice, line = choose_together(workload(config), process.device, process.gather_objects)
+    tell(line)
+    return ("none" if choice is None else choice.policies), False

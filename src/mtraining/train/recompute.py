@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import device_name
-from mtraining.model.recompute import LayerPolicy
 from mtraining.predict.measured import Rates, rates_of_device
 from mtraining.predict.memory import OUTSIDE, Unpredictable, Workload
 from mtraining.predict.recompute import Choice, Room, choose_policies
-from mtraining.train.config import Config
-from mtraining.train.memory_report import workload
-from mtraining.train.mesh import Process
 
 ON_CPU = "train.recompute=auto: all layers keep everything, since memory is predicted for GPUs alone"
 
@@ -69,18 +65,3 @@ def choose(work: Workload, room: Room, rates: Rates | None) -> Choice:
         raise UserError(
             f"train.recompute=auto: {reason} Until then set train.recompute to full, keep_attention or none."
         ) from None
-
-
-def settle_recompute(
-    config: Config, process: Process, tell: Callable[[str], None]
-) -> tuple[str | Sequence[LayerPolicy], bool]:
-    """(recompute, offload) for `mtraining.model.parallelize`, before the weights are loaded. Collective.
-
-    Raises:
-        UserError: nothing fits, or the model's memory cannot be predicted.
-    """
-    if config.train.recompute != "auto":
-        return config.train.recompute, config.train.offload
-    choice, line = choose_together(workload(config), process.device, process.gather_objects)
-    tell(line)
-    return ("none" if choice is None else choice.policies), False

@@ -29,6 +29,7 @@ from mtraining.bench.train.cases import PRESETS, SHAPES, Group, TrainCase, parse
 from mtraining.bench.train.progress import Effort, Progress
 from mtraining.bench.train.record import TrainRow, draw, table
 from mtraining.errors import UserError
+from mtraining.model.float8_checks import check_float8, require_torchao
 from mtraining.predict.moments import EIGHT_BITS
 from mtraining.train.mesh import backend_for
 
@@ -73,9 +74,6 @@ def check(options: TrainOptions) -> None:
     if options.fused == "liger" and not gpu:
         raise UserError("fused: liger needs an NVIDIA GPU; use none or compile.")
     if options.float8 or options.optimizer_state:
-        # It loads transformers, which the launching process can do without otherwise.
-        from mtraining.model.float8_checks import check_float8, require_torchao
-
         device = "cuda" if gpu else "cpu"
         check_float8(options.float8 or "off", device, torch.bfloat16 if gpu else torch.float32, adapter=False)
         if options.optimizer_state == EIGHT_BITS:
