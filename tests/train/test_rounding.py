@@ -45,8 +45,8 @@ def test_bfloat16_master_weights_at_a_usual_rate(
     build = loop.parallel_model
 
     def keep(*args: Any) -> Any:
-        models.append(build(*args)[0])
-        return models[-1], None
+        models.append(build(*args))
+        return models[-1]
 
     monkeypatch.setattr(loop, "parallel_model", keep)
     raw = started(tmp_path / "run", shards, "bfloat16", lr=2e-5)
