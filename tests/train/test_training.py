@@ -87,7 +87,7 @@ def signalled_job(worker: Worker, raw: dict[str, Any]) -> tuple[str, int]:
     original = loop.parallel_model
 
     def build(config: Any, process: Any, *recompute: Any) -> Any:
-        model, tokenizer = original(config, process, *recompute)
+        model = original(config, process, *recompute)
         forward, calls = model.forward, iter(range(10**6))
 
         def send(*args: Any, **options: Any) -> torch.Tensor:
@@ -97,7 +97,7 @@ def signalled_job(worker: Worker, raw: dict[str, Any]) -> tuple[str, int]:
             return forward(*args, **options)
 
         model.forward = send
-        return model, tokenizer
+        return model
 
     loop.parallel_model = build
     try:
@@ -167,7 +167,7 @@ def poison(rank: int, at_call: int, gradient: bool) -> None:
     original = loop.parallel_model
 
     def poisoned(config: Any, process: Any, *recompute: Any) -> Any:
-        model, tokenizer = original(config, process, *recompute)
+        model = original(config, process, *recompute)
         forward, calls = model.forward, iter(range(10**6))
 
         def broken(*args: Any, **options: Any) -> torch.Tensor:
@@ -180,7 +180,7 @@ def poison(rank: int, at_call: int, gradient: bool) -> None:
             return loss
 
         model.forward = broken
-        return model, tokenizer
+        return model
 
     loop.parallel_model = poisoned
 
@@ -292,8 +292,8 @@ def exported_losses(worker: Worker, raw: dict[str, Any]) -> tuple[torch.Tensor, 
     original = loop.parallel_model
 
     def keep(config: Any, process: Any, *recompute: Any) -> Any:
-        kept.append(original(config, process, *recompute)[0])
-        return kept[0], None
+        kept.append(original(config, process, *recompute))
+        return kept[0]
 
     loop.parallel_model = keep
     try:
