@@ -66,7 +66,7 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(PYTEST) -m "not gpu and not sweep" $(PYTEST_ARGS)
 
-# Every architecture of transformers, and every arm of the studies.
+# Every architecture of transformers, every arm of the studies, larger rings, and what takes longest.
 sweep: $(STAMP)
 	$(PYTEST) -m sweep $(PYTEST_ARGS)
 

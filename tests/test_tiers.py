@@ -28,6 +28,7 @@ def chosen_by(target: str) -> Counter[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_every_room_has_tests_that_are_not_slow() -> None:
     fast = chosen_by("test")
     assert len(ROOMS) > 10

@@ -124,7 +124,7 @@ def test_a_ring_equals_one_process(pool: ProcessPool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(*COMPILE)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.sweep)])
 def test_layers_compiled_one_by_one_equal_eager_ones(backend: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -165,6 +165,7 @@ def test_a_rank_that_is_stopped_for_20_seconds_goes_on(tmp_path: Path, shards: P
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_busy_loops_beside_a_run_do_not_end_it(tmp_path: Path, shards: Path) -> None:
     recipe = write_recipe(tmp_path, shards, parallel={"cp": 2}, distributed={"silence_seconds": 10})
     with ExitStack() as stack:

@@ -132,6 +132,7 @@ def test_codes_are_near_what_they_stand_for() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.filterwarnings(*COMPILE)
 def test_the_compiled_update_equals_the_eager_one() -> None:
     torch._dynamo.reset()
