@@ -33,9 +33,8 @@ def check_config(config: Config) -> RunData:
         the data that had to be opened and packed for it, and the tokenizer that had to be loaded.
 
     Raises:
-        UserError: a sequence length that the layout cannot deal, more ranks than blocks, an unknown pattern, layout or
-            option, data that is missing, empty, shorter than a sequence or outside the vocabulary, a run folder or
-            checkpoint that cannot be used.
+        UserError: what `check_early` refuses; data that is missing, empty, shorter than a sequence or outside the
+            vocabulary.
     """
     check_early(config)
     check_schedule(config.train)

@@ -20,8 +20,8 @@ from mtraining.train.trackers import check_trackers
 def check_early(config: Config) -> None:
     """
     Raises:
-        UserError: a sequence length that the layout cannot deal, more ranks than blocks, an unknown pattern, layout or
-            option, a package that is missing, a run folder or checkpoint that cannot be used.
+        UserError: an unknown pattern, layout or option, or a package that is missing; a sequence length that the layout
+            cannot deal, or more ranks than blocks; a run folder or checkpoint that cannot be used.
     """
     layout = build_layout(config.layout.name, config.layout.unit)
     Refresh.parse(config.pattern.refresh)
