@@ -49,9 +49,15 @@ class Tab:
         return found["result"].get("value")
 
     def do(self, statements: str) -> Any:
-        """Statements in an async function with `pause()`, for the page to draw again; their `return` value."""
-        pause = "const pause = () => new Promise((done) => setTimeout(done, 300));"
-        return self.run(f"(async () => {{ {pause} {statements} }})()")
+        """Statements in an async function with `drawn()`, which waits for charts that change; their `return` value."""
+        return self.run(f"(async () => {{ const drawn = () => {_DRAWN}; {statements} }})()")
+
+    def until(self, script: str, value: Any) -> None:
+        """Wait for an expression to have a value: events come some time after what sets them off."""
+        end = time.monotonic() + _PATIENCE
+        while (found := self.run(script)) != value:
+            assert time.monotonic() < end, f"{script} is {found!r}, not {value!r}"
+            time.sleep(0.02)
 
     def press(self, key: str, shift: bool = False) -> None:
         """Press and release a key, as a keyboard does."""

@@ -94,17 +94,16 @@ def test_all_controls_are_reached_and_worked_with_keys(tab: Tab) -> None:
     before = tab.rows("loss")
     tab.run("document.querySelector('.bar input[value=other]').focus()")
     tab.press(" ")
-    tab.do("await pause(); await pause();")
-    assert (before, tab.rows("loss")) == (18 + 500, 18)
+    assert before == 18 + 500
+    tab.until("document.querySelector('#loss .plot').dataset.rows", "18")
     tab.run("document.querySelector('#loss summary').focus()")
     tab.press("Enter")
     tab.press("Tab")
     assert tab.run(where) == "Data of Training loss"
-    assert tab.run("document.activeElement.querySelectorAll('tbody tr').length") == 18
+    tab.until("document.activeElement.querySelectorAll('tbody tr').length", 18)
     tab.run("document.querySelector('#density select').focus()")
     tab.press("ArrowDown")
-    tab.do("await pause();")
-    assert tab.run("document.querySelector('#density select').value") == "other"
+    tab.until("document.querySelector('#density select').value", "other")
 
 
 def test_runs_are_hidden_smoothed_and_put_on_a_log_scale(tab: Tab) -> None:
@@ -113,15 +112,15 @@ def test_runs_are_hidden_smoothed_and_put_on_a_log_scale(tab: Tab) -> None:
         """
         const tick = (box, on) => { box.checked = on; box.dispatchEvent(new Event("change")); };
         tick(document.querySelector('.bar input[value="other"]'), false);
-        await pause();
+        await drawn();
         tick(document.querySelector("#loss input.log"), true);
         const slider = document.getElementById("smooth");
         slider.value = 90; slider.dispatchEvent(new Event("input")); slider.dispatchEvent(new Event("change"));
-        await pause(); await pause();
+        await drawn();
         document.querySelector("#loss details").open = true;
         document.querySelector("#density select").value = "other";
         document.querySelector("#density select").dispatchEvent(new Event("change"));
-        await pause();
+        await drawn();
         return await paper(page.charts.find((chart) => chart.name === "loss"));
         """
     )
@@ -146,8 +145,10 @@ def test_on_paper_charts_are_light_and_sized_for_it(page: Path, browser: Browser
     with browser.open(page, scheme="dark") as tab:
         size = "[document.querySelector('#loss svg').clientWidth, document.querySelector('#loss svg').clientHeight]"
         on_screen = tab.run(size)
+        tab.run("window.addEventListener('afterprint', () => { document.body.dataset.printed = 'yes'; })")
         assert tab.printed(tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
-        tab.do("await pause(); await pause();")
+        tab.until("document.body.dataset.printed", "yes")
+        tab.do("await drawn();")
         assert tab.run(size) == on_screen  # as before, once it is printed
         tab.run("window.dispatchEvent(new Event('beforeprint'))")
         tab.send("Emulation.setEmulatedMedia", media="print")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mtraining.errors import UserError
+from mtraining.inputs.text import replace_text
 from mtraining.report.chart import Chart
 
 
@@ -105,9 +106,7 @@ def html_table(
 def write_page(text: str, path: Path) -> None:
     """Write a page at once, so that nobody reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
+    replace_text(path, text)
 
 
 def _text(value: Any) -> str:

@@ -173,15 +173,25 @@ function prepare(chart) {
   const memory = kept();
   if (entry.menu && chart.tables[memory[`menu ${chart.name}`]]) entry.menu.value = memory[`menu ${chart.name}`];
   if (entry.log) entry.log.checked = Boolean(memory[`log ${chart.name}`]);
-  entry.menu?.addEventListener("change", () => { keep(`menu ${chart.name}`, entry.menu.value); draw(chart); });
-  entry.log?.addEventListener("change", () => { keep(`log ${chart.name}`, entry.log.checked); draw(chart); });
+  entry.menu?.addEventListener("change", () => { keep(`menu ${chart.name}`, entry.menu.value); drawAll((one) => one === chart); });
+  entry.log?.addEventListener("change", () => { keep(`log ${chart.name}`, entry.log.checked); drawAll((one) => one === chart); });
   entry.table.addEventListener("toggle", () => { if (entry.table.open) fillTable(entry); });
   figure.querySelector("button.svg").addEventListener("click", () => saveSvg(chart));
   figure.querySelector("button.pdf").addEventListener("click", () => savePdf(figure));
 }
 
-async function drawAll(wanted) {
-  for (const chart of page.charts) if (wanted(chart)) await draw(chart);
+// One drawing after another: of two at a time the older could end last, and stay.
+let turn = Promise.resolve(), waiting = 0;
+function drawAll(wanted) {
+  delete document.body.dataset.drawn;
+  waiting += 1;
+  turn = turn.then(async () => {
+    for (const chart of page.charts) if (wanted(chart)) await draw(chart);
+  }).catch((error) => console.error(error)).then(() => {
+    waiting -= 1;
+    if (!waiting) document.body.dataset.drawn = String(page.charts.length);
+  });
+  return turn;
 }
 
 async function start() {
@@ -206,7 +216,6 @@ async function start() {
   window.addEventListener("beforeprint", fitPaper);
   window.addEventListener("afterprint", () => drawAll(() => true));
   await drawAll(() => true);
-  document.body.dataset.drawn = String(page.charts.length);
   if (page.refresh) {
     window.scrollTo(0, memory.scroll || 0);
     setTimeout(() => { keep("scroll", window.scrollY); location.reload(); }, 1000 * page.refresh);
