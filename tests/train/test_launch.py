@@ -17,9 +17,10 @@ import yaml
 from tiny_run import raw_config, run_job
 
 from distributed import ProcessPool
-from mtraining.errors import SAVED
+from mtraining.errors import SAVED, RunStopped
 from mtraining.train.about import ABOUT
 from mtraining.train.backstop import ranks_of
+from mtraining.train.launch import run_processes
 from mtraining.train.metrics import read_metrics
 from mtraining.train.peers import OsProcess
 from mtraining.train.store import CheckpointStore
@@ -36,6 +37,21 @@ TORCHRUN = [
     "-m",
     "mtraining.cli",
 ]
+
+
+def _fail_together(folder: Path) -> None:
+    """Rank 1 fails by itself, a moment after rank 0, which only met a connection that was closed."""
+    met = folder / "met"
+    if os.environ["RANK"] == "0":
+        met.touch()
+        raise RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    wait_for(met.exists, 60)
+    raise ValueError("the true cause")
+
+
+def test_the_rank_with_the_cause_is_blamed(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped, match="rank 1 failed .the true cause"):
+        run_processes(_fail_together, (tmp_path,), 2, lambda: "go on")
 
 
 def write_recipe(folder: Path, shards: Path, **sections: dict[str, Any]) -> Path:

@@ -43,7 +43,15 @@ from mtraining.train.display import quiet_libraries, quiet_tracker
 from mtraining.train.early_checks import check_early
 from mtraining.train.mesh import check_world
 from mtraining.train.stop import SIGNALS
-from mtraining.train.watch import PeerLost, exit_now, launcher_store, reason, way_on
+from mtraining.train.watch import (
+    GRACE_SECONDS,
+    PeerLost,
+    exit_now,
+    failed_collective,
+    launcher_store,
+    reason,
+    way_on,
+)
 
 if TYPE_CHECKING:
     from mtraining.train.evaluation import SuiteBuilder
@@ -151,6 +159,7 @@ def as_launched(function: Callable[[], T], remedy: Callable[[], str]) -> T:
         print(f"error: {error}", file=sys.stderr)
         exit_now(error.code)
     except BaseException as error:  # what a failed checkpoint raises is no Exception
+        _after_its_cause(error)
         handler.record_exception(error)
         traceback.print_exc()
         what = f"rank {os.environ.get('RANK')} failed: {reason(str(error))}"
@@ -173,12 +182,20 @@ def _as_rank(function: Callable[..., T], arguments: tuple[Any, ...], folder: Pat
         handler.record_exception(error)
         exit_now(error.code)
     except BaseException as error:  # what a failed checkpoint raises is no Exception
+        _after_its_cause(error)
         handler.record_exception(error)
         exit_now(1)
     mark_done(folder)
     end_with_parent()  # from here on the launcher is waited for, which may have been killed
     atexit.register(exit_now, 0)  # before the interpreter's own end, which may wait for threads of libraries
     return result
+
+
+def _after_its_cause(error: BaseException) -> None:
+    """Wait, where another rank's end may be why a collective failed: a launcher blames the first that it sees ended,
+    or the lowest rank of those that end between two of its looks."""
+    if failed_collective(error):
+        time.sleep(GRACE_SECONDS)
 
 
 def _train(
