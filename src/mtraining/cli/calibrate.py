@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mtraining.cli.on_ring import DEVICES, Device, refuse_unknown
+from mtraining.inputs.text import replace_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,10 +95,7 @@ def calibrate(
     about: dict[str, Any] = {"model": model, "text": data.name, "tokens": tokens, "samples": samples}
     about |= {"rows": rows, "column_price": round(price, 3)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        write_yaml(found.table(about, windows), default_flow_style=None, width=110),
-        encoding="utf-8",
-    )
+    replace_text(out, write_yaml(found.table(about, windows), default_flow_style=None, width=110))
     if chart:
         draw(found, out.with_suffix(".svg"))
     typer.echo(

@@ -26,6 +26,7 @@ from mtraining.cli.on_ring import (
     rope_options,
 )
 from mtraining.errors import UserError
+from mtraining.inputs.text import replace_text
 
 if TYPE_CHECKING:
     from mtraining.evaluate.runner import Plan
@@ -285,13 +286,12 @@ def _one_model(
     choices: list[AttentionChoice],
     results: Any,
 ) -> None:
-    import torch.distributed as dist
-
     from mtraining.cli.evaluate_progress import Progress
     from mtraining.evaluate.results import Key, model_fingerprint, tokenizer_fingerprint
     from mtraining.evaluate.runner import evaluate as run_plan
     from mtraining.evaluate.tasks import SampleMaker
     from mtraining.generate import Generator
+    from mtraining.train.resume import on_main
 
     tokenizer = named.tokenizer()
     maker = SampleMaker(tokenizer, request.template, request.seed)
@@ -310,11 +310,14 @@ def _one_model(
         },
         "models": {named.name: model_fingerprint(hf_model)},
     }
-    results.begin(identity)
-    results.mend()
-    box: list[Any] = [{key for key, _ in results.lines()} if process.is_main else None]
-    dist.broadcast_object_list(box)  # other machines may not see the folder
-    done: set[Key] = box[0]
+
+    def done_before() -> set[Key]:
+        results.begin(identity)
+        results.mend()
+        return {key for key, _ in results.lines()}
+
+    # By one rank: others would meet half-written files, and those of other machines may not see the folder.
+    done = on_main(process, done_before)
     whole: Any = hf_model
     for choice in choices:
         generator = Generator(
@@ -385,7 +388,7 @@ def _harness(request: Request, process: Any, generator: Any, model: str, attenti
         path = request.out / "lm-eval.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known.setdefault(model, {})[attention] = found
-        path.write_text(json.dumps(known, indent=1, default=str) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(known, indent=1, default=str) + "\n")
         for task, values in found.items():
             scores = ", ".join(
                 f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mtraining.errors import UserError
+from mtraining.inputs.text import replace_text
 
 RESULTS, RUN, SUMMARY = "results.jsonl", "run.json", "summary.json"
 
@@ -57,7 +58,7 @@ class Results:
     writes: bool
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """Compare what is here with what is to come, and note it.
+        """Compare what is here with what is to come, and note it; the writing rank's task.
 
         Args:
             identity: ``settings``: what must be equal, by name; ``models``: fingerprint by name.
@@ -65,6 +66,7 @@ class Results:
         Raises:
             UserError: results of something else are here.
         """
+        assert self.writes
         path = self.folder / RUN
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -87,9 +89,8 @@ class Results:
                 raise UserError(
                     f"--out {self.folder} holds results of another model called {name}; give another folder."
                 )
-        if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(found, indent=1) + "\n")
 
     def add(self, key: Key, record: dict[str, Any]) -> None:
         """Append a line; it is on its way to the disk when this returns."""
@@ -111,8 +112,9 @@ class Results:
                 continue
 
     def mend(self) -> None:
-        """End a last line that a kill cut short, so that the next one stands by itself."""
+        """End a last line that a kill cut short, so that the next one stands by itself; the writing rank's task."""
+        assert self.writes
         path = self.folder / RESULTS
-        if self.writes and path.exists() and not path.read_bytes().endswith(b"\n"):
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n")

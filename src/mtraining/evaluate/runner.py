@@ -18,7 +18,7 @@ from mtraining.evaluate.results import SUMMARY, Key, Results
 from mtraining.evaluate.summary import summarise
 from mtraining.evaluate.tasks import Sample, SampleMaker, Task
 from mtraining.generate import Generator
-from mtraining.inputs.text import read_text, text_files
+from mtraining.inputs.text import read_text, replace_text, text_files
 from mtraining.ring import Observer, chosen
 
 Tell = Callable[[Key, int, int], None]
@@ -124,7 +124,7 @@ def summary(results: Results, about: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = summarise(results.lines())
     if results.writes:
         content = {"about": dict(about), "rows": rows}
-        (results.folder / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        replace_text(results.folder / SUMMARY, json.dumps(content, indent=1) + "\n")
     return rows
 
 

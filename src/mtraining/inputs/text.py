@@ -1,8 +1,10 @@
-"""Text files as they are handed around: UTF-8 with or without a byte order mark, plain or compressed by gzip."""
+"""Text files: read as they are handed around, UTF-8 with or without a byte order mark, plain or compressed by gzip; and
+written at once."""
 
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from pathlib import Path
 
@@ -23,6 +25,21 @@ def read_text(path: Path) -> str:
         except (EOFError, zlib.error) as error:
             raise OSError(f"damaged gzip file: {error}") from error
     return content.decode("utf-8-sig")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file at once: whoever reads meanwhile, another rank or a browser, meets the old text or the new one.
+
+    Raises:
+        OSError: it cannot be written; the old one is still there.
+    """
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def text_files(path: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from mtraining.errors import UserError
+from mtraining.inputs.text import replace_text
 
 MARK = "mtraining_export.json"
 CONFIG = "config.json"
@@ -87,9 +88,7 @@ def _owned(target: Path) -> list[str]:
 
 
 def _write_mark(folder: Path, files: Iterable[str]) -> None:
-    fresh = folder / f"{MARK}.new"
-    fresh.write_text(json.dumps({"files": sorted(files)}, indent=1) + "\n", encoding="utf-8")
-    os.replace(fresh, folder / MARK)
+    replace_text(folder / MARK, json.dumps({"files": sorted(files)}, indent=1) + "\n")
 
 
 def _same_modes(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mtraining.inputs.text import replace_text
 from mtraining.predict.memory import Prediction
 
 ABOUT = "about.json"
@@ -53,6 +54,4 @@ def write_about(
         about["memory_predicted"] = {"peak": prediction.peak, "components": dict(prediction.components)}
     if start is not None:
         about["start"] = start
-    fresh = run / f"{ABOUT}.new"
-    fresh.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    os.replace(fresh, run / ABOUT)
+    replace_text(run / ABOUT, json.dumps(about, indent=1) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtraining.errors import UserError
+from mtraining.inputs.text import replace_text
 from mtraining.layout import Layout, build_layout
 from mtraining.ring import AttentionStats, Timeline, chosen, imbalance, tile_works
 from mtraining.ring.balance import by_step
@@ -116,12 +116,9 @@ def write_balance(config: Config, step: int, layers: Sequence[AttentionStats]) -
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Replace a file of the last logged step."""
-    fresh = path.with_name(f"{path.name}.new")
     try:
-        fresh.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(fresh, path)
+        replace_text(path, json.dumps(content))
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         if error.errno != errno.ENOSPC:  # a full disk is told by the metrics; the last file stays
             raise
 

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from mtraining.data import ReaderDied, SequenceDataset, build_loader, read, step_plan
 from mtraining.errors import SAVED, RunStopped, UserError
+from mtraining.inputs.text import replace_text
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, export_model, parallelize
 from mtraining.model.float8_checks import check_gpu
@@ -123,7 +124,7 @@ def train(config: Config, suites: SuiteBuilder | None = None, began: float | Non
         if rounding is not None:
             tell(rounding)
         if process.is_main:
-            (config.output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            replace_text(config.output / "config.yaml", config.to_yaml())
         for line in filter(None, [dataset.render(), mix(config, dataset, config.train.steps)]):
             tell(line)
         done = _steps(

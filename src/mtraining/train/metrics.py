@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mtraining.errors import first_line
+from mtraining.inputs.text import replace_text
 from mtraining.train.trackers import Tracker, numbers
 
 METRICS = "metrics.jsonl"
@@ -36,9 +36,7 @@ class MetricsWriter:
     ) -> None:
         path = run / METRICS
         self.kept = kept = [record for record in read_metrics(run) if record["step"] <= step] if step else []
-        fresh = path.with_suffix(".jsonl.new")
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(fresh, path)
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._path, self._tell = path, tell
         # Unbuffered, so that what a full disk did not take is known to the byte.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()

@@ -37,7 +37,7 @@ def on_main(process: Process, work: Callable[[], T]) -> T:
         except UserError as error:
             found = error
         except OSError as error:
-            found = UserError(f"the run folder cannot be used ({error}); mend it, or choose another output.")
+            found = UserError(f"the output folder cannot be used ({error}); mend it, or choose another.")
     found = process.from_main(found)
     if isinstance(found, UserError):
         raise found

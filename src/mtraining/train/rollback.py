@@ -12,13 +12,13 @@ of the checkpoint that the run went on from).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from mtraining.inputs.text import replace_text
 from mtraining.train.metrics import METRICS, read_metrics, read_records
 from mtraining.train.policy import Change
 from mtraining.train.store import CheckpointStore, step_of
@@ -66,6 +66,4 @@ def record_changes(run: Path, changes: Sequence[Change], done: int) -> None:
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(fresh, path)
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in records))

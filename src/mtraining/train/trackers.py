@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mtraining.errors import UserError, first_line
+from mtraining.inputs.text import replace_text
 
 IDS = "trackers.json"
 _PARAMETERS_AT_ONCE = 100  # that MLflow takes in one request
@@ -236,9 +237,7 @@ def open_trackers(
         opened.append(tracker)
     ids |= {tracker.name: tracker.id for tracker in opened if tracker.id}
     if ids:
-        fresh = path.with_name(path.name + ".new")
-        fresh.write_text(json.dumps(ids, indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
+        replace_text(path, json.dumps(ids, indent=1) + "\n")
     return opened
 
 

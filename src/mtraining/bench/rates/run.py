@@ -25,6 +25,7 @@ from mtraining.bench.record import provenance
 from mtraining.bench.timing import wait
 from mtraining.bench.train.cases import SHAPES
 from mtraining.errors import UserError
+from mtraining.inputs.text import replace_text
 from mtraining.predict.measured import own_path
 from mtraining.predict.memory import GIB
 from mtraining.train.mesh import backend_for
@@ -138,7 +139,7 @@ def run(device: torch.device, options: RatesOptions, say: Say) -> Path:
             "inter": None,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(found, indent=1) + "\n")
         say(f"wrote {path}")
     # Nobody leaves while the first process still measures.
     dist.barrier()

@@ -7,7 +7,6 @@ torch and Triton only, so ``python -m mtraining.bench.tiles`` runs where the com
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from mtraining.bench.record import plain_table, provenance
 from mtraining.bench.tiles.candidates import candidates
 from mtraining.bench.timing import measure
 from mtraining.errors import UserError
+from mtraining.inputs.text import replace_text
 from mtraining.kernel import select_backend
 from mtraining.kernel.measured_tiles import (
     DTYPES,
@@ -223,11 +223,9 @@ def save(choices: dict[KernelCase, Choice], device: torch.device, say: Say) -> P
     kept = [entry for entry in document["entries"] if entry_case(entry) not in choices]
     made = {"date": origin.date, "commit": origin.commit, "torch": origin.torch}
     document["entries"] = kept + [_entry(*item) | made for item in choices.items()]
-    partial = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(path, json.dumps(document, indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror}; set MTRAINING_CACHE to another folder."
