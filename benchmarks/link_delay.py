@@ -23,7 +23,6 @@ import argparse
 import csv
 import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mtraining.bench.processes import gpus_in_use, take_device
+from mtraining.bench.processes import gpus_in_use, leave, take_device
 from mtraining.bench.record import code_version
 from mtraining.bench.ring.gate import random_inputs
 from mtraining.kernel import ReferenceBackend
@@ -180,4 +179,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from mtraining.bench.processes import take_device
+from mtraining.bench.processes import leave, take_device
 from mtraining.bench.record import Provenance, provenance, write_csv
 from mtraining.bench.train.cases import SHAPES, Shape, parse_tokens
 from mtraining.bench.train.model import build_model, compute_dtype, random_sequences
@@ -168,4 +167,4 @@ def peak(device: torch.device) -> float:
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    sys.exit(main())
+    leave(main())

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from mtraining.bench.processes import take_device
+from mtraining.bench.processes import leave, take_device
 from mtraining.bench.record import Provenance, provenance, write_csv
 from mtraining.bench.train.cases import SHAPES, Shape, parse_tokens
 from mtraining.bench.train.model import build_model, compute_dtype, random_sequences
@@ -156,4 +155,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    sys.exit(main())
+    leave(main())

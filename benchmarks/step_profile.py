@@ -16,7 +16,6 @@ import csv
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -31,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mtraining.bench.processes import leave
 from mtraining.bench.record import code_version
 from mtraining.bench.train.cases import SHAPES, TrainCase, parse_tokens
 from mtraining.bench.train.model import batches, build_model, parallel, process_for, random_sequences, stepper
@@ -310,4 +310,4 @@ def report(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

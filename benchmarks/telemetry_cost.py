@@ -16,7 +16,6 @@ import argparse
 import csv
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from mtraining.bench.processes import leave
 from mtraining.bench.record import provenance
 from mtraining.bench.timing import wait
 from mtraining.bench.train.cases import SHAPES, TrainCase, parse_tokens
@@ -257,4 +257,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,3 +57,18 @@ def test_nothing_changes_where_nothing_is_shared(monkeypatch: pytest.MonkeyPatch
 
 def test_a_cpu_asks_for_no_launcher() -> None:
     assert take_device(on_gpu=False) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("launched, code", [({"TORCHELASTIC_RUN_ID": "1"}, 3), ({}, -signal.SIGABRT)])
+def test_a_launched_process_leaves_before_anything_can_abort_it(launched: dict[str, str], code: int) -> None:
+    ends = (
+        "import atexit, os; atexit.register(os.abort); from mtraining.bench.processes import leave; "
+        "print('told'); leave(3)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    done = subprocess.run(
+        [sys.executable, "-c", ends], env=environment | launched, stdout=subprocess.PIPE, check=False
+    )
+    assert done.returncode == code
+    if launched:
+        assert done.stdout == b"told\n"

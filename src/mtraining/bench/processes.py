@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -52,6 +53,16 @@ def process_count(nproc: int | None, gpu: bool) -> int:
 def under_torchrun() -> bool:
     """Whether this is one of the processes that torchrun started."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def leave(code: int) -> NoReturn:
+    """End this process. One of torchrun's leaves without the interpreter's own end, at which a thread of gloo or NCCL
+    may still abort it, and so fail a benchmark that is right and written."""
+    if under_torchrun():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def start(module: str, words: Sequence[str], processes: int, gpu: bool, restarts: int = 0) -> int:

@@ -1,8 +1,7 @@
 """Time ring attention: `python -m mtraining.bench.ring`."""
 
-import sys
-
+from mtraining.bench.processes import leave
 from mtraining.bench.ring.run import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
