@@ -259,7 +259,7 @@ def test_an_error_that_is_no_exception_is_told_too(tmp_path: Path, store: dist.T
 def test_a_full_pipe_does_not_hold_the_exit_up() -> None:
     code = """
 import os, sys, threading, time
-from mtraining.train.watch import exit_now
+from mtraining.train.leaving import exit_now
 _, full = os.pipe()
 sys.stdout = os.fdopen(full, "w")
 def write():

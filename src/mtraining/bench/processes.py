@@ -16,6 +16,7 @@ import torch
 from mtraining.bench.record import COMMIT_VARIABLE, code_version
 from mtraining.errors import UserError
 from mtraining.ring import prioritise_transfers
+from mtraining.train.leaving import exit_now
 
 _OVER_SOCKETS = {
     "NCCL_NET": "Socket",
@@ -56,12 +57,13 @@ def under_torchrun() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process. One of torchrun's leaves without the interpreter's own end, at which a thread of gloo or NCCL
-    may still abort it, and so fail a benchmark that is right and written."""
+    """End this process with an exit code.
+
+    A process of torchrun skips the interpreter's own end. There a thread of gloo or NCCL may abort the process, and a
+    benchmark whose results are written would count as failed.
+    """
     if under_torchrun():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        exit_now(code)
     sys.exit(code)
 
 

@@ -70,7 +70,7 @@ def entry() -> None:
         code = stop.code
     if "mtraining.train.watch" not in sys.modules or not isinstance(code, int | None):
         sys.exit(code)
-    from mtraining.train.watch import exit_now
+    from mtraining.train.leaving import exit_now
 
     with contextlib.suppress(OSError):  # nobody reads any more
         sys.stdout.flush()

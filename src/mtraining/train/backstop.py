@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mtraining.train.leaving import exit_now
 from mtraining.train.peers import OsProcess, children
-from mtraining.train.watch import exit_now
 
 LOOK_SECONDS = 0.5
 # The other ranks are told to end at once and need no more than the watch's few seconds.

@@ -41,12 +41,12 @@ from mtraining.train.backstop import backstop, mark_done, ranks_of
 from mtraining.train.config import Config, parse_config
 from mtraining.train.display import quiet_libraries, quiet_tracker
 from mtraining.train.early_checks import check_early
+from mtraining.train.leaving import exit_now
 from mtraining.train.mesh import check_world
 from mtraining.train.stop import SIGNALS
 from mtraining.train.watch import (
     GRACE_SECONDS,
     PeerLost,
-    exit_now,
     failed_collective,
     launcher_store,
     reason,

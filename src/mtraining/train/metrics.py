@@ -36,7 +36,7 @@ class MetricsWriter:
     ) -> None:
         path = run / METRICS
         self.kept = kept = [record for record in read_metrics(run) if record["step"] <= step] if step else []
-        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_records(path, kept)
         self._path, self._tell = path, tell
         # Unbuffered, so that what a full disk did not take is known to the byte.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
@@ -103,6 +103,11 @@ class MetricsWriter:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run folder, in order; a last line cut short by a crash is left out."""
     return read_records(run / METRICS)
+
+
+def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a file by these objects, one a line."""
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

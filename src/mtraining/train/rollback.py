@@ -11,15 +11,12 @@ of the checkpoint that the run went on from).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-from mtraining.inputs.text import replace_text
-from mtraining.train.metrics import METRICS, read_metrics, read_records
+from mtraining.train.metrics import METRICS, read_metrics, read_records, write_records
 from mtraining.train.policy import Change
 from mtraining.train.store import CheckpointStore, step_of
 from mtraining.train.trackers import IDS
@@ -46,8 +43,10 @@ def set_aside(run: Path, checkpoint: Path, step: int) -> str | None:
     for name in [*strange, *([IDS] if (run / IDS).exists() else [])]:
         (run / name).rename(aside / name)
     if own:
-        _write(aside / METRICS, [record for record in read_metrics(run) if record["step"] > step])
-        _write(aside / CHANGES, [record for record in read_records(run / CHANGES) if record["after"] >= step])
+        write_records(aside / METRICS, [record for record in read_metrics(run) if record["step"] > step])
+        write_records(
+            aside / CHANGES, [record for record in read_records(run / CHANGES) if record["after"] >= step]
+        )
     for path in reversed(behind):  # the newest first: an interrupted move leaves an earlier part of the line
         path.rename(aside / path.name)
     names = [path.name for path in behind] or strange
@@ -62,8 +61,4 @@ def record_changes(run: Path, changes: Sequence[Change], done: int) -> None:
     path = run / CHANGES
     kept = [record for record in read_records(path) if record["after"] < done]
     if path.exists() or changes:
-        _write(path, [*kept, *({**asdict(change), "after": done} for change in changes)])
-
-
-def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    replace_text(path, "".join(json.dumps(record) + "\n" for record in records))
+        write_records(path, [*kept, *({**asdict(change), "after": done} for change in changes)])

@@ -28,9 +28,10 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mtraining.errors import RunStopped
+from mtraining.train.leaving import exit_now
 from mtraining.train.mesh import Process
 from mtraining.train.peers import OsProcess, this_machine
-from mtraining.train.watch import exit_now, way_on
+from mtraining.train.watch import way_on
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SECONDS = 2.0  # a process group and its launcher both pass a signal on: so long it is still the same one

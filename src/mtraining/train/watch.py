@@ -27,12 +27,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mtraining.errors import RunStopped, UserError
+from mtraining.train.leaving import exit_now
 from mtraining.train.peers import RETRY_SECONDS, Door, Identity, Line, OsProcess, refused
 from mtraining.train.store import CheckpointStore
 
@@ -44,7 +44,6 @@ SUSPECT_SECONDS = 4.0
 GRACE_SECONDS = 4.0
 # One wait for the launcher's store. Longer ones are made of several.
 STORE_SECONDS = 30.0
-FLUSH_SECONDS = 1.0
 
 
 class PeerLost(Exception):
@@ -354,21 +353,3 @@ def _named(ranks: list[int]) -> str:
     runs = [list(run) for _, run in itertools.groupby(enumerate(ranks), key=lambda item: item[1] - item[0])]
     spans = [str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs]
     return ("ranks " if len(ranks) > 1 else "rank ") + ", ".join(spans)
-
-
-def exit_now(code: int) -> NoReturn:
-    """Leave at once: a normal exit would wait for background threads that wait for other ranks.
-
-    What is still to be printed gets `FLUSH_SECONDS`: nobody may be reading, and another thread may hold the stream.
-    """
-
-    def flush() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-
-    with contextlib.suppress(RuntimeError):  # no threads can be started once the interpreter shuts down
-        flushing = threading.Thread(target=flush, name="flush", daemon=True)
-        flushing.start()
-        flushing.join(FLUSH_SECONDS)
-    os._exit(code)

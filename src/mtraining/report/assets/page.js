@@ -173,8 +173,9 @@ function prepare(chart) {
   const memory = kept();
   if (entry.menu && chart.tables[memory[`menu ${chart.name}`]]) entry.menu.value = memory[`menu ${chart.name}`];
   if (entry.log) entry.log.checked = Boolean(memory[`log ${chart.name}`]);
-  entry.menu?.addEventListener("change", () => { keep(`menu ${chart.name}`, entry.menu.value); drawAll((one) => one === chart); });
-  entry.log?.addEventListener("change", () => { keep(`log ${chart.name}`, entry.log.checked); drawAll((one) => one === chart); });
+  const chosen = (control, value) => { keep(`${control} ${chart.name}`, value); drawAll((one) => one === chart); };
+  entry.menu?.addEventListener("change", () => chosen("menu", entry.menu.value));
+  entry.log?.addEventListener("change", () => chosen("log", entry.log.checked));
   entry.table.addEventListener("toggle", () => { if (entry.table.open) fillTable(entry); });
   figure.querySelector("button.svg").addEventListener("click", () => saveSvg(chart));
   figure.querySelector("button.pdf").addEventListener("click", () => savePdf(figure));
