@@ -170,7 +170,7 @@ def test_a_dry_run_tells_the_memory_and_answers_nothing(run: Path, prompt: Path)
     page = (run, "--prompt", prompt, "--nproc", 2, "--dry-run", "--memory-gib", 80)
     assert "fits into 80.0 GiB" in told(invoke(*page))
     sentence = refused(*asked, "--memory-gib", 1)
-    assert sentence.startswith("a prompt of 109 tokens needs 2.00 GiB on each GPU (in the ")
+    assert sentence.startswith("a prompt of 109 tokens needs 2.50 GiB on each GPU (in the ")
     assert "use" in sentence and "more processes (--nproc, or torchrun), fewer prompts together" in sentence
     assert "add --dry-run, or leave it out" in refused(run, "--prompt", prompt, "--memory-gib", 1)
 

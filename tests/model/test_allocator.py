@@ -73,10 +73,18 @@ def test_of_both_variables_pytorchs_older_name_counts(gpu: pytest.MonkeyPatch) -
     assert segments_expand()
 
 
-def test_too_late_is_told(gpu: pytest.MonkeyPatch) -> None:
+def test_where_cuda_has_started_the_allocator_itself_is_told(gpu: pytest.MonkeyPatch) -> None:
+    """Importing torchao starts CUDA, and PyTorch reads the environment only then."""
+    said: list[str] = []
+    gpu.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append)
+    mtraining.use_expandable_segments()
+    assert said == []  # PyTorch will read the environment
+    gpu.delenv(NEW)
     gpu.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert "call mtraining.use_expandable_segments() first" in mtraining.use_expandable_segments()
-    assert NEW not in os.environ
+    told = mtraining.use_expandable_segments()
+    assert said == [EXPANDABLE] and os.environ[NEW] == EXPANDABLE and f"set {NEW}={EXPANDABLE}" in told
+    mtraining.use_expandable_segments()
+    assert said == [EXPANDABLE]  # as the environment says since
 
 
 @pytest.mark.parametrize("lacks", ["a GPU", "CUDA"])

@@ -40,8 +40,9 @@ def reserve_share() -> float:
 def use_expandable_segments() -> str:
     """Let the CUDA allocator of this process, and of those that it starts, grow its segments.
 
-    Call it before the first tensor is on a GPU; `mtraining.parallelize` and all commands do. The user's own
-    PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF stays as it is. Without an NVIDIA GPU nothing is set.
+    Call it before the first tensor is on a GPU; `mtraining.parallelize` and all commands do. Tensors that are there
+    already keep their segments. The user's own PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF stays as it is. Without an
+    NVIDIA GPU nothing is set.
 
     Returns:
         One sentence for a log, about what holds now; empty without an NVIDIA GPU.
@@ -49,13 +50,12 @@ def use_expandable_segments() -> str:
     if torch.version.cuda is None or not torch.cuda.is_available():
         return ""
     options = allocator_options()
-    if options is None and torch.cuda.is_initialized():
-        return (
-            "GPU memory: CUDA had started before the allocator could be set, so memory may break into pieces; call "
-            f"mtraining.use_expandable_segments() first, or set {VARIABLES[-1]}={EXPANDABLE}."
-        )
     if options is None:
         os.environ[VARIABLES[-1]] = EXPANDABLE
+        # PyTorch reads the environment once, when CUDA starts. Importing a library may start it: torchao asks for the
+        # GPU's kind, and transformers imports torchao wherever it is installed.
+        if torch.cuda.is_initialized():
+            torch._C._accelerator_setAllocatorSettings(EXPANDABLE)
         return (
             f"GPU memory: set {VARIABLES[-1]}={EXPANDABLE}, so that freed memory does not break into pieces; "
             "a value of your own is kept."
