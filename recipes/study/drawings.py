@@ -1,135 +1,207 @@
-"""The figures of a study, drawn from its tables."""
+"""The figures of a study, drawn from its tables. An arm has one colour in all of them, a seed one style of line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compared import TO_DENSE
 from found import Row
 
 from mtraining.report.drawing import new_figure
 
+SMOOTHED = 50  # windows of a smoothed line
+MOST = 300  # points of a line
+_SEEDS = ("-", "--", ":")
+
 
 def draw(rows: dict[str, list[Row]], out: Path) -> None:
     """Write an SVG for each table that has rows; `UserError` where matplotlib is missing."""
-    if rows["loss"]:
-        _save(
-            _lines(rows["loss"], [("step", "step"), ("seconds", "seconds")], "loss", "training loss"),
-            out / "loss.svg",
-        )
-    held = [row for row in rows["held-out"] if row["from"] != "all"]
-    if held:
-        _save(_positions(held), out / "held-out.svg")
-    if rows["copy"]:
-        _save(_copy(rows["copy"]), out / "copy.svg")
-    if rows["layers"]:
-        _save(_layers(rows["layers"]), out / "layers.svg")
-    if rows["answers"]:
-        _save(_answers(rows["answers"]), out / "answers.svg")
-    if rows["coverage"]:
-        shown = [("step", "step")]
-        figure = _lines(rows["coverage"], shown, "uncovered_run_far", "far distances never given a gradient")
-        _save(figure, out / "coverage.svg")
+    colours = _colours(rows)
+    for name, table, figure in (
+        ("loss", "loss", _loss),
+        ("held-out", "compared", _positions),
+        ("copy", "copy", _copy),
+        ("layers", "layers", _layers),
+        ("answers", "answers", _answers),
+        ("coverage", "coverage", _coverage),
+    ):
+        drawn = figure(rows[table], colours) if rows[table] else None
+        if drawn is not None:
+            drawn.savefig(out / f"{name}.svg", metadata={"Date": None})
 
 
-def _lines(rows: Sequence[Row], across: Sequence[tuple[str, str]], value: str, label: str) -> Any:
-    """A line for each run; a panel for each quantity ``across``, (key, label)."""
-    figure = new_figure(figsize=(4.5 * len(across), 3.2))
-    panels = figure.subplots(1, len(across), squeeze=False)[0]
-    for axes, (key, name) in zip(panels, across, strict=True):
-        for run, line in _runs(rows).items():
-            axes.plot([row[key] for row in line], [row[value] for row in line], label=run)
-        axes.set_xlabel(name)
-        axes.set_ylabel(label)
-    _legend(panels[0])
+Colours = Mapping[str, Any]
+
+
+def _colours(rows: Mapping[str, Sequence[Row]]) -> Colours:
+    """Of each arm, in the order of the plan."""
+    arms = dict.fromkeys(row["arm"] for row in (*rows["loss"], *rows["coverage"]))
+    names = [*arms, *(_arm(row["model"]) for row in (*rows["compared"], *rows["copy"], *rows["answers"]))]
+    return {arm: f"C{number}" if number < 10 else "black" for number, arm in enumerate(dict.fromkeys(names))}
+
+
+def _arm(model: str) -> str:
+    return model.rpartition("-")[0] or model
+
+
+def _line(axes: Any, colours: Colours, run: str, x: Sequence[Any], y: Sequence[Any], **style: Any) -> None:
+    """A line of a run, such as dense-0."""
+    arm, _, seed = run.rpartition("-")
+    shown = {"color": colours[arm or run], "linestyle": _SEEDS[int(seed) % len(_SEEDS)] if arm else "-"}
+    every = -(-len(x) // MOST) if x else 1
+    axes.plot(x[::every], y[::every], **{**shown, "label": run, **style})
+
+
+def _legend(figure: Any) -> Any:
+    """Below the panels, once for all of them."""
+    entries = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(
+        entries.values(), entries, loc="outside lower center", ncols=min(4, 2 * len(figure.axes)), fontsize=8
+    )
     return figure
 
 
-def _positions(rows: Sequence[Row]) -> Any:
-    """Held-out loss by position: at the last evaluation of each run, and before training."""
-    figure = new_figure(figsize=(9, 3.4))
-    before, after = figure.subplots(1, 2, sharey=True)
-    for run, line in _runs(rows).items():
-        for axes, step in ((before, 0), (after, max(row["step"] for row in line))):
-            for read in dict.fromkeys(row["read"] for row in line):
-                shown = [row for row in line if row["step"] == step and row["read"] == read]
-                if shown:
-                    label = f"{run}, read {read}, step {step}"
-                    axes.plot(
-                        [row["from"] for row in shown],
-                        [row["loss"] for row in shown],
-                        marker=".",
-                        label=label,
-                    )
-    for axes, title in ((before, "before training"), (after, "at the last evaluation")):
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("position")
-        _legend(axes)
-    before.set_ylabel("held-out loss")
-    return figure
+def _panels(count: int, lines: int, **options: Any) -> tuple[Any, Sequence[Any]]:
+    """A figure with so many panels beside each other and room for a legend of so many lines."""
+    figure = new_figure(figsize=(4.5 * count, 3.2 + 0.2 * -(-lines // 4)))
+    return figure, figure.subplots(1, count, squeeze=False, **options)[0]
 
 
-def _copy(rows: Sequence[Row]) -> Any:
-    figure = new_figure(figsize=(5, 3.4))
-    axes = figure.subplots()
-    for model, read in dict.fromkeys((row["model"], row["read"]) for row in rows):
-        line = [row for row in rows if (row["model"], row["read"]) == (model, read)]
-        axes.plot(
-            [row["gap"] for row in line], [row["again"] for row in line], marker=".", label=f"{model}, {read}"
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens between a span and its repetition")
-    axes.set_ylabel("loss of the repetition")
-    _legend(axes)
-    return figure
+def _loss(rows: Sequence[Row], colours: Colours) -> Any:
+    """By seconds, and less that of dense training at the same step, where the data are the same."""
+    runs = _runs(rows)
+    figure, (by_seconds, by_step) = _panels(2, len(runs))
+    for run, line in runs.items():
+        losses = smooth([row["loss"] for row in line])
+        _line(by_seconds, colours, run, [row["seconds"] for row in line], losses)
+        dense = {row["step"]: row["loss"] for row in runs.get(f"dense-{line[0]['seed']}", ())}
+        both = [row for row in line if row["step"] in dense]
+        if line[0]["arm"] != "dense" and both:
+            less = smooth([row["loss"] - dense[row["step"]] for row in both])
+            _line(by_step, colours, run, [row["step"] for row in both], less)
+    # What comes before the model has seen anything would fill the panel.
+    tail = [row["loss"] for line in runs.values() for row in line[max(1, len(line) // 20) :]]
+    if tail:
+        by_seconds.set_ylim(0.98 * min(tail), 1.02 * max(tail))
+    by_seconds.set(xlabel="seconds of steps", ylabel="training loss")
+    by_step.set(xlabel="step", ylabel="less dense training's, same data")
+    by_step.axhline(0, color="grey", linewidth=0.8)
+    return _legend(figure)
 
 
-def _answers(rows: Sequence[Row]) -> Any:
-    """Answers given over training, each model read by its own pattern where it has one: near, and far."""
-    figure = new_figure(figsize=(9, 3.4))
+def smooth(values: Sequence[float]) -> list[float]:
+    """Means over windows that grow from one value to a fiftieth of all, or of ten where there are fewer."""
+    width = max(1, min(10, len(values) // 5), len(values) // SMOOTHED)
+    means = []
+    for number in range(len(values)):
+        window = values[max(0, number + 1 - width) : number + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def _positions(rows: Sequence[Row], colours: Colours) -> Any:
+    """Held-out loss of trained models by position, less that of dense training, in percent of it."""
+    shown = [
+        row
+        for row in rows
+        if row["question"] == TO_DENSE and row["measure"] == "held-out loss" and row["at"] != "all"
+    ]
+    if not shown:
+        return None
+    reads = [read for read in ("dense", "sparse", "own") if any(row["read"] == read for row in shown)]
+    models = list(dict.fromkeys(row["model"] for row in shown))
+    figure, panels = _panels(len(reads), len(models), sharey=True)
+    for axes, read in zip(panels, reads, strict=True):
+        for model in models:
+            line = [row for row in shown if (row["model"], row["read"]) == (model, read)]
+            if not line:
+                continue
+            x = [int(row["at"]) for row in line]
+            _line(axes, colours, model, x, [_percent(row, "difference") for row in line], marker=".")
+            low, high = ([_percent(row, end) for row in line] for end in ("low", "high"))
+            axes.fill_between(x, low, high, color=colours[_arm(model)], alpha=0.08, linewidth=0)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_title(f"read {READ[read]}", fontsize=10)
+        axes.set_xlabel("from position")
+    panels[0].set_ylabel("held-out loss, % above dense")
+    return _legend(figure)
+
+
+READ = {
+    "dense": "with full attention",
+    "sparse": "with the recommended pattern",
+    "own": "with its own pattern",
+}
+
+
+def _percent(row: Row, name: str) -> float:
+    return float(100 * row[name] / row["other"])
+
+
+def _copy(rows: Sequence[Row], colours: Colours) -> Any:
+    lines = dict.fromkeys((row["model"], row["read"]) for row in rows)
+    reads = [read for read in ("dense", "sparse", "own") if any(one == read for _, one in lines)]
+    figure, panels = _panels(len(reads), len(dict.fromkeys(model for model, _ in lines)), sharey=True)
+    for axes, read in zip(panels, reads, strict=True):
+        for model, one in lines:
+            if one == read:
+                line = [row for row in rows if (row["model"], row["read"]) == (model, read)]
+                gaps = [row["gap"] for row in line]
+                _line(axes, colours, model, gaps, [row["again"] for row in line], marker=".")
+        axes.set_title(f"read {READ[read]}", fontsize=10)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("tokens between a span and its repetition")
+    panels[0].set_ylabel("loss of the repetition")
+    return _legend(figure)
+
+
+def _answers(rows: Sequence[Row], colours: Colours) -> Any:
+    """Answers given over training, each model read with full attention: near, and far."""
     starts = sorted({row["from"] for row in rows})
-    halves = starts[: len(starts) // 2], starts[len(starts) // 2 :]
-    own = {row["model"] for row in rows if row["read"] == "own"}
-    for axes, half in zip(figure.subplots(1, 2, sharey=True), halves, strict=True):
-        for model in dict.fromkeys(row["model"] for row in rows):
-            read = "own" if model in own else "dense"
+    halves = [half for half in (starts[: len(starts) // 2], starts[len(starts) // 2 :]) if half]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = _panels(len(halves), len(models), sharey=True)
+    for axes, half in zip(panels, halves, strict=True):
+        for model in models:
             sums: dict[int, tuple[float, int]] = {}
             for row in rows:
-                if (row["model"], row["read"]) == (model, read) and row["from"] in half:
+                if (row["model"], row["read"]) == (model, "dense") and row["from"] in half:
                     given, count = sums.get(row["step"], (0.0, 0))
                     sums[row["step"]] = given + row["given"] * row["answers"], count + row["answers"]
-            line = sorted((step, given / count) for step, (given, count) in sums.items())
-            if line:
-                axes.plot(*zip(*line, strict=True), marker=".", label=f"{model}, read {read}")
-        if half:
-            axes.set_title(f"{half[0]} tokens back and more", fontsize=10)
+            steps = sorted(sums)
+            _line(axes, colours, model, steps, [sums[step][0] / sums[step][1] for step in steps], marker=".")
+        axes.set_title(f"{half[0]} tokens back and more", fontsize=10)
         axes.set_xlabel("step")
-    figure.axes[0].set_ylabel("answers given (%)")
-    _legend(figure.axes[0])
-    return figure
+    panels[0].set_ylabel("answers given, read densely (%)")
+    return _legend(figure)
 
 
-def _layers(rows: Sequence[Row]) -> Any:
-    """Density and recall by layer, at the first and the last step that was observed."""
-    figure = new_figure(figsize=(9, 3.4))
-    panels = figure.subplots(1, 2)
+def _layers(rows: Sequence[Row], colours: Colours) -> Any:
+    """Density and recall by layer, at the last step that was observed."""
+    runs = _runs(rows)
+    figure, panels = _panels(2, len(runs))
     for axes, value in zip(panels, ("density", "recall"), strict=True):
-        for run, line in _runs(rows).items():
-            steps = [row["step"] for row in line]
-            for step, style in ((min(steps), ":"), (max(steps), "-")):
-                shown = [row for row in line if row["step"] == step and row[value] is not None]
-                axes.plot(
-                    [row["layer"] for row in shown],
-                    [row[value] for row in shown],
-                    style,
-                    label=f"{run}, {step}",
-                )
-        axes.set_xlabel("layer")
-        axes.set_ylabel(value)
-        axes.set_ylim(0, 1.02)
-    _legend(panels[0])
-    return figure
+        for run, line in runs.items():
+            last = max(row["step"] for row in line)
+            shown = [row for row in line if row["step"] == last and row[value] is not None]
+            _line(axes, colours, run, [row["layer"] for row in shown], [row[value] for row in shown])
+        axes.set(xlabel="layer", ylabel=value, ylim=(0, 1.02))
+    return _legend(figure)
+
+
+def _coverage(rows: Sequence[Row], colours: Colours) -> Any:
+    runs = _runs(rows)
+    figure, (axes,) = _panels(1, 2 * len(runs))
+    for run, line in runs.items():
+        x, y = ([row[key] for row in line] for key in ("step", "uncovered_run_far"))
+        _line(axes, colours, run, x, y)
+    axes.set(xlabel="step", ylabel="far distances never given a gradient", ylim=(-0.02, 1.02))
+    return _legend(figure)
 
 
 def _runs(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -137,12 +209,3 @@ def _runs(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         found.setdefault(f"{row['arm']}-{row['seed']}", []).append(row)
     return found
-
-
-def _legend(axes: Any) -> None:
-    """Over the lines rather than beside them: with many runs it would leave no room for the axes."""
-    axes.legend(fontsize=6).set_in_layout(False)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, metadata={"Date": None})
