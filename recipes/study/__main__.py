@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     whole.save(args.study)
     note(args.study)
     plan = whole.chosen(args.arms.split(",") if args.arms else [], args.seeds)
-    found = pieces_of(plan, args.study, measured=not args.train_only, seconds=args.arm_seconds)
+    found = pieces_of(plan, args.study, not args.train_only, args.arm_seconds, args.tasks_again)
 
     def keep() -> None:
         if args.results is not None:
@@ -169,6 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--processes", type=int, default=1, help="at one time, on each GPU or on the CPU")
     run.add_argument("--fresh", action="store_true", help="a new interpreter for each piece, not a fork")
     run.add_argument("--train-only", action="store_true", help="leave out the measurements after training")
+    run.add_argument(
+        "--tasks-again",
+        action="store_true",
+        help="train again where weights are gone and tasks alone are missing",
+    )
     run.add_argument("--results", type=Path, help="archive of all tables, written anew after each piece")
     run.add_argument(
         "--before", type=Path, action="append", default=[], help="archive of an earlier run, to go on from"

@@ -59,12 +59,15 @@ class Piece:
     again: bool = True
 
 
-def pieces_of(plan: Plan, study: Path, measured: bool = True, seconds: float = LEAST) -> list[Piece]:
+def pieces_of(
+    plan: Plan, study: Path, measured: bool = True, seconds: float = LEAST, tasks_again: bool = False
+) -> list[Piece]:
     """Every piece of a plan, in the order in which free GPUs take those that can begin. Writes their configurations.
 
     Args:
         measured: measure models after their training.
         seconds: that training and the quick measurements of one arm need: with less time left none begins.
+        tasks_again: train again a model whose weights are gone and whose tasks alone are missing.
     """
     found, slow = [], []
     for arm, seed in plan.runs():
@@ -83,14 +86,16 @@ def pieces_of(plan: Plan, study: Path, measured: bool = True, seconds: float = L
         )
         found.append(train)
         if measured:
-            quick, *more = _measurements(plan, study, name, (str(folder),), train.name)
+            quick, *more = _measurements(plan, study, name, (str(folder),), tasks_again, train.name)
             found.append(quick)
             slow += more
     base = []
     if measured and plan.measure.get("base"):
         rope = plan.config["model"].get("rope", {})
         # What is known of it matters least.
-        base = _measurements(plan, study, "base", (plan.config["model"]["init"], json.dumps(rope)))
+        base = _measurements(
+            plan, study, "base", (plan.config["model"]["init"], json.dumps(rope)), tasks_again
+        )
     wanted = {"seq_len": plan.config["train"]["seq_len"], **plan.measure}
     if plan.measure.get("answers"):
         wanted["answers"] = {name: plan.corpus[name] for name in ("keys", "values")}
@@ -98,7 +103,9 @@ def pieces_of(plan: Plan, study: Path, measured: bool = True, seconds: float = L
     return found + slow + base
 
 
-def _measurements(plan: Plan, study: Path, name: str, model: tuple[str, ...], *after: str) -> list[Piece]:
+def _measurements(
+    plan: Plan, study: Path, name: str, model: tuple[str, ...], tasks_again: bool, *after: str
+) -> list[Piece]:
     """What is measured of one model: the quick stages, and the slow ones where the plan has any."""
     script = str(Path(__file__).parent / "measure.py")
     stages = [QUICK, *([SLOW] if plan.measure.get("tasks") else [])]
@@ -106,7 +113,7 @@ def _measurements(plan: Plan, study: Path, name: str, model: tuple[str, ...], *a
     pieces = []
     for title, stage in zip(names, stages, strict=False):
         command = (script, str(study), ",".join(stage), name, *model)
-        pieces.append(Piece(title, command, plan.measure, after, again=stage == QUICK))
+        pieces.append(Piece(title, command, plan.measure, after, again=stage == QUICK or tasks_again))
         # Both write to one folder, so the second waits for the first.
         after = (*after, title)
     return pieces

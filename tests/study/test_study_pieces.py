@@ -206,6 +206,9 @@ def test_quick_measurements_of_all_come_before_slow_ones(tmp_path: Path) -> None
     assert by_name["measure-moba-0"].command[2:4] == ("text,copy", "moba-0")
     assert by_name["train-moba-0"].seconds == 100
     assert by_name["train-moba-0"].leaves == tmp_path / "runs" / "moba-0" / "checkpoints"
+    # Where weights are gone, tasks alone are no reason to train again, unless asked for.
+    assert [piece.name for piece in found if not piece.again] == ["tasks-dense-0", "tasks-moba-0"]
+    assert all(piece.again for piece in pieces_of(plan, tmp_path, tasks_again=True))
 
 
 @pytest.fixture
