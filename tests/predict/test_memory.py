@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from distributed import ProcessPool
 from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
+from mtraining.model.logits import PLAIN, Head
+from mtraining.model.loss import chunked_cross_entropy, chunked_token_losses, chunked_token_scores
 from mtraining.model.recompute import PARTS, LayerPolicy
 from mtraining.pattern import build_pattern
 from mtraining.predict.memory import GIB, Prediction, Unpredictable, Workload, columns_of, predict
+from mtraining.predict.trace import META, LiveBytes
 from mtraining.train.config import load_config
 from mtraining.train.memory_report import MemoryLog, predict_config
 
@@ -172,6 +176,34 @@ def test_offload_leaves_three_layers_and_fusion_halves_the_layer() -> None:
     assert plain.moments[backward] - away.moments[backward] == pytest.approx(9 * kept, rel=0.02)
     name = "working set of a layer"
     assert 0.4 < fused.components[name] / plain.components[name] < 0.75
+
+
+def test_the_loss_takes_what_it_takes_on_a_gpu() -> None:
+    """Compiled it works in one chunk of logits. The gradient of the head is made in fp32 before it is added."""
+    rows, chunk, vocab, width = 768, 256, 4096, 64
+    hidden = torch.empty(rows, width, dtype=torch.bfloat16, device=META, requires_grad=True)
+    weight = torch.empty(vocab, width, dtype=torch.bfloat16, device=META, requires_grad=True)
+    labels = torch.zeros(rows, dtype=torch.int64, device=META)
+    live = LiveBytes()
+    with live:
+        live.begin("loss")
+        chunked_cross_entropy(hidden, weight, labels, 1, chunk, compiled=True)
+    logits, head, of_hidden = 2 * chunk * vocab, 4 * vocab * width, 2 * rows * width
+    given = hidden.nbytes + weight.nbytes + labels.nbytes
+    assert live.peaks["loss"] == pytest.approx(given + logits + 2 * head + of_hidden, rel=0.01)
+
+
+@pytest.mark.parametrize("function", [chunked_token_losses, chunked_token_scores])
+def test_losses_of_tokens_have_the_logits_of_one_chunk(function: Callable[..., Any]) -> None:
+    rows, chunk, vocab, width = 768, 256, 4096, 64
+    hidden, weight = torch.empty(rows, width, device=META), torch.empty(vocab, width, device=META)
+    labels = torch.zeros(rows, dtype=torch.int64, device=META)
+    live = LiveBytes()
+    with live:
+        live.begin("losses")
+        function(hidden, Head(weight, None, PLAIN), labels, chunk)
+    # logsumexp makes a copy of its input.
+    assert live.peaks["losses"] < weight.nbytes + hidden.nbytes + 2.2 * 4 * chunk * vocab
 
 
 def test_capacity_of_the_columns_of_every_kind_of_pattern() -> None:

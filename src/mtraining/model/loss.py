@@ -13,7 +13,7 @@ weight's gradient is read and written whole for each chunk: chunks of a few thou
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,6 +96,13 @@ def _softmax_in_place(
     return torch.where(ignored, 0.0, lse - at_label)
 
 
+def _nothing_but_losses(
+    logits: Tensor, labels: Tensor, at_label: Tensor, scale: float, cap: float | None
+) -> Tensor:
+    """What `_softmax_in_place` allocates once it is compiled: it works in the logits alone."""
+    return torch.empty_like(at_label)
+
+
 def _less_onehot(
     softmax: Tensor, losses: Tensor, labels: Tensor, at_label: Tensor, cap: float | None
 ) -> None:
@@ -126,7 +133,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_needed, weight_needed, bias_needed = (
             with_grad and needed for needed in ctx.needs_input_grad[:3]
         )
-        softmax_in_place = _compiled(_softmax_in_place) if compiled else _softmax_in_place
+        softmax_in_place = _softmax_in_place
+        if compiled:
+            # Shapes alone cannot be compiled, and memory is predicted from them.
+            softmax_in_place = _nothing_but_losses if hidden.is_meta else _compiled(_softmax_in_place)
         total = hidden.new_zeros((), dtype=wide(hidden.dtype))
         d_hidden = torch.empty_like(hidden) if hidden_needed else None
         d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype)) if weight_needed else None
@@ -147,6 +157,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 _add_product(d_weight, logits.T, hidden[rows])
             if d_bias is not None:
                 d_bias += logits.sum(0, dtype=d_bias.dtype)
+            del logits  # or those of the next chunk are made beside them
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.weight_dtype, ctx.scale = weight.dtype, form.scale
         return total
@@ -170,6 +181,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif a.is_cuda:
         total += torch.mm(a, b, out_dtype=total.dtype)
+    elif a.is_meta:  # stands for a GPU, whose operator PyTorch 2.11 has for real tensors only
+        total += total.new_empty(a.shape[0], b.shape[1])
     else:
         total += a @ b
 
@@ -230,11 +243,12 @@ def chunked_token_scores(hidden: Tensor, head: Head, labels: Tensor, chunk: int 
 
     Labels outside of the vocabulary are treated as :func:`chunked_cross_entropy` does.
     """
-    parts = []
-    for logits, rows in _chunks(hidden, head, labels, chunk):
+
+    def scores(logits: Tensor, rows: Tensor) -> Tensor:
         losses = _token_losses(logits, rows)
-        parts.append(torch.stack([losses, (logits.argmax(-1) == rows).to(losses.dtype)]))
-    return torch.cat(parts, 1).view(2, *labels.shape)
+        return torch.stack([losses, (logits.argmax(-1) == rows).to(losses.dtype)])
+
+    return torch.cat(_of_chunks(scores, hidden, head, labels, chunk), 1).view(2, *labels.shape)
 
 
 @torch.no_grad()
@@ -243,13 +257,17 @@ def chunked_token_losses(hidden: Tensor, head: Head, labels: Tensor, chunk: int 
 
     Labels outside of the vocabulary are treated as :func:`chunked_cross_entropy` does.
     """
-    parts = [_token_losses(logits, rows) for logits, rows in _chunks(hidden, head, labels, chunk)]
-    return torch.cat(parts).view(labels.shape)
+    return torch.cat(_of_chunks(_token_losses, hidden, head, labels, chunk)).view(labels.shape)
 
 
-def _chunks(hidden: Tensor, head: Head, labels: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The logits of some tokens, in the wide dtype, and their labels."""
+def _of_chunks(
+    function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, head: Head, labels: Tensor, chunk: int
+) -> list[Tensor]:
+    """``function`` of some tokens' logits, in the wide dtype, and labels. Logits of two chunks never exist together."""
     refuse_labels(labels, head.weight.shape[0])
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    for start in range(0, flat.shape[0], chunk):
-        yield head.logits(flat[start : start + chunk]), flat_labels[start : start + chunk]
+    starts = range(0, flat.shape[0], chunk)
+    return [
+        function(head.logits(flat[start : start + chunk]), flat_labels[start : start + chunk])
+        for start in starts
+    ]

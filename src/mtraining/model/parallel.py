@@ -98,7 +98,7 @@ class ParallelLM(nn.Module):
         self.adapter = adapter
         self.policies = policies
         self.float8 = float8
-        self._compiled_loss = compiled_loss
+        self.compiled_loss = compiled_loss
         self._logit_form = LogitForm.of_fields(fields_of(hf_model.config))
 
     def forward(
@@ -138,7 +138,7 @@ class ParallelLM(nn.Module):
         hidden = self._run_layers(input_ids, position_ids, starts)
         weight, bias, form = self._head()
         return chunked_cross_entropy(
-            hidden, weight, labels, num_labels, self.loss_chunk, self._compiled_loss, bias=bias, form=form
+            hidden, weight, labels, num_labels, self.loss_chunk, self.compiled_loss, bias=bias, form=form
         )
 
     def training_step(self, step: int) -> AbstractContextManager[None]:

@@ -357,12 +357,13 @@ def _traced(work: Workload, policy: LayerPolicy, largest: int, pattern: Pattern)
         pattern=pattern,
         layout=work.layout,
         recompute=[policy] * LAYERS,
-        loss_chunk=_eager_chunk(work),
+        loss_chunk=work.loss_chunk,
     )
     if not policy.parts & {PROJECTIONS, MLP}:
         mark_products(short)  # for what recompute repeats of them
     if work.fused != "none":
         fuse_shapes(short)
+        model.compiled_loss = True
     if work.float8 != "off":
         float8_shapes(short)
     heads, ring = short.config.num_attention_heads, work.ring
@@ -408,15 +409,6 @@ def shortened(hf_model: Any, largest: int) -> Any:
         if isinstance(value, list) and len(value) == depth:  # of each layer
             setattr(config, field, [value[largest]] * LAYERS)
     return model
-
-
-def _eager_chunk(work: Workload) -> int:
-    """Tokens whose logits take as much eagerly as the loss's chunk takes as it is computed: compiled, the loss works in
-    the logits alone; eager, it has them twice more in fp32."""
-    if work.fused == "none":
-        return work.loss_chunk
-    logit = work.compute.itemsize
-    return max(1, work.loss_chunk * logit // (logit + 2 * 4 if logit < 4 else 2 * logit))
 
 
 def _attention_outputs(work: Workload) -> float:
