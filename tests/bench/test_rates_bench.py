@@ -14,7 +14,8 @@ from mtraining.bench.rates import run as rates_run
 from mtraining.bench.rates.kernels import Rater
 from mtraining.bench.rates.run import ON_CPUS, bench, measure_link
 from mtraining.errors import UserError
-from mtraining.predict.measured import own_path, rates_of, rates_of_device, read_rates
+from mtraining.kernel.measured_tiles import slug
+from mtraining.predict.measured import built_in, own_path, rates_of, rates_of_device, read_rates
 
 SAYS: list[str] = []
 
@@ -73,13 +74,15 @@ def reversed_link(worker: Worker) -> str:
     return str(refused.value).removeprefix("bench rates: ").partition(",")[0]
 
 
-def test_own_rates_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("short", sorted(built_in()))
+def test_own_rates_come_first(short: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the package's short name and by the GPU's own, also where the two differ, as those of the H100 do."""
     monkeypatch.setenv("MTRAINING_CACHE", str(tmp_path))
-    shipped = rates_of("h200")
-    text = json.loads((rates_run.Path(rates_run.__file__).parents[2] / "predict/rates/h200.json").read_text())
-    own_path("NVIDIA H200").write_text(json.dumps(text | {"matmul_tflops": 600}))
-    assert rates_of("h200").matmul_tflops == 600 != shipped.matmul_tflops
-    found = rates_of_device("NVIDIA H200")
+    shipped, given = rates_of(short), json.loads(built_in()[short].read_text())
+    own_path(shipped.gpu).write_text(json.dumps(given | {"matmul_tflops": 600}))
+    assert rates_of(short).matmul_tflops == 600 != shipped.matmul_tflops
+    assert rates_of(slug(shipped.gpu)).matmul_tflops == 600
+    found = rates_of_device(shipped.gpu)
     assert found is not None and found.matmul_tflops == 600
 
 
