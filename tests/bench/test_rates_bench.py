@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 
 from distributed import ProcessPool, Worker
-from mtraining.bench.options import RatesOptions
+from mtraining.bench.options import AttentionOptions, RatesOptions
+from mtraining.bench.rates import kernels
 from mtraining.bench.rates import run as rates_run
 from mtraining.bench.rates.kernels import Rater
 from mtraining.bench.rates.run import ON_CPUS, bench, measure_link
+from mtraining.bench.timing import Timing
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import slug
 from mtraining.predict.measured import built_in, own_path, rates_of, rates_of_device, read_rates
@@ -45,6 +47,21 @@ def test_a_tile_s_time_is_told_from_a_row_s() -> None:
     assert {name: values[0] for name, values in found.items()} == pytest.approx(
         {"tile_ns": 13.0, "row_ns": 17.5, "column_ns": 15.0, "dense_ns": 12.0}
     )
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.5])
+def test_timings_are_of_a_warm_board(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As warm as `mtraining bench attention` makes it, however short the timing."""
+    given: list[tuple[float, float]] = []
+
+    def measured(run: Any, device: torch.device, seconds: float, warm_up: float) -> Timing:
+        given.append((seconds, warm_up))
+        return Timing(7.0, None)
+
+    monkeypatch.setattr(kernels, "measure", measured)
+    rater = Rater(ON_CPUS, torch.device("cpu"), "reference", seconds, SAYS.append)
+    assert rater.time(lambda: None) == 0.007
+    assert given == [(seconds, AttentionOptions().warm_up)]
 
 
 def test_nothing_is_learnt_from_noise() -> None:

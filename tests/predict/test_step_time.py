@@ -41,10 +41,10 @@ OLDER_KERNELS = {"52e229c"}
 # 512K on two GPUs: backward's rate falls with length (475 TFLOP/s at 128K, 462 at 512K), and rates have one length.
 PASSES_OFF = {(1, 131072, "backward"): 0.11, (2, 524288, "backward"): -0.11}
 # Steps further off than 10 %, by file. Links are not why: ranks waited for them in 0.3 % of the ring's time.
-# Tiles are: the H100's were timed at 32K tokens, where they are faster than in such a step. At 128K a tile of a window
-# took 14.4 / 44.4 ns forward / backward (attention-window-h100-80gb-hbm3-2026-11-27-2.csv), these rates say 12.5 / 41.0.
-# With tiles that slow the steps would be 9 and 8 % off. For the rest there is a guess only: products were timed one
-# second after the board had idled, and no step was profiled on an H100.
+# Tiles are: the H100's were timed at 32K tokens, where they are faster than in such a step. These rates say 12.5 / 41.0
+# ns a tile forward / backward. At 128K a tile of a window took 14.4 / 44.4
+# (attention-window-h100-80gb-hbm3-2026-11-27-2.csv). With tiles that slow the steps would be 9 and 8 % off. For the
+# rest there is a guess only: products were timed one second after the board had idled, and no step was profiled.
 STEPS_OFF = {"train-h100x2-2026-11-27.csv": -0.119, "train-h100x2-2026-11-27-ea8c751.csv": -0.116}
 RINGS = "ring-h200x2-2026-11-23.csv"
 STEPS = ("train-h200x2-2026-11-23.csv", *STEPS_OFF)
