@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 
 from distributed import ProcessPool, Worker
-from mtraining.bench.options import RatesOptions
+from mtraining.bench.options import AttentionOptions, RatesOptions
+from mtraining.bench.rates import kernels
 from mtraining.bench.rates import run as rates_run
 from mtraining.bench.rates.kernels import Rater
 from mtraining.bench.rates.run import ON_CPUS, bench, measure_link
+from mtraining.bench.timing import Timing
 from mtraining.errors import UserError
-from mtraining.predict.measured import own_path, rates_of, rates_of_device, read_rates
+from mtraining.kernel.measured_tiles import slug
+from mtraining.predict.measured import built_in, own_path, rates_of, rates_of_device, read_rates
 
 SAYS: list[str] = []
 
@@ -46,6 +49,21 @@ def test_a_tile_s_time_is_told_from_a_row_s() -> None:
     )
 
 
+@pytest.mark.parametrize("seconds", [0.1, 0.5])
+def test_timings_are_of_a_warm_board(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As warm as `mtraining bench attention` makes it, however short the timing."""
+    given: list[tuple[float, float]] = []
+
+    def measured(run: Any, device: torch.device, seconds: float, warm_up: float) -> Timing:
+        given.append((seconds, warm_up))
+        return Timing(7.0, None)
+
+    monkeypatch.setattr(kernels, "measure", measured)
+    rater = Rater(ON_CPUS, torch.device("cpu"), "reference", seconds, SAYS.append)
+    assert rater.time(lambda: None) == 0.007
+    assert given == [(seconds, AttentionOptions().warm_up)]
+
+
 def test_nothing_is_learnt_from_noise() -> None:
     with pytest.raises(UserError, match="took no longer with more work"):
         Told(-1.0, 17.5, 15.0, 12.0).attention(16)
@@ -73,13 +91,15 @@ def reversed_link(worker: Worker) -> str:
     return str(refused.value).removeprefix("bench rates: ").partition(",")[0]
 
 
-def test_own_rates_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("short", sorted(built_in()))
+def test_own_rates_come_first(short: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the package's short name and by the GPU's own, also where the two differ, as those of the H100 do."""
     monkeypatch.setenv("MTRAINING_CACHE", str(tmp_path))
-    shipped = rates_of("h200")
-    text = json.loads((rates_run.Path(rates_run.__file__).parents[2] / "predict/rates/h200.json").read_text())
-    own_path("NVIDIA H200").write_text(json.dumps(text | {"matmul_tflops": 600}))
-    assert rates_of("h200").matmul_tflops == 600 != shipped.matmul_tflops
-    found = rates_of_device("NVIDIA H200")
+    shipped, given = rates_of(short), json.loads(built_in()[short].read_text())
+    own_path(shipped.gpu).write_text(json.dumps(given | {"matmul_tflops": 600}))
+    assert rates_of(short).matmul_tflops == 600 != shipped.matmul_tflops
+    assert rates_of(slug(shipped.gpu)).matmul_tflops == 600
+    found = rates_of_device(shipped.gpu)
     assert found is not None and found.matmul_tflops == 600
 
 

@@ -73,6 +73,14 @@ def test_a_plan(
     assert tokens == pytest.approx(8192 / seconds, rel=1e-3)
 
 
+def test_help_names_the_gpus_that_come_with_rates(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(built_in()) >= {"h100", "h200"}
+    code, said = run(capsys, monkeypatch, "--help")
+    assert code == 0 and all(name in said for name in built_in())
+
+
 @pytest.mark.slow
 def test_the_pages_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command of docs/scaling.md; with --batch 4 its table too."""

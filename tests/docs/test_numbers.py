@@ -101,6 +101,87 @@ def test_attention_kernels(begins: str, backend: str, tokens: str, tiles: str) -
         assert f"{float(row['tflops']):.0f} ({float(row['ratio']):.2f})" in said
 
 
+@pytest.mark.parametrize(
+    ("at", "tokens", "head_dim"),
+    [("128K", "131072", "128"), ("32K", "32768", "128"), ("32K, head_dim 64", "32768", "64")],
+)
+def test_attention_within_a_window(at: str, tokens: str, head_dim: str) -> None:
+    for backend, begins in (
+        ("fa4", "flash-attn-4's own window"),
+        ("triton", "tiles of `kernel: triton`"),
+        ("flash4", "tiles of `kernel: flash4`"),
+    ):
+        chosen = {"backend": backend, "seq_len": tokens, "head_dim": head_dim}
+        forward, backward = (
+            f"{float(row['tflops']):.0f}" + (f" ({float(row['ratio']):.2f})" if row["ratio"] else "")
+            for row in rows("attention-window-h100-80gb-hbm3-2026-11-27-2.csv", **chosen)
+        )
+        begins = f"{begins}, {at}"
+        assert (
+            line("docs/performance/attention.md", f"{begins} |") == f"| {begins} | {forward} | {backward} |"
+        )
+    # The aim.
+    shares = [
+        row["ratio"] for row in rows("attention-window-h100-80gb-hbm3-2026-11-27-2.csv") if row["ratio"]
+    ]
+    assert len(shares) == 12 and min(map(float, shares)) >= 0.8
+
+
+@pytest.mark.parametrize(
+    ("commit", "file"),
+    [("82f7c6a", "train-h100x2-2026-11-27.csv"), ("ea8c751", "train-h100x2-2026-11-27-ea8c751.csv")],
+)
+def test_training_steps_of_128k(commit: str, file: str) -> None:
+    (row,) = rows(file, commit=commit)
+    peaks = [float(row[name]) for name in ("peak_gib", "predicted_gib")]
+    assert line("docs/performance/training-steps.md", commit) == (
+        f"| {commit} | {float(row['step_seconds']):.2f} | {float(row['tokens_per_second']):,.0f} "
+        f"| {peaks[0]:.1f} ({peaks[1]:.1f}) | {100 * float(row['ring_exposed_fraction']):.1f} % |"
+    )
+
+
+TELEMETRY = "telemetry-cost-h100-80gb-hbm3-2026-11-27.csv"
+
+
+@pytest.mark.parametrize(
+    ("begins", "item", "digits"),
+    [
+        ("`density`", "density and imbalance", 0),
+        ("`recall`", "recall (log.recall_rows=128)", 0),
+        ("`layer_stability`", "index stability", 1),
+        ("`uncovered`", "coverage reported", 0),
+        ("`uncovered_by_distance`", "coverage counted", 1),
+        ("`ring_exposed_fraction`", "waits of the ring", 0),
+        ("`grad_norm`", "gradient norm by layer", 0),
+    ],
+)
+def test_cost_of_telemetry(begins: str, item: str, digits: int) -> None:
+    (row,) = rows(TELEMETRY, item=item)
+    cost = line("docs/see.md", begins).split("|")[3]
+    assert re.match(rf" {float(row['added_ms']):.{digits}f} ms\b", cost), (cost, row)
+
+
+def test_cost_of_all_telemetry() -> None:
+    def cost(item: str, name: str) -> float:
+        (row,) = rows(TELEMETRY, item=item)
+        return float(row[name])
+
+    said = " ".join((ROOT / "docs/see.md").read_text().split())
+    mean, logged = "defaults, mean of all steps", "a logged step, defaults"
+    assert f"{cost('load of ranks (balance.json)', 'added_ms'):.0f} ms with `balance.json`" in said
+    assert f"A step takes {cost('none', 'step_ms'):,.0f} ms without telemetry" in said
+    assert f"The defaults add {cost(mean, 'added_ms'):.0f} ms to it, the mean of all steps: " in said
+    assert f"{100 * cost(mean, 'share_of_step'):.2f} % by the median" in said
+    noise = cost(mean, "noise_ms")
+    assert f"The noise is {noise:.0f} ms, or {100 * noise / cost('none', 'step_ms'):.1f} %" in said
+    together = (
+        f"{cost(logged, 'added_ms'):.0f} ms to a logged step, with a noise of {cost(logged, 'noise_ms'):.0f}."
+    )
+    assert f"The defaults together add {together}" in said
+    for row in rows(TELEMETRY)[1:]:
+        assert float(row["added_ms"]) < float(row["noise_ms"]) or row["item"] == logged
+
+
 def test_losses() -> None:
     found = rows("loss-parity-h200x2-2026-11-23.csv")
     page = "docs/performance/loss-parity.md"

@@ -1,4 +1,4 @@
-"""Predicted seconds against every committed measurement of rings and training steps on an H200.
+"""Predicted seconds against every committed measurement of rings and training steps on GPUs that come with rates.
 
 The rates come from kernel timings and from one profiled step (``sources`` in the rates file), not from the measurements
 that are compared with. Exceptions are listed below, each with its reason.
@@ -40,6 +40,17 @@ OLDER_KERNELS = {"52e229c"}
 # 128K on one GPU: 23 ms of backward run before power limits the clock, which the rates' warmed-up kernels had reached.
 # 512K on two GPUs: backward's rate falls with length (475 TFLOP/s at 128K, 462 at 512K), and rates have one length.
 PASSES_OFF = {(1, 131072, "backward"): 0.11, (2, 524288, "backward"): -0.11}
+# Steps further off than 10 %, by file. Links are not why: ranks waited for them in 0.3 % of the ring's time.
+# Tiles are: the H100's were timed at 32K tokens, where they are faster than in such a step. These rates say 12.5 / 41.0
+# ns a tile forward / backward. At 128K a tile of a window took 14.4 / 44.4
+# (attention-window-h100-80gb-hbm3-2026-11-27-2.csv). With tiles that slow the steps would be 9 and 8 % off. For the
+# rest there is a guess only: products were timed one second after the board had idled, and no step was profiled.
+STEPS_OFF = {"train-h100x2-2026-11-27.csv": -0.119, "train-h100x2-2026-11-27-ea8c751.csv": -0.116}
+RINGS = "ring-h200x2-2026-11-23.csv"
+STEPS = ("train-h200x2-2026-11-23.csv", *STEPS_OFF)
+PROFILES = "profile-h200-2026-11-23.csv"
+PACKED = "packed-steps-h100-80gb-hbm3-2026-11-27.csv"
+TELEMETRY = "telemetry-cost-h100-80gb-hbm3-2026-11-27.csv"
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -47,15 +58,19 @@ def rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def rates_for(row: dict[str, str]) -> Rates:
+    """Of the GPU that a row was measured on."""
+    rates = rates_of_device(row["gpu"])
+    assert rates is not None, row["gpu"]
+    return rates
+
+
 def ring_cases() -> list[Any]:
-    return [
-        pytest.param(row, id=f"{row['commit']}-{row['gpus']}x-{row['seq_len']}")
-        for row in rows("ring-h200x2-2026-11-23.csv")
-    ]
+    return [pytest.param(row, id=f"{row['commit']}-{row['gpus']}x-{row['seq_len']}") for row in rows(RINGS)]
 
 
 def ring_milliseconds(row: dict[str, str]) -> list[float]:
-    gpus, tokens, rates = int(row["gpus"]), int(row["seq_len"]), rates_of("h200")
+    gpus, tokens, rates = int(row["gpus"]), int(row["seq_len"]), rates_for(row)
     pattern = ToeplitzRandom(density=float(row["density"]), columns=int(row["columns"]))
     work = LayerWork.of(Index.prescribed(pattern, tokens, 16), build_layout("striped", 128), gpus, 16, 2, 128)
     return [1000 * one.seconds for one in attention_passes(work, 1, rates, one_machine(rates, gpus))]
@@ -75,7 +90,8 @@ def test_measured_rings(row: dict[str, str]) -> None:
         assert off == pytest.approx(listed, abs=0.01) if listed else abs(off) < WITHIN
 
 
-def step_row(row: dict[str, str], rates: Rates) -> float:
+def step_row(row: dict[str, str]) -> float:
+    rates = rates_for(row)
     tokens, gpus, layers = int(row["seq_len"]), int(row["gpus"]), int(row["layers"])
     shape = SHAPES["qwen2.5-3b"]
     density = None if row["pattern"] == "dense" else round(float(row["density"]), 3)
@@ -91,26 +107,25 @@ def step_row(row: dict[str, str], rates: Rates) -> float:
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("file", "row"),
     [
-        pytest.param(row, id=f"{row['commit']}-{row['layers']}-{row['layout']}-{row['pattern']}")
-        for row in rows("train-h200x2-2026-11-23.csv")
+        pytest.param(file, row, id=f"{row['commit']}-{row['layers']}-{row['layout']}-{row['pattern']}")
+        for file in STEPS
+        for row in rows(file)
     ],
 )
-def test_measured_steps(row: dict[str, str]) -> None:
-    """Two GPUs, 4 and 36 layers, dense and sparse, three layouts. Not one rate comes from this file."""
-    assert step_row(row, rates_of("h200")) == pytest.approx(float(row["step_seconds"]), rel=WITHIN)
+def test_measured_steps(file: str, row: dict[str, str]) -> None:
+    """Two GPUs, 4 and 36 layers, dense and sparse, three layouts. Not one rate comes from these files."""
+    off, listed = step_row(row) / float(row["step_seconds"]) - 1, STEPS_OFF.get(file)
+    assert off == pytest.approx(listed, abs=0.01) if listed else abs(off) < WITHIN
 
 
 @pytest.mark.parametrize("fused", ["none", "liger", "compile"])
 def test_measured_profiles(fused: str) -> None:
     """One GPU, 128K. The rates of what surrounds attention are from here, those of attention are not."""
-    mine = [row for row in rows("profile-h200-2026-11-23.csv") if row["fused"] == fused]
+    mine = [row for row in rows(PROFILES) if row["fused"] == fused]
     (step,) = (float(row["ms"]) for row in mine if row["component"] == "step")
-    assert 1000 * step_row(mine[0], rates_of("h200")) == pytest.approx(step, rel=WITHIN)
-
-
-PACKED = "packed-steps-h100-80gb-hbm3-2026-11-27.csv"
+    assert 1000 * step_row(mine[0]) == pytest.approx(step, rel=WITHIN)
 
 
 @pytest.mark.parametrize(
@@ -124,22 +139,23 @@ PACKED = "packed-steps-h100-80gb-hbm3-2026-11-27.csv"
 )
 def test_measured_packed_steps(row: dict[str, str]) -> None:
     """One GPU, 4 layers, 128K. Packed documents are predicted by the area that they compute."""
-    rates = rates_of_device(row["gpu"])
-    if rates is None:
-        pytest.skip(f"no rates of {row['gpu']} come with the package yet")
     step = {"gpus": "1", "pattern": "toeplitz_random", "recompute": "keep_attention"} | row
-    assert step_row(step | {"density": row["area"]}, rates) == pytest.approx(
-        float(row["step_seconds"]), rel=WITHIN
-    )
+    predicted = step_row(step | {"density": row["area"]})
+    assert predicted == pytest.approx(float(row["step_seconds"]), rel=WITHIN)
+
+
+def test_measured_step_without_telemetry() -> None:
+    """Two GPUs, 36 layers, 64K: the step beside which the costs of telemetry were timed."""
+    (row,) = (row for row in rows(TELEMETRY) if row["item"] == "none")
+    step = {"pattern": "toeplitz_random", "recompute": "keep_attention"} | row
+    assert 1000 * step_row(step) == pytest.approx(float(row["step_ms"]), rel=WITHIN)
 
 
 def test_every_measurement_is_compared() -> None:
     """A new file of rings or steps on a GPU with rates must be compared, or named here with a reason."""
-    compared = {"ring-h200x2-2026-11-23.csv", "train-h200x2-2026-11-23.csv", "profile-h200-2026-11-23.csv"}
-    if rates_of_device(rows(PACKED)[0]["gpu"]) is not None:
-        compared.add(PACKED)
+    compared = {RINGS, *STEPS, PROFILES, PACKED, TELEMETRY}
     measured = {rates.gpu for rates in map(read_rates, built_in().values())}
-    timed = {"step_seconds", "forward_ms", "component"}
+    timed = {"step_seconds", "step_ms", "forward_ms", "component"}
     found = {
         path.name
         for path in RESULTS.glob("*.csv")
@@ -216,6 +232,7 @@ def test_gpus_without_rates(tmp_path: Path) -> None:
         rates_of("a100")
     assert rates_of_device("NVIDIA A100") is None
     assert rates_of_device("NVIDIA H200") == rates_of("h200")
+    assert rates_of_device("NVIDIA H100 80GB HBM3") == rates_of("h100") != rates_of("h200")
     with pytest.raises(UserError, match="head_dim 64"):
         rates_of("h200").attention_at(64)
     with pytest.raises(UserError, match="fused=eager"):

@@ -22,7 +22,9 @@ def plan(
     ],
     seq_len: Annotated[str, typer.Option(help="Tokens of a sequence, such as 512K.")],
     gpus: Annotated[str, typer.Option(help="4x8 for four nodes of eight GPUs, 8 for one node.")],
-    gpu: Annotated[str, typer.Option(help="A GPU measured here, such as h200.")] = "h200",
+    gpu: Annotated[
+        str, typer.Option(help="h100 or h200, or a GPU that `mtraining bench rates` measured.")
+    ] = "h200",
     rates: Annotated[
         Path | None, typer.Option(help="Rates measured on your own GPU by `mtraining bench rates`.")
     ] = None,

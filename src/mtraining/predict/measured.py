@@ -175,11 +175,13 @@ def own_path(gpu: str) -> Path:
 def rates_of(gpu: str) -> Rates:
     """Rates of a GPU by its short name, such as h200: the user's own if there are any, else those of the package.
 
+    The user's own are found by the short name of the package too: h100 is the NVIDIA H100 80GB HBM3 there.
+
     Raises:
         UserError: there are none.
     """
-    known = {path.stem.removeprefix("rates-"): path for path in sorted(cache_folder().glob("rates-*.json"))}
-    known = built_in() | known
+    own = {path.stem.removeprefix("rates-"): path for path in sorted(cache_folder().glob("rates-*.json"))}
+    known = {name: own.get(slug(read_rates(path).gpu), path) for name, path in built_in().items()} | own
     if gpu.lower() not in known:
         raise UserError(
             f"--gpu {gpu}: no rates of this GPU were measured here ({', '.join(known)} were); {REMEDY}."

@@ -27,6 +27,8 @@ from mtraining.predict.step_time import AROUND_HIDDEN, AROUND_MLP, ModelShape
 from mtraining.predict.work import Index
 
 Say = Callable[[str], None]
+# Seconds of untimed work: a board that was idle runs for longer than one second at clocks that training does not keep.
+_WARM_UP = 2.0
 PHASES = ("forward", "backward")
 
 
@@ -66,7 +68,7 @@ class Rater:
 
     def time(self, run: Callable[[], object]) -> float:
         """Seconds of one call."""
-        return measure(run, self.device, self.seconds, 2 * self.seconds).ms / 1000
+        return measure(run, self.device, self.seconds, _WARM_UP).ms / 1000
 
     def attention(self, head_dim: int) -> dict[str, list[float]]:
         """Nanoseconds (forward, backward) by part, as `mtraining.predict.measured.AttentionRates` has them."""
