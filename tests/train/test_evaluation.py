@@ -128,7 +128,7 @@ def grid_job_on(folder: Path, pool: ProcessPool, shards: Path, unseen: Path, gri
         {"dp": 2},
         {"cp": 2},
         pytest.param({"dp": 4}, marks=[pytest.mark.slow, pytest.mark.sweep]),
-        pytest.param({"dp": 2, "cp": 2}, marks=pytest.mark.slow),
+        pytest.param({"dp": 2, "cp": 2}, marks=[pytest.mark.slow, pytest.mark.sweep]),
         pytest.param({"cp": 4, "cp_outer": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -175,7 +175,7 @@ HELD = {"refresh": {"every_n": 3}, "coverage": 8, **SPARSE}
         {},
         pytest.param({"cp": 2}, marks=[pytest.mark.slow, pytest.mark.sweep]),
         pytest.param({"dp": 2, "cp": 2}, marks=pytest.mark.slow),
-        pytest.param({"train": {"recompute": "keep_attention"}}, marks=pytest.mark.slow),
+        pytest.param({"train": {"recompute": "keep_attention"}}, marks=[pytest.mark.slow, pytest.mark.sweep]),
         pytest.param(
             {"train": {"dtype": "bf16", "recompute": "full", "offload": True}}, marks=pytest.mark.slow
         ),

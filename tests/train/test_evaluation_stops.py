@@ -63,9 +63,10 @@ class Killed(BaseException):
     [
         (2, True),
         (5, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, True), (2, False), (4, True))),
         *(
-            pytest.param(at, amid, marks=pytest.mark.slow)
-            for at, amid in ((0, True), (0, False), (2, False), (4, True), (4, False), (5, True))
+            pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.sweep])
+            for case in ((0, False), (4, False), (5, True))
         ),
     ],
 )

@@ -59,7 +59,12 @@ def test_float8_learns_as_bf16_does_and_what_is_saved_has_the_same_form(
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [("off", "emulated"), ("emulated", "off"), ("emulated", "emulated")]
+    ("first", "then"),
+    [
+        ("off", "emulated"),
+        ("emulated", "off"),
+        pytest.param("emulated", "emulated", marks=[pytest.mark.slow, pytest.mark.sweep]),
+    ],
 )
 def test_a_run_goes_on_with_float8_and_without(
     tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], first: str, then: str

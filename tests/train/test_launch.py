@@ -213,7 +213,7 @@ LOCKUPS = Path(__file__).parent / "lockups.py"
     ("victim", "harm", "sentence"),
     [
         (1, "kill", "error: rank 1 was killed by SIGKILL"),
-        (0, "kill", "error: rank 0 was killed by SIGKILL"),
+        pytest.param(0, "kill", "error: rank 0 was killed by SIGKILL", marks=pytest.mark.sweep),
         pytest.param(1, "raise", "error: rank 1 failed (on purpose)", marks=pytest.mark.sweep),
         (1, "raise base", "error: rank 1 failed (on purpose)"),
     ],

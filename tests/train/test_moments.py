@@ -250,7 +250,13 @@ def test_another_number_of_ranks_reads_the_same_moments(
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("full", "8bit"), ("8bit", "full"), ("full", "offload"), ("8bit", "offload")]
+    ("old", "new"),
+    [
+        ("8bit", "full"),
+        ("full", "offload"),
+        pytest.param("full", "8bit", marks=[pytest.mark.slow, pytest.mark.sweep]),
+        pytest.param("8bit", "offload", marks=[pytest.mark.slow, pytest.mark.sweep]),
+    ],
 )
 def test_moments_are_converted_where_the_option_changes(
     tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], old: str, new: str

@@ -134,9 +134,9 @@ def test_a_signal_to_one_rank_stops_all_and_the_rest_is_bit_for_bit(
     [
         {"dp": 2},
         {"cp": 1},
-        pytest.param({"cp": 4}, marks=pytest.mark.slow),
+        pytest.param({"cp": 4}, marks=[pytest.mark.slow, pytest.mark.sweep]),
         pytest.param({"cp": 4, "cp_outer": 2}, marks=pytest.mark.slow),
-        pytest.param({"dp": 2, "cp": 2}, marks=pytest.mark.slow),
+        pytest.param({"dp": 2, "cp": 2}, marks=[pytest.mark.slow, pytest.mark.sweep]),
     ],
 )
 def test_resume_on_another_grid(
@@ -340,7 +340,7 @@ def test_export_refuses_what_is_no_run(tmp_path: Path, shards: Path) -> None:
     [
         pytest.param({"cp": 2}, marks=pytest.mark.sweep),
         pytest.param({"dp": 2}, marks=pytest.mark.sweep),
-        {"dp": 2, "cp": 2},
+        pytest.param({"dp": 2, "cp": 2}, marks=pytest.mark.sweep),
         {"cp": 4, "cp_outer": 2},
     ],
     ids=str,
