@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -12,17 +13,20 @@ from tiny_models import SPARSE, tiny_batch, tiny_model
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import _checkpoint_without_reentrant_generator, checkpoint
 from transformers.models.qwen2 import modeling_qwen2
 
 from distributed import ProcessPool, Worker
 from mtraining.errors import UserError
 from mtraining.layout import Layout, build_layout
 from mtraining.model import LoraOptions, ParallelLM, parallel, parallelize
+from mtraining.model import recompute as recompute_module
 from mtraining.model.lora import add_lora
 from mtraining.model.products import MLP, PRODUCTS, PROJECTIONS, ProductTape
 from mtraining.model.recompute import PARTS, LayerPolicy, recompute_layers, runs
 from mtraining.pattern import VerticalSlash, build_pattern
 from mtraining.ring import attention as ring_attention
+from mtraining.ring.tape import current_tape
 
 LAYERS = 2
 plain_rotary = modeling_qwen2.apply_rotary_pos_emb
@@ -243,6 +247,62 @@ def test_adapters_and_micro_batches() -> None:
 def test_runs_of_layers() -> None:
     kept = LayerPolicy(everything=True)
     assert runs([LayerPolicy(), LayerPolicy(), kept]) == [(0, 1, LayerPolicy()), (2, 2, kept)]
+
+
+def older_checkpoint(
+    function: Callable[..., Any], *args: Any, use_reentrant: bool, context_fn: Any, **kwargs: Any
+) -> Any:
+    """`checkpoint` as it was before torch 2.13: its contexts stay entered when ``function`` raises."""
+    assert not use_reentrant
+    generator = _checkpoint_without_reentrant_generator(
+        function, True, context_fn, "default", False, True, *args, **kwargs
+    )
+    next(generator)
+    result = function(*args, **kwargs)
+    assert next(generator, None) is None
+    return result
+
+
+@pytest.mark.parametrize("implementation", [checkpoint, older_checkpoint])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_layer_that_fails_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, implementation: Any, offload: bool
+) -> None:
+    """While its error is held, with all frames of the failed layer, other models save and read what is theirs."""
+    monkeypatch.setattr(recompute_module, "checkpoint", implementation)
+    layout = build_layout("striped", SPARSE["block_size"])
+
+    def made() -> ParallelLM:
+        return parallelize(
+            tiny_model("qwen2"), pattern=build_pattern(**SPARSE), layout=layout, recompute="keep_attention",
+            offload=offload,
+        )  # fmt: skip
+
+    expected = run_step(made(), layout)
+    failing = made()
+    failing.hf_model.model.layers[0].mlp.forward = mock.Mock(side_effect=ValueError("no MLP"))
+    with pytest.raises(ValueError, match="no MLP") as held:
+        run_step(failing, layout)
+    assert current_tape() is None and ProductTape.current() is None
+    found = run_step(made(), layout)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert held.value.__traceback__ is not None
+
+
+class Turned(frozenset[str]):
+    """A set whose order is the reverse of the alphabet's. That of plain sets differs from process to process."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(super().__iter__(), reverse=True))
+
+
+def test_the_text_of_a_policy_does_not_depend_on_the_order_of_a_set() -> None:
+    """It is a part of tests' names, on which all workers of pytest-xdist must agree."""
+    expected = "LayerPolicy(parts=['attention', 'projections', 'mlp'], everything=False, offload=True)"
+    for parts in (frozenset(PARTS), Turned(PARTS)):
+        policy = LayerPolicy(parts, offload=True)
+        assert repr(policy) == str(policy) == expected
+    assert LayerPolicy(Turned(PARTS)) == LayerPolicy(frozenset(PARTS)) != LayerPolicy()
 
 
 def test_policies_that_cannot_be_kept_are_refused() -> None:

@@ -39,6 +39,11 @@ class LayerPolicy:
     everything: bool = False
     offload: bool = False
 
+    def __repr__(self) -> str:
+        """The parts in the order of `PARTS`: a set's own order differs from process to process."""
+        parts = [part for part in PARTS if part in self.parts] + sorted(self.parts - set(PARTS))
+        return f"LayerPolicy(parts={parts}, everything={self.everything}, offload={self.offload})"
+
 
 _POLICIES = {
     "full": LayerPolicy(),
@@ -147,12 +152,43 @@ def _recomputed(
         if torch.compiler.is_compiling():
             return checkpoint(forward, *args, use_reentrant=False, context_fn=_refuse, **kwargs)
         kept = None if keeper is None else keeper()
+        first = _FirstPass(forward)
         with kept.hooks() if kept is not None else nullcontext():
-            return checkpoint(
-                forward, *args, use_reentrant=False, context_fn=lambda: contexts(kept), **kwargs
+            result = checkpoint(
+                first, *args, use_reentrant=False, context_fn=lambda: contexts(kept), **kwargs
             )
+        first.raise_failure()
+        return result
 
     return wrapper
+
+
+class _FirstPass:
+    """``forward`` for `checkpoint`, which before torch 2.13 does not leave its contexts when the first pass fails.
+
+    They stay in force for as long as the error's traceback exists: what this thread saves for backward then belongs to
+    the failed layer, whoever saves it. So the first pass returns, and its error is raised once checkpoint is left.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        self._ran = False
+        self._failure: list[BaseException] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ran:  # recompute, which ends early by an exception of checkpoint's own
+            return self._forward(*args, **kwargs)
+        self._ran = True
+        try:
+            return self._forward(*args, **kwargs)
+        except BaseException as error:
+            self._failure.append(error)
+            return None
+
+    def raise_failure(self) -> None:
+        """Raise the error of the first pass, if it failed, and hold it no longer."""
+        if self._failure:
+            raise self._failure.pop()
 
 
 @contextmanager
