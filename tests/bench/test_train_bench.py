@@ -181,12 +181,12 @@ def test_every_layer_of_the_timed_step_estimates_once(pool: ProcessPool) -> None
 
 def test_comparison_notices_nan_and_a_missing_gradient() -> None:
     truth = {"a": torch.ones(3), "b": torch.zeros(3)}
-    train_gate.compare(1.0, truth, 1.0, truth, torch.float32)
+    train_gate.compare(1.0, truth, 1.0, truth, 1e-5, 1e-4)
     for gradients in ({"a": torch.full((3,), torch.nan), "b": truth["b"]}, {"a": truth["a"]}):
         with pytest.raises(train_gate.GateError, match="gradient"):
-            train_gate.compare(1.0, gradients, 1.0, truth, torch.float32)
+            train_gate.compare(1.0, gradients, 1.0, truth, 1e-5, 1e-4)
     with pytest.raises(train_gate.GateError, match="loss"):
-        train_gate.compare(float("nan"), truth, 1.0, truth, torch.float32)
+        train_gate.compare(float("nan"), truth, 1.0, truth, 1e-5, 1e-4)
 
 
 def test_cases_vary_one_option_at_a_time() -> None:

@@ -77,12 +77,15 @@ def use_float8(model: Any, how: str, device: torch.device, compiled: bool) -> st
 
 def compile_linear(model: Any, backend: str = "inductor") -> None:
     """Compile every float8 layer of the decoder for itself, in place."""
+    for module in float8_layers(model).values():
+        module.forward = _compiled(module.forward, backend)
+
+
+def float8_layers(model: Any) -> dict[str, Any]:
+    """The layers that `use_float8` put into a transformers model, by name."""
     from torchao.float8.float8_linear import Float8Linear
 
-    for layer in layers_of(model):
-        for module in layer.modules():
-            if isinstance(module, Float8Linear):
-                module.forward = _compiled(module.forward, backend)
+    return {name: module for name, module in model.named_modules() if isinstance(module, Float8Linear)}
 
 
 def _compiled(forward: Callable[[Tensor], Tensor], backend: str) -> Callable[[Tensor], Tensor]:

@@ -81,8 +81,9 @@ def build_model(shape: Shape, seq_len: int, layers: int, device: torch.device, *
         return Qwen2ForCausalLM(options)
 
 
-def parallel(case: TrainCase, model: Any, process: Process) -> ParallelLM:
-    """The model under the case's settings, by the path that training takes."""
+def parallel(case: TrainCase, model: Any, process: Process, dtype: torch.dtype | None = None) -> ParallelLM:
+    """The model under the case's settings, by the path that training takes; ``dtype`` is to compute in, by default
+    that of the device."""
     recompute, offload = case.keeps
     made = parallelize(
         model,
@@ -91,7 +92,7 @@ def parallel(case: TrainCase, model: Any, process: Process) -> ParallelLM:
         layout=build_layout(case.layout, case.shape.block_size),
         kernel=case.kernel,
         recompute=cast(Any, recompute),
-        param_dtype=compute_dtype(process.device),
+        param_dtype=compute_dtype(process.device) if dtype is None else dtype,
         fused=cast(Any, case.fused),
         float8=cast(Any, case.float8),
         offload=offload,
