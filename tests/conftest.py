@@ -26,6 +26,7 @@ import torch
 from hypothesis import settings
 
 from distributed import ProcessPool
+from early_failures import pytest_configure  # noqa: F401, a hook
 
 torch.set_num_threads(1)
 # A first example may start processes, so no deadline; the same examples in every run, so a red build can be repeated.

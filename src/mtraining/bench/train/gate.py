@@ -32,9 +32,9 @@ LOSS_TOLERANCE = {torch.bfloat16: 1e-3, torch.float32: 1e-5}
 GRADIENT_TOLERANCE = {torch.bfloat16: 8e-2, torch.float32: 1e-4}
 # Of a whole step in float8 beside its emulation, which rounds activations in fp32 to float8. Where the step rounds them
 # to bf16 before, some fall on the other side of a rounding to float8, and errors grow from product to product. At the
-# shapes of the benchmark 0.27 was measured, with float8 on an H100 and alike with its emulation in bf16 on a CPU. So
-# this shows no more than a gradient that is missing, doubled or turned; smaller faults are the other two parts'. In
-# fp32, 2^16 times fewer fall on the other side, and errors are smaller by the root of that.
+# shapes of the benchmark 0.27 was measured: with float8 on an H100, and with its emulation in bf16 on a CPU, for two
+# layers and for four. So this shows no more than a gradient that is missing, doubled or turned; smaller faults are the
+# other two parts'. In fp32, 2^16 times fewer fall on the other side, and errors are smaller by the root of that.
 FLOAT8_GRADIENT_TOLERANCE = {torch.bfloat16: 0.4, torch.float32: 2e-3}
 VOCABULARY = 512
 
