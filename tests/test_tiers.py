@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import Counter
@@ -33,3 +34,22 @@ def test_every_room_has_tests_that_are_not_slow() -> None:
     fast = chosen_by("test")
     assert len(ROOMS) > 10
     assert [room for room in ROOMS if fast[room] < 3] == []
+
+
+@pytest.mark.slow
+@pytest.mark.sweep
+def test_names_of_tests_are_the_same_in_every_process() -> None:
+    """pytest-xdist refuses to run where they differ, as the order of a set does from process to process."""
+    names = {
+        re.sub(
+            r"collected in .*",
+            "",
+            run_command(
+                [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
+                env={**os.environ, "PYTHONHASHSEED": seed},
+                cwd=ROOT,
+            ).stdout,
+        )
+        for seed in ("1", "2")
+    }
+    assert len(names) == 1
