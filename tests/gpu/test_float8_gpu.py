@@ -34,11 +34,11 @@ pytestmark = [
     pytest.mark.filterwarnings(*COMPILE, SYNC_CHECKS),
 ]
 # Relative, of loss and gradient norm: of the first step, and of those after it. The emulation sums the same operands in
-# another order. A result that is then rounded otherwise to bf16 may be rounded otherwise to float8 in the next product,
-# and such differences grow until they are as large as what float8 costs at all. On a CPU, emulated products that were
-# off by 1e-7 to 1e-2 at random (20 runs, 1024 and 4096 tokens) moved the first step by up to 1.1e-4 and 8e-3, later
-# ones by up to 4.1e-4 and 3e-2, no less at 1e-7. So these bounds find wrong gradients, not layers left in bf16;
-# `test_products_are_those_of_their_emulation` does.
+# another order. A result that is then rounded otherwise to bf16 may be rounded otherwise to float8 in the next product.
+# Such differences grow until they are as large as what float8 costs at all. This was seen on a CPU, for 1024 and 4096
+# tokens, in 20 runs with emulated products off by 1e-7 to 1e-2 at random. The first step moved by up to 1.1e-4 and
+# 8e-3, later ones by up to 4.1e-4 and 3e-2, at 1e-7 nearly as far. So these bounds find wrong gradients, not layers
+# left in bf16; `test_products_are_those_of_their_emulation` does.
 EMULATED = ((3e-4, 2e-2), (1.2e-3, 8e-2))
 # Beside bf16: what three bits cost in the first steps.
 BF16 = ((1e-2, 0.15), (1e-2, 0.15))

@@ -1,6 +1,6 @@
 """Products in float8 by themselves: a converted linear layer beside its emulation, on the same random operands.
 
-In a whole model, an activation that is rounded otherwise to bf16 may be rounded otherwise to float8, which has three
+In a whole model, an activation that is rounded otherwise to bf16 may be rounded otherwise to float8. That has three
 bits, and such differences grow from product to product. Nothing precedes the products here, so the operands are equal.
 """
 
