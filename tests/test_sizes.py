@@ -57,8 +57,8 @@ def test_a_small_models_prediction_has_no_zeros() -> None:
         "3.00 MiB",
         "2.00 KiB",
         "92.2 KiB",
-        "2.00 GiB",
-        "2.00 GiB",
+        "2.50 GiB",
+        "2.50 GiB",
     ]
 
 
