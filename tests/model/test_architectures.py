@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -138,6 +139,8 @@ def check(pool: ProcessPool, name: str, found: Verdict, folder: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_one_of_each_kind_equals_transformers(pool: ProcessPool, name: str, tmp_path: Path) -> None:
     found = verdict(name)
+    if name == "gptj" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("its attention is not behind transformers' interface yet")
     assert found.kind != "no", found.reason
     check(pool, name, found, tmp_path / "model")
 

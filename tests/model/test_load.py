@@ -130,10 +130,11 @@ def changed(**fields: Any) -> dict[str, Any]:
         ({"config": {"model_type": "gemma4_text"}}, "gemma4_text has another head_dim in some layers"),
         ({"config": {"model_type": "blt"}}, "the config of blt has no num_attention_heads"),
         ({"config": {"model_type": "recurrent_gemma"}}, r"does not say how many positions it knows \(max_position_emb"),
-        # The second where transformers, before 5.20, makes one.
+        # The others where transformers, before 5.20, makes one.
         (
             {"config": {"model_type": "gemma4_assistant"}},
-            "'gemma4_assistant' has no default config in transformers|gemma4_assistant has no rotary embedding",
+            "'gemma4_assistant' has no default config in transformers|gemma4_assistant has no rotary embedding"
+            "|gemma4_assistant does not say how many positions it knows",
         ),
         ({"init": "/no/such/folder", "config": {}}, "model.init='/no/such/folder' does not exist; correct the path"),
         ({"tokenizer": "/no/such/tokenizer"}, "model.tokenizer='/no/such/tokenizer' does not exist; correct"),
