@@ -40,9 +40,12 @@ def model_of(case: TrainCase, worker: Worker) -> tuple[Any, Any]:
 def groups(worker: Worker, ring: str, transfers: str) -> tuple[bool, bool]:
     """Whether FSDP, and whether the ring, uses the group of all processes."""
     model, process = model_of(replace(CASE, ring=ring, transfers=transfers), worker)
-    gathers = (
-        layers_of(model.hf_model)[0]._get_fsdp_state()._fsdp_param_groups[0].mesh_info.shard_process_group
+    state = layers_of(model.hf_model)[0]._get_fsdp_state()
+    # PyTorch 2.11 has one group of a module's parameters where later ones have several.
+    of_layer = (
+        state._fsdp_param_groups[0] if hasattr(state, "_fsdp_param_groups") else state._fsdp_param_group
     )
+    gathers = of_layer.mesh_info.shard_process_group
     dims = tuple(name for name in process.mesh.mesh_dim_names if name != "dp")
     hops = Ring.over(process.mesh[dims])._whole_group
     assert dist.get_process_group_ranks(hops) == list(range(worker.world))
