@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -9,16 +10,18 @@ import pytest
 from mtraining.cli import main
 
 
+# Patterns: words of typer 0.29, or of 0.26.
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("prepare a b --workers 0", "--workers: input should be greater than or equal to 1; mtraining prepare --help"),
-        ("train x --nproc two", "--nproc: input should be a valid integer"),
+        ("prepare a b --workers 0",
+         "--workers: (input should be greater than or equal to 1|0 is not in the range .*); mtraining prepare --help"),
+        ("train x --nproc two", "--nproc: (input should be a valid integer|'two' is not a valid integer)"),
         ("prepare a b --worker 3", "no such option: --worker"),
-        ("train", "missing argument 'config'; mtraining train --help lists what it takes."),
+        ("train", r"missing argument '(?i:config)'; mtraining train --help lists what it takes\."),
         ("train x --nproc", "option '--nproc' requires an argument"),
         ("trian x", "no such command 'trian'; did you mean 'train'; mtraining --help"),
-        ("bench attention --warm-up x", "--warm-up: input should be a valid number"),
+        ("bench attention --warm-up x", "--warm-up: (input should be a valid number|'x' is not a valid float)"),
     ],
 )  # fmt: skip
 def test_one_sentence_without_a_box(
@@ -29,7 +32,7 @@ def test_one_sentence_without_a_box(
         main()
     told = capsys.readouterr()
     assert stop.value.code == 2 and told.out == ""
-    assert told.err.startswith(f"error: {sentence}"), told.err
+    assert re.match(f"error: {sentence}", told.err), told.err
     assert len(told.err.splitlines()) == 1
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import transformers
 from answers import LENGTHS, MESHES, NEW, answers, transformers_answers, world_of
+from packaging.version import Version
 from tiny_models import EVERY_FAMILY, EXPERTS, FAMILIES
 
 from distributed import ProcessPool
@@ -13,6 +15,9 @@ from mtraining.generate import Generation
 
 
 def check(found: Sequence[Generation], family: str) -> None:
+    if family == "phi3" and Version(transformers.__version__) < Version("5.24"):
+        # Where the length passes the native one it drops the cache, and then reads the newest token alone.
+        pytest.skip("this transformers forgets the prompt of a Phi-3")
     expected = transformers_answers(family)
     assert len(found) == len(expected)
     # Norms and softmax of the models are in fp32 even when weights are fp64, so fp32 round-off it is.
