@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mtraining import use_expandable_segments
 from mtraining.bench.record import Provenance, provenance, write_csv
 from mtraining.bench.train.cases import parse_tokens
 from mtraining.evaluate.heatmap import needle_grids
@@ -228,5 +228,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    use_expandable_segments()
     sys.exit(main())

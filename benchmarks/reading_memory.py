@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from mtraining import use_expandable_segments
 from mtraining.bench.processes import leave, take_device
 from mtraining.bench.record import Provenance, provenance, write_csv
 from mtraining.bench.train.cases import SHAPES, Shape, parse_tokens
@@ -154,5 +154,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    use_expandable_segments()
     leave(main())
