@@ -37,21 +37,24 @@ Colours = Mapping[str, Any]
 
 def _colours(rows: Mapping[str, Sequence[Row]]) -> Colours:
     """Of each arm, in the order of the plan."""
-    arms = dict.fromkeys(row["arm"] for row in (*rows["loss"], *rows["coverage"]))
-    names = [*arms, *(_arm(row["model"]) for row in (*rows["compared"], *rows["copy"], *rows["answers"]))]
-    return {arm: f"C{number}" if number < 10 else "black" for number, arm in enumerate(dict.fromkeys(names))}
+    trained = [row["arm"] for table in ("loss", "coverage") for row in rows[table]]
+    measured = [_arm(row["model"]) for table in ("compared", "copy", "answers") for row in rows[table]]
+    arms = dict.fromkeys(trained + measured)
+    return {arm: f"C{number}" if number < 10 else "black" for number, arm in enumerate(arms)}
 
 
 def _arm(model: str) -> str:
+    """Of a model such as dense-0; base, which no arm trained, stands for itself."""
     return model.rpartition("-")[0] or model
 
 
 def _line(axes: Any, colours: Colours, run: str, x: Sequence[Any], y: Sequence[Any], **style: Any) -> None:
     """A line of a run, such as dense-0."""
-    arm, _, seed = run.rpartition("-")
-    shown = {"color": colours[arm or run], "linestyle": _SEEDS[int(seed) % len(_SEEDS)] if arm else "-"}
-    every = -(-len(x) // MOST) if x else 1
-    axes.plot(x[::every], y[::every], **{**shown, "label": run, **style})
+    arm = _arm(run)
+    seed = 0 if arm == run else int(run.removeprefix(f"{arm}-"))
+    every = max(1, -(-len(x) // MOST))
+    linestyle = _SEEDS[seed % len(_SEEDS)]
+    axes.plot(x[::every], y[::every], color=colours[arm], linestyle=linestyle, label=run, **style)
 
 
 def _legend(figure: Any) -> Any:
@@ -95,7 +98,7 @@ def _loss(rows: Sequence[Row], colours: Colours) -> Any:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Means over windows that grow from one value to a fiftieth of all, or of ten where there are fewer."""
+    """Each value's mean with those before it: a fiftieth of all, or where they are few ten or a fifth of them."""
     width = max(1, min(10, len(values) // 5), len(values) // SMOOTHED)
     means = []
     for number in range(len(values)):
