@@ -128,16 +128,95 @@ def test_attention_within_a_window(at: str, tokens: str, head_dim: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("commit", "file"),
-    [("82f7c6a", "train-h100x2-2026-11-27.csv"), ("ea8c751", "train-h100x2-2026-11-27-ea8c751.csv")],
+    ("begins", "tokens", "file"),
+    [
+        ("128K, 82f7c6a, keep_attention", 131072, "train-h100x2-2026-11-27.csv"),
+        ("128K, ea8c751, keep_attention", 131072, "train-h100x2-2026-11-27-ea8c751.csv"),
+        ("128K, 2594bd1, keep_attention", 131072, "train-h100x2-2026-11-27-2594bd1.csv"),
+        ("128K, ea8c751 again, keep_attention", 131072, "train-h100x2-2026-11-27-2-ea8c751.csv"),
+        ("256K, 2594bd1, keep_attention", 262144, "train-h100x2-2026-11-27-2594bd1.csv"),
+        ("256K, ea8c751 again, keep_attention", 262144, "train-h100x2-2026-11-27-2-ea8c751.csv"),
+        ("128K, 2594bd1, auto", 131072, "train-h100x2-2026-11-27-2594bd1.csv"),
+    ],
 )
-def test_training_steps_of_128k(commit: str, file: str) -> None:
-    (row,) = rows(file, commit=commit)
+def test_training_steps_on_two_h100(begins: str, tokens: int, file: str) -> None:
+    recompute = begins.split(", ")[-1]
+    (row,) = rows(file, seq_len=str(tokens), recompute=recompute)
     peaks = [float(row[name]) for name in ("peak_gib", "predicted_gib")]
-    assert line("docs/performance/training-steps.md", commit) == (
-        f"| {commit} | {float(row['step_seconds']):.2f} | {float(row['tokens_per_second']):,.0f} "
+    assert line("docs/performance/training-steps.md", begins) == (
+        f"| {begins} | {float(row['step_seconds']):.2f} | {float(row['tokens_per_second']):,.0f} "
         f"| {peaks[0]:.1f} ({peaks[1]:.1f}) | {100 * float(row['ring_exposed_fraction']):.1f} % |"
     )
+
+
+STUDY = "study-extend-h100-2026-11-27-{}.csv"
+
+
+@pytest.mark.parametrize(
+    ("begins", "model"),
+    [
+        ("`recommended`, seed 0", "recommended-0"),
+        ("`recommended`, seed 1", "recommended-1"),
+        ("`coverage`", "coverage-0"),
+        ("`widen`", "widen-0"),
+        ("`dense-first`", "dense-first-0"),
+        ("`paper-scaled`", "paper-scaled-0"),
+        ("`paper-95`", "paper-95-0"),
+        ("`frozen`", "frozen-0"),
+        ("`xattention`", "xattention-0"),
+        ("`moba`", "moba-0"),
+    ],
+)
+def test_held_out_losses_of_the_study(begins: str, model: str) -> None:
+    """Percent above dense training with the same seed."""
+    (bar,) = rows(STUDY.format("bar"), model=model, read="dense")
+    begins += f" | {100 * float(bar['density']):.1f} %"
+    _, _, _, time, everywhere, worst, sparsely, _ = line("docs/study.md", begins).split("|")
+    assert time.split()[0] == f"{float(bar['time']):.2f}"
+    low, high = (f"{float(bar[name]):.2f}" for name in ("worst_low", "worst_high"))
+    assert worst.strip() == f"{float(bar['worst']):+.2f} ({low} to {high})"
+
+    def above(read: str) -> list[float]:
+        chosen = {
+            "model": model,
+            "read": read,
+            "measure": "held-out loss",
+            "at": "all",
+            "against_read": "dense",
+        }
+        (row,) = (
+            row
+            for row in rows(STUDY.format("compared"), **chosen)
+            if row["against"] == f"dense-{model[-1]}" and row["question"] == "to dense training"
+        )
+        return [100 * float(row[name]) / float(row["other"]) for name in ("difference", "low", "high")]
+
+    difference, low_all, high_all = above("dense")
+    assert everywhere.strip() == f"{difference:+.2f} ({low_all:.2f} to {high_all:.2f})"
+    read = "own" if "own pattern" in sparsely else "sparse"
+    assert sparsely.split()[0] == f"{above(read)[0]:+.2f}"
+
+
+@pytest.mark.parametrize(
+    ("begins", "task", "length"),
+    [
+        ("a needle of numbers, 8K", "needle_numbers", 8192),
+        ("niah_single_1, 8K", "niah_single_1", 8192),
+        ("niah_single_1, 32K", "niah_single_1", 32768),
+        ("niah_single_1, 64K", "niah_single_1", 65536),
+        ("niah_multikey_1, 8K", "niah_multikey_1", 8192),
+    ],
+)
+def test_tasks_of_the_study(begins: str, task: str, length: int) -> None:
+    cells = [cell.strip() for cell in line("docs/study.md", f"{begins} |").split("|")[2:-1]]
+    for cell, (read, arm) in zip(
+        cells, [(read, arm) for read in ("dense", "sparse") for arm in ("dense", "recommended")], strict=True
+    ):
+        for shown, seed in zip(cell.split(", "), (0, 1), strict=True):
+            chosen = {"model": f"{arm}-{seed}", "read": read, "task": task, "length": str(length)}
+            if shown != "-":
+                (row,) = rows(STUDY.format("tasks"), **chosen)
+                assert shown == f"{float(row['score']):.0f}", (arm, seed, read)
 
 
 TELEMETRY = "telemetry-cost-h100-80gb-hbm3-2026-11-27.csv"
