@@ -4,11 +4,13 @@
 
 STAGES are some of text, copy and tasks, joined by commas. `STUDY/measure.yaml` says what of each. A line of
 `STUDY/measured/NAME/results.jsonl` is written when a sample ends, so the same command goes on where it was stopped.
+Results of other weights under the same name are removed: dense attention's gradients differ from run to run.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +63,11 @@ def measure(study: Path, stages: Sequence[str], name: str, model: str, rope: Map
     maker = SampleMaker(tokenizer)
     results = Results(study / "measured" / name, writes=True)
     settings = {"seed": maker.seed, "template": maker.template, "tokenizer": tokenizer_fingerprint(tokenizer)}
-    results.begin({"settings": settings, "models": {name: model_fingerprint(hf_model)}})
+    fingerprint = model_fingerprint(hf_model)
+    if results.models().get(name, fingerprint) != fingerprint:
+        print(f"{name} was trained again and is another model now: all of it is measured again", flush=True)
+        shutil.rmtree(results.folder)
+    results.begin({"settings": settings, "models": {name: fingerprint}})
     results.mend()
     if wanted.get("answers"):
         return _answers_over_training(study, name, Path(model), wanted, results)

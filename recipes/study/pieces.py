@@ -108,7 +108,8 @@ def _measurements(
 ) -> list[Piece]:
     """What is measured of one model: the quick stages, and the slow ones where the plan has any."""
     script = str(Path(__file__).parent / "measure.py")
-    stages = [QUICK, *([SLOW] if plan.measure.get("tasks") else [])]
+    # The second does what is left of both: a run that is trained again may end elsewhere, and is measured anew.
+    stages = [QUICK, *([QUICK + SLOW] if plan.measure.get("tasks") else [])]
     names = [f"measure-{name}", f"tasks-{name}"]
     pieces = []
     for title, stage in zip(names, stages, strict=False):

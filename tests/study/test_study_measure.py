@@ -1,6 +1,7 @@
 """What the study measures of a model: the corpus it is read on, copying, and every arm from end to end."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 from mtraining.data import TokenShards
 from mtraining.errors import UserError
+from mtraining.evaluate.results import Key
 from mtraining.kernel import SparseIndex, pack_blocks
 
 CORPUS = {
@@ -74,6 +76,12 @@ def study(*words: str) -> str:
     return done.stdout
 
 
+def losses(results: str) -> dict[tuple[str, ...], float | None]:
+    """Of each line; None where it has none."""
+    lines = [json.loads(line) for line in results.splitlines()]
+    return {tuple(str(line[name]) for name in Key._fields): line.get("nll") for line in lines}
+
+
 @pytest.mark.slow
 def test_two_arms_run_on_a_cpu(tmp_path: Path) -> None:
     common = (str(tmp_path / "study"), "--smoke")
@@ -86,6 +94,19 @@ def test_two_arms_run_on_a_cpu(tmp_path: Path) -> None:
     with open(tmp_path / "study" / "summary" / "arms.csv", newline="") as file:
         dense, recommended = csv.DictReader(file)
     assert float(dense["density"]) == 1 and 0 < float(recommended["density"]) < 0.6
+
+    # Trained again for its tasks, dense attention ends elsewhere: what was measured of it is of other weights.
+    measured = tmp_path / "study" / "measured" / "dense-0"
+    before = [(measured / name).read_text() for name in ("run.json", "results.jsonl")]
+    run = json.loads(before[0])
+    (measured / "run.json").write_text(json.dumps(run | {"models": {"dense-0": "other weights"}}))
+    (measured / "results.jsonl").write_text(before[1].replace('"nll": ', '"nll": 9'))
+    assert (measured / "results.jsonl").read_text() != before[1]
+    (tmp_path / "study" / "done" / "tasks-dense-0.json").unlink()
+    study("run", *common, "--arms", "dense")
+    assert (measured / "run.json").read_text() == before[0]
+    assert losses((measured / "results.jsonl").read_text()) == losses(before[1])
+    assert "all of it is measured again" in (tmp_path / "study" / "logs" / "tasks-dense-0.txt").read_text()
 
 
 @pytest.mark.sweep

@@ -57,6 +57,14 @@ class Results:
     folder: Path
     writes: bool
 
+    def models(self) -> dict[str, str]:
+        """Fingerprint of each model of which there are results, by name; of a damaged folder, none."""
+        try:
+            found = json.loads((self.folder / RUN).read_text(encoding="utf-8"))["models"]
+        except (FileNotFoundError, ValueError, KeyError):
+            return {}
+        return dict(found)
+
     def begin(self, identity: dict[str, Any]) -> None:
         """Compare what is here with what is to come, and note it; the writing rank's task.
 
