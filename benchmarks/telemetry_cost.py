@@ -52,7 +52,8 @@ LOGGED = (
 )
 RING, RECALL = "waits of the ring", "recall (log.recall_rows=128)"
 COLUMNS = (
-    "date commit gpu gpus torch model layers seq_len density fused item when step_ms added_ms noise_ms share_of_step"
+    "date commit gpu gpus torch model layers seq_len density fused rounds item when step_ms added_ms noise_ms "
+    "share_of_step"
 ).split()
 
 
@@ -135,9 +136,12 @@ def variants(world: int) -> dict[str, tuple[str, ...]]:
 
 
 def measure(
-    run: Callable[[Sequence[str]], float], world: int, rounds: int, say: Callable[[str], None]
+    run: Callable[[Sequence[str]], float],
+    world: int,
+    rounds: int,
+    after_round: Callable[[dict[str, list[float]]], None],
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round."""
+    """Seconds of each variant in each round. What is known is given to ``after_round`` each time."""
     chosen = variants(world)
     taken: dict[str, list[float]] = {name: [] for name in chosen}
     for number in range(-1, rounds):  # the first round warms up
@@ -146,7 +150,7 @@ def measure(
             if number >= 0:
                 taken[name].append(seconds)
         if number >= 0:
-            say(f"round {number + 1} of {rounds}: {taken['none'][-1]:.3f} s a step without telemetry")
+            after_round(taken)
     return taken
 
 
@@ -196,6 +200,23 @@ def costs(taken: dict[str, list[float]], every: int) -> list[dict[str, Any]]:
     return rows
 
 
+def write_costs(
+    folder: Path, case: TrainCase, rows: list[dict[str, Any]], rounds: int, device: torch.device, world: int
+) -> Path:
+    told = provenance(device)
+    head = [told.date, told.commit, told.gpu, world, told.torch, case.shape.name, case.layers, case.seq_len]
+    head += [case.density, case.fused, rounds]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"telemetry-cost-{slug(told.gpu)}-{told.date}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in rows:
+            numbers = [round(row[name], 6) for name in COLUMNS[-4:]]
+            writer.writerow([*head, row["item"], row["when"], *numbers])
+    return path
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -231,27 +252,23 @@ def main() -> int:
     )  # fmt: skip
     say: Callable[[str], None] = (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None)
     say(f"{world} x {case.describe()}")
+
+    def after_round(taken: dict[str, list[float]]) -> None:
+        """A run that is ended early leaves the rounds it had."""
+        seconds = taken["none"]
+        say(f"round {len(seconds)} of {options.rounds}: {seconds[-1]:.3f} s a step without telemetry")
+        if options.out is not None and rank == 0:
+            path = write_costs(options.out, case, costs(taken, options.every), len(seconds), device, world)
+            say(f"wrote {path}")
+
     with tempfile.TemporaryDirectory() as folder:
         steps = Steps(case, process_for(case, device, rank, world), Path(folder))
-        rows = costs(measure(steps.seconds, world, options.rounds, say), options.every)
+        rows = costs(measure(steps.seconds, world, options.rounds, after_round), options.every)
     for row in rows:
         say(
             f"{row['item']:32} {row['when']:10} {row['step_ms']:10.2f} ms {row['added_ms']:+9.2f} ms "
             f"(noise {row['noise_ms']:.2f}) {row['share_of_step']:+8.3%} of a step"
         )
-    if options.out is not None and rank == 0:
-        told = provenance(device)
-        head = [told.date, told.commit, told.gpu, world, told.torch, shape.name, case.layers, case.seq_len]
-        head += [case.density, case.fused]
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"telemetry-cost-{slug(told.gpu)}-{told.date}.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            for row in rows:
-                numbers = [round(row[name], 6) for name in COLUMNS[-4:]]
-                writer.writerow([*head, row["item"], row["when"], *numbers])
-        say(f"wrote {path}")
     dist.destroy_process_group()
     return 0
 

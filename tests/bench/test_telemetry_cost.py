@@ -43,6 +43,14 @@ def test_every_item_is_timed(processes: int, tmp_path: Path) -> None:
     assert all(float(row["step_ms"]) > 0 for row in rows.values())
 
 
+def test_rounds_that_are_done_are_known_before_the_last_one(script: Callable[[str], ModuleType]) -> None:
+    cost = script("telemetry_cost")
+    known = []
+    cost.measure(lambda items: 1.0 + len(items), 1, 3, lambda taken: known.append(cost.costs(taken, 10)))
+    assert len(known) == 3
+    assert [row["step_ms"] for row in known[0]] == [row["step_ms"] for row in known[2]]
+
+
 def test_a_logged_item_counts_once_in_so_many_steps(script: Callable[[str], ModuleType]) -> None:
     """Each round is compared with its own step without telemetry, whatever the clock does meanwhile."""
     cost = script("telemetry_cost")
