@@ -23,6 +23,27 @@ print("expandable", sorted({{bool(segment["is_expandable"]) for segment in torch
 """
 
 
+SHORT = """
+import torch, mtraining
+from mtraining.model.allocator import shortages
+mtraining.use_expandable_segments()
+device = torch.device("cuda", 0)
+torch.cuda.set_per_process_memory_fraction(0.1)
+room = int(0.1 * torch.cuda.get_device_properties(device).total_memory)
+first = torch.empty(int(0.6 * room), dtype=torch.uint8, device=device)
+print("with room", shortages(device))
+del first  # kept for its own stream
+with torch.cuda.stream(torch.cuda.Stream()):
+    other = torch.empty(int(0.6 * room), dtype=torch.uint8, device=device)
+print("without", shortages(device))
+"""
+
+
+def test_memory_that_had_to_be_given_back_is_counted() -> None:
+    done = run_command([sys.executable, "-c", SHORT])
+    assert "with room 0" in done.stdout and "without 1" in done.stdout
+
+
 @pytest.mark.parametrize("options", [{}, {VARIABLES[0]: "expandable_segments:False"}], ids=["", "off"])
 @pytest.mark.parametrize("started", [False, True], ids=["", "started"])
 def test_segments_are_as_told(options: dict[str, str], started: bool) -> None:

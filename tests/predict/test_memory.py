@@ -308,9 +308,30 @@ def test_the_log_tells_what_is_predicted_and_what_was_measured(monkeypatch: pyte
     monkeypatch.setattr(
         torch.cuda, "max_memory_allocated", lambda device: 2 * int(predict_config(config).peak)
     )
-    for _ in range(3):
-        log.step_done()
+    for step in range(3):
+        log.step_done(step + 1, {})
     assert len(told) == 2 and "measured" in told[1] and "2.00 of what was predicted" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("counted", "said"),
+    [
+        ([5, 5, 5], []),
+        ([0, 2, 7], ["short 2 times up to step 20"]),
+        ([5, None, 6], ["short 1 times up to step 30"]),
+    ],
+)
+def test_a_run_short_of_memory_says_so_once(
+    counted: list[int | None], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first steps compile and allocate what stays: what they were short of is passed over."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: GIB)
+    told: list[str] = []
+    log = MemoryLog(load_config(RECIPE, FOUR), None, torch.device("cuda"), told.append)
+    for number, count in enumerate(counted):
+        log.step_done(10 * (number + 1), {} if count is None else {"memory_shortages": count})
+    short = [line for line in told if "memory ran short" in line]
+    assert len(short) == len(said) and all(words in line for words, line in zip(said, short, strict=True))
 
 
 def test_a_model_that_reads_numbers_runs_unpredicted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +351,6 @@ def test_a_model_that_reads_numbers_runs_unpredicted(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * GIB)
     told: list[str] = []
     log = MemoryLog(load_config(RECIPE, FOUR), None, torch.device("cuda"), told.append)
-    for _ in range(2):
-        log.step_done()
+    for step in range(2):
+        log.step_done(step + 1, {})
     assert told == ["memory cannot be predicted", "memory a GPU, measured: 3.00 GiB"]

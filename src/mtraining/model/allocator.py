@@ -37,6 +37,15 @@ def reserve_share() -> float:
     return _EXPANDABLE_RESERVE if segments_expand() else _FIXED_RESERVE
 
 
+def shortages(device: torch.device) -> int:
+    """How often since the process began the allocator found no room, and gave back what it kept to find some.
+
+    Each time the GPU's work is waited for and memory is taken anew, so the rank is late, and the others wait for it in
+    the ring. 0 on a CPU.
+    """
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else 0
+
+
 def use_expandable_segments() -> str:
     """Let the CUDA allocator of this process, and of those that it starts, grow its segments.
 

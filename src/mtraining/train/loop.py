@@ -25,6 +25,7 @@ from mtraining.errors import SAVED, RunStopped, UserError
 from mtraining.inputs.text import replace_text
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, export_model, parallelize
+from mtraining.model.allocator import shortages
 from mtraining.model.float8_checks import check_gpu
 from mtraining.model.load import build_weights
 from mtraining.model.recompute import LayerPolicy
@@ -257,8 +258,9 @@ def _steps(
             seconds = time.perf_counter() - begin
             ring = ring_record(timeline, process) if timeline is not None else {}
             lanes = ring_lanes(timeline, process) if timeline is not None else {}
+            short = _shortages(process) if observe else {}
             if writer is not None:
-                record = _record(step, result, seconds, config, process.device) | ring
+                record = _record(step, result, seconds, config, process.device) | ring | short
                 record |= data_record(config, dataset, step)
                 writer.write(record)
                 if result.attention:
@@ -268,7 +270,7 @@ def _steps(
                 display.update(record)
             taken = start.step_done(step + 1, display.tell)
             if memory is not None:
-                memory.step_done()
+                memory.step_done(step + 1, short)
                 if taken is not None:
                     write_about(config.output, process.device, process.world, memory.prediction, taken)
             if predicted is not None:
@@ -336,6 +338,13 @@ def _record(
         "memory": _peak_memory(device),
     }
     return record | attention_record(result.attention) | result.telemetry
+
+
+def _shortages(process: Process) -> dict[str, int]:
+    """``memory_shortages`` so far, of the rank with most; nothing where none is known of. Collective."""
+    if process.device.type != "cuda":
+        return {}
+    return {"memory_shortages": int(max(process.gather(shortages(process.device))))}
 
 
 def _peak_memory(device: torch.device) -> int:

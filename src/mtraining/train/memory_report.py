@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +107,8 @@ class MemoryLog:
         policies: Sequence[LayerPolicy] | None = None,
     ) -> None:
         self._device, self._tell, self._steps = device, tell, 0
+        self._shortages: int | None = None
+        self._told = False
         self.prediction: Prediction | None = None
         try:
             self.prediction = predict_config(config, hf_model, policies)
@@ -117,11 +119,31 @@ class MemoryLog:
         except Unpredictable as reason:
             tell(str(reason))
 
-    def step_done(self) -> None:
-        """After every step."""
+    def step_done(self, step: int, found: Mapping[str, int]) -> None:
+        """After every step.
+
+        Args:
+            step: counts from 1.
+            found: ``memory_shortages`` so far, where they were counted (mtraining.model.allocator).
+        """
         self._steps += 1
+        self._watch(step, found.get("memory_shortages"))
         if self._steps == 2 and self._device.type == "cuda":
             self._tell(render_measured(self.prediction, torch.cuda.max_memory_allocated(self._device)))
+
+    def _watch(self, step: int, shortages: int | None) -> None:
+        """Say once that steps run short of memory. What the first steps ran short of says nothing of later ones."""
+        if shortages is None:
+            return
+        more = 0 if self._shortages is None else shortages - self._shortages
+        self._shortages = shortages
+        if more and not self._told:
+            self._told = True
+            self._tell(
+                f"memory ran short {more} times up to step {step}: PyTorch found no room on a GPU, waited for its work "
+                "and took memory anew, so steps are slower than they need be. Keep less (train.recompute), use more "
+                "GPUs, or free their memory of other processes."
+            )
 
 
 def render(prediction: Prediction) -> str:

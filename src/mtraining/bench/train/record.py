@@ -16,6 +16,8 @@ class TrainRow:
 
     ``density`` is the index's cost, slashes and columns (1 for dense); ``step_seconds`` the median over steps of the
     slowest rank; ``peak_gib`` of the rank that took most, ``predicted_gib`` what `mtraining.predict.memory` expects.
+    ``reserved_gib`` is what PyTorch took from the GPU for it. ``shortages``: how often a step found no room and gave
+    memory back, the mean of the timed steps. Both are of the rank with most.
     ``dense_step_seconds`` and ``speedup`` are against the dense step of the same run with the same length, layers,
     recompute policy, fusion, offload, float8 and optimizer state. ``estimate_seconds``: the index estimates of all
     layers, measured alone. ``ring_exposed_fraction``: share of the step's ring time in which the GPU waits for keys.
@@ -49,6 +51,8 @@ class TrainRow:
     speedup: float | None
     peak_gib: float | None
     predicted_gib: float | None
+    reserved_gib: float | None
+    shortages: float | None
     ring_exposed_fraction: float | None
     estimate_seconds: float | None
     tiles: str

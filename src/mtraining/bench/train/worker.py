@@ -32,6 +32,7 @@ from mtraining.errors import UserError, first_line
 from mtraining.kernel import Backend, select_backend
 from mtraining.kernel.measured_tiles import tiles_in_use
 from mtraining.layout import build_layout
+from mtraining.model.allocator import shortages
 from mtraining.pattern import VerticalSlash
 from mtraining.predict.memory import GIB, Prediction, Workload, predict
 from mtraining.ring import Ring, Timeline
@@ -119,12 +120,14 @@ def _gate(case: TrainCase, process: Process) -> str:
 
 @dataclass(frozen=True)
 class _Timed:
-    """``seconds`` a step, median over ``steps``; peak bytes of the rank that took most."""
+    """``seconds`` a step, median over ``steps``; bytes, and shortages a step, of the rank with most, on GPUs only."""
 
     steps: int
     seconds: float
     exposed: float
-    peak: float | None
+    peak: float | None = None
+    reserved: float | None = None
+    shortages: float | None = None
 
 
 def _predicted(case: TrainCase, world: int, device: torch.device) -> Prediction:
@@ -164,11 +167,19 @@ def _time(case: TrainCase, effort: Effort, process: Process) -> _Timed:
     for number in range(effort.warmup):
         step.run(data, number)
     taken: list[float] = []
+    before = shortages(device)
     with Timeline() as timeline:
         while not taken or (len(taken) < effort.steps and sum(taken) + taken[-1] <= effort.seconds):
             taken.append(_slowest(process, partial(step.run, data, effort.warmup + len(taken))))
-    peak = max(process.gather(torch.cuda.max_memory_allocated(device))) if device.type == "cuda" else None
-    return _Timed(len(taken), statistics.median(taken), max(process.gather(timeline.exposed_fraction)), peak)
+    found = _Timed(len(taken), statistics.median(taken), max(process.gather(timeline.exposed_fraction)))
+    if device.type != "cuda":
+        return found
+    return replace(
+        found,
+        peak=max(process.gather(torch.cuda.max_memory_allocated(device))),
+        reserved=max(process.gather(torch.cuda.max_memory_reserved(device))),
+        shortages=max(process.gather((shortages(device) - before) / len(taken))),
+    )
 
 
 def _slowest(process: Process, run: Callable[[], object]) -> float:
@@ -211,6 +222,8 @@ def _measure(case: TrainCase, effort: Effort, process: Process, told: Provenance
         speedup=None,
         peak_gib=None if timed.peak is None else timed.peak / GIB,
         predicted_gib=_predicted(case, process.world, process.device).peak / GIB,
+        reserved_gib=None if timed.reserved is None else timed.reserved / GIB,
+        shortages=timed.shortages,
         ring_exposed_fraction=timed.exposed,
         estimate_seconds=None if case.density is None else _estimate(case, process),
         tiles=tiles_in_use(process.device, compute_dtype(process.device), case.shape.head_dim),
