@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,21 @@ def job(worker: Worker, **given: Any) -> dict[str, list[float]]:
         trainer = ours(**given)
         trainer.save_model(str(given["output"] / "model"))
         return curves(trainer)
+
+
+def waits_of_groups(worker: Worker, output: Path) -> set[timedelta]:
+    """Job: how long collectives may wait in each group that a trainer makes."""
+    from mtraining.train.mesh import process_groups
+
+    before = process_groups()
+    with launched(worker.rank, worker.world):
+        ours(output, "cp2", max_steps=1, eval_strategy="no", ddp_timeout=234)
+        made = process_groups() - before
+        return {group._get_backend(torch.device("cpu")).options._timeout for group in made}
+
+
+def test_groups_wait_as_long_as_the_arguments_say(pool: ProcessPool, tmp_path: Path) -> None:
+    assert pool.run(waits_of_groups, world=2, output=tmp_path) == [{timedelta(seconds=234)}] * 2
 
 
 def adapted() -> Any:

@@ -51,7 +51,7 @@ from mtraining.pattern import Pattern, build_pattern
 from mtraining.predict.memory import Workload
 from mtraining.ring import Ring
 from mtraining.train.config import ParallelSection
-from mtraining.train.mesh import build_mesh
+from mtraining.train.mesh import build_mesh, limit_waits, process_groups
 from mtraining.train.reader import SafeReader, load
 from mtraining.train.recompute import choose_together
 
@@ -97,6 +97,7 @@ class ContextParallelTrainer(Trainer):
                 "several GPUs, one process: start the script by torchrun, a process for each GPU."
             )
         self.parallel_model = self._parallelized()
+        limit_waits(self.args.ddp_timeout, self._others)
         self.model_wrapped = self.parallel_model
         self.loss_is_scaled_for_ga = True  # it is divided by the labels of all micro-batches
 
@@ -107,6 +108,7 @@ class ContextParallelTrainer(Trainer):
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.dp_size, self.cp_size = self.context_parallel.grid(world)
         self.mesh: DeviceMesh | None = None
+        self._others = process_groups()
         if dist.is_initialized():
             grid = ParallelSection(dp=self.dp_size, cp=self.cp_size, cp_outer=self.context_parallel.cp_outer)
             self.mesh = build_mesh(grid, self.args.device.type)

@@ -40,7 +40,7 @@ from mtraining.train.corpus import data_record, data_tokenizer, mix, rank_datase
 from mtraining.train.display import Display
 from mtraining.train.evaluation import Evaluation, SuiteBuilder, build_evaluation, curves, told
 from mtraining.train.memory_report import MemoryLog, settle_recompute
-from mtraining.train.mesh import Process, joined_processes, repeatable
+from mtraining.train.mesh import Process, joined_processes, limit_waits, repeatable
 from mtraining.train.metrics import MetricsWriter
 from mtraining.train.optim import build_optimizer, state_sentence
 from mtraining.train.policy import flat_options
@@ -159,7 +159,7 @@ def parallel_model(
     check_gpu(config.train.float8, process.device)
     hf_model = build_weights(config.model, config.train.seq_len)
     check_table(config, hf_model.config.num_hidden_layers)
-    return parallelize(
+    model = parallelize(
         hf_model,
         process.mesh,
         pattern=config.pattern.build(),
@@ -176,6 +176,8 @@ def parallel_model(
         param_dtype=config.train.compute,
         loss_chunk=config.train.loss_chunk,
     )
+    limit_waits(config.distributed.timeout_seconds, process.others)  # the ring and FSDP have made groups
+    return model
 
 
 def _steps(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mtraining.errors import UserError
@@ -39,6 +40,7 @@ class Process:
 
     Attributes:
         allocator: a sentence for the log about how the GPU's memory is taken; empty on a CPU.
+        others: process groups that were there before, which are left as they are.
     """
 
     device: torch.device
@@ -48,6 +50,7 @@ class Process:
     dp_rank: int
     cp_rank: int
     allocator: str = ""
+    others: frozenset[dist.ProcessGroup] = frozenset()
 
     @property
     def is_main(self) -> bool:
@@ -127,6 +130,7 @@ def joined_processes(config: Grid) -> Iterator[Process]:
     the context-parallel rank is the ring's own numbering, and neighbouring global ranks share a sequence.
     """
     joined = dist.is_initialized()
+    others = process_groups()
     world = dist.get_world_size() if joined else launched_world()
     check_world(config.parallel, world)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
@@ -158,6 +162,7 @@ def joined_processes(config: Grid) -> Iterator[Process]:
             dp_rank=rank // config.parallel.cp,
             cp_rank=Ring.over(mesh[cp_dims]).rank,
             allocator=allocator,
+            others=others,
         )
     except BaseException as error:
         # Other ranks may be amid a collective, for whose end NCCL would wait here; bad input is every rank's.
@@ -183,6 +188,20 @@ def repeatable(asked: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def process_groups() -> frozenset[dist.ProcessGroup]:
+    """All process groups that this process is in."""
+    return frozenset(distributed_c10d._world.pg_map)
+
+
+def limit_waits(seconds: float, but: Collection[dist.ProcessGroup] = ()) -> None:
+    """Let a collective wait so long at most, in every process group but these.
+
+    PyTorch gives groups that a mesh makes its own default of 10 or 30 minutes, whatever the default group was given.
+    """
+    for group in process_groups().difference(but):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def build_mesh(parallel: ParallelSection, device_type: str, own_ring: bool = False) -> DeviceMesh:
