@@ -15,6 +15,7 @@ SIZES = {
     "qwen2.5-3b-512k": 3085.9,
     "qwen2.5-3b-128k-mix": 3085.9,
     "llama3.1-8b-512k": 8030.3,
+    "smollm2-135m-64k": 134.5,
 }
 
 
@@ -35,6 +36,23 @@ def test_builds_on_the_meta_device(name: str) -> None:
     build_layout(config.layout.name, config.layout.unit).check(
         config.train.seq_len, config.parallel.cp, pattern.block_size
     )
+
+
+def test_the_small_recipe_is_the_studys_arm_that_widens() -> None:
+    from mtraining.inputs.yaml_text import read_yaml
+
+    study = read_yaml((RECIPES / "study" / "extend.yaml").read_text(encoding="utf-8"), "extend.yaml")
+    config = load_config(RECIPES / "smollm2-135m-64k.yaml")
+    arm, common = study["arms"]["widen"]["set"]["pattern"], study["config"]
+    found = {**config.pattern.options, "name": config.pattern.name}
+    assert arm.pop("anneal")["widen"] == config.pattern.anneal.widen
+    assert {key: found[key] for key in arm} == arm
+    assert config.pattern.anneal.widen_steps == config.train.steps / 2
+    assert common["model"]["rope"] == {
+        key: getattr(config.model.rope, key) for key in common["model"]["rope"]
+    }
+    for key in ("seq_len", "batch_size", "lr", "schedule"):
+        assert getattr(config.train, key) == common["train"][key]
 
 
 @pytest.mark.parametrize(
