@@ -129,6 +129,10 @@ def _positions(rows: Sequence[Row], colours: Colours) -> Any:
             low, high = ([_percent(row, end) for row in line] for end in ("low", "high"))
             axes.fill_between(x, low, high, color=colours[_arm(model)], alpha=0.08, linewidth=0)
         axes.axhline(0, color="grey", linewidth=0.8)
+        axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")  # the bar
+        # In proportion up to 2 %, and narrower above it: an arm that is far off shall not hide how the others differ.
+        axes.set_yscale("symlog", linthresh=2, linscale=2)
+        axes.set_yticks([0, 0.5, 1, 1.5, 2, 5, 10], ["0", "0.5", "1", "1.5", "2", "5", "10"])
         axes.set_title(f"read {READ[read]}", fontsize=10)
         axes.set_xlabel("from position")
     panels[0].set_ylabel("held-out loss, % above dense")
