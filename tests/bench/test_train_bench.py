@@ -25,6 +25,7 @@ from mtraining.bench.train.run import cases_of, check
 from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.pattern import Dense, VerticalSlash
+from mtraining.predict.recompute import policies_text
 from mtraining.ring import attention
 from mtraining.sizes import tokens_text
 
@@ -168,6 +169,7 @@ def test_what_auto_chose_passes_the_gate_and_is_timed(pool: ProcessPool, tmp_pat
     assert len(chosen) == 1 and len(set(chosen[0])) > 1
     assert found["failures"] == [] and found["notes"] == [], found
     assert [row.recompute for row in found["rows"]] == ["auto"]
+    assert [row.kept for row in found["rows"]] == [policies_text(chosen[0])]
     kinds = tuple(dict.fromkeys(chosen[0]))
     small = train_gate.shortened(replace(SPARSE, recompute="auto", layers=4, policies=tuple(chosen[0])), 2)
     assert small.policies == kinds and small.layers == len(kinds)

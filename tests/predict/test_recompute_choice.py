@@ -196,7 +196,7 @@ def test_the_line_of_a_log(work: Workload, traces: Traces) -> None:
     )
     choice = Choice((LayerPolicy(everything=True),), predict(work, traces), 0.0, "nothing")
     line = choice.render(Room.of(79.1 * GIB))
-    assert line.startswith("train.recompute=auto: layers 0 keeps everything; predicted 2.5")
+    assert line.startswith("train.recompute=auto: layer 0 keeps everything; predicted 2.5")
     assert "of 79.1 GiB" in line and "kept free; order by nothing" in line and "\n" not in line
 
 

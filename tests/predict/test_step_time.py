@@ -117,7 +117,7 @@ def step_row(row: dict[str, str]) -> float:
         )
         for file in STEPS
         for row in rows(file)
-        # What it chose is in no column, and why it was slow is not known (docs/performance/training-steps.md).
+        # No column says what it chose there. Why it was slow is not known (docs/performance/training-steps.md).
         if row["recompute"] != "auto"
     ],
 )

@@ -247,7 +247,7 @@ def policies_text(policies: Sequence[LayerPolicy]) -> str:
             what = " and ".join(filter(None, [", ".join(kept[:-1]), kept[-1]]))
         where = f"{first}-{end} keep" if end > first else f"{first} keeps"
         spans.append(f"{where} {what}{' (offloaded)' if policy.offload else ''}")
-    return "layers " + ", ".join(spans)
+    return ("layer " if " keeps " in spans[0] else "layers ") + ", ".join(spans)
 
 
 def _nothing_fits(least: Prediction, room: Room, offload: bool) -> str:

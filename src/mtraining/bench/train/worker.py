@@ -35,6 +35,7 @@ from mtraining.layout import build_layout
 from mtraining.model.allocator import shortages
 from mtraining.pattern import VerticalSlash
 from mtraining.predict.memory import GIB, Prediction, Workload, predict
+from mtraining.predict.recompute import policies_text
 from mtraining.ring import Ring, Timeline
 from mtraining.ring.plan import make_plan
 from mtraining.train.mesh import Process
@@ -209,6 +210,7 @@ def _measure(case: TrainCase, effort: Effort, process: Process, told: Provenance
         layout=case.layout,
         ring=case.ring,
         recompute=case.recompute,
+        kept=policies_text(case.policies) if case.policies else "",
         kernel=_backend(case, process.device).name,
         fused=case.fused,
         offload=case.offload,
