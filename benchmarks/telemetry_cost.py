@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from mtraining.bench.processes import leave
-from mtraining.bench.record import provenance
+from mtraining.bench.record import Provenance, provenance
 from mtraining.bench.timing import wait
 from mtraining.bench.train.cases import SHAPES, TrainCase, parse_tokens
 from mtraining.bench.train.model import batches, build_model, parallel, process_for, random_sequences, stepper
@@ -201,9 +201,9 @@ def costs(taken: dict[str, list[float]], every: int) -> list[dict[str, Any]]:
 
 
 def write_costs(
-    folder: Path, case: TrainCase, rows: list[dict[str, Any]], rounds: int, device: torch.device, world: int
+    folder: Path, told: Provenance, case: TrainCase, world: int, rounds: int, rows: list[dict[str, Any]]
 ) -> Path:
-    told = provenance(device)
+    """The CSV of so many rounds, in place of that of fewer."""
     head = [told.date, told.commit, told.gpu, world, told.torch, case.shape.name, case.layers, case.seq_len]
     head += [case.density, case.fused, rounds]
     folder.mkdir(parents=True, exist_ok=True)
@@ -252,13 +252,14 @@ def main() -> int:
     )  # fmt: skip
     say: Callable[[str], None] = (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None)
     say(f"{world} x {case.describe()}")
+    told = provenance(device)
 
     def after_round(taken: dict[str, list[float]]) -> None:
         """A run that is ended early leaves the rounds it had."""
         seconds = taken["none"]
         say(f"round {len(seconds)} of {options.rounds}: {seconds[-1]:.3f} s a step without telemetry")
         if options.out is not None and rank == 0:
-            path = write_costs(options.out, case, costs(taken, options.every), len(seconds), device, world)
+            path = write_costs(options.out, told, case, world, len(seconds), costs(taken, options.every))
             say(f"wrote {path}")
 
     with tempfile.TemporaryDirectory() as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from itertools import product
 
 import pytest
 
@@ -182,13 +183,11 @@ def test_held_out_losses_of_the_study(begins: str, model: str) -> None:
             "read": read,
             "measure": "held-out loss",
             "at": "all",
+            "question": "to dense training",
+            "against": f"dense-{model[-1]}",
             "against_read": "dense",
         }
-        (row,) = (
-            row
-            for row in rows(STUDY.format("compared"), **chosen)
-            if row["against"] == f"dense-{model[-1]}" and row["question"] == "to dense training"
-        )
+        (row,) = rows(STUDY.format("compared"), **chosen)
         return [100 * float(row[name]) / float(row["other"]) for name in ("difference", "low", "high")]
 
     difference, low_all, high_all = above("dense")
@@ -209,9 +208,7 @@ def test_held_out_losses_of_the_study(begins: str, model: str) -> None:
 )
 def test_tasks_of_the_study(begins: str, task: str, length: int) -> None:
     cells = [cell.strip() for cell in line("docs/study.md", f"{begins} |").split("|")[2:-1]]
-    for cell, (read, arm) in zip(
-        cells, [(read, arm) for read in ("dense", "sparse") for arm in ("dense", "recommended")], strict=True
-    ):
+    for cell, (read, arm) in zip(cells, product(("dense", "sparse"), ("dense", "recommended")), strict=True):
         for shown, seed in zip(cell.split(", "), (0, 1), strict=True):
             chosen = {"model": f"{arm}-{seed}", "read": read, "task": task, "length": str(length)}
             if shown != "-":

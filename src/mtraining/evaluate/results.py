@@ -58,12 +58,23 @@ class Results:
     writes: bool
 
     def models(self) -> dict[str, str]:
-        """Fingerprint of each model of which there are results, by name; of a damaged folder, none."""
+        """Fingerprint of each model of which there are results, by name.
+
+        Raises:
+            UserError: what says so is damaged.
+        """
+        noted = self._noted()
+        return {} if noted is None else noted["models"]
+
+    def _noted(self) -> dict[str, Any] | None:
+        """What the results here are of, as `begin` takes it; None where nothing was noted yet."""
         try:
-            found = json.loads((self.folder / RUN).read_text(encoding="utf-8"))["models"]
-        except (FileNotFoundError, ValueError, KeyError):
-            return {}
-        return dict(found)
+            found: dict[str, Any] = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise UserError(f"--out {self.folder}: {RUN} is damaged; give another folder.") from None
+        return found
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Compare what is here with what is to come, and note it; the writing rank's task.
@@ -75,17 +86,13 @@ class Results:
             UserError: results of something else are here.
         """
         assert self.writes
-        path = self.folder / RUN
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        found = self._noted()
+        if found is None:
             if (self.folder / RESULTS).exists():
                 raise UserError(
                     f"--out {self.folder} has {RESULTS} without {RUN}, which says what it is of; give another folder."
-                ) from None
+                )
             found = {"settings": identity["settings"], "models": {}}
-        except ValueError:
-            raise UserError(f"--out {self.folder}: {RUN} is damaged; give another folder.") from None
         for name, value in identity["settings"].items():
             if found["settings"].get(name) != value:
                 raise UserError(
@@ -98,7 +105,7 @@ class Results:
                     f"--out {self.folder} holds results of another model called {name}; give another folder."
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(found, indent=1) + "\n")
+        replace_text(self.folder / RUN, json.dumps(found, indent=1) + "\n")
 
     def add(self, key: Key, record: dict[str, Any]) -> None:
         """Append a line; it is on its way to the disk when this returns."""

@@ -236,8 +236,8 @@ def _keys_read(pattern: Pattern, seq_len: int) -> float:
 
 def policies_text(policies: Sequence[LayerPolicy]) -> str:
     """`layers 0-11 keep their input, 12-30 attention and MLP inner, 31-35 everything`."""
-    spans = []
-    for first, end, policy in runs(policies):
+    spans, alike = [], runs(policies)
+    for first, end, policy in alike:
         kept = [word for part, word in _WORDS.items() if part in policy.parts]
         if policy.everything:
             what = "everything"
@@ -247,7 +247,8 @@ def policies_text(policies: Sequence[LayerPolicy]) -> str:
             what = " and ".join(filter(None, [", ".join(kept[:-1]), kept[-1]]))
         where = f"{first}-{end} keep" if end > first else f"{first} keeps"
         spans.append(f"{where} {what}{' (offloaded)' if policy.offload else ''}")
-    return ("layer " if " keeps " in spans[0] else "layers ") + ", ".join(spans)
+    only_one_at_first = alike[0][1] == 0
+    return ("layer " if only_one_at_first else "layers ") + ", ".join(spans)
 
 
 def _nothing_fits(least: Prediction, room: Room, offload: bool) -> str:
