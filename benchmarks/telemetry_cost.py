@@ -39,6 +39,7 @@ from mtraining.ring import Timeline, prioritise_transfers
 from mtraining.train import step as step_module
 from mtraining.train.balance import attention_record, ring_record, write_balance
 from mtraining.train.config import LogSection
+from mtraining.train.loop import memory_shortages
 from mtraining.train.mesh import Process, backend_for
 
 COVERAGE = "coverage counted"
@@ -49,6 +50,7 @@ LOGGED = (
     "gradient norm by layer",
     "density and imbalance",
     "load of ranks (balance.json)",
+    "memory shortages",
 )
 RING, RECALL = "waits of the ring", "recall (log.recall_rows=128)"
 COLUMNS = (
@@ -119,6 +121,8 @@ class Steps:
                 )
             if timeline is not None:
                 ring_record(timeline, process)
+            if "memory shortages" in on:
+                memory_shortages(process)
             attention_record(result.attention)
             if "load of ranks (balance.json)" in on and process.is_main:
                 write_balance(cast(Any, self.config), self.done, result.attention)

@@ -260,7 +260,7 @@ def _steps(
             seconds = time.perf_counter() - begin
             ring = ring_record(timeline, process) if timeline is not None else {}
             lanes = ring_lanes(timeline, process) if timeline is not None else {}
-            short = _shortages(process) if observe else {}
+            short = memory_shortages(process) if observe else {}
             if writer is not None:
                 record = _record(step, result, seconds, config, process.device) | ring | short
                 record |= data_record(config, dataset, step)
@@ -342,7 +342,7 @@ def _record(
     return record | attention_record(result.attention) | result.telemetry
 
 
-def _shortages(process: Process) -> dict[str, int]:
+def memory_shortages(process: Process) -> dict[str, int]:
     """``memory_shortages`` so far, of the rank with most; nothing where none is known of. Collective."""
     if process.device.type != "cuda":
         return {}
