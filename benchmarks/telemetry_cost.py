@@ -168,10 +168,10 @@ def costs(taken: dict[str, list[float]], every: int) -> list[dict[str, Any]]:
     def added(name: str) -> float:
         return statistics.median(differences(name))
 
-    def noise(name: str) -> float:
-        if len(taken[name]) < 2:
+    def noise(of: Sequence[float]) -> float:
+        if len(of) < 2:
             return 0.0
-        low, _, high = statistics.quantiles(differences(name), n=4, method="inclusive")
+        low, _, high = statistics.quantiles(of, n=4, method="inclusive")
         return (high - low) / 2
 
     rows = [
@@ -190,15 +190,18 @@ def costs(taken: dict[str, list[float]], every: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "item": name, "when": when, "step_ms": 1e3 * statistics.median(taken[name]),
-                "added_ms": 1e3 * added(name), "noise_ms": 1e3 * noise(name), "share_of_step": share,
+                "added_ms": 1e3 * added(name), "noise_ms": 1e3 * noise(differences(name)), "share_of_step": share,
             }
         )  # fmt: skip
-    counted, logged = added(COVERAGE), added("a logged step, defaults")
-    mean = counted + (logged - counted) / every
+    means = [
+        counted + (logged - counted) / every
+        for counted, logged in zip(differences(COVERAGE), differences("a logged step, defaults"), strict=True)
+    ]
+    mean = statistics.median(means)
     rows.append(
         {
             "item": "defaults, mean of all steps", "when": "", "step_ms": 1e3 * (base + mean),
-            "added_ms": 1e3 * mean, "noise_ms": 1e3 * noise(COVERAGE), "share_of_step": mean / base,
+            "added_ms": 1e3 * mean, "noise_ms": 1e3 * noise(means), "share_of_step": mean / base,
         }
     )  # fmt: skip
     return rows

@@ -65,6 +65,10 @@ def test_a_logged_item_counts_once_in_so_many_steps(script: Callable[[str], Modu
     mean = rows["defaults, mean of all steps"]
     assert mean["added_ms"] == pytest.approx(1e3 * (0.01 + 0.02))
     assert mean["share_of_step"] == pytest.approx(0.03 / 2)
+    assert mean["noise_ms"] == pytest.approx(0, abs=1e-9)
+    taken["a logged step, defaults"] = [1.11, 2.21, 3.31]
+    mean = {row["item"]: row for row in cost.costs(taken, 10)}["defaults, mean of all steps"]
+    assert mean["noise_ms"] == pytest.approx(1e3 * 0.1 / 10 / 2), "a tenth of what logged steps differ by"
 
 
 def test_what_is_off_is_not_computed(script: Callable[[str], ModuleType]) -> None:
