@@ -9,6 +9,7 @@ from typing import Any
 from compared import TO_DENSE
 from found import Row
 
+from mtraining.evaluate.svg import write_svg
 from mtraining.report.drawing import new_figure
 
 SMOOTHED = 50  # windows of a smoothed line
@@ -29,7 +30,7 @@ def draw(rows: dict[str, list[Row]], out: Path) -> None:
     ):
         drawn = figure(rows[table], colours) if rows[table] else None
         if drawn is not None:
-            drawn.savefig(out / f"{name}.svg", metadata={"Date": None})
+            write_svg(drawn, out / f"{name}.svg")
 
 
 Colours = Mapping[str, Any]

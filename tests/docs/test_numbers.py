@@ -160,9 +160,11 @@ STUDY = "study-extend-h100-2026-11-27-{}.csv"
         ("`recommended`, seed 1", "recommended-1"),
         ("`coverage`", "coverage-0"),
         ("`widen`", "widen-0"),
+        ("`dense-every` (every fourth step)", "dense-every-0"),
         ("`dense-first`", "dense-first-0"),
         ("`paper-scaled`", "paper-scaled-0"),
         ("`paper-95`", "paper-95-0"),
+        ("`paper-90`", "paper-90-0"),
         ("`frozen`", "frozen-0"),
         ("`xattention`", "xattention-0"),
         ("`moba`", "moba-0"),
@@ -214,6 +216,54 @@ def test_tasks_of_the_study(begins: str, task: str, length: int) -> None:
             if shown != "-":
                 (row,) = rows(STUDY.format("tasks"), **chosen)
                 assert shown == f"{float(row['score']):.0f}", (arm, seed, read)
+
+
+LEARN = "study-learn-h100-2026-11-27-{}.csv"
+
+
+@pytest.mark.parametrize(
+    ("begins", "arm", "seeds"),
+    [
+        ("`dense`, three seeds | 100 %", "dense", 3),
+        ("`recommended`, three seeds | 7", "recommended", 3),
+        ("`coverage` (every distance within 16 steps)", "coverage", 3),
+        ("`dense-every` (every fourth step) | 30", "dense-every", 1),
+        ("`wide`", "wide", 1),
+        ("`dense-layer`", "dense-layer", 1),
+        ("`frozen`, two seeds", "frozen", 2),
+        ("`dense-first` (the first fifth)", "dense-first", 1),
+        ("`widen` | 24", "widen", 1),
+        ("`window` | 14", "window", 1),
+    ],
+)
+def test_answers_that_were_learned(begins: str, arm: str, seeds: int) -> None:
+    """Of all distances together, by seed."""
+    _, _, density, read_densely, own, half, nine, _ = line("docs/study.md", begins).split("|")
+    shares, last = [], {"dense": [], "own": []}
+    steps: dict[int, list[str]] = {50: [], 90: []}
+    for seed in range(seeds):
+        (row,) = rows(LEARN.format("arms"), arm=arm, seed=str(seed))
+        shares.append(100 * float(row["density"]))
+        given: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        for found in rows(LEARN.format("answers"), model=f"{arm}-{seed}"):
+            place = (found["read"], int(found["step"]))
+            given.setdefault(place, []).append((float(found["answers"]), float(found["given"])))
+        share = {
+            place: sum(count * part for count, part in parts) / sum(count for count, _ in parts)
+            for place, parts in given.items()
+        }
+        for read in last:
+            last[read] += [f"{share[read, 1500]:.0f}"] if (read, 1500) in share else []
+        for bound, first in steps.items():
+            reached = [step for (_, step), part in share.items() if part >= bound]
+            first.append(str(min(reached)) if reached else "never")
+    assert re.findall(r"\d+", density)[:1] == [f"{min(shares):.0f}"]
+    assert re.findall(r"\d+", density)[-1:] == [f"{max(shares):.0f}"]
+    assert re.findall(r"\d+", read_densely) == last["dense"]
+    assert re.findall(r"\d+", own) == (last["own"] if arm != "dense" else [])
+    for cell, first in ((half, steps[50]), (nine, steps[90])):
+        shown = re.findall(r"\d+|never", cell)
+        assert shown == (first if len(shown) > 1 else first[:1]) and set(first[len(shown) :]) <= {shown[-1]}
 
 
 TELEMETRY = "telemetry-cost-h100-80gb-hbm3-2026-11-27.csv"

@@ -22,6 +22,7 @@ from torch import Tensor
 from mtraining.errors import UserError
 from mtraining.evaluate.capture import visit_attention
 from mtraining.evaluate.recall import attention_rows, held_out_rows, index_recall
+from mtraining.evaluate.svg import write_svg
 from mtraining.inputs.text import read_text, text_files
 from mtraining.kernel import SparseIndex, Window, reach_of, select_backend
 from mtraining.model.windows import band
@@ -274,26 +275,23 @@ def read_sequences(path: Path, tokenizer: Any, tokens: int, samples: int) -> Ten
 def draw(found: Calibration, path: Path) -> None:
     """Write recall against density as SVG: the search, and one budget for all heads."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("the chart needs matplotlib; install mtraining[report], or use --no-chart.") from None
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "mtraining"}):
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        one, searched = torch.tensor(found.uniform).T, torch.tensor(found.curve).T
-        axes.scatter(one[0], one[1], s=12, color="0.6", label="one budget for all heads")
-        axes.plot(searched[0], searched[1], color="C0", label="searched for each head")
-        axes.plot(
-            [found.cost],
-            [found.recall],
-            "o",
-            color="C3",
-            label=f"chosen: {found.cost:.1%}, {found.recall:.1%}",
-        )
-        axes.set(xscale="log", xlabel="density at the kernel's prices (share of full attention)")
-        axes.set(ylabel="recall (attention mass kept)", ylim=(None, 1.005))
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-        figure.savefig(path, metadata={"Date": None})
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    one, searched = torch.tensor(found.uniform).T, torch.tensor(found.curve).T
+    axes.scatter(one[0], one[1], s=12, color="0.6", label="one budget for all heads")
+    axes.plot(searched[0], searched[1], color="C0", label="searched for each head")
+    axes.plot(
+        [found.cost],
+        [found.recall],
+        "o",
+        color="C3",
+        label=f"chosen: {found.cost:.1%}, {found.recall:.1%}",
+    )
+    axes.set(xscale="log", xlabel="density at the kernel's prices (share of full attention)")
+    axes.set(ylabel="recall (attention mass kept)", ylim=(None, 1.005))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    write_svg(figure, path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtraining.errors import UserError
 from mtraining.evaluate.results import Key
+from mtraining.evaluate.svg import write_svg
 from mtraining.sizes import tokens_text
 
 if TYPE_CHECKING:
@@ -40,13 +41,11 @@ def draw_needles(grid: dict[tuple[int, float], float], title: str, path: Path) -
         UserError: matplotlib is missing.
     """
     try:
-        import matplotlib
+        write_svg(needle_figure(grid, title), path)
     except ImportError:
         raise UserError(
             "the heat map needs matplotlib; install mtraining[report], or use --no-chart."
         ) from None
-    with matplotlib.rc_context({"svg.hashsalt": "mtraining"}):
-        needle_figure(grid, title).savefig(path, metadata={"Date": None})
 
 
 def needle_figure(grid: dict[tuple[int, float], float], title: str) -> Figure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtraining.evaluate.svg import write_svg
 from mtraining.predict.ring import Simulated, Span
 from mtraining.predict.step_time import StepTime
 from mtraining.report.drawing import BLUE, GREEN, ORANGE, new_figure
@@ -25,8 +26,7 @@ def write_timeline(time: StepTime, path: Path) -> None:
         UserError: matplotlib is not installed.
     """
     figure = timeline_figure({"forward": time.forward, "backward": time.backward})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg")
+    write_svg(figure, path)
 
 
 def timeline_figure(passes: dict[str, Simulated]) -> Figure:

@@ -118,6 +118,7 @@ def draw(rows: Sequence[TrainRow], path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
+    from mtraining.evaluate.svg import write_svg
     from mtraining.report.drawing import BLUE, GREY, new_figure
 
     figure = new_figure(figsize=(8, 0.8 + 0.32 * len(rows)))
@@ -136,5 +137,4 @@ def draw(rows: Sequence[TrainRow], path: Path) -> None:
     axes.set_xlabel("seconds a training step")
     first = rows[0]
     axes.set_title(f"{first.model}, {first.gpus} x {first.gpu}, commit {first.commit}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    write_svg(figure, path)
