@@ -30,9 +30,9 @@ def limited(patch: pytest.MonkeyPatch, module: ModuleType, share: float) -> list
             predict(replace(work, recompute=way, offload=False), traces).peak for way in ("full", "none")
         )
         size = least + share * (most - least)
-        choice = choose_policies(work, Room(size, size), None, traces)
+        choice = choose_policies(work, Room(size, size, size), None, traces)
         chosen.append(choice.policies)
-        return choice, choice.render(Room(size, size))
+        return choice, choice.render(Room(size, size, size))
 
     patch.setattr(module, "choose_together", choose)
     return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mtraining.report.drawing import new_figure
 SMOOTHED = 50  # windows of a smoothed line
 MOST = 300  # points of a line
 _SEEDS = ("-", "--", ":")
+_MORE_COLOURS = ("black", "gold", "navy", "salmon", "darkgreen", "tan")  # behind matplotlib's ten
 
 
 def draw(rows: dict[str, list[Row]], out: Path) -> None:
@@ -41,7 +43,8 @@ def _colours(rows: Mapping[str, Sequence[Row]]) -> Colours:
     trained = [row["arm"] for table in ("loss", "coverage") for row in rows[table]]
     measured = [_arm(row["model"]) for table in ("compared", "copy", "answers") for row in rows[table]]
     arms = dict.fromkeys(trained + measured)
-    return {arm: f"C{number}" if number < 10 else "black" for number, arm in enumerate(arms)}
+    colours = [*(f"C{number}" for number in range(10)), *_MORE_COLOURS]
+    return dict(zip(arms, cycle(colours), strict=False))
 
 
 def _arm(model: str) -> str:

@@ -138,16 +138,55 @@ def test_attention_within_a_window(at: str, tokens: str, head_dim: str) -> None:
         ("256K, 2594bd1, keep_attention", 262144, "train-h100x2-2026-11-27-2594bd1.csv"),
         ("256K, ea8c751 again, keep_attention", 262144, "train-h100x2-2026-11-27-2-ea8c751.csv"),
         ("128K, 2594bd1, auto", 131072, "train-h100x2-2026-11-27-2594bd1.csv"),
+        ("128K, 304b272, keep_attention", 131072, "train-h100x2-2026-11-27-304b272.csv"),
+        ("128K, 304b272, auto", 131072, "train-h100x2-2026-11-27-304b272.csv"),
+        ("256K, 304b272, auto", 262144, "train-h100x2-2026-11-27-304b272.csv"),
+        ("512K on four GPUs, 304b272, auto", 524288, "train-h100x4-2026-11-27.csv"),
     ],
 )
-def test_training_steps_on_two_h100(begins: str, tokens: int, file: str) -> None:
+def test_training_steps_on_h100s(begins: str, tokens: int, file: str) -> None:
     recompute = begins.split(", ")[-1]
-    (row,) = rows(file, seq_len=str(tokens), recompute=recompute)
+    (row,) = (
+        row
+        for row in rows(file, seq_len=str(tokens), recompute=recompute)
+        if row.get("float8", "off") == "off"
+    )
     peaks = [float(row[name]) for name in ("peak_gib", "predicted_gib")]
     assert line("docs/performance/training-steps.md", begins) == (
         f"| {begins} | {float(row['step_seconds']):.2f} | {float(row['tokens_per_second']):,.0f} "
         f"| {peaks[0]:.1f} ({peaks[1]:.1f}) | {100 * float(row['ring_exposed_fraction']):.1f} % |"
     )
+
+
+@pytest.mark.parametrize(
+    ("begins", "tokens", "recompute"),
+    [("128K, keep", 131072, "keep_attention"), ("256K, auto", 262144, "auto")],
+)
+def test_steps_in_float8(begins: str, tokens: int, recompute: str) -> None:
+    found = {
+        row["float8"]: row
+        for row in rows("train-h100x2-2026-11-27-304b272.csv", seq_len=str(tokens), recompute=recompute)
+    }
+    plain, eight = found["off"], found["rowwise"]
+    _, _, *cells, _ = line("docs/performance/float8-and-moments.md", begins).split("|")
+    assert [cell.strip() for cell in cells] == [
+        f"{float(plain['step_seconds']):.2f}",
+        f"{float(eight['step_seconds']):.2f}",
+        f"{float(eight['peak_gib']):.1f} ({float(eight['predicted_gib']):.1f})",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("begins", "transfers"),
+    [
+        ("shared |", "shared"), ("own |", "own"), ("shared, ahead |", "shared+prefetch"),
+        ("own, ahead |", "own+prefetch"),
+    ],
+)  # fmt: skip
+def test_ways_of_transfers(begins: str, transfers: str) -> None:
+    (row,) = rows("transfers-h100x2-2026-11-27.csv", transfers=transfers, layers="12")
+    seconds, waits = float(row["step_seconds"]), 100 * float(row["ring_exposed_fraction"])
+    assert line("docs/experiments/rings.md", begins).endswith(f"| {seconds:.3f} | {waits:.2f} % |")
 
 
 STUDY = "study-extend-h100-2026-11-27-{}.csv"

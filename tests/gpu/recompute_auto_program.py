@@ -53,7 +53,7 @@ def main(
     )
     traces = Traces(work)
     least, most = (
-        predict(replace(work, recompute=way, offload=False), traces).needed for way in ("full", "none")
+        predict(replace(work, recompute=way, offload=False), traces).wanted for way in ("full", "none")
     )
     room = Room.of(least + share * (most - least))
     choice = choose_policies(work, room, None, traces)

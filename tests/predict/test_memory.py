@@ -254,6 +254,14 @@ def test_readmes_dry_run() -> None:
     assert told.exit_code == 0 and "32 GPUs" in told.output and "fits into 80.0 GiB" in told.output
 
 
+def test_dry_run_tells_where_little_is_left() -> None:
+    """Between what a step needs and what it wants, it fits but may run short."""
+    spacious, scarce = dry_run("--memory-gib", "139"), dry_run("--memory-gib", "50")
+    assert scarce.exit_code == 0, scarce.output
+    assert "with little left: PyTorch may give memory back" in " ".join(scarce.output.split())
+    assert "with little left" not in spacious.output
+
+
 def test_dry_run_refuses_what_cannot_fit() -> None:
     told = dry_run("--memory-gib", "40")
     assert isinstance(told.exception, UserError)  # which the command turns into exit status 2

@@ -43,7 +43,7 @@ def peak(work: Workload, traces: Traces, recompute: str | Sequence[LayerPolicy])
 
 
 def room_of(size: float) -> Room:
-    return Room(size, size)
+    return Room(size, size, size)
 
 
 def between(work: Workload, traces: Traces, share: float) -> Room:
@@ -164,9 +164,22 @@ def test_what_cannot_fit_is_told_with_the_least(work: Workload, traces: Traces) 
 def test_room_leaves_what_a_prediction_leaves(work: Workload, traces: Traces) -> None:
     for memory in (3 * GIB, 79.1 * GIB):
         room = Room.of(memory)
-        found = replace(predict(work, traces), components={"all": room.peak})
+        found = replace(predict(work, traces), components={"all": room.most})
         assert found.needed == pytest.approx(memory)
-    assert Room.of(80 * GIB).peak < (80 * GIB - OUTSIDE) / 1.02
+        found = replace(found, components={"all": room.peak})
+        assert found.wanted == pytest.approx(memory)
+    # Measured: 69.1 GiB of tensors and 7.6 GiB beside them never ran short of 79.2 GiB; 68.5 and 8.6 GiB did.
+    assert Room.of(79.2 * GIB).peak < (79.2 * GIB - OUTSIDE) / (1 + 8.6 / 68.5)
+
+
+def test_what_fits_with_little_left_is_taken_and_told(work: Workload, traces: Traces) -> None:
+    least = predict(replace(work, recompute="full"), traces)
+    small = Room.of(0.5 * (least.needed + least.wanted))
+    choice = choose_policies(work, small, None, traces)
+    assert set(choice.policies) == {LayerPolicy()}
+    assert "which is little: PyTorch may give memory back" in choice.render(small)
+    large = Room.of(least.wanted + 1)
+    assert "which is little" not in choose_policies(work, large, None, traces).render(large)
 
 
 @pytest.mark.parametrize("share", [0.3, pytest.param(0.7, marks=pytest.mark.slow)])
@@ -197,7 +210,7 @@ def test_the_line_of_a_log(work: Workload, traces: Traces) -> None:
     choice = Choice((LayerPolicy(everything=True),), predict(work, traces), 0.0, "nothing")
     line = choice.render(Room.of(79.1 * GIB))
     assert line.startswith("train.recompute=auto: layer 0 keeps everything; predicted 2.5")
-    assert "of 79.1 GiB" in line and "kept free; order by nothing" in line and "\n" not in line
+    assert "of 79.1 GiB, 76.6 GiB stay free; order by nothing" in line and "\n" not in line
 
 
 def smallest(work: Workload, memory: Sequence[float | None], monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -121,8 +121,8 @@ class TilesOptions:
 class TrainOptions:
     """Of `mtraining bench train`. None and empty stand for the preset's values.
 
-    Every length and recompute policy is measured. Of densities, layouts, rings and transfers the first value is the
-    base, and each further one varies alone.
+    Every length and recompute policy is measured. Of densities, layouts and rings the first value is the base, and
+    each further one varies alone.
     """
 
     preset: str = field(default="", metadata=_help("table or tiny; default: table, on a CPU tiny."))
@@ -154,13 +154,6 @@ class TrainOptions:
     float8: str = field(default="", metadata=_help("Products of sparse and dense steps: off or rowwise."))
     optimizer_state: str = field(default="", metadata=_help("AdamW's moments: full, 8bit or offload."))
     offload: bool | None = field(default=None, metadata=_help("Keep activations in host memory."))
-    transfers: tuple[str, ...] = field(
-        default=(),
-        metadata=_help(
-            "Whether the ring shares FSDP's communicator, and gathers ask ahead: shared, own, shared+prefetch or "
-            "own+prefetch; may be repeated."
-        ),
-    )
     warmup: int = field(default=1, metadata=_help("Steps before the timed ones."))
     steps: int = field(default=5, metadata=_help("Timed steps at most; the median counts."))
     seconds: float = field(

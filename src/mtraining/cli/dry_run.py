@@ -40,7 +40,7 @@ def show_memory(predictions: Sequence[tuple[str, Prediction]], memory_gib: float
     from rich.console import Console
     from rich.table import Table
 
-    from mtraining.predict.memory import GIB
+    from mtraining.predict.memory import GIB, RUNS_SHORT
     from mtraining.sizes import size_text
 
     console = Console()
@@ -58,4 +58,5 @@ def show_memory(predictions: Sequence[tuple[str, Prediction]], memory_gib: float
         return
     for _, prediction in predictions:
         prediction.check(memory)
-    console.print(f"fits into {size_text(memory)}", soft_wrap=True)
+    tight = f", with little left: {RUNS_SHORT}" if any(one.wanted > memory for _, one in predictions) else ""
+    console.print(f"fits into {size_text(memory)}{tight}", soft_wrap=True)

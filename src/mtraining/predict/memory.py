@@ -21,7 +21,7 @@ from mtraining.kernel.reference.attention import accumulation_dtype
 from mtraining.layout import Layout
 from mtraining.model import parallelize
 from mtraining.model.adapters import adapted_like
-from mtraining.model.allocator import EXPANDABLE, VARIABLES, reserve_share, segments_expand
+from mtraining.model.allocator import EXPANDABLE, VARIABLES, reserve_share, segments_expand, slack_share
 from mtraining.model.fixed_rope import fix_rope
 from mtraining.model.products import MLP, PROJECTIONS, mark_products
 from mtraining.model.recompute import ATTENTION, LayerPolicy, layer_policies, runs
@@ -120,6 +120,11 @@ class Prediction:
         """What a GPU must have: the peak, the reserve and what PyTorch does not count."""
         return self.peak + self.reserve + OUTSIDE
 
+    @property
+    def wanted(self) -> float:
+        """What a GPU should have, so that PyTorch never runs short: more is kept free than in ``needed``."""
+        return (1 + slack_share()) * self.peak + OUTSIDE
+
     def check(self, memory: float) -> None:
         """Refuse what ``memory`` bytes cannot hold, the reserve included.
 
@@ -145,6 +150,9 @@ class Prediction:
             ("needed", self.needed),
             *([("in host memory, pinned: optimizer state", self.host)] if self.host else []),
         ]
+
+
+RUNS_SHORT = "PyTorch may give memory back and take it anew, and steps are slower then"
 
 
 class Unpredictable(UserError):

@@ -12,13 +12,22 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mtraining.errors import UserError
-from mtraining.model.allocator import reserve_share
+from mtraining.model.allocator import reserve_share, slack_share
 from mtraining.model.products import MLP, PROJECTIONS
 from mtraining.model.recompute import ATTENTION, LayerPolicy, runs
 from mtraining.model.support import head_dim_of, layers_of
 from mtraining.pattern import Pattern
 from mtraining.predict.measured import Rates
-from mtraining.predict.memory import OUTSIDE, Prediction, Traces, Workload, columns_of, predict, widest
+from mtraining.predict.memory import (
+    OUTSIDE,
+    RUNS_SHORT,
+    Prediction,
+    Traces,
+    Workload,
+    columns_of,
+    predict,
+    widest,
+)
 from mtraining.predict.step_time import AROUND_HIDDEN, AROUND_MLP
 from mtraining.sizes import size_text
 
@@ -29,15 +38,18 @@ _WORDS = {ATTENTION: "attention", PROJECTIONS: "its products", MLP: "MLP inner"}
 
 
 class Room(NamedTuple):
-    """What a step may take of a GPU: bytes of its ``peak``, out of all the GPU's ``memory``."""
+    """What a step may take of a GPU: bytes of its ``peak`` without ever running short, the ``most`` that fits at all,
+    and all of the GPU's ``memory``."""
 
     peak: float
+    most: float
     memory: float
 
     @staticmethod
     def of(memory: float) -> Room:
         """Of a GPU of this size: what is kept free, and what PyTorch does not count, are left out."""
-        return Room((memory - OUTSIDE) / (1 + reserve_share()), memory)
+        left = memory - OUTSIDE
+        return Room(left / (1 + slack_share()), left / (1 + reserve_share()), memory)
 
 
 @dataclass(frozen=True)
@@ -59,9 +71,11 @@ class Choice:
 
     def render(self, room: Room) -> str:
         """One line for a log."""
+        taken = self.prediction.peak + OUTSIDE
+        tight = f", which is little: {RUNS_SHORT}" if self.prediction.peak > room.peak else ""
         return (
-            f"train.recompute=auto: {policies_text(self.policies)}; predicted {size_text(self.prediction.needed)} of "
-            f"{size_text(room.memory)}, {size_text(self.prediction.reserve)} of them kept free; order by {self.basis}"
+            f"train.recompute=auto: {policies_text(self.policies)}; predicted {size_text(taken)} of "
+            f"{size_text(room.memory)}, {size_text(room.memory - taken)} stay free{tight}; order by {self.basis}"
         )
 
 
@@ -123,8 +137,11 @@ def choose_policies(
         if kept is not None:
             found.append((_time(costs, kept), away, kept))
     if not found:
-        least = [LayerPolicy(offload=work.offload)] * (layers - 1) + [LayerPolicy()]
-        raise UserError(_nothing_fits(predicted(least), room, work.offload))
+        least = (LayerPolicy(offload=work.offload),) * (layers - 1) + (LayerPolicy(),)
+        prediction = predicted(least)
+        if prediction.peak > room.most:
+            raise UserError(_nothing_fits(prediction, room, work.offload))
+        return Choice(least, prediction, _time(costs, least), costs.basis)
     time, _, best = min(found, key=lambda one: one[:2])
     return Choice(best, predicted(best), time, costs.basis)
 

@@ -204,24 +204,13 @@ def limit_waits(seconds: float, but: Collection[dist.ProcessGroup] = ()) -> None
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def build_mesh(parallel: ParallelSection, device_type: str, own_ring: bool = False) -> DeviceMesh:
+def build_mesh(parallel: ParallelSection, device_type: str) -> DeviceMesh:
     """The mesh of a process grid. Collective.
 
-    Args:
-        own_ring: groups of their own for the ring. Without them PyTorch gives a ring over all processes the default
-            group, which FSDP's gathers and the sums of losses use too: on GPUs all of them then queue in one stream.
+    A ring over all processes uses the default group, as FSDP's gathers and the sums of losses do. A group of its own
+    was measured and brought nothing (docs/experiments/rings.md).
     """
-    backend = backend_for(torch.device(device_type))
     if parallel.cp_outer == 1:
-        return init_device_mesh(
-            device_type,
-            (parallel.dp, parallel.cp),
-            mesh_dim_names=("dp", "cp"),
-            backend_override={"cp": backend} if own_ring else None,
-        )
+        return init_device_mesh(device_type, (parallel.dp, parallel.cp), mesh_dim_names=("dp", "cp"))
     shape = (parallel.dp, parallel.cp_outer, parallel.cp // parallel.cp_outer)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "cp_outer", "cp_inner"))
-    if own_ring:
-        # Of the same name as the ring asks for: it then finds this one.
-        mesh["cp_outer", "cp_inner"]._flatten(backend_override=backend)
-    return mesh
+    return init_device_mesh(device_type, shape, mesh_dim_names=("dp", "cp_outer", "cp_inner"))

@@ -14,7 +14,6 @@ from mtraining.predict.moments import FULL, MOMENTS
 from mtraining.sizes import tokens_text
 
 RECOMPUTE = ("auto", "full", "keep_attention", "none")
-TRANSFERS = ("shared", "own", "shared+prefetch", "own+prefetch")
 LAYOUTS = ("striped", "zigzag", "contiguous")
 _K = 1024
 
@@ -87,8 +86,6 @@ class TrainCase:
         fused: how the parts around attention are fused, as `mtraining.parallelize` takes it.
         offload: whether kept tensors wait in host memory.
         policies: what each layer keeps, once ``recompute="auto"`` has chosen that.
-        transfers: ``own``: the ring's transfers have a communicator of their own where FSDP's gathers would share it.
-            ``+prefetch``: a layer's forward asks for the next layer's parameters (`mtraining.model.prefetch`).
         float8, optimizer_state: as the options of `train` that have these names.
     """
 
@@ -103,7 +100,6 @@ class TrainCase:
     fused: str = "none"
     offload: bool = False
     policies: tuple[LayerPolicy, ...] | None = None
-    transfers: str = "shared"
     float8: str = "off"
     optimizer_state: str = FULL
 
@@ -121,10 +117,6 @@ class TrainCase:
             )
         if self.layout not in LAYOUTS:
             raise UserError(f"layout: {self.layout!r} is not known; choose one of {', '.join(LAYOUTS)}.")
-        if self.transfers not in TRANSFERS:
-            raise UserError(
-                f"transfers: {self.transfers!r} is not known; choose one of {', '.join(TRANSFERS)}."
-            )
         if self.optimizer_state not in MOMENTS:
             raise UserError(
                 f"optimizer_state: {self.optimizer_state!r} is not known; choose one of {', '.join(MOMENTS)}."
@@ -179,7 +171,6 @@ class TrainCase:
     def describe(self) -> str:
         what = "dense" if self.density is None else f"{self.density:.1%} sparse"
         extras = [f"fused {self.fused}"] * (self.fused != "none") + ["offload"] * self.offload
-        extras += [f"transfers {self.transfers}"] * (self.transfers != "shared")
         extras += [f"float8 {self.float8}"] * (self.float8 != "off")
         extras += [f"optimizer state {self.optimizer_state}"] * (self.optimizer_state != FULL)
         return ", ".join(
@@ -210,7 +201,6 @@ class Group:
     dense_kernel: str = "auto"
     fused: str = "none"
     offload: bool = False
-    transfers: Sequence[str] = ("shared",)
     float8: str = "off"
     optimizer_state: str = FULL
 
@@ -221,14 +211,12 @@ class Group:
                 shape.layers if self.layers is None else self.layers, self.kernel, self.fused, self.offload,
                 float8=self.float8, optimizer_state=self.optimizer_state,
             )  # fmt: skip
-            base = replace(base, transfers=self.transfers[0])
             if self.dense:
                 yield replace(base, density=None, layout="zigzag", ring="flat", kernel=self.dense_kernel)
             yield base
             yield from (replace(base, density=density) for density in self.density[1:])
             yield from (replace(base, layout=layout) for layout in self.layout[1:])
             yield from (replace(base, ring=ring) for ring in self.ring[1:])
-            yield from (replace(base, transfers=transfers) for transfers in self.transfers[1:])
 
 
 # What 5 % of 512K computes for a token.

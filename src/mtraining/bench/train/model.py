@@ -13,7 +13,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mtraining.bench.train.cases import Shape, TrainCase
 from mtraining.layout import build_layout
 from mtraining.model import ParallelLM, parallelize
-from mtraining.model.prefetch import prefetch_gathers
 from mtraining.train.mesh import Process, build_mesh
 from mtraining.train.optim import build_optimizer
 from mtraining.train.step import Batch, Stepper
@@ -40,12 +39,11 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Grid:
-    """A process grid: ``dp`` sequences, each over ``cp`` ranks, whose ring may have a communicator of its own."""
+    """A process grid: ``dp`` sequences, each over ``cp`` ranks."""
 
     cp: int
     cp_outer: int
     dp: int = 1
-    own_ring: bool = False
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -62,9 +60,9 @@ def process_for(case: TrainCase, device: torch.device, rank: int, world: int, dp
     from mtraining.ring import Ring
 
     cp = world // dp
-    grid = Grid(cp, case.outer(cp), dp, case.transfers.startswith("own"))
+    grid = Grid(cp, case.outer(cp), dp)
     if (grid, device.type) not in _meshes:
-        _meshes[grid, device.type] = build_mesh(cast(Any, grid), device.type, own_ring=grid.own_ring)
+        _meshes[grid, device.type] = build_mesh(cast(Any, grid), device.type)
     mesh = _meshes[grid, device.type]
     dims = tuple(name for name in mesh.mesh_dim_names or () if name != "dp")
     return Process(device, mesh, rank, world, dp_rank=rank // cp, cp_rank=Ring.over(mesh[dims]).rank)
@@ -85,7 +83,7 @@ def parallel(case: TrainCase, model: Any, process: Process, dtype: torch.dtype |
     """The model under the case's settings, by the path that training takes; ``dtype`` is to compute in, by default
     that of the device."""
     recompute, offload = case.keeps
-    made = parallelize(
+    return parallelize(
         model,
         process.mesh,
         pattern=case.pattern(),
@@ -97,9 +95,6 @@ def parallel(case: TrainCase, model: Any, process: Process, dtype: torch.dtype |
         float8=cast(Any, case.float8),
         offload=offload,
     )
-    if case.transfers.endswith("+prefetch"):
-        prefetch_gathers(made)
-    return made
 
 
 def stepper(case: TrainCase, model: ParallelLM, process: Process) -> Stepper:

@@ -21,8 +21,8 @@ class TrainRow:
     ``dense_step_seconds`` and ``speedup`` are against the dense step of the same run with the same length, layers,
     recompute policy, fusion, offload, float8 and optimizer state. ``estimate_seconds``: the index estimates of all
     layers, measured alone. ``ring_exposed_fraction``: share of the step's ring time in which the GPU waits for keys.
-    ``kept``: what ``recompute: auto`` chose that layers keep, empty for the others. ``transfers``: as
-    `mtraining.bench.train.cases.TrainCase` has them. ``tiles``: as `mtraining.kernel.measured_tiles.tiles_in_use` says.
+    ``kept``: what ``recompute: auto`` chose that layers keep, empty for the others. ``tiles``: as
+    `mtraining.kernel.measured_tiles.tiles_in_use` says.
     """
 
     date: str
@@ -42,7 +42,6 @@ class TrainRow:
     kernel: str
     fused: str
     offload: bool
-    transfers: str
     float8: str
     optimizer_state: str
     steps: int

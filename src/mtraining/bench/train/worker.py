@@ -214,7 +214,6 @@ def _measure(case: TrainCase, effort: Effort, process: Process, told: Provenance
         kernel=_backend(case, process.device).name,
         fused=case.fused,
         offload=case.offload,
-        transfers=case.transfers,
         float8=case.float8,
         optimizer_state=case.optimizer_state,
         steps=timed.steps,
