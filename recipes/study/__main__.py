@@ -143,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     folder = argparse.ArgumentParser(add_help=False)
     folder.add_argument("study", type=Path, help="folder of the study")
     common = argparse.ArgumentParser(add_help=False, parents=[folder])
-    common.add_argument("--plan", default="extend.yaml", help="extend.yaml, learn.yaml or a file of yours")
+    common.add_argument(
+        "--plan", default="extend.yaml", help="extend.yaml, pilot.yaml, learn.yaml or a file of yours"
+    )
     sizes = common.add_mutually_exclusive_group()
     only = {"dest": "size", "action": "store_const", "default": ""}
     sizes.add_argument("--smoke", **only, const="smoke", help="every arm, tiny, on a CPU")

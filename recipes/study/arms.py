@@ -1,7 +1,8 @@
 """A plan: the arms of a study, and the configuration of each one's runs.
 
 A plan is a YAML file (extend.yaml, learn.yaml). `config` is what all runs share. An arm changes some of it: `pattern`
-and `layout` as a whole, other sections key by key. `smoke` and `small` shrink all of it to sizes for CPUs.
+and `layout` as a whole, other sections key by key. `smoke` and `small` shrink all of it to sizes for CPUs. `like` names
+another plan, whose sections the plan has, but for its arms and what it says itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mtraining.inputs.yaml_text import read_yaml, write_yaml
 from mtraining.pattern import PATTERNS
 
 FOLDER = Path(__file__).parent
-_KEYS = ("corpus", "config", "arms", "measure", "smoke", "small")
+_KEYS = ("corpus", "config", "arms", "measure", "smoke", "small", "like")
 _SHARED = ("corpus", "config", "measure")  # sections of all arms
 _WHOLE = ("pattern", "layout")  # sections that an arm replaces as a whole
 _SAVED = "plan.yaml"
@@ -144,14 +145,10 @@ def read_plan(path: str | Path, size: str = "", overrides: Sequence[str] = ()) -
     Raises:
         UserError: a file that is no plan, or an override of something that the plan does not have.
     """
-    path = Path(path) if Path(path).exists() else FOLDER / Path(path).name
-    try:
-        raw = read_yaml(path.read_text(encoding="utf-8"), f"plan {path}")
-    except OSError:
-        plans = ", ".join(sorted(found.name for found in FOLDER.glob("*.yaml")))
-        raise UserError(
-            f"--plan {path} cannot be read; give one of {plans}, or a file of your own."
-        ) from None
+    path, raw = _read(path)
+    if raw and raw.get("like"):
+        _, other = _read(raw["like"])
+        raw = merged({name: part for name, part in other.items() if name != "arms"}, raw)
     missing = {"corpus", "config", "arms", "measure"} - set(raw or {})
     unknown = set(raw or {}) - set(_KEYS)
     if missing or unknown:
@@ -177,6 +174,17 @@ def read_plan(path: str | Path, size: str = "", overrides: Sequence[str] = ()) -
         seeds = (0,) if size == "smoke" else tuple(entry.get("seeds", (0,)))
         arms.append(Arm(str(name), str(entry.get("about", "")), seeds, changes))
     return Plan(name="-".join(part for part in (path.stem, size) if part), arms=tuple(arms), **sections)
+
+
+def _read(path: str | Path) -> tuple[Path, Any]:
+    path = Path(path) if Path(path).exists() else FOLDER / Path(path).name
+    try:
+        return path, read_yaml(path.read_text(encoding="utf-8"), f"plan {path}")
+    except OSError:
+        plans = ", ".join(sorted(found.name for found in FOLDER.glob("*.yaml")))
+        raise UserError(
+            f"--plan {path} cannot be read; give one of {plans}, or a file of your own."
+        ) from None
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

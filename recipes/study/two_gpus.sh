@@ -9,7 +9,7 @@
 # Arguments: the plan, the folder with its corpus (`prepare`, once, on any machine), minutes, the archive of tables to
 # write, and more options of `run`. The archive holds neither corpus nor weights. ARMS may be set.
 set -euo pipefail
-plan=${1:?extend or learn} study=${2:?the folder of the study} minutes=${3:?minutes} results=${4:?the archive to write}
+plan=${1:?extend, pilot or learn} study=${2:?the folder of the study} minutes=${3:?minutes} results=${4:?the archive to write}
 case $plan in
 extend)
     # One run on each GPU at a time, so that speeds can be compared.
@@ -17,15 +17,22 @@ extend)
     arms+=,paper-scaled:0,widen:0,dense-every:0,paper-90:0
     options=(--arm-seconds "${ARM_SECONDS:-170}")
     ;;
+pilot)
+    arms=dense:0,rate-1e-4:0,rate-4e-4:0,rate-8e-4:0,theta:0,linear:0
+    options=(--arm-seconds "${ARM_SECONDS:-100}" --train-only)
+    ;;
 learn)
     # Eight small runs on each GPU at a time.
     arms=dense:0,recommended:0,coverage:0,frozen:0,window:0,dense-every:0,dense:1,recommended:1,coverage:1,frozen:1
     arms+=,dense-first:0,wide:0,dense:2,recommended:2,coverage:2,widen:0,dense-layer:0
+    # Seeds that tell how often an arm fails.
+    arms+=,dense-every:1,dense-every:2,dense-layer:1,dense-layer:2,recommended:3,coverage:3,dense:3
+    arms+=,recommended:4,coverage:4,dense:4
     options=(--arm-seconds "${ARM_SECONDS:-150}" --processes 8)
     export OMP_NUM_THREADS=2
     ;;
 *)
-    echo "error: $plan is no plan; give extend or learn" >&2
+    echo "error: $plan is no plan; give extend, pilot or learn" >&2
     exit 2
     ;;
 esac

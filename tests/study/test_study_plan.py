@@ -41,7 +41,32 @@ def test_the_arms_that_the_question_needs_are_there() -> None:
     assert {arm.name for arm in learn.arms} >= {"dense", "recommended", "frozen", "window", "coverage"}
     for name in ("dense", "recommended"):
         assert len(extend.arm(name).seeds) == 2
-        assert len(learn.arm(name).seeds) == 3
+        assert len(learn.arm(name).seeds) >= 3
+
+
+def test_the_pilot_differs_in_rate_and_rope_alone(tmp_path: Path) -> None:
+    from arms import read_plan
+
+    pilot, extend = read_plan("pilot.yaml"), read_plan("extend.yaml")
+    assert pilot.corpus == extend.corpus and pilot.measure == extend.measure
+    found = {
+        arm.name: parse_config(pilot.run_config(arm, seed, tmp_path)).model_dump(mode="json")
+        for arm, seed in pilot.runs()
+    }
+    chosen = parse_config(extend.run_config(extend.arm("dense"), 0, tmp_path)).model_dump(mode="json")
+    assert {config["pattern"]["name"] for config in found.values()} == {"dense"}
+    assert (found["dense"]["train"]["lr"], found["dense"]["model"]) == (
+        chosen["train"]["lr"],
+        chosen["model"],
+    )
+    assert len({(config["train"]["lr"], str(config["model"]["rope"])) for config in found.values()}) == len(
+        found
+    )
+    for config in [chosen, *found.values()]:
+        config["output"] = config["model"]["rope"] = None
+        config["train"] |= {"lr": 0, "steps": 0}
+    assert all(config == chosen for config in found.values())
+    assert read_plan("pilot.yaml", "smoke").config["train"]["seq_len"] == 1024
 
 
 def test_first_seeds_come_before_second_ones(tmp_path: Path) -> None:
@@ -61,7 +86,9 @@ def test_bad_plans_and_options_are_one_sentence(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="did you mean 'recommended'"):
         read_plan("extend.yaml").arm("recomended")
-    with pytest.raises(UserError, match=r"nothing.yaml cannot be read; give one of extend.yaml, learn.yaml"):
+    with pytest.raises(
+        UserError, match=r"nothing.yaml cannot be read; give one of extend.yaml, learn.yaml, pilot.yaml"
+    ):
         read_plan("nothing.yaml")
     with pytest.raises(UserError, match="--small: .*extend.yaml does not say how to shrink itself"):
         read_plan("extend.yaml", "small")
