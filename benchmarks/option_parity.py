@@ -7,15 +7,23 @@
 Qwen2.5-3B recipe. ``small`` is a model of 3 million random weights that reads bytes; it learns from nothing in a few
 hundred steps. Model, text, seed and order of sequences of the two runs are the same. Ends with 1 if the mean losses of
 the last tenth of the steps are further apart than allowed, relative to their size.
+
+With ``--runs FOLDER`` a run that is complete is not made again. So the two can be made at once, each on its own GPU:
+
+    CUDA_VISIBLE_DEVICES=0 python benchmarks/option_parity.py ... --ranks 1 --runs FOLDER --only without &
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/option_parity.py ... --ranks 1 --runs FOLDER --only with & wait
+    python benchmarks/option_parity.py ... --ranks 1 --runs FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -28,6 +36,7 @@ from mtraining.bench.record import Provenance, appended, provenance
 from mtraining.data import PrepareOptions, prepare
 from mtraining.errors import RunStopped, UserError
 from mtraining.sizes import size_text
+from mtraining.train.config import Config
 
 FIELDS = (
     "date commit gpu torch triton gpus ranks model seq_len option step loss_without loss_with relative "
@@ -55,6 +64,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--set", action="append", required=True, help="the option of the second run; may be repeated"
     )
     parser.add_argument("--both", action="append", default=[], help="an option of both runs; may be repeated")
+    parser.add_argument("--runs", type=Path, help="folder to keep the two runs in; default: they are removed")
+    parser.add_argument(
+        "--only", choices=("without", "with"), help="make this run alone, and compare nothing"
+    )
     parser.add_argument("--model", choices=("smollm2", "small"), default="smollm2")
     parser.add_argument("--seq-len", type=int, help="default: 32768, of the small model 512")
     parser.add_argument("--steps", type=int, default=200)
@@ -62,7 +75,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tolerance", type=float, default=0.01, help="of the mean loss of the last tenth of the steps"
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.only and options.runs is None:
+        raise UserError(
+            "--only makes one run for a later comparison; add --runs with the folder to keep it in."
+        )
+    return options
+
+
+def kept(folder: Path, which: str, config: Callable[[Path], Config]) -> list[dict[str, Any]]:
+    """What the steps of a run logged: of the one in the folder, or of one made now.
+
+    Raises:
+        UserError: the folder has a run of other settings.
+    """
+    done, made = folder / f"{which}.json", config(folder / which)
+    settings = made.model_dump(mode="json", exclude={"output": True, "data": {"path"}})
+    if done.exists():
+        found = json.loads(done.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise UserError(f"--runs {folder} has a run {which} of other settings; give another folder.")
+        return list(found["records"])
+    shutil.rmtree(made.output, ignore_errors=True)  # of a run that was ended
+    records = logged(made)
+    done.write_text(json.dumps({"settings": settings, "records": records}), encoding="utf-8")
+    return records
 
 
 def data_of(model: str, text: Path, folder: Path) -> Path:
@@ -101,14 +138,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     small = options.model == "small"
     seq_len = options.seq_len or (512 if small else 4 * NATIVE)
     told = provenance(torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
+    base = [*(SMALL if small else ()), *options.both]
     with tempfile.TemporaryDirectory(prefix="option-parity-") as name:
-        folder = Path(name)
-        data = data_of(options.model, options.text, folder)
-        base = [*(SMALL if small else ()), *options.both]
-        without, with_ = (
-            logged(configured(folder / which, data, seq_len, options.steps, ranks, [*base, *more]))
-            for which, more in (("without", ()), ("with", options.set))
-        )
+        folder = options.runs or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        data = data_of(options.model, options.text, Path(name))
+
+        def records(which: str) -> list[dict[str, Any]]:
+            more = options.set if which == "with" else ()
+            return kept(
+                folder,
+                which,
+                lambda output: configured(output, data, seq_len, options.steps, ranks, [*base, *more]),
+            )
+
+        if options.only:
+            records(options.only)
+            return 0
+        without, with_ = records("without"), records("with")
     head = [gpus_in_use(ranks), ranks, "small" if small else MODEL, seq_len, " ".join(options.set)]
     write(options.out, told, head, without, with_)
     ends = [end_loss(records) for records in (without, with_)]
