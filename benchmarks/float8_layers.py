@@ -1,0 +1,137 @@
+"""Linear layers in bf16 and in torchao's forms of float8 training: forward and backward, and where the time goes.
+
+    python benchmarks/float8_layers.py --out CSV                                      (an NVIDIA GPU, Hopper or newer)
+    python benchmarks/float8_layers.py --out CSV --device cpu --tokens 64 --shapes 64x96        (the same in emulation)
+
+Each layer is compiled for itself, as `train.float8` does. ``product_ms`` is the time of the three matrix products, by
+the profiler's names of kernels; the rest is casts and scales. Before it is timed, a layer's output and both of its
+gradients are compared with those of fp32. One that is further off than float8's rounding allows is written without
+times, and the script ends with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mtraining.bench.record import appended, provenance
+from mtraining.bench.timing import measure
+
+FORMS = ("bf16", "rowwise", "rowwise_with_gw_hp", "tensorwise")
+# Qwen2.5-3B's attention and MLP, then layers of 8B and of 70B parameters.
+SHAPES = ("2048x2048", "2048x11008", "11008x2048", "4096x14336", "14336x4096", "8192x28672", "28672x8192")
+FIELDS = (
+    "date commit gpu torch triton tokens in_features out_features form error forward_ms both_ms product_ms rest_ms "
+    "against_bf16".split()
+)
+# Norm of the difference over that of fp32's result. e4m3 has 3 bits after the first: 2^-4 at most, a third of it in the
+# mean, for two operands.
+ALLOWED = {"bf16": 0.01, "float8": 0.06}
+_PRODUCT = re.compile(r"gemm|nvjet|cutlass|scaled_mm|cublas", re.IGNORECASE)
+
+
+def layer_of(weight: Tensor, form: str) -> Callable[[Tensor], Tensor]:
+    """A linear layer of this weight, compiled on a GPU; float8 is emulated elsewhere."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+    layer.weight.data.copy_(weight)
+    held = nn.Sequential(layer)
+    gpu = weight.device.type == "cuda"
+    if form != "bf16":
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        recipe = Float8LinearConfig.from_recipe_name(form)
+        if not gpu:
+            object.__setattr__(recipe, "emulate", True)
+        convert_to_float8_training(held, config=recipe)
+    made: Callable[[Tensor], Tensor] = torch.compile(held, fullgraph=True) if gpu else held
+    return made
+
+
+def results(layer: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, weight: nn.Parameter) -> list[Tensor]:
+    """The output, and the gradients of input and weight."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return [y.detach(), *torch.autograd.grad(y, (x, weight), grad)]
+
+
+def error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest relative error by norm."""
+    pairs = zip(found, exact, strict=True)
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+
+
+def weight_of(layer: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """The one parameter of a layer that `layer_of` made."""
+    (weight,) = layer.parameters()  # type: ignore[attr-defined]
+    return weight
+
+
+def product_milliseconds(run: Callable[[], object]) -> float:
+    """Of one call, the time in kernels of matrix products."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    events = seen.key_averages()
+    return sum(event.device_time_total for event in events if _PRODUCT.search(event.key)) / 1e3
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="CSV to add to, one row a layer and form")
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="such as 2048x11008: in x out")
+    parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    device, wrong = torch.device(options.device), 0
+    told = provenance(device)
+    with appended(options.out, FIELDS) as add:
+        for shape in options.shapes:
+            inside, outside = map(int, shape.split("x"))
+            random = torch.Generator(device).manual_seed(0)
+            draw = {"generator": random, "device": device, "dtype": torch.bfloat16}
+            x, grad = (torch.randn(options.tokens, width, **draw) for width in (inside, outside))
+            weight = torch.randn(outside, inside, **draw) / inside**0.5
+            exact_layer = layer_of(weight.float(), "bf16")
+            exact = results(exact_layer, x.float(), grad.float(), weight_of(exact_layer))
+            plain: float | None = None
+            for form in options.forms:
+                layer = layer_of(weight, form)
+                whole = partial(results, layer, x, grad, weight_of(layer))
+                off = error(whole(), exact)
+                head = [*astuple(told), options.tokens, inside, outside, form, f"{off:.3g}"]
+                if not off <= ALLOWED["bf16" if form == "bf16" else "float8"]:
+                    wrong += 1
+                    add([*head, "", "", "", "", ""])
+                    print(f"{shape} {form}: off by {off:.3g}; not timed", flush=True)
+                    continue
+                forward = measure(partial(layer, x.detach().requires_grad_()), device).ms
+                both = measure(whole, device).ms
+                products = product_milliseconds(whole) if device.type == "cuda" else float("nan")
+                plain = both if form == "bf16" else plain
+                gain = "" if plain is None else f"{plain / both:.3f}"
+                add([*head, *(f"{ms:.4g}" for ms in (forward, both, products, both - products)), gain])
+                print(
+                    f"{shape} {form}: {both:.2f} ms, {products:.2f} of them products; {gain} of bf16's speed; off by "
+                    f"{off:.2g}",
+                    flush=True,
+                )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
