@@ -122,6 +122,29 @@ def test_what_does_not_fit(
     assert code == 2 and "no way to spread" in said and "use more GPUs" in said
 
 
+@pytest.mark.slow
+def test_what_fits_with_little_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rates: Path
+) -> None:
+    """Where nothing leaves enough free, the plan takes what fits and says how much would be enough."""
+    given = json.loads(rates.read_text())
+    words = [*SMALL, "--seq-len", "512K", "--gpus", "1", "--batch", "1", "--rates", str(rates)]
+
+    def planned(memory: float) -> tuple[int, str]:
+        rates.write_text(json.dumps(given | {"memory_gib": memory}))
+        return run(capsys, monkeypatch, *words)
+
+    code, said = planned(1.0)
+    least = re.search(r"the least needs ([\d.]+) GiB", said)
+    assert code == 2 and least
+    code, said = planned(float(least[1]) + 0.02)
+    enough = re.search(r"to never run short +│ ([\d.]+) GiB", said)
+    assert code == 0 and enough and float(enough[1]) > float(least[1]) + 0.05, said
+    assert "may run short of memory" in said or "does not fit" in said
+    code, said = planned(140.0)
+    assert code == 0 and "to never run short" not in said
+
+
 def test_a_saved_run_s_balance(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rates: Path, tmp_path: Path
 ) -> None:

@@ -130,6 +130,7 @@ def _model(name: str, seq_len: int) -> Any:
 def _show(console: Console, planner: Planner, found: Plan, budget: float, pattern: str) -> None:
     from rich.table import Table
 
+    from mtraining.predict.memory import GIB
     from mtraining.predict.recompute import policies_text
     from mtraining.sizes import size_text, tokens_text
 
@@ -149,6 +150,8 @@ def _show(console: Console, planner: Planner, found: Plan, budget: float, patter
     for row in _rows(best, found.dense, budget, cluster.world):
         shown.add_row(*row)
     shown.add_row("memory of a GPU", size_text(found.memory.needed), f"of {rates.memory_gib:.0f} GiB")
+    if found.memory.wanted > rates.memory_gib * GIB:
+        shown.add_row("to never run short", size_text(found.memory.wanted), "")
     console.print(shown)
     parts = Table("a sparse step", "seconds", "share")
     for name, seconds in sorted(best.time.parts.items(), key=lambda part: -part[1]):

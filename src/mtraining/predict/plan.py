@@ -256,7 +256,7 @@ class Planner:
         return work, self._traces.setdefault(ring, Traces(work))
 
     def plan(self) -> Plan:
-        """The fastest way that fits.
+        """The fastest way that fits without running short of memory; where none does, the fastest that fits.
 
         Raises:
             UserError: none fits, or the sequence cannot be dealt to these GPUs.
@@ -270,7 +270,7 @@ class Planner:
                 f"blocks of {self.job.index.block_size}, with at most --batch sequences at a time; choose a multiple "
                 f"of {2 * self.job.index.block_size * self.cluster.world}, or a larger --batch."
             )
-        best = self._fastest(ways)
+        best = self._fastest(ways, self._roomy) or self._fastest(ways, self._fits)
         if best is None:
             fixed = [way.setting for way in ways if way.setting.recompute != "auto"]
             least = min((self.memory(setting) for setting in fixed), key=lambda memory: memory.needed)
@@ -283,8 +283,8 @@ class Planner:
         dense = self.outcome(replace(best.setting, layout=zigzag), dense=True)
         return Plan(best, self.memory(best.setting), dense, list(self._alternatives(best, ways)))
 
-    def _fastest(self, ways: Iterable[Outcome]) -> Outcome | None:
-        """The fastest of some ways that fits."""
+    def _fastest(self, ways: Iterable[Outcome], fits: Callable[[Outcome], bool]) -> Outcome | None:
+        """The fastest of some ways that ``fits``."""
         # Stable: of equals, the one that was given first.
         waiting = [(-way.tokens_per_second, number, way) for number, way in enumerate(ways)]
         heapify(waiting)
@@ -293,7 +293,7 @@ class Planner:
             resolved = self.resolved(way)
             if resolved is not None and resolved is not way:
                 heappush(waiting, (-resolved.tokens_per_second, number, resolved))
-            elif resolved is not None and self._fits(way):
+            elif resolved is not None and fits(way):
                 return way
         return None
 
@@ -322,10 +322,12 @@ class Planner:
         for dp, cp in dict.fromkeys((way.setting.dp, way.setting.cp) for way in ways):
             if (dp, cp) != (at.dp, at.cp):
                 same = [way for way in ways if (way.setting.dp, way.setting.cp) == (dp, cp)]
-                fits = self._fastest(same) or next(
-                    way for way in reversed(same) if way.setting.recompute != "auto"
+                other = self._fastest(same, self._roomy) or self._fastest(same, self._fits)
+                if other is None:
+                    other = next(way for way in reversed(same) if way.setting.recompute != "auto")
+                yield self._alternative(
+                    "dp x cp", f"{dp} x {cp}, ring {ring_text(other.setting)}", other, best
                 )
-                yield self._alternative("dp x cp", f"{dp} x {cp}, ring {ring_text(fits.setting)}", fits, best)
 
     @property
     def _budget(self) -> float:
@@ -334,6 +336,10 @@ class Planner:
 
     def _fits(self, way: Outcome) -> bool:
         return self.memory(way.setting).needed <= self._budget
+
+    def _roomy(self, way: Outcome) -> bool:
+        """Whether so much stays free that PyTorch never runs short; steps that do are slower than predicted."""
+        return self.memory(way.setting).wanted <= self._budget
 
     def _alternative(self, choice: str, value: str, way: Outcome, best: Outcome) -> Alternative:
         found = self.resolved(way)
@@ -344,6 +350,9 @@ class Planner:
         if not self._fits(way):
             needed = size_text(self.memory(way.setting).needed)
             return Alternative(choice, value, way, loss, f"does not fit: needs {needed} on each GPU")
+        if not self._roomy(way):
+            wanted = size_text(self.memory(way.setting).wanted)
+            return Alternative(choice, value, way, loss, f"may run short of memory: {wanted} would be enough")
         return Alternative(choice, value, way, loss, _reason(way, best))
 
 
