@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -435,18 +436,46 @@ def test_a_stall_says_where_each_rank_is(
     for thread in threads:
         thread.start()
     told_so_far = listen(capfd)
-    wait_for(told_so_far, 60)
-    time.sleep(0.6)  # longer than the stall: it could be told again
-    end.set()
-    for thread in threads:
-        thread.join()
-    for each in watches:
-        each._leaving.set()
+    try:
+        wait_for(told_so_far, 60)
+        time.sleep(0.6)  # longer than the stall: it could be told again
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+        for each in watches:
+            each._leaving.set()
     told = told_so_far()
     assert len(told) == 1
     hung, waiting = (rf"test_watch\.py:\d+ \({name}\)" for name in ("reads_data", "waits"))
     pattern = rf"warning: rank 0 has not moved for 0 s; rank 2 in {hung}; ranks 0-1, 3 in {waiting}\. A collective .*"
     assert re.fullmatch(pattern, told[0])
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_no_garbage_is_collected_while_threads_are_looked_at(
+    on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11 could stand still for good if it were. What was switched off stays off, also after an error."""
+    seen = []
+
+    def frames() -> dict[int, Any]:
+        seen.append(gc.isenabled())
+        if len(seen) == 2:
+            raise RuntimeError
+        return {}
+
+    monkeypatch.setattr(sys, "_current_frames", frames)
+    was = gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        assert watch.whereabouts(threading.get_ident()) == "code of others"
+        assert gc.isenabled() == on
+        with pytest.raises(RuntimeError):
+            watch.whereabouts(threading.get_ident())
+        assert seen == [False, False] and gc.isenabled() == on
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 def test_a_stall_names_a_rank_that_says_nothing(

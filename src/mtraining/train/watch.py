@@ -14,6 +14,7 @@ publish where in the program they are. Rank 0 prints it when nothing moves, long
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -27,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -337,9 +339,29 @@ class _Quiet:
         return (beat - since) * BEAT_SECONDS
 
 
+_collecting = threading.Lock()
+
+
+def _frames() -> dict[int, FrameType]:
+    """The frame of each thread, without garbage being collected meanwhile.
+
+    CPython 3.11 holds a lock of all threads while it makes the dictionary. A collection amid that may free a tensor,
+    which lets go of the GIL. Another thread that then wants the same lock waits with the GIL in its hands, and the
+    process stands still for good (github.com/python/cpython/issues/106883).
+    """
+    with _collecting:
+        on = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames()
+        finally:
+            if on:
+                gc.enable()
+
+
 def whereabouts(thread: int) -> str:
     """The innermost place in this package, "train/step.py:91 (run)", at which a thread of this process is."""
-    frame = sys._current_frames().get(thread)
+    frame = _frames().get(thread)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(PACKAGE):
