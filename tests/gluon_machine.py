@@ -205,7 +205,7 @@ class Simulated:
         self.module, self.source, self.seed = module, getattr(module, kernel).fn, seed
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, **options: Any) -> None:
+        def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **options: Any) -> None:
             machine, self.seed = Machine(self.seed), self.seed + 1
             given = [_argument(x) for x in args]
             for number in range(grid[0]):

@@ -64,8 +64,8 @@ def test_a_small_models_prediction_has_no_zeros() -> None:
 
 def test_the_bench_table_too() -> None:
     row = TrainRow(
-        "", "", "", 1, "", "tiny", 2, 256, 1.0, "dense", "striped", "flat", "none", "", "auto", "none", False, "shared",
-        "off", "full", 3, 1.0, 256.0, None, None, 0.001, 0.0005, None, None, None, None, "",
+        "", "", "", 1, "", "tiny", 2, 256, 1.0, "dense", "striped", "flat", "none", "", "auto", "none", False, "off",
+        "full", 3, 1.0, 256.0, None, None, 0.001, 0.0005, None, None, None, None, "",
     )  # fmt: skip
     heads, cells = table([row])
     shown = dict(zip(heads, cells[0], strict=True))

@@ -23,6 +23,7 @@ from mtraining.kernel.hopper import queries as hopper_queries
 from mtraining.kernel.hopper.items import Constants, Target
 from mtraining.kernel.hopper.keys import KeyConstants
 from mtraining.kernel.triton.common import KeyGradients
+from mtraining.kernel.triton.launch import ALWAYS
 from processes import run_command
 
 SHARED = 227 * 1024
@@ -80,7 +81,7 @@ def compiled(name: str, dim: int, *, starts: bool = False, **more: object) -> An
             aligned.append((i,))
     attributes = {path: [["tt.divisibility", 16]] for path in aligned}
     source = GluonASTSource(kernel, kinds, constexprs=constants, attrs=attributes)
-    return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, **ALWAYS})
 
 
 def too_early(ptx: str) -> list[str]:

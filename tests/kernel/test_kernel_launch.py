@@ -36,6 +36,7 @@ from mtraining.kernel.triton import delta
 from mtraining.kernel.triton.backend import TritonBackend
 from mtraining.kernel.triton.common import strided
 from mtraining.kernel.triton.decode import decode_attention
+from mtraining.kernel.triton.launch import ALWAYS
 from triton_cases import Case, build, solve, whole
 
 pytestmark = pytest.mark.skipif(
@@ -65,7 +66,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
         options.setdefault("debug", False)
         _, types, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
         kind = GluonASTSource if kernel.is_gluon() else ASTSource
-        launch = {name: value for name, value in options.items() if name in ("num_warps", "num_stages")}
+        assert ALWAYS.items() <= options.items()
+        launch = {name: options[name] for name in ("num_warps", "num_stages", *ALWAYS) if name in options}
         source = kind(kernel, types, constants, attributes)
         compiled = compile_kernel(source, target=TARGET, options=launch)
         meta = getattr(compiled.metadata, "tensordesc_meta", None)

@@ -20,6 +20,7 @@ from mtraining.kernel.triton import decode as triton_decode
 from mtraining.kernel.triton import probe as triton_probe
 from mtraining.kernel.triton import slashes as triton_tiles
 from mtraining.kernel.triton.common import KeyGradients, Strided
+from mtraining.kernel.triton.launch import ALWAYS
 from mtraining.kernel.triton.tile_sizes import TileSizes, padded, table_tiles
 
 KERNELS = {
@@ -83,7 +84,7 @@ def compiled(
     }
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     source = source_of(kernel, kinds, chosen, 32 * dim)
-    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=launch)
+    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=launch | ALWAYS)
 
 
 @pytest.mark.parametrize("starts", [False, True], ids=["", "starts"])
@@ -109,7 +110,7 @@ def compiled_probe(
     kinds["scope"] = triton_probe.Scope(*("*i64" if scoped else "constexpr",) * 3)
     types = {arg: kinds.get(arg, "*fp32" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
     source = source_of(kernel, types, {"shape": triton_probe.Shape(*constants)}, 0)
-    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=tiles.options)
+    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=tiles.options | ALWAYS)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_decode_compiles(capability: int, dim: int, dtype: str) -> None:
                 for i, name in names if types[name].startswith("*") or re.fullmatch(r"[qkv]_[bsh]", name)
             },
         )  # fmt: skip
-        result = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+        result = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options | ALWAYS)
         assert result.asm["cubin"]
         assert result.metadata.shared <= min(96, SHARED_KIB[capability]) * 1024
         if kernel is triton_decode.decode_kernel:
@@ -194,7 +195,7 @@ def test_a_merge_reads_all_before_it_writes(capability: int, dim: int, to: str) 
         for name in kernel.arg_names
     }  # fmt: skip
     source = source_of(kernel, kinds, chosen, 0)
-    ptx = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options={}).asm["ptx"]
+    ptx = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=ALWAYS).asm["ptx"]
     last_read, first_write = ptx.rindex("ld.global"), ptx.index("st.global")
     assert last_read < first_write
     assert "bar.sync" in ptx[last_read:first_write]

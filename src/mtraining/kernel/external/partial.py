@@ -22,6 +22,7 @@ from mtraining.kernel.triton.common import (
     strided,
     tile_offsets,
 )
+from mtraining.kernel.triton.launch import launch
 from mtraining.kernel.triton.lists import Bitmaps, Row, bitmaps, selected_tiles
 from mtraining.kernel.triton.tile_sizes import padded
 
@@ -66,7 +67,7 @@ def block_lists(index: SparseIndex, placement: Placement, key_major: bool) -> Bl
     full_counts, masked_counts = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
     lists = BlockLists(full_counts, full, masked_counts, masked)
     selected, row_bytes = bitmaps(index, placement.q_blocks)
-    _block_lists_kernel[(full_counts.numel(),)](
+    launch(_block_lists_kernel, (full_counts.numel(),))(
         selected, rows, cols, lists, full_from, index.num_blocks, rows.numel(), cols.numel(), row_bytes,
         HAS_BLOCKS=row_bytes > 0, KEY_MAJOR=key_major, CHUNK=min(_CHUNK, triton.next_power_of_2(cols.numel())),
     )  # fmt: skip
@@ -93,7 +94,7 @@ def merge_partial(
     out, lse = (out if out.stride(-1) == 1 else out.contiguous()), lse.contiguous()
     result = part if final else out
     batch, rows, heads, dim = part.shape
-    _merge_kernel[(triton.cdiv(rows, _BLOCK_M) * batch * heads,)](
+    launch(_merge_kernel, (triton.cdiv(rows, _BLOCK_M) * batch * heads,))(
         strided(part, fixed_row=False), part_lse, strided(out, fixed_row=False), lse,
         strided(result, fixed_row=False), rows, heads, HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=_BLOCK_M,
     )  # fmt: skip

@@ -32,6 +32,7 @@ from mtraining.kernel.triton.backend import (
 )
 from mtraining.kernel.triton.common import key_gradients
 from mtraining.kernel.triton.hidden import ColumnTables, column_tables, tables_of_backward
+from mtraining.kernel.triton.launch import launch
 from mtraining.kernel.triton.lists import TileLists, lists_both_ways, tile_lists
 
 BLOCK = 128
@@ -76,7 +77,7 @@ class HopperBackend(TritonBackend):
         work = _QueryWork(q, k, v, lists, index, columns, tables)
         target = _Target(q, out, final)
         lse = partial_lse(q, lse)
-        hopper_forward.forward_kernel[work.grid](
+        launch(hopper_forward.forward_kernel, work.grid)(
             _boxes(q, _HALF), *work.keys, target.boxes, target.for_kernel(), lse, work.counter, *work.lists, scale,
             *work.counts, work.constants(target.merging, final), num_warps=_WARPS,
         )  # fmt: skip
@@ -98,7 +99,7 @@ class HopperBackend(TritonBackend):
         while group % splits:
             splits -= 1
         dkv = torch.empty(2, splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device)
-        hopper_keys.key_tiles_kernel[(batch * kv_heads * cols * splits,)](
+        launch(hopper_keys.key_tiles_kernel, (batch * kv_heads * cols * splits,))(
             _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(k, _HALF), _boxes(v, _HALF), _rows(lse2), _rows(delta),
             key_gradients(dkv), lists.for_keys(), scale, batch, kv_heads, cols, rows, lists.diagonal,
             KeyConstants(
@@ -113,7 +114,7 @@ class HopperBackend(TritonBackend):
             tables = None if columns is None else tables_of_backward(index, placement.q_blocks, columns[0])
             work = _QueryWork(q, k, v, by_query, index, columns, tables)
             target = _Target(q, dq, final)
-            hopper_queries.query_gradient_kernel[work.grid](
+            launch(hopper_queries.query_gradient_kernel, work.grid)(
                 _boxes(q, _HALF), _boxes(dout, _HALF), *work.keys, target.boxes, target.for_kernel(), lse2, delta,
                 work.counter, *work.lists, scale, *work.counts, work.constants(target.merging, final),
                 num_warps=_WARPS,
@@ -136,7 +137,7 @@ class HopperBackend(TritonBackend):
         tiles = triton.cdiv(capacity, BLOCK)
         splits = ways_to_split(batch * heads * tiles, rows, q.device)
         grads = torch.empty(2, splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device)
-        hopper_keys.key_columns_kernel[(batch * heads * tiles * splits,)](
+        launch(hopper_keys.key_columns_kernel, (batch * heads * tiles * splits,))(
             _boxes(q, _QUERIES), _boxes(dout, _QUERIES), _boxes(ck, _HALF), _boxes(cv, _HALF), _rows(lse2),
             _rows(delta), key_gradients(grads), tables.for_keys(), scale, batch, heads, rows, capacity,
             index.num_blocks, tables.words.shape[-1], splits,

@@ -21,6 +21,7 @@ from mtraining.kernel.triton.common import key_gradients, strided
 from mtraining.kernel.triton.delta import row_delta_kernel
 from mtraining.kernel.triton.estimate import TritonEstimation, unit_head_dim
 from mtraining.kernel.triton.hidden import column_tables, tables_of_backward
+from mtraining.kernel.triton.launch import launch
 from mtraining.kernel.triton.lists import TileLists, lists_both_ways, tile_lists
 from mtraining.kernel.triton.tile_sizes import check_block_size, choose_tiles, interpreted, padded
 
@@ -58,7 +59,7 @@ class TritonBackend(TritonEstimation):
         batch, rows, heads, dim = out.shape
         delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
         block_m = 32
-        row_delta_kernel[(triton.cdiv(rows, block_m) * batch * heads,)](
+        launch(row_delta_kernel, (triton.cdiv(rows, block_m) * batch * heads,))(
             strided(out, fixed_row=False), strided(dout, fixed_row=False), delta, rows, heads,
             HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=block_m,
         )  # fmt: skip
@@ -81,7 +82,7 @@ class TritonBackend(TritonEstimation):
         tma = tiles.tma and dim == padded(dim) and _fits_copy_engine(k) and _fits_copy_engine(v)
         block = [1, tiles.block_n, 1, dim]
         descriptors = [TensorDescriptor.from_tensor(x, block) for x in (k, v)] if tma else [k, v]
-        slash_kernels.forward_kernel[(batch * heads * rows * (index.block_size // tiles.block_m),)](
+        launch(slash_kernels.forward_kernel, (batch * heads * rows * (index.block_size // tiles.block_m),))(
             strided(q), strided(k), strided(v), *descriptors, strided(new_out), new_lse, lists.for_queries(),
             scale, kv_heads, rows, cols, lists.diagonal,
             HAS_PREV=merging, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=index.block_size, HEAD_DIM=dim,
@@ -126,7 +127,7 @@ class TritonBackend(TritonEstimation):
         tiles = choose_tiles("tiles_dq", q, size)
         rows, cols = lists.row_blocks.numel(), lists.col_blocks.numel()
         total, adding = partial(q, dq)
-        slash_kernels.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
+        launch(slash_kernels.query_gradient_kernel, (batch * heads * rows * (size // tiles.block_m),))(
             strided(dout), strided(q), strided(k), strided(v), lse, delta, strided(total), lists.for_queries(),
             scale, kv_heads, rows, cols, lists.diagonal,
             ADD=adding, TOEPLITZ=lists.toeplitz, GROUP=group, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
@@ -152,7 +153,7 @@ class TritonBackend(TritonEstimation):
         while group % splits:
             splits -= 1
         dkv = torch.empty(2, splits * batch, *k.shape[1:], dtype=torch.float32, device=k.device)
-        slash_kernels.key_gradient_kernel[(programs * splits,)](
+        launch(slash_kernels.key_gradient_kernel, (programs * splits,))(
             strided(dout), strided(q), strided(k), strided(v), lse, delta, key_gradients(dkv), lists.for_keys(),
             scale, batch, kv_heads, cols, placement.q_blocks.numel(), lists.diagonal,
             TOEPLITZ=lists.toeplitz, GROUP=group, SPLITS=splits, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
@@ -172,7 +173,7 @@ class TritonBackend(TritonEstimation):
         tiles = choose_tiles("columns_forward", q, size)
         (new_out, merging), new_lse = partial(q, out), partial_lse(q, lse)
         tables = column_tables(index, q_blocks)
-        column_kernels.forward_kernel[(batch * heads * rows * (size // tiles.block_m),)](
+        launch(column_kernels.forward_kernel, (batch * heads * rows * (size // tiles.block_m),))(
             strided(q), strided(ck), strided(cv), strided(new_out), new_lse, tables.for_queries(),
             scale, heads, rows, capacity, index.num_blocks, tables.words.shape[-1],
             HAS_PREV=merging, EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
@@ -192,7 +193,7 @@ class TritonBackend(TritonEstimation):
         batch, _, heads, dim = q.shape
         rows, size, capacity = q_blocks.numel(), index.block_size, index.columns.shape[2]
         tiles = choose_tiles("columns_dq", q, size)
-        column_kernels.query_gradient_kernel[(batch * heads * rows * (size // tiles.block_m),)](
+        launch(column_kernels.query_gradient_kernel, (batch * heads * rows * (size // tiles.block_m),))(
             strided(dout), strided(q), strided(ck), strided(cv), lse, delta, strided(dq), tables.for_queries(),
             scale, heads, rows, capacity, index.num_blocks, tables.words.shape[-1],
             ADD=True, EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),
@@ -215,7 +216,7 @@ class TritonBackend(TritonEstimation):
         programs = batch * heads * triton.cdiv(capacity, tiles.block_n)
         splits = ways_to_split(programs, rows, q.device)
         grads = torch.empty(2, splits * batch, *ck.shape[1:], dtype=torch.float32, device=ck.device)
-        column_kernels.key_gradient_kernel[(programs * splits,)](
+        launch(column_kernels.key_gradient_kernel, (programs * splits,))(
             strided(dout), strided(q), strided(ck), strided(cv), lse, delta, key_gradients(grads), tables.for_keys(),
             scale, batch, heads, rows, capacity, index.num_blocks, tables.words.shape[-1], splits,
             EVEN=capacity % tiles.block_n == 0, SIZE=size, HEAD_DIM=dim, BLOCK_D=padded(dim),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mtraining.kernel.triton.launch import launch
 from mtraining.kernel.triton.tile_sizes import padded
 
 _ROWS = 32  # columns, or keys, a program handles
@@ -87,7 +88,7 @@ def gather_columns(k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tens
     dim = k.shape[3]
     out = torch.empty(2, batch, capacity, q_heads, dim, dtype=k.dtype, device=k.device)
     if capacity:
-        gather_kernel[(q_heads, triton.cdiv(capacity, _ROWS), batch)](
+        launch(gather_kernel, (q_heads, triton.cdiv(capacity, _ROWS), batch))(
             k, v, columns, slots, out, *k.stride()[:3], *v.stride()[:3], out.stride(0), capacity, slots.numel(),
             Q_HEADS=q_heads, GROUP=q_heads // k.shape[2], HEAD_DIM=dim, BLOCK_D=padded(dim), ROWS=_ROWS, num_warps=4,
         )  # fmt: skip
@@ -103,10 +104,10 @@ def scatter_columns(grads: Tensor, columns: Tensor, slots: Tensor, dkv: Tensor) 
     if capacity == 0:
         return
     places = torch.full((batch, q_heads, keys), -1, dtype=torch.int32, device=dkv.device)
-    invert_kernel[(triton.cdiv(capacity, 1024), batch * q_heads)](
+    launch(invert_kernel, (triton.cdiv(capacity, 1024), batch * q_heads))(
         columns, slots, places, capacity, slots.numel(), keys, ROWS=1024, num_warps=4
     )
-    scatter_kernel[(triton.cdiv(keys, _ROWS), batch * kv_heads)](
+    launch(scatter_kernel, (triton.cdiv(keys, _ROWS), batch * kv_heads))(
         grads, places, *dkv, *grads.stride()[:4], *dkv.stride()[1:4], keys,
         KV_HEADS=kv_heads, GROUP=q_heads // kv_heads, HEAD_DIM=dim, BLOCK_D=padded(dim), ROWS=_ROWS, num_warps=4,
     )  # fmt: skip

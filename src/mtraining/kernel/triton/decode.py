@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mtraining.kernel.triton.common import LN2, LOG2E, load_tile_rows, softmax_step, tile_offsets
+from mtraining.kernel.triton.launch import launch
 from mtraining.kernel.triton.tile_sizes import interpreted, padded
 
 _WAVES = 4  # programs wanted for each multiprocessor
@@ -152,7 +153,7 @@ def decode_attention(
     run, splits = runs(longest, batch * kv_heads, tiles.keys, processors)
     part = torch.empty(batch, q_heads, splits, dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(batch, q_heads, splits, dtype=torch.float32, device=q.device)
-    decode_kernel[(splits, batch * kv_heads)](
+    launch(decode_kernel, (splits, batch * kv_heads))(
         q, k, v, lengths, firsts, part, part_lse, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         scale * LOG2E.value, run, splits, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=dim, BLOCK_D=padded(dim),
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=tiles.keys,
@@ -160,7 +161,7 @@ def decode_attention(
     )  # fmt: skip
     out = torch.empty(batch, q_heads, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, q_heads, dtype=torch.float32, device=q.device)
-    join_kernel[(batch * q_heads,)](
+    launch(join_kernel, (batch * q_heads,))(
         part, part_lse, lengths, out, lse, run, splits, Q_HEADS=q_heads, HEAD_DIM=dim, BLOCK_D=padded(dim),
         BLOCK_S=_BLOCK_S, num_warps=4,
     )  # fmt: skip

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mtraining.kernel.triton.launch import launch
+
 _CHUNK = 4096
 _LEVELS = ((20, 2048), (10, 1024), (0, 1024))  # (bits below the digit, buckets)
 # Columns of the per-row state, int64.
@@ -179,16 +181,16 @@ def heaviest(mass: Tensor, forced: Tensor, top_p: float | None, keep: int) -> Te
         zip(torch.zeros(sum(spans), dtype=torch.int64, device=mass.device).split(spans), _LEVELS, strict=True)
     ):
         shared = {"LEVEL": level, "BUCKETS": buckets, "COUNT_BITS": count_bits}
-        histogram_kernel[grid](
+        launch(histogram_kernel, grid)(
             mass, flags, total, state, hist, n, SHIFT=shift, MASS_BITS=mass_bits, CHUNK=_CHUNK, num_warps=8, **shared
         )  # fmt: skip
-        narrow_kernel[(rows,)](
+        launch(narrow_kernel, (rows,))(
             state, hist, 1.0 if top_p is None else float(top_p), width, LAST=level == len(_LEVELS) - 1,
             HAS_TOP_P=top_p is not None, num_warps=8, **shared,
         )  # fmt: skip
     counts = torch.empty(rows, 2, chunks, dtype=torch.int32, device=mass.device)
-    count_kernel[grid](mass, flags, state, counts, n, chunks, CHUNK=_CHUNK, num_warps=8)
-    select_kernel[grid](
+    launch(count_kernel, grid)(mass, flags, state, counts, n, chunks, CHUNK=_CHUNK, num_warps=8)
+    launch(select_kernel, grid)(
         mass, flags, state, counts, out, n, chunks, width,
         CHUNK=_CHUNK, CHUNKS=triton.next_power_of_2(chunks), num_warps=8,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.starts import local_ends_of_keys, starts_of_rows
+from mtraining.kernel.triton.launch import launch
 from mtraining.kernel.triton.lists import Bitmaps, bitmaps
 
 # A program packs 32 words of 32 columns each, for 16 blocks of queries.
@@ -123,7 +124,7 @@ def column_tables(index: SparseIndex, q_blocks: Tensor) -> ColumnTables:
     first_seen = torch.full((batch, heads, words), rows, dtype=torch.int32, device=columns.device)
     last_seen = None if index.starts is None else torch.zeros_like(first_seen)
     selected, row_bytes = bitmaps(index, q_blocks)
-    _hidden_kernel[(batch * heads, triton.cdiv(words, _WORDS), triton.cdiv(rows, _ROWS))](
+    launch(_hidden_kernel, (batch * heads, triton.cdiv(words, _WORDS), triton.cdiv(rows, _ROWS)))(
         selected, columns, numbers, bits, upto, first_seen, last_seen, index.num_blocks, capacity, rows, words,
         row_bytes, HAS_BLOCKS=row_bytes > 0, SIZE=index.block_size, WORDS=_WORDS, ROWS=_ROWS,
     )  # fmt: skip

@@ -30,6 +30,7 @@ from mtraining.kernel.index import SparseIndex
 from mtraining.kernel.placement import Placement
 from mtraining.kernel.starts import first_local_keys, local_query_ends
 from mtraining.kernel.triton.common import RowLists
+from mtraining.kernel.triton.launch import launch
 
 _CHUNK = 1024
 
@@ -142,7 +143,7 @@ def _toeplitz(index: SparseIndex, placement: Placement, row_blocks: Tensor, col_
     pitch = placement.q_blocks.numel() + keys  # one more than there are shifts
     entries = torch.empty(heads * pitch + 1, dtype=torch.int32, device=diagonals.device)
     bounds = torch.empty(heads, pitch, dtype=torch.int32, device=diagonals.device)
-    _toeplitz_kernel[(heads,)](
+    launch(_toeplitz_kernel, (heads,))(
         diagonals.view(torch.int8),
         entries,
         bounds,
@@ -168,7 +169,7 @@ def _explicit(
     bounds = torch.empty(heads, rows, dtype=torch.int32, device=device)
     lists = TileLists(entries, bounds, row_blocks, col_blocks, -1, False, _reach_of(index, placement))
     selected, row_bytes = bitmaps(index, placement.q_blocks)
-    _explicit_kernel[(heads * rows,)](
+    launch(_explicit_kernel, (heads * rows,))(
         selected, RowLists(entries, bounds, row_blocks, col_blocks, None), index.num_blocks, rows, cols, row_bytes,
         HAS_BLOCKS=row_bytes > 0, KEY_MAJOR=key_major, CHUNK=min(_CHUNK, triton.next_power_of_2(cols)),
     )  # fmt: skip

@@ -29,6 +29,7 @@ from mtraining.kernel.triton.common import (
     strided,
     tile_offsets,
 )
+from mtraining.kernel.triton.launch import launch
 from mtraining.kernel.triton.probe_sums import (
     KeyTile,
     Shape,
@@ -394,12 +395,12 @@ def probe_lse(
     batch, probes, heads, _ = probe.shape
     grid, shape, options = _launch(probe, k)
     part = torch.empty(batch, heads, grid[0], probes, dtype=torch.float32, device=k.device)
-    probe_lse_kernel[grid](
+    launch(probe_lse_kernel, grid)(
         strided(probe, fixed_row=False), strided(k, fixed_row=False), probe_positions, key_positions, _scope(scope),
         part, scale * LOG2E.value, probes, k.shape[1], grid[0], shape, **options,
     )  # fmt: skip
     lse = torch.empty(batch, heads, probes, dtype=torch.float32, device=k.device)
-    join_lse_kernel[(triton.cdiv(probes, 16), batch * heads)](
+    launch(join_lse_kernel, (triton.cdiv(probes, 16), batch * heads))(
         part, lse, probes, grid[0], BLOCK_P=16, BLOCK_T=64, num_warps=4
     )
     return lse
@@ -423,7 +424,7 @@ def probe_mass(
     totals = torch.zeros(batch * heads, slashes, dtype=torch.int64, device=k.device)
     # A probe query adds a probability of at most one to any slash: their sum stays below 2^62.
     unit = 2.0 ** (61 - probes.bit_length())
-    probe_mass_kernel[grid](
+    launch(probe_mass_kernel, grid)(
         strided(probe, fixed_row=False), strided(k, fixed_row=False), probe_positions, key_positions, _scope(scope),
         lse, columns, totals, scale * LOG2E.value, unit, probes, k.shape[1], totals.shape[1], shape, **options,
     )  # fmt: skip
