@@ -242,8 +242,10 @@ def _scope(module: ModuleType, machine: Machine, program: int, programs: int) ->
                 names[name] = _bound(value.fn, names)
             elif hasattr(value, "_fields"):  # a bundle of arguments
                 names[name] = value
+    engine = _copy_engine(machine)
     names |= {
-        "gl": language, "tl": language, "mbarrier": _mbarrier(machine), "tma": _copy_engine(machine),
+        "gl": language, "tl": language, "mbarrier": _mbarrier(machine), "tma": engine, "fetch_tile": engine.fetch_tile,
+        "send_tile": engine.send_tile,
         "LOG2E": math.log2(math.e), "LN2": math.log(2), "product_layout": lambda columns: None, "barriers": Barriers,
         "fence_async_shared": lambda: machine.current.unfenced.clear(),
         "warpgroup_mma": partial(_product, machine), "warpgroup_mma_wait": partial(_wait, machine),
@@ -323,9 +325,7 @@ def _copy_engine(machine: Machine) -> SimpleNamespace:
         while len(machine.current.stores) > pending:
             machine.current.stores.pop(0)()
 
-    return SimpleNamespace(
-        async_copy_global_to_shared=fetch, async_copy_shared_to_global=send, store_wait=store_wait
-    )
+    return SimpleNamespace(fetch_tile=fetch, send_tile=send, store_wait=store_wait)
 
 
 def _language(machine: Machine, program: int, programs: int) -> SimpleNamespace:

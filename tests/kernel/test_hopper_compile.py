@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
-import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import compile as compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -113,7 +113,7 @@ def test_assembles_well(name: str, dim: int, starts: bool, tmp_path: Path) -> No
     assert not too_early(result.asm["ptx"])
     source = tmp_path / "kernel.ptx"
     source.write_text(result.asm["ptx"])
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    assembler = get_ptxas(90).path
     told = run_command([assembler, "-v", "-arch=sm_90a", source, "-o", tmp_path / "kernel.cubin"]).stderr
     assert "serialized" not in told  # what the assembler says when products would wait for each other
     spilled = re.search(r"(\d+) bytes spill stores", told)

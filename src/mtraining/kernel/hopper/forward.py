@@ -31,6 +31,7 @@ from mtraining.kernel.hopper.common import (
     product_layout,
     softmax_weights,
 )
+from mtraining.kernel.hopper.copies import send_tile
 from mtraining.kernel.hopper.items import (
     ColumnLists,
     Queries,
@@ -221,9 +222,7 @@ def _consumer(
             if FINAL:
                 q.store(acc.to(queries.q.dtype))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(
-                    out_desc, [visit.batch, first_row, visit.head, 0], queries.q.index(W)
-                )
+                send_tile(out_desc, [visit.batch, first_row, visit.head, 0], queries.q.index(W))
                 tma.store_wait(0)
                 mbarrier.arrive(queries.empty.index(0), count=1)
             else:

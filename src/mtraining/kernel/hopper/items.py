@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mtraining.kernel.hopper.common import (
     ColumnVisit,
@@ -22,6 +22,7 @@ from mtraining.kernel.hopper.common import (
     hide_before,
     hide_columns,
 )
+from mtraining.kernel.hopper.copies import fetch_tile
 from mtraining.kernel.triton.common import RowLists, tile_row, tile_slot
 
 
@@ -247,7 +248,7 @@ def hide_first(s, word, visit: Visit, W: gl.constexpr, constants: gl.constexpr):
 def fetch_halves(desc, batch, first_row, head, full, smem, HALF: gl.constexpr):
     """Begin copying the rows of both groups; ``full`` already expects their bytes."""
     for w in gl.static_range(2):
-        tma.async_copy_global_to_shared(desc, [batch, first_row + w * HALF, head, 0], full, smem.index(w))
+        fetch_tile(desc, [batch, first_row + w * HALF, head, 0], full, smem.index(w))
 
 
 @gluon.jit
@@ -257,14 +258,10 @@ def fetch_keys(t, start, batch, head, k_desc, v_desc, keys: Keys, STAGES: gl.con
     phase = ((t // STAGES) & 1) ^ 1
     mbarrier.wait(keys.k_empty.index(stage), phase)
     mbarrier.expect(keys.k_full.index(stage), k_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(
-        k_desc, [batch, start, head, 0], keys.k_full.index(stage), keys.k.index(stage)
-    )
+    fetch_tile(k_desc, [batch, start, head, 0], keys.k_full.index(stage), keys.k.index(stage))
     mbarrier.wait(keys.v_empty.index(stage), phase)
     mbarrier.expect(keys.v_full.index(stage), v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(
-        v_desc, [batch, start, head, 0], keys.v_full.index(stage), keys.v.index(stage)
-    )
+    fetch_tile(v_desc, [batch, start, head, 0], keys.v_full.index(stage), keys.v.index(stage))
 
 
 @gluon.jit

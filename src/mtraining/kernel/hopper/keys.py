@@ -13,12 +13,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from mtraining.kernel.hopper.common import LOG2E, barriers, product_layout
+from mtraining.kernel.hopper.copies import fetch_tile
 from mtraining.kernel.hopper.items import fetch_halves
 from mtraining.kernel.triton.common import KeyGradients, RowLists, tile_row, tile_slot
 from mtraining.kernel.triton.hidden import KeyTables
@@ -139,10 +139,10 @@ def _fetch_queries(done, at, batch, head, bh, sources: KeySources, rooms: Rooms,
     here = rooms.full.index(stage)
     mbarrier.wait(rooms.empty.index(stage), ((done // STAGES) & 1) ^ 1)
     mbarrier.expect(here, 2 * sources.q.block_type.nbytes + 2 * sources.lse.block_type.nbytes)
-    tma.async_copy_global_to_shared(sources.q, [batch, at, head, 0], here, rooms.q.index(stage))
-    tma.async_copy_global_to_shared(sources.do, [batch, at, head, 0], here, rooms.do.index(stage))
-    tma.async_copy_global_to_shared(sources.lse, [bh, at], here, rooms.lse.index(stage))
-    tma.async_copy_global_to_shared(sources.delta, [bh, at], here, rooms.delta.index(stage))
+    fetch_tile(sources.q, [batch, at, head, 0], here, rooms.q.index(stage))
+    fetch_tile(sources.do, [batch, at, head, 0], here, rooms.do.index(stage))
+    fetch_tile(sources.lse, [bh, at], here, rooms.lse.index(stage))
+    fetch_tile(sources.delta, [bh, at], here, rooms.delta.index(stage))
 
 
 @gluon.jit

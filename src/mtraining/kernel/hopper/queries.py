@@ -29,6 +29,7 @@ from mtraining.kernel.hopper.common import (
     key_buffers,
     product_layout,
 )
+from mtraining.kernel.hopper.copies import send_tile
 from mtraining.kernel.hopper.items import (
     ColumnLists,
     Queries,
@@ -194,9 +195,7 @@ def _consumer(
             if FINAL:
                 q.store(dq.to(queries.q.dtype))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(
-                    dq_desc, [visit.batch, first_row, visit.head, 0], queries.q.index(W)
-                )
+                send_tile(dq_desc, [visit.batch, first_row, visit.head, 0], queries.q.index(W))
                 tma.store_wait(0)
                 mbarrier.arrive(queries.empty.index(0), count=1)
             else:
