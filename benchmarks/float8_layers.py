@@ -12,14 +12,14 @@ times, and the script ends with 1.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from step_profile import MATMUL
 from torch import Tensor, nn
 
 from mtraining.bench.record import appended, provenance
@@ -35,11 +35,10 @@ FIELDS = (
 # Norm of the difference over that of fp32's result. e4m3 has 3 bits after the first: 2^-4 at most, a third of it in the
 # mean, for two operands.
 ALLOWED = {"bf16": 0.01, "float8": 0.06}
-_PRODUCT = re.compile(r"gemm|nvjet|cutlass|scaled_mm|cublas", re.IGNORECASE)
 
 
-def layer_of(weight: Tensor, form: str) -> Callable[[Tensor], Tensor]:
-    """A linear layer of this weight, compiled on a GPU; float8 is emulated elsewhere."""
+def layer_of(weight: Tensor, form: str) -> tuple[Callable[[Tensor], Tensor], nn.Parameter]:
+    """A linear layer of this weight, and its parameter. It is compiled on a GPU; float8 is emulated elsewhere."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
     layer.weight.data.copy_(weight)
     held = nn.Sequential(layer)
@@ -47,12 +46,10 @@ def layer_of(weight: Tensor, form: str) -> Callable[[Tensor], Tensor]:
     if form != "bf16":
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-        recipe = Float8LinearConfig.from_recipe_name(form)
-        if not gpu:
-            object.__setattr__(recipe, "emulate", True)
+        recipe = replace(Float8LinearConfig.from_recipe_name(form), emulate=not gpu)
         convert_to_float8_training(held, config=recipe)
-    made: Callable[[Tensor], Tensor] = torch.compile(held, fullgraph=True) if gpu else held
-    return made
+    (own,) = held.parameters()
+    return torch.compile(held, fullgraph=True) if gpu else held, own
 
 
 def results(layer: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, weight: nn.Parameter) -> list[Tensor]:
@@ -68,19 +65,14 @@ def error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
 
 
-def weight_of(layer: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    """The one parameter of a layer that `layer_of` made."""
-    (weight,) = layer.parameters()  # type: ignore[attr-defined]
-    return weight
-
-
 def product_milliseconds(run: Callable[[], object]) -> float:
     """Of one call, the time in kernels of matrix products."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         run()
         torch.cuda.synchronize()
     events = seen.key_averages()
-    return sum(event.device_time_total for event in events if _PRODUCT.search(event.key)) / 1e3
+    products = (event for event in events if any(word in event.key.lower() for word in MATMUL))
+    return sum(event.device_time_total for event in products) / 1e3
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -106,12 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw = {"generator": random, "device": device, "dtype": torch.bfloat16}
             x, grad = (torch.randn(options.tokens, width, **draw) for width in (inside, outside))
             weight = torch.randn(outside, inside, **draw) / inside**0.5
-            exact_layer = layer_of(weight.float(), "bf16")
-            exact = results(exact_layer, x.float(), grad.float(), weight_of(exact_layer))
+            layer, own = layer_of(weight.float(), "bf16")
+            exact = results(layer, x.float(), grad.float(), own)
             plain: float | None = None
             for form in options.forms:
-                layer = layer_of(weight, form)
-                whole = partial(results, layer, x, grad, weight_of(layer))
+                layer, own = layer_of(weight, form)
+                whole = partial(results, layer, x, grad, own)
                 off = error(whole(), exact)
                 head = [*astuple(told), options.tokens, inside, outside, form, f"{off:.3g}"]
                 if not off <= ALLOWED["bf16" if form == "bf16" else "float8"]:

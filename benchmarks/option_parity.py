@@ -23,7 +23,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -83,21 +83,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def kept(folder: Path, which: str, config: Callable[[Path], Config]) -> list[dict[str, Any]]:
-    """What the steps of a run logged: of the one in the folder, or of one made now.
+def kept(config: Config) -> list[dict[str, Any]]:
+    """What the steps of a run logged: of the one that is kept beside its folder, or of one made now.
 
     Raises:
-        UserError: the folder has a run of other settings.
+        UserError: what is kept there had other settings.
     """
-    done, made = folder / f"{which}.json", config(folder / which)
-    settings = made.model_dump(mode="json", exclude={"output": True, "data": {"path"}})
+    folder, which = config.output.parent, config.output.name
+    done = folder / f"{which}.json"
+    settings = config.model_dump(mode="json", exclude={"output": True, "data": {"path"}})
     if done.exists():
         found = json.loads(done.read_text(encoding="utf-8"))
         if found["settings"] != settings:
             raise UserError(f"--runs {folder} has a run {which} of other settings; give another folder.")
         return list(found["records"])
-    shutil.rmtree(made.output, ignore_errors=True)  # of a run that was ended
-    records = logged(made)
+    shutil.rmtree(config.output, ignore_errors=True)  # of a run that was ended
+    records = logged(config)
     done.write_text(json.dumps({"settings": settings, "records": records}), encoding="utf-8")
     return records
 
@@ -146,11 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def records(which: str) -> list[dict[str, Any]]:
             more = options.set if which == "with" else ()
-            return kept(
-                folder,
-                which,
-                lambda output: configured(output, data, seq_len, options.steps, ranks, [*base, *more]),
-            )
+            return kept(configured(folder / which, data, seq_len, options.steps, ranks, [*base, *more]))
 
         if options.only:
             records(options.only)

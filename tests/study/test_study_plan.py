@@ -41,7 +41,7 @@ def test_the_arms_that_the_question_needs_are_there() -> None:
     assert {arm.name for arm in learn.arms} >= {"dense", "recommended", "frozen", "window", "coverage"}
     for name in ("dense", "recommended"):
         assert len(extend.arm(name).seeds) == 2
-        assert len(learn.arm(name).seeds) >= 3
+        assert len(learn.arm(name).seeds) == 5
 
 
 def test_the_pilot_differs_in_rate_and_rope_alone(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ class Planner:
                 f"blocks of {self.job.index.block_size}, with at most --batch sequences at a time; choose a multiple "
                 f"of {2 * self.job.index.block_size * self.cluster.world}, or a larger --batch."
             )
-        best = self._fastest(ways, self._roomy) or self._fastest(ways, self._fits)
+        best = self._fastest(ways)
         if best is None:
             fixed = [way.setting for way in ways if way.setting.recompute != "auto"]
             least = min((self.memory(setting) for setting in fixed), key=lambda memory: memory.needed)
@@ -283,8 +283,9 @@ class Planner:
         dense = self.outcome(replace(best.setting, layout=zigzag), dense=True)
         return Plan(best, self.memory(best.setting), dense, list(self._alternatives(best, ways)))
 
-    def _fastest(self, ways: Iterable[Outcome], fits: Callable[[Outcome], bool]) -> Outcome | None:
-        """The fastest of some ways that ``fits``."""
+    def _fastest(self, ways: Iterable[Outcome]) -> Outcome | None:
+        """The fastest of some ways that never runs short of memory; where none does, the fastest that fits."""
+        tight = None
         # Stable: of equals, the one that was given first.
         waiting = [(-way.tokens_per_second, number, way) for number, way in enumerate(ways)]
         heapify(waiting)
@@ -293,9 +294,11 @@ class Planner:
             resolved = self.resolved(way)
             if resolved is not None and resolved is not way:
                 heappush(waiting, (-resolved.tokens_per_second, number, resolved))
-            elif resolved is not None and fits(way):
+            elif resolved is not None and self._roomy(way):
                 return way
-        return None
+            elif resolved is not None and tight is None and self._fits(way):
+                tight = way
+        return tight
 
     def _alternatives(self, best: Outcome, ways: list[Outcome]) -> Iterator[Alternative]:
         """The ways that differ from the best one in one choice."""
@@ -322,9 +325,9 @@ class Planner:
         for dp, cp in dict.fromkeys((way.setting.dp, way.setting.cp) for way in ways):
             if (dp, cp) != (at.dp, at.cp):
                 same = [way for way in ways if (way.setting.dp, way.setting.cp) == (dp, cp)]
-                other = self._fastest(same, self._roomy) or self._fastest(same, self._fits)
-                if other is None:
-                    other = next(way for way in reversed(same) if way.setting.recompute != "auto")
+                other = self._fastest(same) or next(
+                    way for way in reversed(same) if way.setting.recompute != "auto"
+                )
                 yield self._alternative(
                     "dp x cp", f"{dp} x {cp}, ring {ring_text(other.setting)}", other, best
                 )
