@@ -49,6 +49,7 @@ def layer_of(weight: Tensor, form: str) -> tuple[Callable[[Tensor], Tensor], nn.
         recipe = replace(Float8LinearConfig.from_recipe_name(form), emulate=not gpu)
         convert_to_float8_training(held, config=recipe)
     (own,) = held.parameters()
+    torch.compiler.reset()  # all forms and widths share one code, and PyTorch compiles few variants of that
     return torch.compile(held, fullgraph=True) if gpu else held, own
 
 

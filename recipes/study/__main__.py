@@ -12,6 +12,7 @@ scale of a CPU.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -59,9 +60,10 @@ def _run(args: argparse.Namespace) -> int:
     unpack(args.before, args.study)
     if not (args.study / "corpus" / "held-out").is_dir():
         raise UserError(f"{args.study} has no corpus; run the command prepare first, with the same --plan.")
+    plan = whole.chosen(args.arms.split(",") if args.arms else [], args.seeds)
+    plan.check(args.study)
     whole.save(args.study)
     note(args.study)
-    plan = whole.chosen(args.arms.split(",") if args.arms else [], args.seeds)
     found = pieces_of(plan, args.study, not args.train_only, args.arm_seconds, args.tasks_again)
 
     def keep() -> None:
@@ -131,8 +133,13 @@ def places(gpus: int | None, processes: int) -> list[str | None]:
             import torch
 
             gpus = torch.cuda.device_count()
+    # Those that this command may use are the first of those that it was given.
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(gpus)] if given is None else given.split(",")[:gpus]
+    if len(names) < gpus:
+        raise UserError(f"--gpus {gpus}: CUDA_VISIBLE_DEVICES={given} names fewer; name more, or lower --gpus.")
     # Every GPU has its first process before any has a second.
-    return [str(number) for _ in range(processes) for number in range(gpus)] or [None] * processes
+    return [name.strip() for _ in range(processes) for name in names] or [None] * processes
 
 
 def _parser() -> argparse.ArgumentParser:

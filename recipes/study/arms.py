@@ -108,6 +108,21 @@ class Plan:
         turns = max(len(arm.seeds) for arm in self.arms)
         return [(arm, arm.seeds[turn]) for turn in range(turns) for arm in self.arms if turn < len(arm.seeds)]
 
+    def check(self, study: Path) -> None:
+        """Build every arm's model without its weights, and predict a step's memory.
+
+        Raises:
+            UserError: an arm that `mtraining train` would refuse only when its turn comes.
+        """
+        from mtraining.train.config import parse_config
+        from mtraining.train.memory_report import predict_config
+
+        for arm, seed in {arm.name: (arm, seed) for arm, seed in self.runs()}.values():
+            try:
+                predict_config(parse_config(self.run_config(arm, seed, study)))
+            except UserError as error:
+                raise UserError(f"plan {self.name}, arm {arm.name}: {error}") from error
+
     def run_config(self, arm: Arm, seed: int, study: Path) -> dict[str, Any]:
         """The configuration of one run, as `mtraining train` reads it."""
         config = merged(self.config, arm.changes)

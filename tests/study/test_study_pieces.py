@@ -211,28 +211,11 @@ def test_quick_measurements_of_all_come_before_slow_ones(tmp_path: Path) -> None
     assert all(piece.again for piece in pieces_of(plan, tmp_path, tasks_again=True))
 
 
-@pytest.fixture
-def main() -> Any:
-    """The command's own module, which is not to be imported by its name."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location(
-        "study_main", Path(__file__).parents[2] / "recipes" / "study" / "__main__.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_places_take_turns(main: Any) -> None:
-    assert main.places(2, 3) == ["0", "1", "0", "1", "0", "1"]
-    assert main.places(0, 2) == [None, None]
-
-
-def test_bad_commands_are_one_sentence(main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_commands_are_one_sentence(
+    study_main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def told(*words: str) -> str:
-        assert main.main(list(words)) == 2
+        assert study_main.main(list(words)) == 2
         return capsys.readouterr().err
 
     smoke = ("--smoke", "--set", "config.train.steps=3")

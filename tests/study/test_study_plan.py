@@ -69,6 +69,49 @@ def test_the_pilot_differs_in_rate_and_rope_alone(tmp_path: Path) -> None:
     assert read_plan("pilot.yaml", "smoke").config["train"]["seq_len"] == 1024
 
 
+@pytest.mark.parametrize("name", [*PLANS, "pilot.yaml"])
+def test_every_arm_of_the_plans_can_be_built(name: str, tmp_path: Path) -> None:
+    """Beyond reading: what `mtraining train` refuses only when it makes the model."""
+    from arms import read_plan
+
+    read_plan(name).check(tmp_path)
+
+
+def test_an_arm_that_cannot_be_built_is_refused_before_any_begins(
+    study_main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "corpus" / "held-out").mkdir(parents=True)
+    given = ["run", str(tmp_path), "--plan", "learn.yaml", "--smoke", "--minutes", "1"]
+    assert study_main.main([*given, "--set", "arms.window.set.model={rope: {type: none, factor: 2}}"]) == 2
+    told = capsys.readouterr().err
+    assert "error: plan learn-smoke, arm window: model.rope.factor has no effect with type=none" in told
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "expected"),
+    [
+        (None, 2, ["0", "1", "0", "1"]),
+        ("5, GPU-ab,7", 2, ["5", "GPU-ab", "5", "GPU-ab"]),
+        ("", 0, [None, None]),
+    ],
+)
+def test_only_gpus_that_the_command_was_given_are_used(
+    study_main: Any,
+    given: str | None,
+    gpus: int,
+    expected: list[str | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert study_main.places(gpus, 2) == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=3 names fewer; name more, or lower --gpus"):
+        study_main.places(2, 1)
+
+
 def test_first_seeds_come_before_second_ones(tmp_path: Path) -> None:
     from arms import read_plan
 

@@ -6,6 +6,7 @@ the tokenizer is rebuilt from the vocabulary and merges in the same file.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ def find_smollm2() -> Path:
     return path
 
 
+@functools.cache
+def _reader(path: Path) -> Any:
+    """Reading the vocabulary takes seconds: once in a process."""
+    import gguf
+
+    return gguf.GGUFReader(path)
+
+
 class SmolLM2:
     """The GGUF file, opened (memory-mapped)."""
 
@@ -58,7 +67,7 @@ class SmolLM2:
         import gguf
 
         self._gguf = gguf
-        self._reader = gguf.GGUFReader(path)
+        self._reader = _reader(path)
 
     def _field(self, name: str) -> Any:
         return self._reader.fields[name].contents()
