@@ -137,7 +137,9 @@ def places(gpus: int | None, processes: int) -> list[str | None]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(number) for number in range(gpus)] if given is None else given.split(",")[:gpus]
     if len(names) < gpus:
-        raise UserError(f"--gpus {gpus}: CUDA_VISIBLE_DEVICES={given} names fewer; name more, or lower --gpus.")
+        raise UserError(
+            f"--gpus {gpus}: CUDA_VISIBLE_DEVICES={given} names fewer; name more, or lower --gpus."
+        )
     # Every GPU has its first process before any has a second.
     return [name.strip() for _ in range(processes) for name in names] or [None] * processes
 

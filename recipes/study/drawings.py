@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from compared import TO_DENSE
-from found import Row
+from found import DENSE, Row
 
 from mtraining.evaluate.svg import write_svg
 from mtraining.report.drawing import new_figure
 
 SMOOTHED = 50  # windows of a smoothed line
 MOST = 300  # points of a line
-_SEEDS = ("-", "--", ":")
+_SEEDS = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
 _MORE_COLOURS = ("black", "gold", "navy", "salmon", "darkgreen", "tan")  # behind matplotlib's ten
 
 
@@ -31,8 +31,11 @@ def draw(rows: dict[str, list[Row]], out: Path) -> None:
         ("coverage", "coverage", _coverage),
     ):
         drawn = figure(rows[table], colours) if rows[table] else None
-        if drawn is not None:
-            write_svg(drawn, out / f"{name}.svg")
+        path = out / f"{name}.svg"
+        if drawn is None:  # one that is there is of an earlier state
+            path.unlink(missing_ok=True)
+        else:
+            write_svg(drawn, path)
 
 
 Colours = Mapping[str, Any]
@@ -77,6 +80,17 @@ def _panels(count: int, lines: int, **options: Any) -> tuple[Any, Sequence[Any]]
     """A figure with so many panels beside each other and room for a legend of so many lines."""
     figure = new_figure(figsize=(4.5 * count, 3.2 + 0.2 * -(-lines // 4)))
     return figure, figure.subplots(1, count, squeeze=False, **options)[0]
+
+
+def _grid(count: int) -> tuple[Any, Sequence[Any]]:
+    """A figure with so many small panels, five in a row, all with the same axes."""
+    columns = min(count, 5)
+    lines = -(-count // columns)
+    figure = new_figure(figsize=(2.2 * columns, 0.6 + 1.9 * lines))
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    for empty in panels[count:]:
+        empty.remove()
+    return figure, panels[:count]
 
 
 def _loss(rows: Sequence[Row], colours: Colours) -> Any:
@@ -172,28 +186,37 @@ def _copy(rows: Sequence[Row], colours: Colours) -> Any:
 
 
 def _answers(rows: Sequence[Row], colours: Colours) -> Any:
-    """Answers given over training, each model read with full attention: near, and far."""
-    starts = sorted({row["from"] for row in rows})
-    halves = [half for half in (starts[: len(starts) // 2], starts[len(starts) // 2 :]) if half]
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, panels = _panels(len(halves), len(models), sharey=True)
-    for axes, half in zip(panels, halves, strict=True):
-        for model in models:
-            sums: dict[int, tuple[float, int]] = {}
-            for row in rows:
-                if (row["model"], row["read"]) == (model, "dense") and row["from"] in half:
-                    given, count = sums.get(row["step"], (0.0, 0))
-                    sums[row["step"]] = given + row["given"] * row["answers"], count + row["answers"]
-            steps = sorted(sums)
-            _line(axes, colours, model, steps, [sums[step][0] / sums[step][1] for step in steps], marker=".")
-        axes.set_title(f"{half[0]} tokens back and more", fontsize=10)
-        axes.set_xlabel("step")
-    panels[0].set_ylabel("answers given, read densely (%)")
-    return _legend(figure)
+    """Answers given over training, read with full attention: a panel for each arm, with dense training behind it."""
+    sums: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if row["read"] == "dense":
+            both = sums.setdefault(row["model"], {}).setdefault(row["step"], [0.0, 0.0])
+            both[0] += row["given"] * row["answers"]
+            both[1] += row["answers"]
+    curves = {
+        model: [(step, given / count) for step, (given, count) in sorted(found.items())]
+        for model, found in sums.items()
+    }
+    arms = list(dict.fromkeys(_arm(model) for model in curves))
+    figure, panels = _grid(len(arms))
+    for axes, arm in zip(panels, arms, strict=True):
+        if arm != DENSE:
+            for curve in (curve for model, curve in curves.items() if _arm(model) == DENSE):
+                axes.plot(*zip(*curve, strict=True), color="lightgrey")
+        for model, curve in curves.items():
+            if _arm(model) == arm:
+                _line(axes, colours, model, *zip(*curve, strict=True))
+        axes.set_title(arm, fontsize=10)
+        axes.set_ylim(-2, 102)
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("answers given, read densely (%)", fontsize=10)
+    return figure
 
 
 def _layers(rows: Sequence[Row], colours: Colours) -> Any:
     """Density and recall by layer, at the last step that was observed."""
+    if all(row["density"] == 1 for row in rows):
+        return None
     runs = _runs(rows)
     figure, panels = _panels(2, len(runs))
     for axes, value in zip(panels, ("density", "recall"), strict=True):
@@ -206,6 +229,8 @@ def _layers(rows: Sequence[Row], colours: Colours) -> Any:
 
 
 def _coverage(rows: Sequence[Row], colours: Colours) -> Any:
+    if not any(row["uncovered_run_far"] for row in rows):
+        return None
     runs = _runs(rows)
     figure, (axes,) = _panels(1, 2 * len(runs))
     for run, line in runs.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import Plan, run_folder
+from arms import Plan, merged, run_folder
 
 from mtraining.evaluate.results import Key, Results
 from mtraining.model.key_coverage import BAND_STARTS
@@ -36,9 +36,8 @@ class Study:
         self.evaluations: dict[tuple[str, int], list[Row]] = {}
         self.measured: dict[str, list[tuple[Key, Row]]] = {}
         self.missing: list[str] = []
-        total = plan.config["train"]["steps"]
         for arm, seed in plan.runs():
-            name = f"{arm.name}-{seed}"
+            name, total = f"{arm.name}-{seed}", merged(plan.config, arm.changes)["train"]["steps"]
             records = read_metrics(run_folder(folder, arm.name, seed))
             steps = [record for record in records if "loss" in record]
             if not steps:
@@ -48,17 +47,24 @@ class Study:
                 self.missing.append(f"{name}: {steps[-1]['step']} of {total} steps")
             self.steps[arm.name, seed] = steps
             self.evaluations[arm.name, seed] = [one for one in records if "held_out" in one]
+        trained = {f"{arm}-{seed}" for arm, seed in self.steps}
+        wanted = ["measure", *(["tasks"] if plan.measure.get("tasks") else [])]
+        unmeasured = {}
         names = [f"{arm.name}-{seed}" for arm, seed in plan.runs()]
         for name in [*names, *(["base"] if plan.measure.get("base") else [])]:
             # A sample made twice counts once.
             lines = list(dict(Results(folder / "measured" / name, writes=False).lines()).items())
             if lines:
                 self.measured[name] = lines
-            if name != "base" and not any(f"{arm}-{seed}" == name for arm, seed in self.steps):
+            if name != "base" and name not in trained:
                 continue
-            pieces = ["measure", *(["tasks"] if plan.measure.get("tasks") else [])]
-            if not all((folder / "done" / f"{piece}-{name}.json").exists() for piece in pieces):
-                self.missing.append(f"{name}: {'not all' if lines else 'nothing'} measured after training")
+            if not all((folder / "done" / f"{piece}-{name}.json").exists() for piece in wanted):
+                unmeasured[name] = f"{name}: {'not all' if lines else 'nothing'} measured after training"
+        if trained and not self.measured and trained <= unmeasured.keys():
+            # As `run --train-only` leaves it.
+            self.missing.append("nothing was measured after training")
+        else:
+            self.missing += unmeasured.values()
 
 
 def arm_rows(study: Study) -> list[Row]:

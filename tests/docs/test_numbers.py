@@ -263,12 +263,12 @@ LEARN = "study-learn-h100-2026-11-27-{}.csv"
 @pytest.mark.parametrize(
     ("begins", "arm", "seeds"),
     [
-        ("`dense`, three seeds | 100 %", "dense", 3),
-        ("`recommended`, three seeds | 7", "recommended", 3),
-        ("`coverage` (every distance within 16 steps)", "coverage", 3),
-        ("`dense-every` (every fourth step) | 30", "dense-every", 1),
+        ("`dense`, four seeds | 100 %", "dense", 4),
+        ("`recommended`, five seeds | 7", "recommended", 5),
+        ("`coverage` (every distance within 16 steps)", "coverage", 4),
+        ("`dense-every` (every fourth step), three seeds | 30", "dense-every", 3),
         ("`wide`", "wide", 1),
-        ("`dense-layer`", "dense-layer", 1),
+        ("`dense-layer` (the first of two)", "dense-layer", 3),
         ("`frozen`, two seeds", "frozen", 2),
         ("`dense-first` (the first fifth)", "dense-first", 1),
         ("`widen` | 24", "widen", 1),
@@ -303,6 +303,37 @@ def test_answers_that_were_learned(begins: str, arm: str, seeds: int) -> None:
     for cell, first in ((half, steps[50]), (nine, steps[90])):
         shown = re.findall(r"\d+|never", cell)
         assert shown == (first if len(shown) > 1 else first[:1]) and set(first[len(shown) :]) <= {shown[-1]}
+
+
+@pytest.mark.parametrize(
+    ("begins", "arm"),
+    [
+        ("2e-4, YaRN", "dense"),
+        ("1e-4", "rate-1e-4"),
+        ("4e-4", "rate-4e-4"),
+        ("8e-4", "rate-8e-4"),
+        ("linear interpolation", "linear"),
+    ],
+)
+def test_the_pilot_of_the_study(begins: str, arm: str) -> None:
+    _, _, *losses, above, _ = line("docs/study.md", begins).split("|")
+    table = "study-pilot-h100-2026-11-27-held-out.csv"
+    found = rows(table, arm=arm, **{"from": "all"})
+    assert [row["documents"] for row in found] == ["6"] * len(found)
+    expected = {row["step"]: f"{float(row['loss']):.3f}" for row in found}
+    assert [cell.strip() for cell in losses] == [expected.get(step, "-") for step in ("0", "6", "12", "18")]
+    if arm == "dense":
+        assert above.strip() == "-"
+        return
+    last = found[-1]
+    (dense,) = rows(table, arm="dense", step=last["step"], **{"from": "all"})
+    difference, low, high = (
+        100 * float(last[name]) / float(dense["loss"]) for name in ("difference", "low", "high")
+    )
+    assert above.strip() == f"{difference:+.2f} ({low:.2f} to {high:.2f})"
+    later = rows(table, arm="dense", step="18", **{"from": "all"})[0]["loss"]
+    earlier = rows(table, arm="dense", step="12", **{"from": "all"})[0]["loss"]
+    assert f"{100 * (1 - float(later) / float(earlier)):.1f} %" == "1.5 %"
 
 
 TELEMETRY = "telemetry-cost-h100-80gb-hbm3-2026-11-27.csv"

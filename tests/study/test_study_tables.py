@@ -80,6 +80,27 @@ def test_the_first_step_that_reaches_a_share() -> None:
     assert {row["from"]: row["step"] for row in steps_to(rows, 90)} == {0: 3, 64: None}
 
 
+def test_a_study_of_training_alone_misses_one_thing(tmp_path: Path) -> None:
+    """Each arm is held to its own number of steps; figures in which dense attention is a flat line are left out."""
+    from arms import read_plan
+    from found import Study
+    from tables import summarise
+
+    plan = read_plan("pilot.yaml").chosen(["dense", "linear"], None)
+    seen = {
+        "density": 1.0,
+        "layer_density": [1.0],
+        "layer_recall": [1.0],
+        "uncovered_far": 0,
+        "uncovered_run_far": 0,
+    }
+    write(tmp_path, "dense-0", [training(step, **seen) for step in range(1, 19)])
+    write(tmp_path, "linear-0", [training(step, **seen) for step in range(1, 13)])
+    assert Study(tmp_path, plan).missing == ["nothing was measured after training"]
+    summarise(tmp_path, plan)
+    assert [path.name for path in (tmp_path / "summary").glob("*.svg")] == ["loss.svg"]
+
+
 def test_what_is_missing_is_named(tmp_path: Path, plan: Any) -> None:
     from found import Study
     from tables import summarise
