@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from itertools import product
+from statistics import median
 
 import pytest
 
@@ -141,7 +142,10 @@ def test_attention_within_a_window(at: str, tokens: str, head_dim: str) -> None:
         ("128K, 304b272, keep_attention", 131072, "train-h100x2-2026-11-27-304b272.csv"),
         ("128K, 304b272, auto", 131072, "train-h100x2-2026-11-27-304b272.csv"),
         ("256K, 304b272, auto", 262144, "train-h100x2-2026-11-27-304b272.csv"),
+        ("256K, b85288b, auto", 262144, "train-h100x2-2026-11-27-b85288b.csv"),
         ("512K on four GPUs, 304b272, auto", 524288, "train-h100x4-2026-11-27.csv"),
+        ("512K on four GPUs, b85288b, auto", 524288, "train-h100x4-2026-11-27-b85288b.csv"),
+        ("512K on four GPUs, ea8c751, keep_attention", 524288, "train-h100x4-2026-11-27-ea8c751.csv"),
     ],
 )
 def test_training_steps_on_h100s(begins: str, tokens: int, file: str) -> None:
@@ -399,17 +403,69 @@ def test_losses() -> None:
     )
 
 
-@pytest.mark.parametrize("option", ["train.optimizer_state=8bit", "train.float8=emulated"])
-def test_losses_with_an_option(option: str) -> None:
-    found = rows("option-parity-cpu-2026-11-27.csv", option=option)
+@pytest.mark.parametrize(
+    ("option", "machine"),
+    [
+        ("train.optimizer_state=8bit", "cpu"),
+        ("train.float8=emulated", "cpu"),
+        ("train.optimizer_state=8bit", "h100"),
+        ("train.float8=rowwise", "h100"),
+    ],
+)
+def test_losses_with_an_option(option: str, machine: str) -> None:
+    found = rows(f"option-parity-{machine}-2026-11-27.csv", option=option)
     last = found[-(len(found) // 10) :]
     ends = [sum(float(row[f"loss_{which}"]) for row in last) / len(last) for which in ("without", "with")]
     most = max(float(row["relative"]) for row in found)
-    begins = f"`{option.replace('=', ': ')}`"
-    assert line("docs/performance/float8-and-moments.md", begins) == (
+    begins = f"`{option.replace('=', ': ')}`" + (", H100" if machine == "h100" else "")
+    assert line("docs/performance/float8-and-moments.md", f"{begins} |") == (
         f"| {begins} | {len(found)} | {ends[0]:.4f} | {ends[1]:.4f} | {100 * abs(ends[1] / ends[0] - 1):.2f} % | "
         f"{100 * most:.1f} % |"
     )
+
+
+@pytest.mark.parametrize("option", ["train.optimizer_state=8bit", "train.float8=rowwise"])
+def test_what_an_option_takes(option: str) -> None:
+    """Medians of steps after the first tenth, which compile; and PyTorch's peak."""
+    found = rows("option-parity-h100-2026-11-27.csv", option=option)
+    usual = found[len(found) // 10 :]
+    cells = []
+    for which in ("without", "with"):
+        cells.append(f"{median(float(row[f'seconds_{which}']) for row in usual):.2f}")
+        cells.append(f"{float(found[-1][f'memory_{which}']) / 2**30:.2f}")
+    begins = f"`{option.replace('=', ': ')}`, one step"
+    assert line("docs/performance/float8-and-moments.md", begins) == f"| {begins} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("shape", ["2048x2048", "2048x11008"])
+def test_linear_layers_in_float8(shape: str) -> None:
+    inside, outside = shape.split("x")
+    for row in rows("float8-layers-h100-2026-11-27.csv", in_features=inside, out_features=outside):
+        begins = f"{inside} to {outside}, {row['form']}"
+        assert line("docs/performance/float8-and-moments.md", f"{begins} |") == (
+            f"| {begins} | {float(row['both_ms']):.2f} | {float(row['product_ms']):.2f} | "
+            f"{float(row['against_bf16']):.2f} |"
+        )
+
+
+@pytest.mark.parametrize(
+    ("begins", "pattern"),
+    [
+        ("`vertical_slash`, the recipes", "vertical_slash, spread 256, block (the recipes)"),
+        ("`xattention`, stride 16", "xattention"),
+        ("`xattention`, stride of a block", "xattention, stride of a block"),
+        ("`xattention`, refine 4", "xattention, refine 4"),
+        ("`flexprefill`, pooled", "flexprefill"),
+        ("`flexprefill`, refine 4", "flexprefill, refine 4"),
+    ],
+)
+def test_estimates_below_the_square(begins: str, pattern: str) -> None:
+    cells = []
+    for tokens in ("131072", "524288"):
+        chosen = {"pattern": pattern, "tokens": tokens, "phase": "estimate"}
+        (row,) = rows("estimate-cost-h100-2026-11-27.csv", **chosen)
+        cells += [f"{float(row['ms']):.1f}", f"{float(row['mib']):,.0f} MiB"]
+    assert line("docs/performance/estimation.md", begins) == f"| {begins} | {' | '.join(cells)} |"
 
 
 @pytest.mark.parametrize("corpus", ["books", "code-by-file", "code-by-package", "conversations", "all"])

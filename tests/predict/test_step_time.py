@@ -44,8 +44,13 @@ OLDER_KERNELS = {"52e229c"}
 PASSES_OFF = {(1, 131072, "backward"): 0.11, (2, 524288, "backward"): -0.11}
 # Steps further off than 10 %. On two H100 the predictions of 256K tokens are 9 and 10 % too fast. Tiles, products and
 # links were timed on a warm board, and ranks waited for keys in 1.2 % of the ring's time. The reason is not known.
-# Those of 304b272 ran short of memory 1.8 and 1.3 times a step, which no rate has.
-STEPS_OFF = {("ea8c751", 262144): -0.101, ("304b272", 262144): -0.117, ("304b272", 524288): -0.100}
+# Those of 304b272 ran short of memory 1.8 and 1.3 times a step, that of b85288b 1.4 times, which no rate has.
+STEPS_OFF = {
+    ("ea8c751", 262144): -0.101,
+    ("304b272", 262144): -0.117,
+    ("304b272", 524288): -0.100,
+    ("b85288b", 262144): -0.103,
+}
 RINGS = "ring-h200x2-2026-11-23.csv"
 STEPS = (
     "train-h200x2-2026-11-23.csv",
@@ -54,11 +59,15 @@ STEPS = (
     "train-h100x2-2026-11-27-ea8c751.csv",
     "train-h100x2-2026-11-27-2-ea8c751.csv",
     "train-h100x2-2026-11-27-304b272.csv",
+    "train-h100x2-2026-11-27-b85288b.csv",
     "train-h100x4-2026-11-27.csv",
+    "train-h100x4-2026-11-27-b85288b.csv",
+    "train-h100x4-2026-11-27-ea8c751.csv",
     "transfers-h100x2-2026-11-27.csv",
 )
 PROFILES = "profile-h200-2026-11-23.csv"
 PACKED = "packed-steps-h100-80gb-hbm3-2026-11-27.csv"
+LINEAR = "float8-layers-h100-2026-11-27.csv"  # single linear layers in float8, which no rate is of
 TELEMETRY = "telemetry-cost-h100-80gb-hbm3-2026-11-27.csv"
 
 
@@ -198,7 +207,7 @@ def test_every_measurement_is_compared() -> None:
         and timed & set(lines[0])
         and {row.get("gpu") for row in lines} & measured
     }
-    assert found == compared
+    assert found == compared | {LINEAR}
 
 
 @pytest.mark.parametrize("layout", ["striped", "zigzag", "contiguous"])
