@@ -23,8 +23,9 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def kept(config: Config) -> list[dict[str, Any]]:
+def kept(config: Config, make_data: Callable[[], Any]) -> list[dict[str, Any]]:
     """What the steps of a run logged: of the one that is kept beside its folder, or of one made now.
+
+    Args:
+        make_data: called before a run is made.
 
     Raises:
         UserError: what is kept there had other settings.
@@ -98,18 +102,19 @@ def kept(config: Config) -> list[dict[str, Any]]:
             raise UserError(f"--runs {folder} has a run {which} of other settings; give another folder.")
         return list(found["records"])
     shutil.rmtree(config.output, ignore_errors=True)  # of a run that was ended
+    make_data()
     records = logged(config)
     done.write_text(json.dumps({"settings": settings, "records": records}), encoding="utf-8")
     return records
 
 
-def data_of(model: str, text: Path, folder: Path) -> Path:
-    """Token shards of the text, for either model."""
+def make_data(model: str, text: Path, folder: Path) -> None:
+    """Token shards of the text in FOLDER/data, for either model."""
     if model == "smollm2":
-        return prepare_text(text, folder)
+        prepare_text(text, folder)
+        return
     options = PrepareOptions(sources=(str(text),), out=folder / "data", kind="text")
     print(prepare(options, progress=False).render(), flush=True)
-    return options.out
 
 
 def seconds(records: Sequence[dict[str, Any]]) -> float:
@@ -143,11 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="option-parity-") as name:
         folder = options.runs or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        data = data_of(options.model, options.text, Path(name))
+        # Once, and not at all where both runs are kept.
+        prepared = cache(partial(make_data, options.model, options.text, Path(name)))
 
         def records(which: str) -> list[dict[str, Any]]:
-            more = options.set if which == "with" else ()
-            return kept(configured(folder / which, data, seq_len, options.steps, ranks, [*base, *more]))
+            more = [*base, *(options.set if which == "with" else ())]
+            data = Path(name) / "data"
+            return kept(configured(folder / which, data, seq_len, options.steps, ranks, more), prepared)
 
         if options.only:
             records(options.only)

@@ -17,11 +17,11 @@ from mtraining.train.config import Config
 
 @pytest.fixture
 def bench(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script; its ``made`` are the configurations of the runs that were made."""
+    """The script; ``made``: configurations of the runs that were made. ``texts``: what was prepared."""
     parity: Any = script("option_parity")
-    parity.made = []
+    parity.made, parity.texts = [], []
     monkeypatch.setenv("MTRAINING_COMMIT", "abc")
-    monkeypatch.setattr(parity, "data_of", lambda model, text, folder: folder / "data")
+    monkeypatch.setattr(parity, "make_data", lambda model, text, folder: parity.texts.append(text))
 
     def logged(config: Config) -> list[dict[str, Any]]:
         parity.made.append(config)
@@ -44,6 +44,7 @@ def test_two_runs_differ_in_the_option_alone(bench: Any, tmp_path: Path) -> None
     )
     assert without == with_
     assert [config.train.optimizer_state for config in bench.made] == ["full", "8bit"]
+    assert len(bench.texts) == 1
     with (tmp_path / "out.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["loss_without"], row["loss_with"], row["relative"]) == ("2", "2.002", "0.001")
@@ -56,6 +57,7 @@ def test_runs_that_are_kept_are_not_made_again(bench: Any, tmp_path: Path) -> No
     assert not (tmp_path / "out.csv").exists() and len(bench.made) == 2
     assert bench.main(words(tmp_path, *keep)) == 0
     assert len(bench.made) == 2 and (tmp_path / "out.csv").exists()
+    assert len(bench.texts) == 2, "prepared for each of the two, and not for comparing them"
 
 
 def test_what_was_ended_is_made_again(bench: Any, tmp_path: Path) -> None:
