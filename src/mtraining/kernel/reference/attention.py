@@ -1,12 +1,15 @@
 """Eager attention over a sparse index: the specification, on any device and in any dtype including fp64.
 
-Loops over batch, heads and query blocks and multiplies only the tiles that the index selects, so that it is
-also a usable CPU backend. Every other backend must equal it.
+Multiplies only the tiles that the index selects, so that it is also a usable CPU backend. Query blocks of any batch row
+and head that read equally many keys are computed together; no number of one depends on the others. Every other backend
+must equal it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, starmap
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +40,12 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return out_a * weight_a + out_b * weight_b, lse
 
 
+_AT_ONCE = 2**20  # numbers of what is computed and held together
+_WIDTHS = 16  # query blocks read compact columns in multiples of this, the rest of them hidden
+
+
 def _softmax_times(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, keys), (keys, d) -> out (rows, d), lse (rows,); rows of -inf give 0 and -inf."""
+    """(..., rows, keys), (..., keys, d) -> out (..., rows, d), lse (..., rows); rows of -inf give 0 and -inf."""
     top = scores.amax(-1, keepdim=True)
     top = torch.where(torch.isneginf(top), torch.zeros_like(top), top)
     weights = (scores - top).exp_()
@@ -50,10 +57,10 @@ def _softmax_times(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 def _softmax_gradient(
     scores: Tensor, lse: Tensor, delta: Tensor, dout: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities and score gradients under the *global* lse and delta: both (rows, keys)."""
+    """Probabilities and score gradients under the *global* lse and delta: both (..., rows, keys)."""
     safe = torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)
-    prob = (scores - safe[:, None]).exp_()
-    return prob, prob * (dout @ values.T - delta[:, None])
+    prob = (scores - safe[..., None]).exp_()
+    return prob, prob * (dout @ values.mT - delta[..., None])
 
 
 class _Heads:
@@ -61,9 +68,31 @@ class _Heads:
 
     def __init__(self, x: Tensor, block_size: int) -> None:
         batch, rows, heads, dim = x.shape
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
         x = x.to(accumulation_dtype(x.dtype)).transpose(1, 2).contiguous()
         self.blocks = x.view(batch, heads, rows // block_size, block_size, dim)
         self.flat = x
+
+    def of(self, b: Tensor, h: Tensor, js: Tensor) -> Tensor:
+        """Blocks ``js`` (count, blocks) of batch rows and heads (count,), joined: (count, rows, head_dim)."""
+        return self.blocks[b[:, None], h[:, None], js].flatten(1, 2)
+
+    def add(self, order: Tensor, b: Tensor, h: Tensor, js: Tensor, part: Tensor) -> None:
+        """Have ``part`` (count, rows, head_dim) added to these blocks by `sum`, in the order (count,) of queries."""
+        number = (b * self.blocks.shape[1] + h)[:, None] * self.blocks.shape[2] + js
+        self._parts.append(
+            (order[:, None].expand_as(js).flatten(), number.flatten(), part.view(-1, *self.blocks.shape[3:]))
+        )
+
+    def sum(self) -> None:
+        """Add what there is, in the order of query blocks: that they were computed together changes no bit."""
+        order, number, part = self._parts[0]
+        if len(self._parts) > 1:
+            order, number, part = (torch.cat(some) for some in zip(*self._parts, strict=True))
+            order = order.argsort(stable=True)
+            number, part = number[order], part[order]
+        self.blocks.flatten(0, 2).index_add_(0, number, part)
+        self._parts.clear()
 
     def to_rows(self) -> Tensor:
         """(batch, rows, heads, head_dim)."""
@@ -95,9 +124,9 @@ class ReferenceBackend(ReferenceEstimation):
         qh, kh, vh = _Heads(q, size), _Heads(k, size), _Heads(v, size)
         new_out, new_lse = _empty_result(q)
         oh, lse_blocks = _Heads(new_out, size), new_lse.unflatten(-1, (-1, size))
-        for b, h, hk, i, js in _selected_rows(q, k, index, placement):
-            keys, values = kh.blocks[b, hk, js].flatten(0, 1), vh.blocks[b, hk, js].flatten(0, 1)
-            scores = _masked(qh.blocks[b, h, i] @ keys.T * scale, index, b, placement, i, js)
+        for _, b, h, hk, i, js in chain.from_iterable(_selected_rows(q, k, index, placement)):
+            keys, values = kh.of(b, hk, js), vh.of(b, hk, js)
+            scores = _masked(qh.blocks[b, h, i] @ keys.mT * scale, index, b, placement, i, js)
             oh.blocks[b, h, i], lse_blocks[b, h, i] = _softmax_times(scores, values)
         out, lse = _merged(oh.to_rows(), new_lse, out, lse)
         return out.to(q.dtype) if final else out, lse
@@ -110,14 +139,19 @@ class ReferenceBackend(ReferenceEstimation):
         qh, kh, vh, doh = (_Heads(x, size) for x in (q, k, v, dout))
         dqh, dkh, dvh = (_Heads(torch.zeros_like(x), size) for x in (q, k, v))
         lse_blocks, delta_blocks = lse.unflatten(-1, (-1, size)), delta.unflatten(-1, (-1, size))
-        for b, h, hk, i, js in _selected_rows(q, k, index, placement):
-            keys, values = kh.blocks[b, hk, js].flatten(0, 1), vh.blocks[b, hk, js].flatten(0, 1)
-            rows, grad = qh.blocks[b, h, i], doh.blocks[b, h, i]
-            scores = _masked(rows @ keys.T * scale, index, b, placement, i, js)
-            prob, dscore = _softmax_gradient(scores, lse_blocks[b, h, i], delta_blocks[b, h, i], grad, values)
-            dqh.blocks[b, h, i] = dscore @ keys * scale
-            dkh.blocks[b, hk].index_add_(0, js, (dscore.T @ rows * scale).unflatten(0, (-1, size)))
-            dvh.blocks[b, hk].index_add_(0, js, (prob.T @ grad).unflatten(0, (-1, size)))
+        for together in _selected_rows(q, k, index, placement):
+            for order, b, h, hk, i, js in together:
+                keys, values = kh.of(b, hk, js), vh.of(b, hk, js)
+                rows, grad = qh.blocks[b, h, i], doh.blocks[b, h, i]
+                scores = _masked(rows @ keys.mT * scale, index, b, placement, i, js)
+                prob, dscore = _softmax_gradient(
+                    scores, lse_blocks[b, h, i], delta_blocks[b, h, i], grad, values
+                )
+                dqh.blocks[b, h, i] = dscore @ keys * scale
+                dkh.add(order, b, hk, js, dscore.mT @ rows * scale)
+                dvh.add(order, b, hk, js, prob.mT @ grad)
+            dkh.sum()
+            dvh.sum()
 
         def query_gradient(
             dq: Tensor | None, *, columns: Columns | None = None, final: bool = False
@@ -125,10 +159,10 @@ class ReferenceBackend(ReferenceEstimation):
             total = dqh.to_rows() if dq is None else dq + dqh.to_rows()
             if columns is not None:
                 of_columns = _Heads(torch.zeros_like(q), size)
-                for b, h, i, _, keys, _, _, _, dscore in _column_gradients(
-                    dout, q, *columns, lse, delta, index, placement.q_blocks, scale
+                for part in chain.from_iterable(
+                    _column_gradients(dout, q, *columns, lse, delta, index, placement.q_blocks, scale)
                 ):
-                    of_columns.blocks[b, h, i] = dscore @ keys
+                    of_columns.blocks[part.b, part.h, part.i] = part.dscore @ part.keys
                 total = total + of_columns.to_rows()
             return total.to(q.dtype) if final else total
 
@@ -139,11 +173,12 @@ class ReferenceBackend(ReferenceEstimation):
         q_blocks: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
         dkh, dvh = _Heads(torch.zeros_like(ck), 1), _Heads(torch.zeros_like(cv), 1)
-        for b, h, _, seen, _, rows, grad, prob, dscore in _column_gradients(
-            dout, q, ck, cv, lse, delta, index, q_blocks, scale
-        ):
-            dkh.flat[b, h, seen] += dscore.T @ rows
-            dvh.flat[b, h, seen] += prob.T @ grad
+        for together in _column_gradients(dout, q, ck, cv, lse, delta, index, q_blocks, scale):
+            for part in together:
+                dkh.add(part.order, part.b, part.h, part.seen, part.dscore.mT @ part.rows)
+                dvh.add(part.order, part.b, part.h, part.seen, part.prob.mT @ part.grad)
+            dkh.sum()
+            dvh.sum()
         return torch.stack((dkh.to_rows(), dvh.to_rows()))
 
     def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
@@ -161,27 +196,48 @@ def _columns_forward(
     qh, kh, vh = _Heads(q, size), _Heads(ck, 1), _Heads(cv, 1)
     new_out, new_lse = _empty_result(q)
     oh, lse_blocks = _Heads(new_out, size), new_lse.unflatten(-1, (-1, size))
-    for b, h, i, seen, hidden in _column_rows(index, q_blocks):
-        keys, values = kh.flat[b, h, seen], vh.flat[b, h, seen]
-        scores = (qh.blocks[b, h, i] @ keys.T * scale).masked_fill_(hidden, -torch.inf)
+    for _, b, h, i, seen, hidden in chain.from_iterable(_column_rows(index, q_blocks, q.shape[-1])):
+        keys, values = kh.of(b, h, seen), vh.of(b, h, seen)
+        scores = (qh.blocks[b, h, i] @ keys.mT * scale).masked_fill_(hidden, -torch.inf)
         oh.blocks[b, h, i], lse_blocks[b, h, i] = _softmax_times(scores, values)
     return _merged(oh.to_rows(), new_lse, out, lse)
+
+
+class _ColumnGradients(NamedTuple):
+    """Of some query blocks: what `_column_rows` yields but for the hidden entries; the keys of these columns, queries,
+    gradients of outputs, weights, and gradients of scores."""
+
+    order: Tensor
+    b: Tensor
+    h: Tensor
+    i: Tensor
+    seen: Tensor
+    keys: Tensor
+    rows: Tensor
+    grad: Tensor
+    prob: Tensor
+    dscore: Tensor
 
 
 def _column_gradients(
     dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
     q_blocks: Tensor, scale: float,
-) -> Iterator[tuple[int, int, int, slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
-    """Yield (batch, head, query block, columns it can see, their keys, queries, dout, weights, score gradients)."""
+) -> Iterator[Iterator[_ColumnGradients]]:  # fmt: skip
     size = index.block_size
     qh, doh, kh, vh = _Heads(q, size), _Heads(dout, size), _Heads(ck, 1), _Heads(cv, 1)
     lse_blocks, delta_blocks = lse.unflatten(-1, (-1, size)), delta.unflatten(-1, (-1, size))
-    for b, h, i, seen, hidden in _column_rows(index, q_blocks):
-        keys, values = kh.flat[b, h, seen], vh.flat[b, h, seen]
+
+    def gradients(
+        order: Tensor, b: Tensor, h: Tensor, i: Tensor, seen: Tensor, hidden: Tensor
+    ) -> _ColumnGradients:
+        keys, values = kh.of(b, h, seen), vh.of(b, h, seen)
         rows, grad = qh.blocks[b, h, i], doh.blocks[b, h, i]
-        scores = (rows @ keys.T * scale).masked_fill_(hidden, -torch.inf)
+        scores = (rows @ keys.mT * scale).masked_fill_(hidden, -torch.inf)
         prob, dscore = _softmax_gradient(scores, lse_blocks[b, h, i], delta_blocks[b, h, i], grad, values)
-        yield b, h, i, seen, keys, rows, grad, prob, dscore * scale
+        return _ColumnGradients(order, b, h, i, seen, keys, rows, grad, prob, dscore * scale)
+
+    for together in _column_rows(index, q_blocks, q.shape[-1]):
+        yield starmap(gradients, together)
 
 
 def _merged(
@@ -192,42 +248,76 @@ def _merged(
 
 def _selected_rows(
     q: Tensor, k: Tensor, index: SparseIndex, placement: Placement
-) -> Iterator[tuple[int, int, int, int, Tensor]]:
-    """Yield (batch, q_head, kv_head, query block, key blocks) for rows with any tile; blocks are local."""
-    batch, _, q_heads, _ = q.shape
-    group = q_heads // k.shape[2]
+) -> Iterator[Iterator[tuple[Tensor, ...]]]:
+    """Query blocks with equally many tiles, as `_equally_many` yields them. Int64: where they stand in the order of
+    all, batch row, query head, key head and query block (count,), and key blocks (count, tiles). Blocks are local."""
+    group = q.shape[2] // k.shape[2]
     tiles = index.tile_mask(placement.q_blocks, placement.k_blocks)
-    for b in range(batch):
-        for h in range(q_heads):
-            for i, row in enumerate(tiles[b, h].unbind(0)):
-                js = row.nonzero().squeeze(-1)
-                if js.numel():
-                    yield b, h, h // group, i, js
+    widest = max(index.block_size, q.shape[-1])
+
+    def rows(number: int, order: Tensor, b: Tensor, h: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+        return order, b, h, h // group, i, tiles[b, h, i].nonzero()[:, 1].view(-1, number)
+
+    for together in _equally_many(tiles.sum(-1), index.block_size * widest):
+        yield starmap(rows, together)
 
 
-def _masked(scores: Tensor, index: SparseIndex, b: int, placement: Placement, i: int, js: Tensor) -> Tensor:
-    """Mask, in place, the keys that a query block may not attend among its tiles; only the last can hold the future."""
+def _equally_many(
+    numbers: Tensor, size: int
+) -> Iterator[Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]]:
+    """Places (batch row, head, query block) whose number is above 0: of as many in order as `_AT_ONCE` allows, each of
+    which takes ``size`` times its number, each number, where its places stand in the order of all, and the places."""
+    flat = numbers.flatten()
+    some = flat.nonzero().squeeze(-1)
+    takes = (flat[some] * size).cumsum(0)
+    begin = 0
+    while begin < some.numel():
+        before = int(takes[begin - 1]) if begin else 0
+        end = max(begin + 1, int(torch.searchsorted(takes, before + _AT_ONCE, right=True)))
+        yield _by_number(numbers, some[begin:end])
+        begin = end
+
+
+def _by_number(numbers: Tensor, order: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    found = numbers.flatten()[order]
+    for number in found.unique().tolist():
+        mine = order[found == number]
+        b, h, i = torch.unravel_index(mine, numbers.shape)
+        yield number, mine, b, h, i
+
+
+def _masked(
+    scores: Tensor, index: SparseIndex, b: Tensor, placement: Placement, i: Tensor, js: Tensor
+) -> Tensor:
+    """Mask, in place, the keys that query blocks may not attend among their tiles; only the last tile can hold the
+    future."""
     size = index.block_size
     lane = torch.arange(size, device=scores.device)
-    rows = placement.q_blocks[i] * size + lane
-    keys = (placement.k_blocks[js, None] * size + lane).flatten()
+    rows = placement.q_blocks[i, None] * size + lane
+    keys = (placement.k_blocks[js][..., None] * size + lane).flatten(1)
     if index.starts is not None:
         return scores.masked_fill_(_hidden(index, b, rows, keys), -torch.inf)
-    scores[:, -size:].masked_fill_(_hidden(index, b, rows, keys[-size:]), -torch.inf)
+    scores[..., -size:].masked_fill_(_hidden(index, b, rows, keys[:, -size:]), -torch.inf)
     return scores
 
 
-def _hidden(index: SparseIndex, b: int, rows: Tensor, keys: Tensor) -> Tensor:
-    """Which keys the rows may not attend: bool (rows, keys). Positions are global, int64."""
-    future = keys > rows[:, None]
-    return future if index.starts is None else future | (keys < index.starts[b, rows, None])
+def _hidden(index: SparseIndex, b: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
+    """Which keys (count, keys) the rows (count, rows) may not attend: bool (count, rows, keys). Positions are global,
+    int64."""
+    keys = keys[:, None]
+    future = keys > rows[..., None]
+    return future if index.starts is None else future | (keys < index.starts[b[:, None], rows][..., None])
 
 
-def _column_rows(index: SparseIndex, q_blocks: Tensor) -> Iterator[tuple[int, int, int, slice, Tensor]]:
-    """Yield (batch, head, query block, columns it can see, hidden entries) for query blocks that see any column.
+def _column_rows(
+    index: SparseIndex, q_blocks: Tensor, head_dim: int
+) -> Iterator[Iterator[tuple[Tensor, ...]]]:
+    """Query blocks that see equally many columns, as `_equally_many` yields them. Int64: where they stand in the order
+    of all, batch row, head and query block (count,), and the columns (count, columns) by their places in the compact
+    ones; and hidden entries, bool (count, rows, columns).
 
-    Hidden: columns after the row or before its start, and columns inside a slash tile that the row's block computes
-    anyway.
+    Hidden: columns after the row or before its start, columns inside a slash tile that the row's block computes anyway,
+    and columns that fill up the width.
     """
     size = index.block_size
     lane = torch.arange(size, device=q_blocks.device)
@@ -237,13 +327,18 @@ def _column_rows(index: SparseIndex, q_blocks: Tensor) -> Iterator[tuple[int, in
     if index.starts is not None:
         first = index.starts[:, None, q_blocks * size].long().expand(*heads, -1)
         begins = torch.searchsorted(columns, first.contiguous())
-    runs = torch.stack([begins, ends], -1).tolist()
     tiles = index.tile_mask(q_blocks, torch.arange(index.num_blocks, device=q_blocks.device))
-    for b in range(heads[0]):
-        for h in range(heads[1]):
-            for i, (begin, end) in enumerate(runs[b][h]):
-                if begin < end:
-                    seen = columns[b, h, begin:end]
-                    owned = tiles[b, h, i, seen // size]
-                    hidden = _hidden(index, b, q_blocks[i] * size + lane, seen)
-                    yield b, h, i, slice(begin, end), hidden | owned[None, :]
+    counts = (ends - begins).clamp(min=0)
+
+    def rows(width: int, order: Tensor, b: Tensor, h: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+        ahead = torch.arange(width, device=q_blocks.device)
+        seen = (begins[b, h, i][:, None] + ahead).clamp(max=columns.shape[-1] - 1)
+        positions = columns[b[:, None], h[:, None], seen]
+        block = (positions // size).clamp(max=index.num_blocks - 1)
+        left_out = tiles[b, h, i].gather(1, block) | (ahead >= counts[b, h, i][:, None])
+        hidden = _hidden(index, b, q_blocks[i, None] * size + lane, positions)
+        return order, b, h, i, seen, hidden | left_out[:, None]
+
+    widths = (counts + _WIDTHS - 1) // _WIDTHS * _WIDTHS
+    for together in _equally_many(widths, max(size, head_dim)):
+        yield starmap(rows, together)
