@@ -174,7 +174,7 @@ HELD = {"refresh": {"every_n": 3}, "coverage": 8, **SPARSE}
     [
         {},
         pytest.param({"cp": 2}, marks=[pytest.mark.slow, pytest.mark.sweep]),
-        pytest.param({"dp": 2, "cp": 2}, marks=pytest.mark.slow),
+        pytest.param({"dp": 2, "cp": 2}, marks=[pytest.mark.slow, pytest.mark.sweep]),
         pytest.param({"train": {"recompute": "keep_attention"}}, marks=[pytest.mark.slow, pytest.mark.sweep]),
         pytest.param(
             {"train": {"dtype": "bf16", "recompute": "full", "offload": True}}, marks=pytest.mark.slow

@@ -62,7 +62,7 @@ def test_float8_learns_as_bf16_does_and_what_is_saved_has_the_same_form(
     ("first", "then"),
     [
         ("off", "emulated"),
-        ("emulated", "off"),
+        pytest.param("emulated", "off", marks=[pytest.mark.slow, pytest.mark.sweep]),
         pytest.param("emulated", "emulated", marks=[pytest.mark.slow, pytest.mark.sweep]),
     ],
 )

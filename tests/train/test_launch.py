@@ -215,7 +215,7 @@ LOCKUPS = Path(__file__).parent / "lockups.py"
         (1, "kill", "error: rank 1 was killed by SIGKILL"),
         pytest.param(0, "kill", "error: rank 0 was killed by SIGKILL", marks=pytest.mark.sweep),
         pytest.param(1, "raise", "error: rank 1 failed (on purpose)", marks=pytest.mark.sweep),
-        (1, "raise base", "error: rank 1 failed (on purpose)"),
+        pytest.param(1, "raise base", "error: rank 1 failed (on purpose)", marks=pytest.mark.sweep),
     ],
 )
 @pytest.mark.slow
@@ -247,7 +247,7 @@ def data_workers(command: Started) -> list[OsProcess]:
     return [each for each in command.descendants() if not each.gone() and os.getpgid(each.pid) == each.pid]
 
 
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.sweep])])
 def test_a_killed_data_worker_is_told_in_one_sentence(tmp_path: Path, shards: Path, nproc: int) -> None:
     recipe = long_recipe(tmp_path, shards, "cpu", cp=nproc)
     with started([*COMMAND, recipe, "--nproc", str(nproc), "--set", "data.workers=1"]) as process:

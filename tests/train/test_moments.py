@@ -253,7 +253,7 @@ def test_another_number_of_ranks_reads_the_same_moments(
     ("old", "new"),
     [
         ("8bit", "full"),
-        ("full", "offload"),
+        pytest.param("full", "offload", marks=[pytest.mark.slow, pytest.mark.sweep]),
         pytest.param("full", "8bit", marks=[pytest.mark.slow, pytest.mark.sweep]),
         pytest.param("8bit", "offload", marks=[pytest.mark.slow, pytest.mark.sweep]),
     ],
