@@ -265,8 +265,14 @@ def _selected_rows(
 def _equally_many(
     numbers: Tensor, size: int
 ) -> Iterator[Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]]:
-    """Places (batch row, head, query block) whose number is above 0: of as many in order as `_AT_ONCE` allows, each of
-    which takes ``size`` times its number, each number, where its places stand in the order of all, and the places."""
+    """Places (batch row, head, query block) whose number is above 0, in order, as many at a time as `_AT_ONCE` allows.
+
+    Args:
+        numbers: int64 (batch, heads, query blocks). size: a place takes so many times its number.
+
+    Yields:
+        Of places at a time, each number once: the number, where its places stand in the order of all, and the places.
+    """
     flat = numbers.flatten()
     some = flat.nonzero().squeeze(-1)
     takes = (flat[some] * size).cumsum(0)
