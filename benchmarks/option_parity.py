@@ -84,11 +84,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def kept(config: Config, make_data: Callable[[], Any]) -> list[dict[str, Any]]:
+def kept(config: Config, prepare_data: Callable[[], object]) -> list[dict[str, Any]]:
     """What the steps of a run logged: of the one that is kept beside its folder, or of one made now.
 
     Args:
-        make_data: called before a run is made.
+        prepare_data: called before a run is made.
 
     Raises:
         UserError: what is kept there had other settings.
@@ -102,7 +102,7 @@ def kept(config: Config, make_data: Callable[[], Any]) -> list[dict[str, Any]]:
             raise UserError(f"--runs {folder} has a run {which} of other settings; give another folder.")
         return list(found["records"])
     shutil.rmtree(config.output, ignore_errors=True)  # of a run that was ended
-    make_data()
+    prepare_data()
     records = logged(config)
     done.write_text(json.dumps({"settings": settings, "records": records}), encoding="utf-8")
     return records

@@ -99,6 +99,11 @@ class _Heads:
         return self.flat.transpose(1, 2)
 
 
+def _key_gradients(k: Tensor, block_size: int) -> _Heads:
+    """Zeros for the gradients of keys and of values, side by side: what is added to one is added to the other."""
+    return _Heads(k.new_zeros(*k.shape[:-1], 2 * k.shape[-1]), block_size)
+
+
 def _empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(q.dtype)
     batch, rows, heads, _ = q.shape
@@ -137,7 +142,7 @@ class ReferenceBackend(ReferenceEstimation):
     ) -> tuple[Tensor, QueryGradient]:  # fmt: skip
         size = index.block_size
         qh, kh, vh, doh = (_Heads(x, size) for x in (q, k, v, dout))
-        dqh, dkh, dvh = (_Heads(torch.zeros_like(x), size) for x in (q, k, v))
+        dqh, dkvh = _Heads(torch.zeros_like(q), size), _key_gradients(k, size)
         lse_blocks, delta_blocks = lse.unflatten(-1, (-1, size)), delta.unflatten(-1, (-1, size))
         for together in _selected_rows(q, k, index, placement):
             for order, b, h, hk, i, js in together:
@@ -148,10 +153,8 @@ class ReferenceBackend(ReferenceEstimation):
                     scores, lse_blocks[b, h, i], delta_blocks[b, h, i], grad, values
                 )
                 dqh.blocks[b, h, i] = dscore @ keys * scale
-                dkh.add(order, b, hk, js, dscore.mT @ rows * scale)
-                dvh.add(order, b, hk, js, prob.mT @ grad)
-            dkh.sum()
-            dvh.sum()
+                dkvh.add(order, b, hk, js, torch.cat((dscore.mT @ rows * scale, prob.mT @ grad), -1))
+            dkvh.sum()
 
         def query_gradient(
             dq: Tensor | None, *, columns: Columns | None = None, final: bool = False
@@ -166,20 +169,19 @@ class ReferenceBackend(ReferenceEstimation):
                 total = total + of_columns.to_rows()
             return total.to(q.dtype) if final else total
 
-        return torch.stack((dkh.to_rows(), dvh.to_rows())), query_gradient
+        return torch.stack(dkvh.to_rows().chunk(2, -1)), query_gradient
 
     def columns_backward(
         self, dout: Tensor, q: Tensor, ck: Tensor, cv: Tensor, lse: Tensor, delta: Tensor, index: SparseIndex,
         q_blocks: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
-        dkh, dvh = _Heads(torch.zeros_like(ck), 1), _Heads(torch.zeros_like(cv), 1)
+        dkvh = _key_gradients(ck, 1)
         for together in _column_gradients(dout, q, ck, cv, lse, delta, index, q_blocks, scale):
             for part in together:
-                dkh.add(part.order, part.b, part.h, part.seen, part.dscore.mT @ part.rows)
-                dvh.add(part.order, part.b, part.h, part.seen, part.prob.mT @ part.grad)
-            dkh.sum()
-            dvh.sum()
-        return torch.stack((dkh.to_rows(), dvh.to_rows()))
+                of_both = torch.cat((part.dscore.mT @ part.rows, part.prob.mT @ part.grad), -1)
+                dkvh.add(part.order, part.b, part.h, part.seen, of_both)
+            dkvh.sum()
+        return torch.stack(dkvh.to_rows().chunk(2, -1))
 
     def gather_columns(self, k: Tensor, v: Tensor, columns: Tensor, slots: Tensor) -> Tensor:
         return compact.gather_columns(k, v, columns, slots)
