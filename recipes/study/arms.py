@@ -109,17 +109,17 @@ class Plan:
         return [(arm, arm.seeds[turn]) for turn in range(turns) for arm in self.arms if turn < len(arm.seeds)]
 
     def check(self, study: Path) -> None:
-        """Build every arm's model without its weights, and predict a step's memory.
+        """Build every arm's model without its weights, and what one step of it computes.
 
         Raises:
             UserError: an arm that `mtraining train` would refuse only when its turn comes.
         """
         from mtraining.train.config import parse_config
-        from mtraining.train.memory_report import predict_config
+        from mtraining.train.memory_report import workload
 
         for arm, seed in {arm.name: (arm, seed) for arm, seed in self.runs()}.values():
             try:
-                predict_config(parse_config(self.run_config(arm, seed, study)))
+                workload(parse_config(self.run_config(arm, seed, study)))
             except UserError as error:
                 raise UserError(f"plan {self.name}, arm {arm.name}: {error}") from error
 

@@ -24,7 +24,8 @@ TOPOLOGIES = [(1,), (2,), (2, 2), *LARGE]
 FEWER = [
     (1,),
     (2,),
-    *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((2, 2), (2, 4))),
+    (2, 2),
+    pytest.param((2, 4), marks=pytest.mark.slow),
     *(pytest.param(sizes, marks=[pytest.mark.slow, pytest.mark.sweep]) for sizes in ((4,), (8,), (4, 2))),
 ]
 

@@ -91,9 +91,9 @@ def test_an_arm_that_cannot_be_built_is_refused_before_any_begins(
 @pytest.mark.parametrize(
     ("given", "gpus", "expected"),
     [
-        (None, 2, ["0", "1", "0", "1"]),
-        ("5, GPU-ab,7", 2, ["5", "GPU-ab", "5", "GPU-ab"]),
-        ("", 0, [None, None]),
+        (None, 2, ["0", "1", "0", "1", "0", "1"]),
+        ("5, GPU-ab,7", 2, ["5", "GPU-ab", "5", "GPU-ab", "5", "GPU-ab"]),
+        ("", 0, [None, None, None]),
     ],
 )
 def test_only_gpus_that_the_command_was_given_are_used(
@@ -106,7 +106,7 @@ def test_only_gpus_that_the_command_was_given_are_used(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if given is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    assert study_main.places(gpus, 2) == expected
+    assert study_main.places(gpus, 3) == expected
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=3 names fewer; name more, or lower --gpus"):
         study_main.places(2, 1)
