@@ -39,6 +39,7 @@ from mtraining.model.loss import (
 from mtraining.model.positions import PositionCheck
 from mtraining.model.products import MLP, PROJECTIONS
 from mtraining.model.recompute import LayerPolicy, layer_policies, recompute_layers
+from mtraining.model.reduction import ReduceIntoFreed
 from mtraining.model.support import (
     attention_modules,
     check_supported,
@@ -467,6 +468,7 @@ def _shard(
             # The loss already divides by the global count: gradients sum. Plain SUM, since gloo has no scaled sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            module.set_custom_reduce_scatter(ReduceIntoFreed())
     register_fsdp_forward_method(wrapped, "token_losses")
     register_fsdp_forward_method(wrapped, "hidden_states")
     register_fsdp_forward_method(wrapped, "read_out")
