@@ -33,8 +33,9 @@ FIELDS = (
     "against_bf16".split()
 )
 # Norm of the difference over that of fp32's result. e4m3 has 3 bits after the first: 2^-4 at most, a third of it in the
-# mean, for two operands.
-ALLOWED = {"bf16": 0.01, "float8": 0.06}
+# mean, for two operands. tensorwise has gradients in e5m2, with a bit less: twice the error of one operand.
+ALLOWED = {"bf16": 0.01, "tensorwise": 0.09}
+ALLOWED_FLOAT8 = 0.06
 
 
 def layer_of(weight: Tensor, form: str) -> tuple[Callable[[Tensor], Tensor], nn.Parameter]:
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 whole = partial(results, layer, x, grad, own)
                 off = error(whole(), exact)
                 head = [*astuple(told), options.tokens, inside, outside, form, f"{off:.3g}"]
-                if not off <= ALLOWED["bf16" if form == "bf16" else "float8"]:
+                if not off <= ALLOWED.get(form, ALLOWED_FLOAT8):
                     wrong += 1
                     add([*head, "", "", "", "", ""])
                     print(f"{shape} {form}: off by {off:.3g}; not timed", flush=True)
