@@ -25,6 +25,12 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
+def rounded_whole(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """``x`` in float8 and back, in fp64, with one scale that is no power of two."""
+    scale = torch.finfo(dtype).max / x.float().abs().max()
+    return (x.float() * scale).to(dtype).double() / scale.double()
+
+
 def rounded(x: Tensor, dim: int | tuple[int, int], wrong_scale: bool = False) -> Tensor:
     """``x`` in float8 and back, in fp64, with a power of two as the scale of each vector along ``dim``."""
     scale = (LARGEST / x.float().abs().amax(dim, keepdim=True)).log2().floor().exp2()
@@ -58,19 +64,46 @@ class Products(torch.autograd.Function):
 
 class Layer(nn.Linear):
     fault = ""
+    products: Any = Products
 
     def forward(self, x: Tensor) -> Tensor:
-        out = Products.apply(x[0], self.weight, self.fault)[None]
+        out = self.products.apply(x[0], self.weight, self.fault)[None]
         return out if self.bias is None or self.fault == "no bias" else out + self.bias
 
 
-def compare(tested: nn.Linear, dtype: torch.dtype) -> None:
+class WholeProducts(torch.autograd.Function):
+    """The same with one scale for each operand, and gradients in e5m2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, fault: str) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.fault = fault
+        used = rounded(x, 1) if fault == "scales of rows" else rounded_whole(x)
+        return (used @ rounded_whole(weight).T).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        e4m3 = ctx.fault == "gradients in e4m3"
+        grad = rounded_whole(upstream[0], torch.float8_e4m3fn if e4m3 else torch.float8_e5m2)
+        of_input, of_weight = grad @ rounded_whole(weight), grad.T @ rounded_whole(x)
+        if ctx.fault == "the scale of one row":
+            of_weight[5] *= 2
+        return of_input.to(x.dtype), of_weight.to(x.dtype), None
+
+
+class WholeLayer(Layer):
+    products = WholeProducts
+
+
+def compare(tested: nn.Linear, dtype: torch.dtype, emulation: str = "emulated") -> None:
     """Beside the emulation of a layer of this kind in the gate's model."""
     model = train_gate.gate_model(FLOAT8, CPU).to(dtype)
     kind = tested.in_features, tested.out_features, tested.bias is not None
     (name,) = (name for name in products.kinds(model) if products.kind(model.get_submodule(name)) == kind)
-    use_float8(model, "emulated", CPU, compiled=False)
-    products.compare_layers("q_proj", tested.to(dtype), model.get_submodule(name))
+    use_float8(model, emulation, CPU, compiled=False)
+    small = {} if emulation == "emulated" else {"small": 1.0}
+    products.compare_layers("q_proj", tested.to(dtype), model.get_submodule(name), **small)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
@@ -98,6 +131,24 @@ def test_every_fault_of_a_product_is_refused(fault: str, result: str) -> None:
     layer.fault = fault
     with pytest.raises(GateError, match=f"^float8 {result} of q_proj: relative error"):
         compare(layer, BF16)
+
+
+@pytest.mark.parametrize(
+    ("fault", "result"),
+    [
+        ("", ""),
+        ("scales of rows", "output"),
+        ("gradients in e4m3", "gradient of the input"),
+        ("the scale of one row", "gradient of the weight"),
+    ],
+)
+def test_products_with_one_scale_for_each_operand(fault: str, result: str) -> None:
+    layer = WholeLayer(64, 64)
+    layer.fault = fault
+    if not fault:
+        return compare(layer, BF16, "emulated_tensorwise")
+    with pytest.raises(GateError, match=f"^float8 {result} of q_proj: relative error"):
+        compare(layer, BF16, "emulated_tensorwise")
 
 
 def test_a_layer_that_was_not_converted_is_refused() -> None:

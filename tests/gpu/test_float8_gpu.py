@@ -94,12 +94,13 @@ def test_float8_learns_what_its_emulation_does(process: Process, options: dict[s
 
 
 @pytest.mark.usefixtures("hopper")
-def test_products_are_those_of_their_emulation() -> None:
+@pytest.mark.parametrize("how", ["rowwise", "tensorwise"])
+def test_products_are_those_of_their_emulation(how: str) -> None:
     """Compiled layers of a 3B model's sizes, on equal operands."""
     cuda = torch.device("cuda", 0)
-    case = TrainCase(SHAPES["qwen2.5-3b"], SEQ_LEN, 0.4, "striped", "flat", "none", 1, float8="rowwise")
+    case = TrainCase(SHAPES["qwen2.5-3b"], SEQ_LEN, 0.4, "striped", "flat", "none", 1, float8=how)
     tested, emulated = (gate_model(case, cuda).bfloat16() for _ in range(2))
-    check_products(tested, emulated, "rowwise", cuda)
+    check_products(tested, emulated, how, cuda)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -113,12 +114,14 @@ def test_evaluation_and_generation_meet_other_lengths(process: Process) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("fused", ["none", "compile"])
-def test_memory_is_what_is_predicted(process: Process, fused: str) -> None:
-    steps(process, count=1, float8="rowwise", fused=fused)
+@pytest.mark.parametrize(
+    ("how", "fused"), [("rowwise", "none"), ("rowwise", "compile"), ("tensorwise", "none")]
+)
+def test_memory_is_what_is_predicted(process: Process, how: str, fused: str) -> None:
+    steps(process, count=1, float8=how, fused=fused)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    _, _, _ = steps(process, count=2, float8="rowwise", fused=fused)
+    _, _, _ = steps(process, count=2, float8=how, fused=fused)
     config = AutoConfig.for_model(
         "qwen2", vocab_size=VOCAB, hidden_size=512, intermediate_size=1408, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=SEQ_LEN,
@@ -131,7 +134,7 @@ def test_memory_is_what_is_predicted(process: Process, fused: str) -> None:
     predicted = predict(
         Workload(
             shapes, 1, (1, 1), SEQ_LEN, 1, 1, [pattern], build_layout("striped"), "full", False, fused, torch.bfloat16,
-            float8="rowwise",
+            float8=how,
         )
     )  # fmt: skip
     measured = torch.cuda.max_memory_allocated() - before

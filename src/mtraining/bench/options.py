@@ -151,7 +151,9 @@ class TrainOptions:
     kernel: str = field(default="", metadata=_help("Attention backend of sparse steps."))
     dense_kernel: str = field(default="", metadata=_help("Attention backend of dense steps."))
     fused: str = field(default="", metadata=_help("What surrounds attention: none, compile or liger."))
-    float8: str = field(default="", metadata=_help("Products of sparse and dense steps: off or rowwise."))
+    float8: str = field(
+        default="", metadata=_help("Products of sparse and dense steps: off, rowwise or tensorwise.")
+    )
     optimizer_state: str = field(default="", metadata=_help("AdamW's moments: full, 8bit or offload."))
     offload: bool | None = field(default=None, metadata=_help("Keep activations in host memory."))
     warmup: int = field(default=1, metadata=_help("Steps before the timed ones."))

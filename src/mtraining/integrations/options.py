@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mtraining.errors import UserError
 from mtraining.layout import Layout
+from mtraining.model.float8_checks import Float8
 from mtraining.pattern import Pattern
 
 
@@ -42,7 +43,7 @@ class ContextParallelConfig:
     recompute: Literal["auto", "full", "keep_attention", "none"] | None = None
     offload: bool = False
     fused: Literal["none", "compile", "liger"] = "none"
-    float8: Literal["off", "rowwise", "emulated"] = "off"
+    float8: Float8 = "off"
     loss_chunk: int = 8192
     seq_len: int | None = None
 

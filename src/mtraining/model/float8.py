@@ -1,9 +1,9 @@
 """Products of decoder layers in float8, through torchao's float8 training.
 
 A linear layer has three products: forward, gradient of the input, gradient of the weight. Each takes operands in float8
-with a scale for each row, and sums in fp32. Parameters, gradients and what is kept for backward stay as they are, so
-FSDP2, recompute, checkpoints and exports see an ordinary linear layer. Embeddings, head, norms and attention are left
-alone.
+with a scale for each row, or one for the whole operand, and sums in fp32. Parameters, gradients and what is kept for
+backward stay as they are, so FSDP2, recompute, checkpoints and exports see an ordinary linear layer. Embeddings, head,
+norms and attention are left alone.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mtraining.errors import UserError
+from mtraining.model.float8_checks import EMULATIONS
 from mtraining.model.fused import compiled_whole
 from mtraining.model.support import layers_of
 
@@ -40,7 +41,8 @@ def use_float8(model: Any, how: str, device: torch.device, compiled: bool) -> st
 
     Args:
         model: a transformers causal language model that `check_supported` accepts.
-        how: ``rowwise``, or ``emulated``: the same roundings, computed in fp32 on any device.
+        how: ``rowwise``, with a scale for each row, or ``tensorwise``, with one for each operand and gradients in
+            e5m2. ``emulated`` and ``emulated_tensorwise`` are the same roundings, computed in fp32 on any device.
         device: where the model will run.
         compiled: whether whole layers will be compiled. Otherwise each linear layer is, on a GPU: eager casts to
             float8 would write copies in fp32.
@@ -66,7 +68,9 @@ def use_float8(model: Any, how: str, device: torch.device, compiled: bool) -> st
         )
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    recipe = replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=how == "emulated")
+    emulations: dict[str, str] = {emulation: form for form, emulation in EMULATIONS.items()}
+    recipe = Float8LinearConfig.from_recipe_name(cast(Any, emulations.get(how, how)))
+    recipe = replace(recipe, emulate=how in emulations)
     for layer in layers_of(model):
         convert_to_float8_training(layer, module_filter_fn=lambda one, _: converts(one), config=recipe)
     if device.type == "cuda" and not compiled:

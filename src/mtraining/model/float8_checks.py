@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import Literal, get_args
 
 import torch
 
 from mtraining.errors import UserError
 
-FLOAT8 = ("off", "rowwise", "emulated")
+Float8 = Literal["off", "rowwise", "tensorwise", "emulated", "emulated_tensorwise"]
+FLOAT8: tuple[str, ...] = get_args(Float8)
+EMULATIONS: dict[str, Float8] = {"rowwise": "emulated", "tensorwise": "emulated_tensorwise"}
+"""The same roundings computed in fp32, by the form that computes in float8."""
 _LEAST_VERSION = (0, 18)
 _LEAST_CAPABILITY = (8, 9)
 
@@ -55,14 +59,14 @@ def check_float8(how: str, device_type: str, compute: torch.dtype, adapter: bool
         )
     if device_type != "meta":
         require_torchao(f"train.float8={how}", "train.float8=off")
-    if how == "rowwise" and device_type == "cpu":
+    if how in EMULATIONS and device_type == "cpu":
         raise UserError(
-            "train.float8=rowwise needs an NVIDIA GPU, not cpu; use train.float8=off, or train.float8=emulated, which "
-            "is slow and computes the same numbers."
+            f"train.float8={how} needs an NVIDIA GPU, not cpu; use train.float8=off, or "
+            f"train.float8={EMULATIONS[how]}, which is slow and computes the same numbers."
         )
-    if how == "rowwise" and compute != torch.bfloat16:
+    if how in EMULATIONS and compute != torch.bfloat16:
         raise UserError(
-            f"train.float8=rowwise has results in bf16, and layers compute in {compute}; set train.dtype=bf16, or "
+            f"train.float8={how} has results in bf16, and layers compute in {compute}; set train.dtype=bf16, or "
             "train.float8=off."
         )
 
@@ -73,11 +77,11 @@ def check_gpu(how: str, device: torch.device) -> None:
     Raises:
         UserError: naming the GPU.
     """
-    if how != "rowwise" or device.type != "cuda":
+    if how not in EMULATIONS or device.type != "cuda":
         return
     found = torch.cuda.get_device_capability(device)
     if found < _LEAST_CAPABILITY:
         raise UserError(
-            "train.float8=rowwise needs a GPU of compute capability 8.9 or newer, and "
+            f"train.float8={how} needs a GPU of compute capability 8.9 or newer, and "
             f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; use train.float8=off."
         )

@@ -26,7 +26,7 @@ from mtraining.model.allocator import use_expandable_segments
 from mtraining.model.anneal import Anneal
 from mtraining.model.attention import ATTENTION_NAME, attach, refuse_mask
 from mtraining.model.float8 import use_float8
-from mtraining.model.float8_checks import check_float8, check_gpu
+from mtraining.model.float8_checks import Float8, check_float8, check_gpu
 from mtraining.model.fused import fuse
 from mtraining.model.indices import IndexMemory, Refresh
 from mtraining.model.logits import Head, LogitForm
@@ -245,7 +245,7 @@ def parallelize(
     recompute: Literal["full", "keep_attention", "none"] | Sequence[LayerPolicy] = "full",
     offload: bool = False,
     fused: Literal["none", "compile", "liger"] = "none",
-    float8: Literal["off", "rowwise", "emulated"] = "off",
+    float8: Float8 = "off",
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = torch.float32,
     loss_chunk: int = 8192,
@@ -273,8 +273,10 @@ def parallelize(
         fused: how what surrounds attention is computed: ``none`` is transformers' own eager code, ``compile`` is
             torch.compile of each layer (shapes are fixed: each new length compiles anew), ``liger`` is liger-kernel;
             with either, the softmax of the loss is compiled.
-        float8: products of the linear layers of decoder layers: ``rowwise`` has them in float8 (torchao, on GPUs of
-            compute capability 8.9 or newer), ``emulated`` has the same roundings on any device, slowly.
+        float8: products of the linear layers of decoder layers in float8 (torchao, on GPUs of compute capability 8.9
+            or newer): ``rowwise`` has a scale for each row of an operand, ``tensorwise`` one for each operand, which
+            is faster and rounds more. ``emulated`` and ``emulated_tensorwise`` have the same roundings on any device,
+            slowly.
         param_dtype: dtype to compute in, when it differs from the parameters' own (needs FSDP).
         reduce_dtype: dtype in which gradients are summed over ranks; None is the compute dtype.
         loss_chunk: tokens whose logits exist at one time.

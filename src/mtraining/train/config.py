@@ -28,6 +28,7 @@ from mtraining.errors import UserError
 from mtraining.inputs.sections import Section, read_section
 from mtraining.inputs.yaml_text import read_yaml, write_yaml
 from mtraining.model import Anneal, ModelOptions, Refresh
+from mtraining.model.float8_checks import Float8
 from mtraining.pattern import Dense, Pattern, build_pattern, load_table, options_of
 from mtraining.train.evaluate_section import EvaluateSection
 from mtraining.train.policy import check_allow
@@ -269,8 +270,9 @@ class TrainSection(Section):
         offload: what recompute keeps waits in pinned host memory; `auto` then uses that memory where it saves time.
         fused: how norms, rotary embedding, MLP and the loss's softmax are computed: by transformers, by
             torch.compile, or by liger-kernel.
-        float8: products of the linear layers of decoder layers. `rowwise`: in float8, a scale for each row, on GPUs of
-            compute capability 8.9 or newer. `emulated`: the same roundings on any device, slowly.
+        float8: products of the linear layers of decoder layers, on GPUs of compute capability 8.9 or newer. `rowwise`:
+            in float8, a scale for each row. `tensorwise`: one scale for each operand, which is faster and rounds more.
+            `emulated`, `emulated_tensorwise`: the same roundings on any device, slowly.
         optimizer_state: AdamW's two moments. `full`: in the dtype of the weights. `8bit`: in 8 bits, with an fp32 scale
             for each block. `offload`: as `full`, in pinned host memory; on a CPU it stays where it is.
         loss_chunk: tokens whose logits exist at one time.
@@ -297,7 +299,7 @@ class TrainSection(Section):
     recompute: Literal["auto", "full", "keep_attention", "none"] = "full"
     offload: bool = False
     fused: Literal["none", "compile", "liger"] = "none"
-    float8: Literal["off", "rowwise", "emulated"] = "off"
+    float8: Float8 = "off"
     optimizer_state: Literal["full", "8bit", "offload"] = "full"
     loss_chunk: PositiveInt = 8192
     kernel: str = "auto"

@@ -11,6 +11,7 @@ import torch
 from mtraining.errors import UserError
 from mtraining.kernel.measured_tiles import device_name
 from mtraining.layout import build_layout
+from mtraining.model.float8_checks import EMULATIONS
 from mtraining.model.recompute import LayerPolicy
 from mtraining.predict.measured import Rates, rates_of_device
 from mtraining.predict.ring import Network
@@ -40,7 +41,7 @@ class TimeLog:
         self._steps, self._measured = 0, float("inf")
         self._predicted: float | None = None
         # Rates of products in float8 are not measured.
-        self._caveat = " without what float8 gains" if config.train.float8 == "rowwise" else ""
+        self._caveat = " without what float8 gains" if config.train.float8 in EMULATIONS else ""
         self._rates: Rates | None = None
         if device.type != "cuda":
             return

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mtraining.bench.attention.gate import GateError
 from mtraining.model.float8 import converts, use_float8
+from mtraining.model.float8_checks import EMULATIONS
 from mtraining.model.support import layers_of
 
 TOKENS = 256
@@ -39,9 +40,10 @@ def check_products(model: Any, emulation: Any, how: str, device: torch.device) -
     """
     names = kinds(model)
     use_float8(model, how, device, compiled=False)
-    use_float8(emulation, "emulated", device, compiled=True)
+    use_float8(emulation, EMULATIONS.get(how, how), device, compiled=True)
+    small = 1.0 if "tensorwise" in how else SMALL  # one scale for all rows would leave nothing of them
     for name in names:
-        compare_layers(name, model.get_submodule(name), emulation.get_submodule(name))
+        compare_layers(name, model.get_submodule(name), emulation.get_submodule(name), small)
 
 
 def kinds(model: Any) -> list[str]:
@@ -60,7 +62,7 @@ def kind(layer: nn.Linear) -> tuple[int, int, bool]:
     return layer.in_features, layer.out_features, layer.bias is not None
 
 
-def compare_layers(name: str, tested: nn.Linear, expected: nn.Linear) -> None:
+def compare_layers(name: str, tested: nn.Linear, expected: nn.Linear, small: float = SMALL) -> None:
     """Compare the output and the gradients of input and weight of two layers of the same sizes.
 
     Each rank draws the same operands. Their rows differ in size, so that a scale of another row shows. Every eighth is
@@ -70,6 +72,7 @@ def compare_layers(name: str, tested: nn.Linear, expected: nn.Linear) -> None:
         name: of the layers, for the error.
         tested: its weight and bias are overwritten.
         expected: likewise; the dtype of its weight is that of all operands.
+        small: size of every eighth row beside the others.
 
     Raises:
         GateError: naming the result, and its error.
@@ -79,7 +82,7 @@ def compare_layers(name: str, tested: nn.Linear, expected: nn.Linear) -> None:
     def drawn(*sizes: int) -> Tensor:
         values = torch.randn(sizes, generator=generator)
         values *= torch.randn(*sizes[:-1], 1, generator=generator).exp()
-        values[..., ::8, :] *= SMALL
+        values[..., ::8, :] *= small
         return values.to(expected.weight)
 
     x, upstream = drawn(1, TOKENS, expected.in_features), drawn(1, TOKENS, expected.out_features)
@@ -87,7 +90,7 @@ def compare_layers(name: str, tested: nn.Linear, expected: nn.Linear) -> None:
         expected.weight.copy_(drawn(*expected.weight.shape))
         if expected.bias is not None:
             # A larger one would hide the products of the small rows.
-            expected.bias.copy_(SMALL * drawn(*expected.bias.shape, 1)[:, 0])
+            expected.bias.copy_(small * drawn(*expected.bias.shape, 1)[:, 0])
         tested.load_state_dict(expected.state_dict())
     found, truth = (_results(layer, x, upstream) for layer in (tested, expected))
     allowed = TOLERANCE[expected.weight.dtype]
