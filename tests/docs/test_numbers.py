@@ -162,6 +162,62 @@ def test_training_steps_on_h100s(begins: str, tokens: int, file: str) -> None:
     )
 
 
+@pytest.mark.parametrize("recompute", ["keep_attention", "auto"])
+@pytest.mark.parametrize("commit", ["244fe15", "1157c4e"])
+@pytest.mark.parametrize(("words", "tokens"), [("128K", 131072), ("256K", 262144)])
+def test_memory_of_gradients(words: str, tokens: int, commit: str, recompute: str) -> None:
+    file = f"train-h100x2-2026-11-28-{commit}.csv"
+    gradient_memory(f"{words}, {commit}, {recompute}", file, tokens, recompute)
+
+
+def test_memory_of_gradients_on_four_gpus() -> None:
+    file = "train-h100x4-2026-11-28-244fe15.csv"
+    gradient_memory("512K on four GPUs, 244fe15, keep_attention", file, 524288, "keep_attention")
+
+
+def gradient_memory(begins: str, file: str, tokens: int, recompute: str) -> None:
+    (row,) = rows(file, seq_len=str(tokens), recompute=recompute, fused="liger")
+    assert line("docs/performance/training-steps.md", begins) == (
+        f"| {begins} | {float(row['step_seconds']):.2f} | {float(row['peak_gib']):.1f} "
+        f"({float(row['predicted_gib']):.1f}) | {float(row['reserved_gib']):.1f} | {float(row['shortages']):.1f} | "
+        f"{100 * float(row['ring_exposed_fraction']):.1f} % |"
+    )
+
+
+def test_where_the_time_of_two_gpus_goes() -> None:
+    left_out = {"profiled step", "peak GiB", "rate outside attention"}
+    for row in rows("profile-h100x2-2026-11-28.csv"):
+        if row["component"] not in left_out:
+            begins = row["component"]
+            assert line("docs/performance/training-steps.md", f"{begins} |") == (
+                f"| {begins} | {float(row['ms']):,.0f} | {100 * float(row['share']):.1f} % |"
+            )
+
+
+def test_clocks_under_load() -> None:
+    busy = [row for row in rows("clocks-h100x4-2026-11-28.csv") if float(row["power_w"]) > 600]
+    page = (ROOT / "docs/performance/training-steps.md").read_text()
+    assert all(row["limited_by_power"] == "1" for row in busy)
+    assert f"In each of {len(busy)}\nreadings above 600 W" in page
+    assert f"The median clock was then {median(float(row['clock_mhz']) for row in busy):,.0f} MHz" in page
+
+
+@pytest.mark.parametrize(
+    ("begins", "file", "fused", "float8"),
+    [
+        ("liger, tensorwise", "tensorwise", "liger", "tensorwise"),
+        ("compile, bf16", "1157c4e", "compile", "off"),
+        ("compile, rowwise", "1157c4e", "compile", "rowwise"),
+    ],
+)
+def test_forms_of_a_step(begins: str, file: str, fused: str, float8: str) -> None:
+    (row,) = rows(f"train-h100x2-2026-11-28-{file}.csv", fused=fused, float8=float8, seq_len="131072")
+    assert line("docs/performance/float8-and-moments.md", begins) == (
+        f"| {begins} | {float(row['step_seconds']):.2f} | {float(row['peak_gib']):.1f} "
+        f"({float(row['predicted_gib']):.1f}) |"
+    )
+
+
 @pytest.mark.parametrize(
     ("begins", "tokens", "recompute"),
     [("128K, keep", 131072, "keep_attention"), ("256K, auto", 262144, "auto")],
@@ -410,14 +466,18 @@ def test_losses() -> None:
         ("train.float8=emulated", "cpu"),
         ("train.optimizer_state=8bit", "h100"),
         ("train.float8=rowwise", "h100"),
+        ("train.optimizer_state=offload", "later"),
+        ("train.float8=rowwise", "later"),
     ],
 )
 def test_losses_with_an_option(option: str, machine: str) -> None:
-    found = rows(f"option-parity-{machine}-2026-11-27.csv", option=option)
+    name = "h100-2026-11-28" if machine == "later" else f"{machine}-2026-11-27"
+    found = rows(f"option-parity-{name}.csv", option=option)
     last = found[-(len(found) // 10) :]
     ends = [sum(float(row[f"loss_{which}"]) for row in last) / len(last) for which in ("without", "with")]
     most = max(float(row["relative"]) for row in found)
-    begins = f"`{option.replace('=', ': ')}`" + (", H100" if machine == "h100" else "")
+    words = {"h100": ", H100", "cpu": "", "later": ", H100" + ", longer" * ("float8" in option)}
+    begins = f"`{option.replace('=', ': ')}`" + words[machine]
     assert line("docs/performance/float8-and-moments.md", f"{begins} |") == (
         f"| {begins} | {len(found)} | {ends[0]:.4f} | {ends[1]:.4f} | {100 * abs(ends[1] / ends[0] - 1):.2f} % | "
         f"{100 * most:.1f} % |"
@@ -437,15 +497,33 @@ def test_what_an_option_takes(option: str) -> None:
     assert line("docs/performance/float8-and-moments.md", begins) == f"| {begins} | {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize("shape", ["2048x2048", "2048x11008"])
+@pytest.mark.parametrize("step", ["1", "40", "80", "120", "160"])
+def test_losses_with_either_kind_of_scale(step: str) -> None:
+    (rowwise,) = rows("option-parity-h100-2026-11-28.csv", option="train.float8=rowwise", step=step)
+    (tensorwise,) = rows("option-parity-h100-2026-11-28-tensorwise.csv", step=step)
+    losses = (rowwise["loss_without"], rowwise["loss_with"], tensorwise["loss_with"])
+    assert line("docs/performance/float8-and-moments.md", f"{step} |") == (
+        f"| {step} | {' | '.join(f'{float(loss):.4f}' for loss in losses)} |"
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    ["2048x2048", "2048x11008", "11008x2048", "4096x14336", "14336x4096", "8192x28672", "28672x8192"],
+)
 def test_linear_layers_in_float8(shape: str) -> None:
     inside, outside = shape.split("x")
-    for row in rows("float8-layers-h100-2026-11-27.csv", in_features=inside, out_features=outside):
-        begins = f"{inside} to {outside}, {row['form']}"
-        assert line("docs/performance/float8-and-moments.md", f"{begins} |") == (
-            f"| {begins} | {float(row['both_ms']):.2f} | {float(row['product_ms']):.2f} | "
-            f"{float(row['against_bf16']):.2f} |"
-        )
+    day = 27 if shape == "2048x2048" else 28
+    found = rows(f"float8-layers-h100-2026-11-{day}.csv", in_features=inside, out_features=outside)
+    forms = {row["form"]: row for row in found}
+    both = [
+        f"{float(forms[name]['both_ms']):.2f} ({float(forms[name]['product_ms']):.2f})"
+        for name in ("bf16", "rowwise", "tensorwise")
+    ]
+    gains = [f"{float(forms[name]['against_bf16']):.2f}" for name in ("rowwise", "tensorwise")]
+    assert line("docs/performance/float8-and-moments.md", f"{inside} to {outside} |") == (
+        f"| {inside} to {outside} | {' | '.join(both + gains)} |"
+    )
 
 
 @pytest.mark.parametrize(
