@@ -125,9 +125,8 @@ def _check_whole(small: TrainCase, process: Process, dp: int, dtype: torch.dtype
     share, gradients = _loss_and_gradients(tested, [next(batches(small, sequences, process, dp))], labels)
     true_loss = float(loss)
     allowed = (GRADIENT_TOLERANCE if small.float8 == "off" else FLOAT8_GRADIENT_TOLERANCE)[dtype]
-    if (
-        "tensorwise" in small.float8
-    ):  # each rank has scales of its own, and rounds otherwise than the one process
+    # Each rank has scales of its own, and rounds otherwise than the one process.
+    if "tensorwise" in small.float8:
         allowed = FLOAT8_GRADIENT_TOLERANCE[torch.bfloat16]
     compare(float(process.sum(share)), gradients, true_loss, truth, LOSS_TOLERANCE[dtype], allowed)
     return true_loss, float(torch.stack([x.norm() for x in truth.values()]).norm())
