@@ -44,6 +44,12 @@ _AT_ONCE = 2**20  # numbers of what is computed and held together
 _WIDTHS = 16  # query blocks read compact columns in multiples of this, the rest of them hidden
 
 
+def _by_keys(rows: Tensor, keys: Tensor) -> Tensor:
+    """(..., rows, d), (..., keys, d) -> their products (..., rows, keys). No bit depends on where a key stands: MKL on
+    AMD's CPUs adds the columns of a product in another order than its last ones, but all of its rows in the same."""
+    return (keys @ rows.mT).mT
+
+
 def _softmax_times(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """(..., rows, keys), (..., keys, d) -> out (..., rows, d), lse (..., rows); rows of -inf give 0 and -inf."""
     top = scores.amax(-1, keepdim=True)
@@ -60,7 +66,7 @@ def _softmax_gradient(
     """Probabilities and score gradients under the *global* lse and delta: both (..., rows, keys)."""
     safe = torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)
     prob = (scores - safe[..., None]).exp_()
-    return prob, prob * (dout @ values.mT - delta[..., None])
+    return prob, prob * (_by_keys(dout, values) - delta[..., None])
 
 
 class _Heads:
@@ -131,7 +137,7 @@ class ReferenceBackend(ReferenceEstimation):
         oh, lse_blocks = _Heads(new_out, size), new_lse.unflatten(-1, (-1, size))
         for _, b, h, hk, i, js in chain.from_iterable(_selected_rows(q, k, index, placement)):
             keys, values = kh.of(b, hk, js), vh.of(b, hk, js)
-            scores = _masked(qh.blocks[b, h, i] @ keys.mT * scale, index, b, placement, i, js)
+            scores = _masked(_by_keys(qh.blocks[b, h, i], keys) * scale, index, b, placement, i, js)
             oh.blocks[b, h, i], lse_blocks[b, h, i] = _softmax_times(scores, values)
         out, lse = _merged(oh.to_rows(), new_lse, out, lse)
         return out.to(q.dtype) if final else out, lse
@@ -148,7 +154,7 @@ class ReferenceBackend(ReferenceEstimation):
             for order, b, h, hk, i, js in together:
                 keys, values = kh.of(b, hk, js), vh.of(b, hk, js)
                 rows, grad = qh.blocks[b, h, i], doh.blocks[b, h, i]
-                scores = _masked(rows @ keys.mT * scale, index, b, placement, i, js)
+                scores = _masked(_by_keys(rows, keys) * scale, index, b, placement, i, js)
                 prob, dscore = _softmax_gradient(
                     scores, lse_blocks[b, h, i], delta_blocks[b, h, i], grad, values
                 )
@@ -200,7 +206,7 @@ def _columns_forward(
     oh, lse_blocks = _Heads(new_out, size), new_lse.unflatten(-1, (-1, size))
     for _, b, h, i, seen, hidden in chain.from_iterable(_column_rows(index, q_blocks, q.shape[-1])):
         keys, values = kh.of(b, h, seen), vh.of(b, h, seen)
-        scores = (qh.blocks[b, h, i] @ keys.mT * scale).masked_fill_(hidden, -torch.inf)
+        scores = (_by_keys(qh.blocks[b, h, i], keys) * scale).masked_fill_(hidden, -torch.inf)
         oh.blocks[b, h, i], lse_blocks[b, h, i] = _softmax_times(scores, values)
     return _merged(oh.to_rows(), new_lse, out, lse)
 
@@ -234,7 +240,7 @@ def _column_gradients(
     ) -> _ColumnGradients:
         keys, values = kh.of(b, h, seen), vh.of(b, h, seen)
         rows, grad = qh.blocks[b, h, i], doh.blocks[b, h, i]
-        scores = (rows @ keys.mT * scale).masked_fill_(hidden, -torch.inf)
+        scores = (_by_keys(rows, keys) * scale).masked_fill_(hidden, -torch.inf)
         prob, dscore = _softmax_gradient(scores, lse_blocks[b, h, i], delta_blocks[b, h, i], grad, values)
         return _ColumnGradients(order, b, h, i, seen, keys, rows, grad, prob, dscore * scale)
 
