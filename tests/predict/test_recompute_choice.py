@@ -168,7 +168,7 @@ def test_room_leaves_what_a_prediction_leaves(work: Workload, traces: Traces) ->
         assert found.needed == pytest.approx(memory)
         found = replace(found, components={"all": room.peak})
         assert found.wanted == pytest.approx(memory)
-    # Measured: beside 68.5 GiB of tensors 6.2 GiB were taken, and no step ran short of 79.2 GiB; beside 71.9 GiB each did.
+    # Measured: beside 68.5 GiB of tensors 6.2 GiB were taken, and no step ran short of 79.2 GiB; beside 71.9 each did.
     assert Room.of(79.2 * GIB).peak < (79.2 * GIB - OUTSIDE) / (1 + 6.2 / 68.5)
 
 
