@@ -116,8 +116,8 @@ def oracle() -> dict[tuple[str, str], tuple[float, dict[str, Tensor]]]:
 
 
 def check(pool: ProcessPool, oracle: dict[Any, Any], family: str, topology: str, **options: Any) -> None:
-    # Experts compute in fp32, here and in the oracle. Rounding alone, products taken the other way round, moved gradients
-    # of granitemoe by up to 1.3e-5.
+    # Experts compute in fp32, here and in the oracle. Rounding alone, from products taken the other way round, moved
+    # gradients of granitemoe by up to 1.3e-5.
     pattern, tolerance = options["pattern"], 3e-5 if family in EXPERTS else TOLERANCE
     key = (family, pattern["name"])
     if key not in oracle:
