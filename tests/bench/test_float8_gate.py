@@ -65,6 +65,7 @@ class Products(torch.autograd.Function):
 class Layer(nn.Linear):
     fault = ""
     products: Any = Products
+    emulation = "emulated"
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.products.apply(x[0], self.weight, self.fault)[None]
@@ -94,16 +95,17 @@ class WholeProducts(torch.autograd.Function):
 
 class WholeLayer(Layer):
     products = WholeProducts
+    emulation = "emulated_tensorwise"
 
 
-def compare(tested: nn.Linear, dtype: torch.dtype, emulation: str = "emulated") -> None:
+def compare(tested: nn.Linear, dtype: torch.dtype) -> None:
     """Beside the emulation of a layer of this kind in the gate's model."""
     model = train_gate.gate_model(FLOAT8, CPU).to(dtype)
     kind = tested.in_features, tested.out_features, tested.bias is not None
     (name,) = (name for name in products.kinds(model) if products.kind(model.get_submodule(name)) == kind)
-    use_float8(model, emulation, CPU, compiled=False)
-    small = {} if emulation == "emulated" else {"small": 1.0}
-    products.compare_layers("q_proj", tested.to(dtype), model.get_submodule(name), **small)
+    how = tested.emulation if isinstance(tested, Layer) else "emulated"
+    use_float8(model, how, CPU, compiled=False)
+    products.compare_layers("q_proj", tested.to(dtype), model.get_submodule(name), how)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
@@ -112,43 +114,32 @@ def test_products_summed_in_another_way_pass(dtype: torch.dtype, kind: tuple[int
     compare(Layer(*kind), dtype)
 
 
+def test_products_with_one_scale_for_each_operand_pass() -> None:
+    compare(WholeLayer(64, 64), BF16)
+
+
 @pytest.mark.parametrize(
-    ("fault", "result"),
+    ("kind", "fault", "result"),
     [
-        ("scales of other rows", "output"),
-        ("scales of columns", "output"),
-        ("one scale for all rows", "output"),
-        ("a transposed operand", "output"),
-        ("no bias", "output"),
-        ("one NaN", "output"),
-        ("a gradient in bf16", "gradient of the input"),
-        ("scales of other columns", "gradient of the weight"),
-        ("the scale of one row", "gradient of the weight"),
+        (Layer, "scales of other rows", "output"),
+        (Layer, "scales of columns", "output"),
+        (Layer, "one scale for all rows", "output"),
+        (Layer, "a transposed operand", "output"),
+        (Layer, "no bias", "output"),
+        (Layer, "one NaN", "output"),
+        (Layer, "a gradient in bf16", "gradient of the input"),
+        (Layer, "scales of other columns", "gradient of the weight"),
+        (Layer, "the scale of one row", "gradient of the weight"),
+        (WholeLayer, "scales of rows", "output"),
+        (WholeLayer, "gradients in e4m3", "gradient of the input"),
+        (WholeLayer, "the scale of one row", "gradient of the weight"),
     ],
 )
-def test_every_fault_of_a_product_is_refused(fault: str, result: str) -> None:
-    layer = Layer(64, 64)
+def test_every_fault_of_a_product_is_refused(kind: type[Layer], fault: str, result: str) -> None:
+    layer = kind(64, 64)
     layer.fault = fault
     with pytest.raises(GateError, match=f"^float8 {result} of q_proj: relative error"):
         compare(layer, BF16)
-
-
-@pytest.mark.parametrize(
-    ("fault", "result"),
-    [
-        ("", ""),
-        ("scales of rows", "output"),
-        ("gradients in e4m3", "gradient of the input"),
-        ("the scale of one row", "gradient of the weight"),
-    ],
-)
-def test_products_with_one_scale_for_each_operand(fault: str, result: str) -> None:
-    layer = WholeLayer(64, 64)
-    layer.fault = fault
-    if not fault:
-        return compare(layer, BF16, "emulated_tensorwise")
-    with pytest.raises(GateError, match=f"^float8 {result} of q_proj: relative error"):
-        compare(layer, BF16, "emulated_tensorwise")
 
 
 def test_a_layer_that_was_not_converted_is_refused() -> None:

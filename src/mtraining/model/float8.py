@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mtraining.errors import UserError
-from mtraining.model.float8_checks import EMULATIONS
+from mtraining.model.float8_checks import EMULATIONS, recipe_of
 from mtraining.model.fused import compiled_whole
 from mtraining.model.support import layers_of
 
@@ -68,9 +68,8 @@ def use_float8(model: Any, how: str, device: torch.device, compiled: bool) -> st
         )
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    emulations: dict[str, str] = {emulation: form for form, emulation in EMULATIONS.items()}
-    recipe = Float8LinearConfig.from_recipe_name(cast(Any, emulations.get(how, how)))
-    recipe = replace(recipe, emulate=how in emulations)
+    recipe = Float8LinearConfig.from_recipe_name(cast(Any, recipe_of(how)))
+    recipe = replace(recipe, emulate=how not in EMULATIONS)
     for layer in layers_of(model):
         convert_to_float8_training(layer, module_filter_fn=lambda one, _: converts(one), config=recipe)
     if device.type == "cuda" and not compiled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -15,6 +15,16 @@ EMULATIONS: dict[str, Float8] = {"rowwise": "emulated", "tensorwise": "emulated_
 """The same roundings computed in fp32, by the form that computes in float8."""
 _LEAST_VERSION = (0, 18)
 _LEAST_CAPABILITY = (8, 9)
+
+
+def emulation_of(how: str) -> Float8:
+    """The form that rounds as ``how`` does and computes in fp32; ``off`` and emulations are their own."""
+    return EMULATIONS.get(how, cast(Float8, how))
+
+
+def recipe_of(how: str) -> str:
+    """torchao's name for the scales of a form, the same for an emulation as for what it emulates."""
+    return next((form for form, emulation in EMULATIONS.items() if emulation == how), how)
 
 
 def require_torchao(option: str, otherwise: str) -> None:

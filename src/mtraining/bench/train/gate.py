@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from mtraining.bench.train.model import batches, build_model, compute_dtype, par
 from mtraining.bench.train.products import check_products
 from mtraining.model import ParallelLM, parallelize
 from mtraining.model.float8 import float8_layers
-from mtraining.model.float8_checks import EMULATIONS, Float8
+from mtraining.model.float8_checks import emulation_of, recipe_of
 from mtraining.train.mesh import Process
 from mtraining.train.step import Batch
 
@@ -107,7 +107,7 @@ def _check_whole(small: TrainCase, process: Process, dp: int, dtype: torch.dtype
     reference = parallelize(
         gate_model(small, process.device),
         # The same roundings to float8: beside products in fp32 they would hide smaller faults.
-        float8=EMULATIONS.get(small.float8, cast(Float8, small.float8)),
+        float8=emulation_of(small.float8),
         pattern=small.pattern(estimate=False),
         layout="contiguous",
         kernel="reference",
@@ -126,7 +126,7 @@ def _check_whole(small: TrainCase, process: Process, dp: int, dtype: torch.dtype
     true_loss = float(loss)
     allowed = (GRADIENT_TOLERANCE if small.float8 == "off" else FLOAT8_GRADIENT_TOLERANCE)[dtype]
     # Each rank has scales of its own, and rounds otherwise than the one process.
-    if "tensorwise" in small.float8:
+    if recipe_of(small.float8) == "tensorwise":
         allowed = FLOAT8_GRADIENT_TOLERANCE[torch.bfloat16]
     compare(float(process.sum(share)), gradients, true_loss, truth, LOSS_TOLERANCE[dtype], allowed)
     return true_loss, float(torch.stack([x.norm() for x in truth.values()]).norm())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mtraining.bench.attention.gate import GateError
 from mtraining.model.float8 import converts, use_float8
-from mtraining.model.float8_checks import EMULATIONS
+from mtraining.model.float8_checks import emulation_of, recipe_of
 from mtraining.model.support import layers_of
 
 TOKENS = 256
@@ -40,10 +40,9 @@ def check_products(model: Any, emulation: Any, how: str, device: torch.device) -
     """
     names = kinds(model)
     use_float8(model, how, device, compiled=False)
-    use_float8(emulation, EMULATIONS.get(how, how), device, compiled=True)
-    small = 1.0 if "tensorwise" in how else SMALL  # one scale for all rows would leave nothing of them
+    use_float8(emulation, emulation_of(how), device, compiled=True)
     for name in names:
-        compare_layers(name, model.get_submodule(name), emulation.get_submodule(name), small)
+        compare_layers(name, model.get_submodule(name), emulation.get_submodule(name), how)
 
 
 def kinds(model: Any) -> list[str]:
@@ -62,7 +61,7 @@ def kind(layer: nn.Linear) -> tuple[int, int, bool]:
     return layer.in_features, layer.out_features, layer.bias is not None
 
 
-def compare_layers(name: str, tested: nn.Linear, expected: nn.Linear, small: float = SMALL) -> None:
+def compare_layers(name: str, tested: nn.Linear, expected: nn.Linear, how: str) -> None:
     """Compare the output and the gradients of input and weight of two layers of the same sizes.
 
     Each rank draws the same operands. Their rows differ in size, so that a scale of another row shows. Every eighth is
@@ -72,12 +71,13 @@ def compare_layers(name: str, tested: nn.Linear, expected: nn.Linear, small: flo
         name: of the layers, for the error.
         tested: its weight and bias are overwritten.
         expected: likewise; the dtype of its weight is that of all operands.
-        small: size of every eighth row beside the others.
+        how: float8 of both. With ``tensorwise`` no rows are smaller, for nothing would be left of them.
 
     Raises:
         GateError: naming the result, and its error.
     """
     generator = torch.Generator().manual_seed(0)
+    small = 1.0 if recipe_of(how) == "tensorwise" else SMALL
 
     def drawn(*sizes: int) -> Tensor:
         values = torch.randn(sizes, generator=generator)
