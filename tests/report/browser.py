@@ -81,10 +81,10 @@ class Tab:
         return int(found.group(1)) if found else 0
 
     def accessible(self) -> list[tuple[str, str]]:
-        """(role, name) of all that a screen reader is told of, in its order."""
+        """(role, name) of all that a screen reader is told of, in its order. Names without the spaces around words."""
         nodes = self.send("Accessibility.getFullAXTree")["nodes"]
         return [
-            (node["role"]["value"], node.get("name", {}).get("value", ""))
+            (node["role"]["value"], " ".join(node.get("name", {}).get("value", "").split()))
             for node in nodes
             if not node["ignored"]
         ]

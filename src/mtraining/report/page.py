@@ -132,8 +132,9 @@ def _controls(runs: Mapping[str, str], smooths: bool) -> str:
         for run, colour in runs.items()
     )
     slider = (
-        '<label>smoothing <input type="range" id="smooth" min="0" max="95" step="5" value="0"> '
-        '<output id="smoothed" for="smooth">0 %</output></label>'
+        '<span class="slider"><label for="smooth">smoothing</label> '
+        '<input type="range" id="smooth" min="0" max="95" step="5" value="0"> '
+        '<output id="smoothed" for="smooth">0 %</output></span>'
     )
     return (
         '<div class="bar" role="group" aria-label="Controls of all charts"><fieldset><legend>Runs</legend>'
