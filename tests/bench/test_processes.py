@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from mtraining.bench.processes import gpus_in_use, share_gpus, take_device
+from mtraining.train.peers import children
+from processes import started, wait_for
 
 CHANGED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "NCCL_HOSTID", "NCCL_NET")
 
@@ -72,3 +75,30 @@ def test_a_launched_process_leaves_before_anything_can_abort_it(launched: dict[s
     assert done.returncode == code
     if launched:
         assert done.stdout == b"told\n"
+
+
+RANK = """
+import os, time
+from pathlib import Path
+from mtraining.bench.processes import take_device
+take_device(on_gpu=False)
+Path(f"ready{os.environ['RANK']}").touch()
+time.sleep(600)
+"""
+
+
+def test_ranks_do_not_outlive_a_killed_benchmark(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(RANK)
+    benchmark = "from mtraining.bench.processes import start; start('rank', [], 2, gpu=False)"
+    with started([sys.executable, "-c", benchmark], cwd=tmp_path) as process:
+        wait_for(lambda: len(list(tmp_path.glob("ready*"))) == 2, 120)
+        (launcher,) = children(process.pid)
+        ranks = children(launcher.pid)
+        process.signal(signal.SIGKILL)
+        try:
+            assert len(ranks) == 2
+            wait_for(lambda: all(each.gone() for each in (launcher, *ranks)), 60)
+        finally:
+            for each in (launcher, *ranks):
+                if not each.gone():
+                    os.kill(each.pid, signal.SIGKILL)

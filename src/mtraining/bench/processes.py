@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 
 from mtraining.bench.record import COMMIT_VARIABLE, code_version
+from mtraining.data.loader import end_with_parent
 from mtraining.errors import UserError
 from mtraining.ring import prioritise_transfers
 from mtraining.train.leaving import exit_now
@@ -25,6 +26,13 @@ _OVER_SOCKETS = {
     "NCCL_MNNVL_ENABLE": "0",
     "NCCL_NVLS_ENABLE": "0",
 }
+
+
+# torchrun, but for its end: it does not outlive a benchmark that was killed.
+_TORCHRUN = (
+    "from mtraining.data.loader import end_with_parent; from torch.distributed.run import main; "
+    "end_with_parent(); main()"
+)
 
 
 def on_gpu(device: str) -> bool:
@@ -70,11 +78,14 @@ def leave(code: int) -> NoReturn:
 def start(module: str, words: Sequence[str], processes: int, gpu: bool, restarts: int = 0) -> int:
     """Run ``python -m module words`` as so many processes, by torchrun; returns its exit status.
 
+    torchrun ends with this process, and they with torchrun where they call `take_device`, also when it is killed:
+    processes that are left over hold GPU memory and slow what is measured next.
+
     Args:
         restarts: how often all processes are started again when one of them fails.
     """
     launcher = [
-        "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
+        "-c", _TORCHRUN, "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
         "--monitor-interval=0.2",
     ]  # fmt: skip
     environment = os.environ | {COMMIT_VARIABLE: code_version()}
@@ -82,7 +93,7 @@ def start(module: str, words: Sequence[str], processes: int, gpu: bool, restarts
         environment.setdefault("OMP_NUM_THREADS", "1")
     # torchrun would take --nproc for a short form of options of its own, and these processes need not know.
     words = [word for word in words if not word.startswith("--nproc=")]
-    command = [sys.executable, "-m", *launcher, "-m", module, *words]
+    command = [sys.executable, *launcher, "-m", module, *words]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
@@ -111,7 +122,12 @@ def share_gpus() -> None:
 
 
 def take_device(on_gpu: bool) -> torch.device:
-    """The device of this process, made the current one. Call it before any process group is made."""
+    """The device of this process, made the current one. Call it before any process group is made.
+
+    A process of torchrun is killed from here on when torchrun ends.
+    """
+    if under_torchrun():
+        end_with_parent()
     if not on_gpu:
         return torch.device("cpu")
     share_gpus()
