@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_run import differing, raw_config, run_job, tensors
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from distributed import ProcessPool, Worker
 from library_warnings import COMPILE
@@ -139,6 +140,22 @@ def test_the_compiled_update_equals_the_eager_one() -> None:
     compiled, _ = updated(lambda parameters: AdamW8bit(parameters, compiled=True, **OPTIONS), steps=3)
     for mine, other in zip(compiled, updated(eight_bits, steps=3)[0], strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=2e-4)  # a code beside, now and then
+
+
+@pytest.mark.filterwarnings(*COMPILE)
+def test_shapes_do_not_compile_the_update_anew() -> None:
+    """Once for each size of a block and once for what stays in fp32, which has sizes of its own too."""
+    torch._dynamo.reset()
+    compiled = CompileCounter()
+    shapes = [(96, 256), (40, 512), (8192,), (512,), (3, 64, 512), (70, 192), (300, 64), ()]
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = AdamW8bit(parameters, compiled=True, **OPTIONS)
+    optimizer._update = torch.compile(moments.update_8bit, backend=compiled)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert compiled.frame_count == 4  # blocks of 256 and 64, fp32, and a single number
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------

@@ -124,12 +124,15 @@ class AdamW8bit(_AdamW):
         rates = {group["lr"] for _, group in updates}
         lrs = {lr: torch.full((), float(lr), device=device) for lr in rates}
         maps = self.maps(device)
-        # Sizes of blocks and dtypes: more kinds than the compiler keeps by default.
+        # Sizes of blocks, dtypes and options of groups: more kinds than the compiler keeps by default.
         with torch._dynamo.utils.disable_cache_limit():
             for parameter, group in updates:
                 state = self.state[parameter]
                 state["step"] += 1 - held
                 for pieces in _chunks(parameter, state):
+                    for piece in pieces:
+                        if piece is not None:  # one compilation for any number of blocks
+                            torch._dynamo.maybe_mark_dynamic(piece, 0)
                     self._update(
                         *pieces, state["step"], lrs[group["lr"]], held, *group["betas"], group["eps"],
                         group["weight_decay"], maps,
@@ -152,16 +155,25 @@ def code_values(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(parameter: nn.Parameter, state: dict[str, Any]) -> Iterator[list[Any]]:
-    """[weights, gradient, then for each moment: it, its scales or None], some rows at a time."""
+    """What `update_8bit` takes of some rows at a time, for parameters that are contiguous, as FSDP has them too.
+
+    Parameters of all shapes come as lists of blocks, since each shape would be compiled anew, for some ten seconds.
+    """
     names = [name for moment in MOMENTS for name in (moment, scale_name(moment))]
-    whole = [local(parameter), local(parameter.grad), *(local(state.get(name)) for name in names)]
-    part = whole[0]
-    if part.ndim == 0:
-        yield whole
+    gradient = local(parameter.grad).contiguous()
+    whole = [local(parameter), gradient, *(local(state.get(name)) for name in names)]
+    block, part = block_of(parameter.shape), whole[0]
+    if part.numel() == 0:
         return
     rows = rows_at_once(part.shape)
-    for start in range(0, part.shape[0], rows):
-        yield [None if one is None else one[start : start + rows] for one in whole]
+    for start in range(0, part.shape[0] if part.ndim else 1, rows):
+        here = slice(start, start + rows) if part.ndim else ...
+        shape = (-1,) if block is None else (-1, block)
+        shapes = (shape, shape, shape, -1, shape, -1)
+        # `data`: a view's compilation would also be for the shape of what it is a view of.
+        yield [
+            None if one is None else one[here].view(to).data for one, to in zip(whole, shapes, strict=True)
+        ]
 
 
 def update_8bit(
@@ -172,8 +184,9 @@ def update_8bit(
     """One AdamW update in place, in fp32, of what `_chunks` gives.
 
     Args:
-        first, second: moments, uint8 codes of the weights' shape where there are scales (rows, blocks of a row), else
-            fp32.
+        weights, gradient: (blocks, numbers of a block), or (numbers,) where there are no scales.
+        first, second: moments of that shape, uint8 codes where there are scales, else fp32.
+        first_scale, second_scale: fp32 (blocks,), or None.
         step: counted with this one. lr, held: 0-d tensors; ``held`` is above 0 where nothing may change.
         maps: as `code_values` gives them.
     """
@@ -196,9 +209,9 @@ def update_8bit(
         if scale is None:
             codes.copy_(torch.where(free, moment, codes))
             continue
-        found, size = encoded(moment, codes.numel() // scale.numel(), map_)
+        found, size = encoded(moment, codes.shape[1], map_)
         codes.copy_(torch.where(free, found, codes))
-        scale.copy_(torch.where(free, size.view(scale.shape), scale))
+        scale.copy_(torch.where(free, size, scale))
 
 
 def encoded(moment: Tensor, block: int, map_: Tensor) -> tuple[Tensor, Tensor]:
