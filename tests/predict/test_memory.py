@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from distributed import ProcessPool
+from mtraining.bench.train.cases import SHAPES
+from mtraining.bench.train.model import build_model as build_bench_model
 from mtraining.cli import app
 from mtraining.errors import UserError
 from mtraining.layout import build_layout
@@ -27,6 +30,7 @@ from mtraining.predict.trace import META, LiveBytes
 from mtraining.train.config import load_config
 from mtraining.train.memory_report import MemoryLog, predict_config
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 RECIPE = Path(__file__).parents[2] / "recipes" / "qwen2.5-3b-512k.yaml"
 FOUR = ["parallel.cp=4", "parallel.cp_outer=1"]
 
@@ -176,6 +180,26 @@ def test_offload_leaves_three_layers_and_fusion_halves_the_layer() -> None:
     assert plain.moments[backward] - away.moments[backward] == pytest.approx(9 * kept, rel=0.02)
     name = "working set of a layer"
     assert 0.4 < fused.components[name] / plain.components[name] < 0.75
+
+
+@pytest.mark.parametrize(
+    "name", ["train-h100x2-2026-11-28-1157c4e.csv", "train-h100x2-2026-11-28-tensorwise.csv"]
+)
+def test_float8_takes_what_was_measured_on_gpus(name: str) -> None:
+    """The prediction of today beside the peaks of two H100, also with whole layers compiled."""
+    with (RESULTS / name).open() as file:
+        rows = [row for row in csv.DictReader(file) if (row["fused"], row["float8"]) != ("liger", "off")]
+    rows = [row for row in rows if row["recompute"] == "keep_attention"]
+    assert rows
+    for row in rows:
+        shape, tokens = SHAPES[row["model"]], int(row["seq_len"])
+        model = build_bench_model(shape, tokens, int(row["layers"]), torch.device("meta"))
+        work = Workload(
+            model, world=2, ring=(1, 2), seq_len=tokens, batch=1, accumulation=1,
+            patterns=[build_pattern("vertical_slash")], layout=build_layout(row["layout"], shape.block_size),
+            recompute=row["recompute"], offload=False, fused=row["fused"], compute=torch.bfloat16, float8=row["float8"],
+        )  # fmt: skip
+        assert predict(work).peak / GIB == pytest.approx(float(row["peak_gib"]), rel=0.01), row
 
 
 def test_the_loss_takes_what_it_takes_on_a_gpu() -> None:

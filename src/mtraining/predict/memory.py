@@ -373,7 +373,7 @@ def _traced(work: Workload, policy: LayerPolicy, largest: int, pattern: Pattern)
         fuse_shapes(short)
         model.compiled_loss = True
     if work.float8 != "off":
-        float8_shapes(short)
+        float8_shapes(short, whole=work.fused == "compile")
     heads, ring = short.config.num_attention_heads, work.ring
     call = shape_call(
         pattern, work.layout, ring, work.seq_len, work.batch, heads, columns_of(pattern, work.seq_len)
