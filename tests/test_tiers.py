@@ -1,4 +1,4 @@
-"""`make test` shows the core of every room: each folder of the package has tests of its own that are not slow."""
+"""What the Makefile runs: the core of every room, under names that all workers share, groups in one of them."""
 
 from __future__ import annotations
 
@@ -53,3 +53,20 @@ def test_names_of_tests_are_the_same_in_every_process() -> None:
         for seed in ("1", "2")
     }
     assert len(names) == 1
+
+
+@pytest.mark.slow
+def test_groups_of_tests_stay_in_one_worker(tmp_path: Path) -> None:
+    """A newer pytest took no notice of them, and each worker made what is dear to make."""
+    (tmp_path / "test_group.py").write_text(
+        "import os, pathlib, time, pytest\n"
+        "@pytest.mark.xdist_group('one')\n"
+        "@pytest.mark.parametrize('number', range(8))\n"
+        "def test_worker(number):\n"
+        "    time.sleep(0.1)\n"
+        "    pathlib.Path(f'{number}.txt').write_text(os.environ['PYTEST_XDIST_WORKER'])\n",
+        encoding="utf-8",
+    )
+    run_command([sys.executable, "-m", "pytest", "-n", "2", "--dist=loadgroup"], cwd=tmp_path)
+    workers = [file.read_text(encoding="utf-8") for file in tmp_path.glob("?.txt")]
+    assert len(workers) == 8 and len(set(workers)) == 1

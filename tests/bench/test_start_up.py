@@ -33,6 +33,7 @@ def test_its_run_can_be_trained(bench: ModuleType, tmp_path: Path, device: str, 
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_a_row_for_each_start(bench: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "starts.csv"
     sizes = ["--shape", "tiny", "--layers", "1", "--seq-len", "256", "--device", "cpu", "--processes", "1"]

@@ -154,7 +154,10 @@ def words(folder: Path) -> PreTrainedTokenizerFast:
 
 @trainer_of_today
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL, about names in transformers
-@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapters"])
+@pytest.mark.parametrize(
+    "lora",
+    [pytest.param(False, marks=pytest.mark.sweep, id="all weights"), pytest.param(True, id="adapters")],
+)
 def test_trl_sft(lora: bool, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from datasets import Dataset

@@ -89,7 +89,14 @@ def test_compiled_layers_equal_eager_ones(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma", "glm4", "gpt_neox", "jetmoe", "phi3", "smollm3", *EXPERTS])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("gemma", "gpt_neox", "phi3", "gpt_oss"),
+        *(pytest.param(name, marks=pytest.mark.sweep) for name in ("glm4", "jetmoe", "smollm3")),
+        *(pytest.param(name, marks=pytest.mark.sweep) for name in EXPERTS if name != "gpt_oss"),
+    ],
+)
 def test_layers_of_other_families_compile_whole(pool: ProcessPool, family: str) -> None:
     older = Version(transformers.__version__) < Version("5.23")
     if older and family in EXPERTS and family != "llama4_text":

@@ -83,13 +83,20 @@ CASES = {
 
 
 # Where the layers, the parameters, the loss and an adapter are the largest, and where layers keep different things.
-# Slow tests have the others.
 FAST = ("full", "parameters", "loss", "adapter", "mixed")
+# Every option once, and both grids. The sweep has the others.
+SLOW = (
+    "keep_attention", "alone", "hierarchical", "accumulation", "dense, everything kept", "experts", "attention sinks",
+    "moments in 8 bits", "windows", "products", "mixed, hierarchical",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in FAST)]
-)
+def marked(name: str) -> Any:
+    marks = [pytest.mark.slow] * (name not in FAST) + [pytest.mark.sweep] * (name not in FAST + SLOW)
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in CASES])
 def test_prediction_is_within_a_tenth_of_what_is_measured(pool: ProcessPool, name: str) -> None:
     case = CASES[name]
     # Ranks have equal shares; gloo's threads, which no GPU has, keep copies of what they sum a moment longer on some.

@@ -83,6 +83,7 @@ def losses(results: str) -> dict[tuple[str, ...], float | None]:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_two_arms_run_on_a_cpu(tmp_path: Path) -> None:
     common = (str(tmp_path / "study"), "--smoke")
     study("prepare", *common)

@@ -197,7 +197,7 @@ def test_needles_that_cannot_be_asked(tmp_path: Path, shards: Path, monkeypatch:
         words.word_list.cache_clear()
 
 
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.sweep])])
 def test_the_command_asks_needles(
     tmp_path: Path, shards: Path, unseen: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     nproc: int,
