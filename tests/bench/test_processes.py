@@ -87,6 +87,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_a_killed_benchmark(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     benchmark = "from mtraining.bench.processes import start; start('rank', [], 2, gpu=False)"

@@ -117,6 +117,27 @@ def test_nothing_is_imported_that_is_not_needed(modules: str, unwanted: list[str
     assert run_command([sys.executable, "-c", code]).stdout.split() == []
 
 
+GARBAGE = """
+import gc, sys
+from mtraining.errors import UserError
+from mtraining.train import launch
+amid = []
+def look(phase, info):
+    loop = sys.modules.get("mtraining.train.loop")
+    amid.append(loop is not None and not hasattr(loop, "train"))
+gc.callbacks.append(look)
+try:
+    launch._train("[]", None, None, 0.0)
+except UserError:
+    gc.collect()
+    print(any(amid), len(amid) > 0, gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+
+
+def test_a_rank_looks_for_no_garbage_amid_its_imports() -> None:
+    assert run_command([sys.executable, "-c", GARBAGE]).stdout.split() == ["False", "True", "True", "True"]
+
+
 def test_a_tokenizer_is_loaded_once(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = shards / "tokenizer"
     asked: list[Any] = []

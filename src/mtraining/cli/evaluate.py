@@ -26,6 +26,7 @@ from mtraining.cli.on_ring import (
     rope_options,
 )
 from mtraining.errors import UserError
+from mtraining.imports import no_garbage
 from mtraining.inputs.text import replace_text
 
 if TYPE_CHECKING:
@@ -155,10 +156,11 @@ def evaluate(
     """Evaluate MODEL at the lengths it was trained for, read by the ring attention of training.
 
     A killed evaluation goes on where it was when the same command runs again."""
-    from mtraining.evaluate.tasks import SUITES as ANSWERED
-    from mtraining.evaluate.tasks import Sources, build_tasks
-    from mtraining.generate import parse_attention
-    from mtraining.train.named import find_model
+    with no_garbage():
+        from mtraining.evaluate.tasks import SUITES as ANSWERED
+        from mtraining.evaluate.tasks import Sources, build_tasks
+        from mtraining.generate import parse_attention
+        from mtraining.train.named import find_model
 
     chosen, harness = _suites(suite or ["all"], bool(text))
     sources = Sources(essays, squad, hotpotqa, infinitebench, depths)
@@ -255,9 +257,10 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def run(request: Request) -> None:
     """One rank's part: every model under every attention. Collective."""
-    from mtraining.evaluate.results import Results
-    from mtraining.generate import parse_attention
-    from mtraining.train.named import find_model
+    with no_garbage():
+        from mtraining.evaluate.results import Results
+        from mtraining.generate import parse_attention
+        from mtraining.train.named import find_model
 
     with request.processes.grid() as process:
         results = Results(request.out, writes=process.is_main)

@@ -26,6 +26,7 @@ from mtraining.cli.on_ring import (
     rope_options,
 )
 from mtraining.errors import UserError
+from mtraining.imports import no_garbage
 
 if TYPE_CHECKING:
     from mtraining.generate import Generation
@@ -90,8 +91,9 @@ def generate(
     memory_gib: MemoryGib = None,
 ) -> None:
     """Answer each --prompt by MODEL. Prompts are read by the ring attention of training, on all processes together."""
-    from mtraining.generate import parse_attention
-    from mtraining.train.named import find_model
+    with no_garbage():
+        from mtraining.generate import parse_attention
+        from mtraining.train.named import find_model
 
     parse_attention(attention)
     request = Request(
@@ -141,8 +143,9 @@ def read_prompt(path: Path) -> str:
 
 def answer(request: Request) -> list[Generation]:
     """One rank's part of a request; every rank returns all answers. Collective."""
-    from mtraining.generate import Generator, parse_attention
-    from mtraining.train.named import find_model
+    with no_garbage():
+        from mtraining.generate import Generator, parse_attention
+        from mtraining.train.named import find_model
 
     choice = parse_attention(request.attention)
     named = find_model(request.model, rope_options(request.rope), request.tokenizer)

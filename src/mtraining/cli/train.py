@@ -10,6 +10,7 @@ import typer
 
 from mtraining.cli.dry_run import DryRun, MemoryGib, refuse_memory, show_memory
 from mtraining.errors import UserError
+from mtraining.imports import no_garbage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,8 +63,9 @@ def train(
     elif nproc is not None and nproc > 1:
         launch(settings, nproc, suites=suites, began=began)
     else:
-        from mtraining.train.display import quiet_libraries
-        from mtraining.train.loop import train as run
+        with no_garbage():
+            from mtraining.train.display import quiet_libraries
+            from mtraining.train.loop import train as run
 
         quiet_libraries()
         run(settings, suites, began)

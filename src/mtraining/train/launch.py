@@ -36,6 +36,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mtraining.data.loader import end_with_parent
 from mtraining.errors import SAVED, RunStopped, UserError
+from mtraining.imports import no_garbage
 from mtraining.inputs.yaml_text import read_yaml
 from mtraining.train.backstop import backstop, mark_done, ranks_of
 from mtraining.train.config import Config, parse_config
@@ -134,7 +135,8 @@ def run_processes(
 
 def run_launched(config: Config, suites: SuiteBuilder | None = None, began: float | None = None) -> None:
     """Train as `config` says as one of the processes of torchrun; see `as_launched` and `train`."""
-    from mtraining.train.loop import train
+    with no_garbage():
+        from mtraining.train.loop import train
 
     as_launched(lambda: train(config, suites, began), lambda: way_on(config.output))
 
@@ -202,7 +204,8 @@ def _train(
     text: str, before: Callable[[], None] | None, suites: SuiteBuilder | None, began: float
 ) -> str | None:
     """One rank of a training run; what to tell when a signal asked for a stop."""
-    from mtraining.train.loop import train
+    with no_garbage():
+        from mtraining.train.loop import train
 
     try:
         if before is not None:
