@@ -165,15 +165,23 @@ def _chunks(parameter: nn.Parameter, state: dict[str, Any]) -> Iterator[list[Any
     block, part = block_of(parameter.shape), whole[0]
     if part.numel() == 0:
         return
-    rows = rows_at_once(part.shape)
-    for start in range(0, part.shape[0] if part.ndim else 1, rows):
-        here = slice(start, start + rows) if part.ndim else ...
-        shape = (-1,) if block is None else (-1, block)
-        shapes = (shape, shape, shape, -1, shape, -1)
+    shape = (-1,) if block is None else (-1, block)
+    shapes = (shape, shape, shape, -1, shape, -1)
+    for here in _rows(part):
         # `data`: a view's compilation would also be for the shape of what it is a view of.
         yield [
             None if one is None else one[here].view(to).data for one, to in zip(whole, shapes, strict=True)
         ]
+
+
+def _rows(part: Tensor) -> Iterator[Any]:
+    """Indices of the rows of a parameter's part that are updated at one time."""
+    if part.ndim == 0:
+        yield ...
+        return
+    rows = rows_at_once(part.shape)
+    for start in range(0, part.shape[0], rows):
+        yield slice(start, start + rows)
 
 
 def update_8bit(
@@ -288,9 +296,7 @@ class OffloadedAdamW(_AdamW):
             state["step"] += 1
             part, gradient = local(parameter), local(parameter.grad)
             hosts = [local(state[moment]) for moment in MOMENTS]
-            rows = rows_at_once(part.shape)
-            for start in range(0, part.shape[0] if part.ndim else 1, rows):
-                here = slice(start, start + rows) if part.ndim else ...
+            for here in _rows(part):
                 away = [host[here] for host in hosts]
                 first, second = self._lanes.fetch(away)
                 torch._fused_adamw_(
